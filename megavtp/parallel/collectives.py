@@ -1,0 +1,110 @@
+"""Collectives, with and without gradients. Each is the identity on an axis of size 1."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megavtp.parallel.mesh import Axis, Mesh
+
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+def all_reduce(x: Tensor, mesh: Mesh, axis: Axis, op: Literal["sum", "max"] = "sum") -> Tensor:
+    """Reduce over ``axis`` into a new tensor; no gradient flows."""
+    group = mesh.group(axis)
+    x = x.detach()
+    if group is None:
+        return x
+    x = x.clone()
+    dist.all_reduce(x, _OPS[op], group=group)
+    return x
+
+
+def all_gather(x: Tensor, mesh: Mesh, axis: Axis) -> Tensor:
+    """Concatenate the ranks' equally shaped ``x`` (n, ...) along dim 0 to (size * n, ...); no gradient flows."""
+    group = mesh.group(axis)
+    x = x.detach()
+    if group is None:
+        return x
+    pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(mesh.size(axis))]
+    dist.all_gather(pieces, x.contiguous(), group=group)
+    return torch.cat(pieces)
+
+
+class _CopyToTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _ReduceFromTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        x = x.contiguous().clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class _ScatterToTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, mesh):
+        ctx.mesh = mesh
+        return x.chunk(mesh.tp, -1)[mesh.tp_rank].contiguous()
+
+    @staticmethod
+    def backward(ctx, grad):
+        pieces = [torch.empty_like(grad, memory_format=torch.contiguous_format) for _ in range(ctx.mesh.tp)]
+        dist.all_gather(pieces, grad.contiguous(), group=ctx.mesh.tp_group)
+        return torch.cat(pieces, -1), None
+
+
+class _GatherFromDP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, mesh):
+        ctx.mesh = mesh
+        return all_gather(x, mesh, "dp")
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.mesh.dp_group)  # gloo has no reduce-scatter of every dtype; rows are few
+        return grad.chunk(ctx.mesh.dp)[ctx.mesh.dp_rank], None
+
+
+def copy_to_tp(x: Tensor, mesh: Mesh) -> Tensor:
+    """Enter a tensor-parallel region: identity forward, gradient summed over tp (Megatron's f)."""
+    return x if mesh.tp == 1 else _CopyToTP.apply(x, mesh.tp_group)
+
+
+def reduce_from_tp(x: Tensor, mesh: Mesh) -> Tensor:
+    """Leave a tensor-parallel region: sum over tp forward, identity gradient (Megatron's g)."""
+    return x if mesh.tp == 1 else _ReduceFromTP.apply(x, mesh.tp_group)
+
+
+def scatter_to_tp(x: Tensor, mesh: Mesh) -> Tensor:
+    """Keep this rank's slice of the last dimension; the gradient is gathered."""
+    return x if mesh.tp == 1 else _ScatterToTP.apply(x, mesh)
+
+
+def gather_from_dp(x: Tensor, mesh: Mesh) -> Tensor:
+    """Differentiable concatenation of (n, ...) over dp to (dp * n, ...).
+
+    The gradient of a row is the *sum* of all ranks' gradients of it. With a loss that is the mean over own rows, and
+    an engine that averages over dp, parameters get the exact gradient of the global mean.
+    """
+    return x if mesh.dp == 1 else _GatherFromDP.apply(x, mesh)

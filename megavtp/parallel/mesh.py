@@ -1,0 +1,74 @@
+"""The process mesh: which tensor-, pipeline- and data-parallel group this rank is in.
+
+rank = dp_rank * (pp * tp) + pp_rank * tp + tp_rank, so tensor-parallel peers are neighbours (the fastest links).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.distributed as dist
+
+Axis = Literal["tp", "pp", "dp", "mp"]
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes, own coordinates and process groups of the three axes.
+
+    ``mp`` is the model-parallel group: the tp x pp ranks that together hold one replica. A group is ``None`` where
+    the axis has size 1: collectives over it are then the identity and need no ``torch.distributed``.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    tp_rank: int = 0
+    pp_rank: int = 0
+    dp_rank: int = 0
+    tp_group: dist.ProcessGroup | None = None
+    pp_group: dist.ProcessGroup | None = None
+    dp_group: dist.ProcessGroup | None = None
+    mp_group: dist.ProcessGroup | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def rank(self) -> int:
+        return (self.dp_rank * self.pp + self.pp_rank) * self.tp + self.tp_rank
+
+    def size(self, axis: Axis) -> int:
+        return self.tp * self.pp if axis == "mp" else getattr(self, axis)
+
+    def group(self, axis: Axis) -> dist.ProcessGroup | None:
+        return getattr(self, f"{axis}_group")
+
+
+SINGLE = Mesh()
+
+
+def build_mesh(tp: int, pp: int) -> Mesh:
+    """Split the initialised world into a mesh; every rank must call it. The world size must divide by tp * pp."""
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    dp = world // (tp * pp)
+    at = lambda d, p, t: (d * pp + p) * tp + t  # noqa: E731
+    lists = {
+        "tp": [[at(d, p, t) for t in range(tp)] for d in range(dp) for p in range(pp)],
+        "pp": [[at(d, p, t) for p in range(pp)] for d in range(dp) for t in range(tp)],
+        "dp": [[at(d, p, t) for d in range(dp)] for p in range(pp) for t in range(tp)],
+        "mp": [[at(d, p, t) for p in range(pp) for t in range(tp)] for d in range(dp)],
+    }
+    groups: dict[str, dist.ProcessGroup | None] = {}
+    for axis, members in lists.items():
+        groups[axis] = None
+        for ranks in members:  # collective: every rank creates every group, also those it is not in
+            group = dist.new_group(ranks) if len(ranks) > 1 else None
+            if rank in ranks:
+                groups[axis] = group
+    return Mesh(
+        tp=tp, pp=pp, dp=dp, tp_rank=rank % tp, pp_rank=rank // tp % pp, dp_rank=rank // (tp * pp),
+        **{f"{axis}_group": group for axis, group in groups.items()},
+    )

@@ -1,0 +1,45 @@
+"""How a parameter is cut over tensor-parallel ranks, as data on the parameter itself.
+
+The checkpoint, the gradient norm and the tests read it from there; no name pattern is matched anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Cut along ``dim``; a fused weight is ``parts`` equal blocks along it (q, k, v: 3), each cut on its own."""
+
+    dim: int
+    parts: int = 1
+
+
+def mark(parameter: nn.Parameter, shard: Shard) -> None:
+    parameter.shard = shard
+
+
+def shard_of(parameter: Tensor) -> Shard | None:
+    """The cut of a parameter, ``None`` when every tensor-parallel rank holds all of it."""
+    return getattr(parameter, "shard", None)
+
+
+def cut(full: Tensor, shard: Shard | None, rank: int, size: int) -> Tensor:
+    """The piece of ``full`` that tensor-parallel rank ``rank`` of ``size`` holds."""
+    if shard is None or size == 1:
+        return full
+    blocks = full.chunk(shard.parts, shard.dim)
+    return torch.cat([block.chunk(size, shard.dim)[rank] for block in blocks], shard.dim)
+
+
+def merge(pieces: Sequence[Tensor], shard: Shard | None) -> Tensor:
+    """The inverse of ``cut``: all ranks' pieces, in rank order, make the whole."""
+    if shard is None or len(pieces) == 1:
+        return pieces[0]
+    blocks = [piece.chunk(shard.parts, shard.dim) for piece in pieces]
+    return torch.cat([torch.cat(same_part, shard.dim) for same_part in zip(*blocks)], shard.dim)
