@@ -1,0 +1,129 @@
+"""The engine a trainer sees: forward, backward, update and whole-tensor state, on any ZeRO stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megavtp.parallel import deepspeed_adapter as adapter
+from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.sharding import cut, merge, shard_of
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """applied: False when the gradient norm was not finite, and nothing moved. grad_norm: before clipping."""
+
+    applied: bool
+    grad_norm: Tensor | float
+
+
+class Engine:
+    """One DeepSpeed engine around everything this rank owns.
+
+    Args:
+        module: its root forward runs every pass; parameters that do not train (the teacher) are frozen in it.
+        optimizer: over the trainable parameters; its groups may carry ``lr_scale``.
+        clip_grad: global-norm ceiling, 0 = none.
+        extra: further DeepSpeed keys of the user.
+        leaf_classes: modules whose parameters ZeRO-3 gathers together (transformer blocks).
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, *, zero_stage: int,
+        clip_grad: float, extra: Mapping[str, Any] | None = None, leaf_classes: tuple[type[nn.Module], ...] = (),
+    ):
+        self.mesh = mesh
+        self.module = module
+        self.names = {parameter: name for name, parameter in module.named_parameters()}
+        numel = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        ds_config = adapter.build_config(zero_stage, clip_grad, numel, extra or {})
+        self._engine = adapter.initialize(module, optimizer, ds_config, mesh, leaf_classes)
+        self._engine.megavtp_clip_grad = clip_grad
+        self.device = self._engine.device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def begin_step(self) -> None:
+        """Before the first backward of an optimizer step."""
+        adapter.before_step(self._engine)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a scalar; over dp, gradients are averaged."""
+        adapter.before_backward(self._engine)
+        self._engine.backward(loss)
+
+    def step(self) -> StepResult:
+        """Clip by the global norm and update, or skip on every rank when that norm is not finite."""
+        self._engine.step()
+        skipped = adapter.step_was_skipped(self._engine)
+        return StepResult(not skipped, adapter.grad_norm(self._engine))
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of every group to ``lr`` times its ``lr_scale``."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+    def lerp(self, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], weight: float) -> None:
+        """Move each first parameter towards the second by ``weight``, on the shards, without communication."""
+        if pairs:
+            targets, sources = (adapter.shards(list(side)) for side in zip(*pairs))
+            torch._foreach_lerp_(targets, sources, weight)
+
+    def export(self, wanted: Callable[[int], bool]) -> dict[str, Tensor]:
+        """Whole (not tensor-parallel) tensors by logical name: ``model/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME``.
+
+        Collective over the world. Only tensors whose running number is ``wanted`` are kept, so that many writers
+        share the memory and the work.
+        """
+        adapter.ensure_optimizer_state(self._engine)
+        kept: dict[str, Tensor] = {}
+        for number, (name, read, parameter) in enumerate(self._readers()):
+            whole = self._whole(read(), parameter)
+            if wanted(number):
+                kept[name] = whole
+        return kept
+
+    def _readers(self) -> Iterator[tuple[str, Callable[[], Tensor], nn.Parameter]]:
+        for parameter, name in self.names.items():
+            yield f"model/{name}", lambda p=parameter: adapter.read_parameter(self._engine, p), parameter
+            if parameter.requires_grad:
+                for moment in adapter.MOMENTS:
+                    yield (
+                        f"{moment}/{name}",
+                        lambda p=parameter, m=moment: adapter.read_moment(self._engine, p, m), parameter,
+                    )
+
+    def _whole(self, piece: Tensor, parameter: nn.Parameter) -> Tensor:
+        shard = shard_of(parameter)
+        if shard is None or self.mesh.tp == 1:
+            return piece
+        pieces = [torch.empty_like(piece, memory_format=torch.contiguous_format) for _ in range(self.mesh.tp)]
+        dist.all_gather(pieces, piece.contiguous(), group=self.mesh.tp_group)
+        return merge(pieces, shard)
+
+    def load(self, tensor: Callable[[str], Tensor], optimizer_steps: int) -> None:
+        """Fill parameters and moments; ``tensor(name)`` gives the whole tensors that ``export`` names."""
+
+        def pieces() -> Iterable[tuple[nn.Parameter, Tensor, dict[str, Tensor]]]:
+            for parameter, name in self.names.items():
+                own = lambda kind, p=parameter, n=name: cut(  # noqa: E731
+                    tensor(f"{kind}/{n}"), shard_of(p), self.mesh.tp_rank, self.mesh.tp
+                )
+                moments = {m: own(m) for m in adapter.MOMENTS} if parameter.requires_grad else {}
+                yield parameter, own("model"), moments
+
+        adapter.write_state(self._engine, pieces(), optimizer_steps)
+
+    @property
+    def optimizer_steps(self) -> int:
+        return adapter.optimizer_steps(self._engine)
+
+    def close(self) -> None:
+        self._engine.destroy()

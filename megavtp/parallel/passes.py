@@ -1,0 +1,120 @@
+"""A pass: one objective's trip through its towers, declared free of any layout, and how it is executed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Runner(Protocol):
+    """What executes a pass: an ``Engine``, or in tests a plain module."""
+
+    def __call__(self, mode: str, **inputs: Any) -> Any: ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+
+class Pass(ABC):
+    """One objective. Subclasses say what flows in, what comes out, and which loss closes it.
+
+    Loss terms are local values whose mean over data-parallel ranks is the global term, summed over micro-batches.
+
+    Attributes:
+        name: prefix of its terms.
+        mode: which forward of the model it calls.
+        weight: of its terms in the total loss.
+    """
+
+    name: str
+    mode: str
+    weight: float
+
+    @abstractmethod
+    def prepare(self, run: Runner, batch: Any) -> int:
+        """Take this rank's share of a step, do forward-only work (a teacher); return the number of micro-batches."""
+
+    @abstractmethod
+    def inputs(self, micro: int) -> dict[str, Any]:
+        """Keyword inputs of the forward of one micro-batch."""
+
+    def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
+        """Weighted loss terms that need only this micro-batch."""
+        return {}
+
+    def global_inputs(self, outputs: Any) -> tuple[list[Tensor], list[Tensor]] | None:
+        """What the terms over the whole batch are made of: (per-sample rows, shared values); None if there are none.
+
+        Rows (m, ...) of all micro-batches are concatenated along dim 0; shared values are the same in each.
+        """
+        return None
+
+    def global_terms(self, rows: list[Tensor], shared: list[Tensor]) -> dict[str, Tensor]:
+        """Weighted loss terms over the whole batch."""
+        return {}
+
+    def first_pass_inputs(self, micro: int) -> dict[str, Any]:
+        """Inputs of a forward that only has to give ``global_inputs``; by default the full forward's."""
+        return self.inputs(micro)
+
+    def log_terms(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is logged of the weighted terms (their plain values, say)."""
+        return terms
+
+
+def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
+    """Forward and backward of all micro-batches of a pass; returns its terms, detached, under ``name/term``.
+
+    With more than one micro-batch, terms over the whole batch are exact by a second forward (GradCache, arXiv
+    2101.06983): the first, without graph, collects all rows; the loss on them gives their gradients; the second
+    forward is seeded with these. Random choices are inputs, so both forwards agree.
+    """
+    count = objective.prepare(run, batch)
+    terms: dict[str, Tensor] = {}
+    seeds: list[list[Tensor]] | None = None
+    shared_seeds: list[Tensor] = []
+    if count > 1:
+        cached = _cache_rows(objective, run, count)
+        if cached is not None:
+            seeds, shared_seeds, terms = cached
+    for micro in range(count):
+        outputs = run(objective.mode, **objective.inputs(micro))
+        parts = objective.local_terms(outputs, micro)
+        for name, value in parts.items():
+            terms[name] = terms[name] + value.detach() if name in terms else value.detach()
+        total = list(parts.values())
+        over_batch = objective.global_inputs(outputs)
+        if over_batch is not None and seeds is not None:
+            rows, shared = over_batch
+            total += [(row * seed).sum() for row, seed in zip(rows, seeds[micro])]
+            if micro == 0:  # a value that every micro-batch shares takes its gradient once
+                total += [(value * seed).sum() for value, seed in zip(shared, shared_seeds)]
+        elif over_batch is not None:
+            whole = objective.global_terms(*over_batch)
+            terms |= {name: value.detach() for name, value in whole.items()}
+            total += whole.values()
+        run.backward(sum(total) * objective.weight)
+    return {f"{objective.name}/{name}": value for name, value in objective.log_terms(terms).items()}
+
+
+def _cache_rows(
+    objective: Pass, run: Runner, count: int
+) -> tuple[list[list[Tensor]], list[Tensor], dict[str, Tensor]] | None:
+    """The first of the two passes: per micro-batch the gradient of each row tensor, and of the shared values."""
+    collected: list[tuple[list[Tensor], list[Tensor]]] = []
+    with torch.no_grad():
+        for micro in range(count):
+            over_batch = objective.global_inputs(run(objective.mode, **objective.first_pass_inputs(micro)))
+            if over_batch is None:
+                return None
+            collected.append(over_batch)
+    sizes = [rows[0].shape[0] for rows, _ in collected]
+    rows = [torch.cat(parts).requires_grad_() for parts in zip(*(rows for rows, _ in collected))]
+    shared = [value.detach().requires_grad_() for value in collected[0][1]]
+    terms = objective.global_terms(rows, shared)
+    gradients = torch.autograd.grad(sum(terms.values()), rows + shared)
+    row_gradients = [gradient.split(sizes) for gradient in gradients[: len(rows)]]
+    per_micro = [list(parts) for parts in zip(*row_gradients)]
+    return per_micro, list(gradients[len(rows):]), {name: value.detach() for name, value in terms.items()}
