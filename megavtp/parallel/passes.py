@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -26,11 +27,13 @@ class Pass(ABC):
         name: prefix of its terms.
         mode: which forward of the model it calls.
         weight: of its terms in the total loss.
+        over_batch: whether it has terms over the whole batch (``global_terms``).
     """
 
     name: str
     mode: str
     weight: float
+    over_batch: bool = False
 
     @abstractmethod
     def prepare(self, run: Runner, batch: Any) -> int:
@@ -44,12 +47,12 @@ class Pass(ABC):
         """Weighted loss terms that need only this micro-batch."""
         return {}
 
-    def global_inputs(self, outputs: Any) -> tuple[list[Tensor], list[Tensor]] | None:
-        """What the terms over the whole batch are made of: (per-sample rows, shared values); None if there are none.
+    def global_inputs(self, outputs: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """What the terms over the whole batch are made of: (per-sample rows, shared values).
 
         Rows (m, ...) of all micro-batches are concatenated along dim 0; shared values are the same in each.
         """
-        return None
+        return [], []
 
     def global_terms(self, rows: list[Tensor], shared: list[Tensor]) -> dict[str, Tensor]:
         """Weighted loss terms over the whole batch."""
@@ -73,48 +76,50 @@ def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
     """
     count = objective.prepare(run, batch)
     terms: dict[str, Tensor] = {}
-    seeds: list[list[Tensor]] | None = None
-    shared_seeds: list[Tensor] = []
-    if count > 1:
-        cached = _cache_rows(objective, run, count)
-        if cached is not None:
-            seeds, shared_seeds, terms = cached
+    seeds: _Seeds | None = None
+    if count > 1 and objective.over_batch:
+        seeds, terms = _first_pass(objective, run, count)
     for micro in range(count):
         outputs = run(objective.mode, **objective.inputs(micro))
         parts = objective.local_terms(outputs, micro)
         for name, value in parts.items():
             terms[name] = terms[name] + value.detach() if name in terms else value.detach()
         total = list(parts.values())
-        over_batch = objective.global_inputs(outputs)
-        if over_batch is not None and seeds is not None:
-            rows, shared = over_batch
-            total += [(row * seed).sum() for row, seed in zip(rows, seeds[micro])]
-            if micro == 0:  # a value that every micro-batch shares takes its gradient once
-                total += [(value * seed).sum() for value, seed in zip(shared, shared_seeds)]
-        elif over_batch is not None:
-            whole = objective.global_terms(*over_batch)
+        if seeds is not None:
+            total += seeds.surrogates(objective.global_inputs(outputs), micro)
+        elif objective.over_batch:
+            whole = objective.global_terms(*objective.global_inputs(outputs))
             terms |= {name: value.detach() for name, value in whole.items()}
             total += whole.values()
         run.backward(sum(total) * objective.weight)
     return {f"{objective.name}/{name}": value for name, value in objective.log_terms(terms).items()}
 
 
-def _cache_rows(
-    objective: Pass, run: Runner, count: int
-) -> tuple[list[list[Tensor]], list[Tensor], dict[str, Tensor]] | None:
-    """The first of the two passes: per micro-batch the gradient of each row tensor, and of the shared values."""
-    collected: list[tuple[list[Tensor], list[Tensor]]] = []
+@dataclass(frozen=True)
+class _Seeds:
+    """Gradients of the whole-batch terms: of each row tensor by micro-batch, and of the shared values."""
+
+    rows: list[tuple[Tensor, ...]]
+    shared: tuple[Tensor, ...]
+
+    def surrogates(self, over_batch: tuple[list[Tensor], list[Tensor]], micro: int) -> list[Tensor]:
+        """Scalars whose gradient is that of the whole-batch terms through this micro-batch."""
+        rows, shared = over_batch
+        scalars = [(row * by_micro[micro]).sum() for row, by_micro in zip(rows, self.rows)]
+        if micro == 0:  # a value that every micro-batch shares takes its gradient once
+            scalars += [(value * gradient).sum() for value, gradient in zip(shared, self.shared)]
+        return scalars
+
+
+def _first_pass(objective: Pass, run: Runner, count: int) -> tuple[_Seeds, dict[str, Tensor]]:
     with torch.no_grad():
-        for micro in range(count):
-            over_batch = objective.global_inputs(run(objective.mode, **objective.first_pass_inputs(micro)))
-            if over_batch is None:
-                return None
-            collected.append(over_batch)
+        collected = [
+            objective.global_inputs(run(objective.mode, **objective.first_pass_inputs(micro))) for micro in range(count)
+        ]
     sizes = [rows[0].shape[0] for rows, _ in collected]
     rows = [torch.cat(parts).requires_grad_() for parts in zip(*(rows for rows, _ in collected))]
     shared = [value.detach().requires_grad_() for value in collected[0][1]]
     terms = objective.global_terms(rows, shared)
     gradients = torch.autograd.grad(sum(terms.values()), rows + shared)
-    row_gradients = [gradient.split(sizes) for gradient in gradients[: len(rows)]]
-    per_micro = [list(parts) for parts in zip(*row_gradients)]
-    return per_micro, list(gradients[len(rows):]), {name: value.detach() for name, value in terms.items()}
+    seeds = _Seeds([g.split(sizes) for g in gradients[: len(rows)]], gradients[len(rows) :])
+    return seeds, {name: value.detach() for name, value in terms.items()}

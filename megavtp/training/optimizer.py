@@ -1,0 +1,58 @@
+"""AdamW parameter groups: no decay on vectors and scalars, one learning-rate scale per tower."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from megavtp.config.schema import OptimizerConfig
+
+TOWERS = ("vision", "text", "decoder", "dino_head")
+_TOWER_OF = {"trunk": "vision", "visual_proj": "vision", "pixel_decoder": "decoder", "dino_head": "dino_head"}
+
+
+def tower_of(name: str) -> str:
+    """The tower of a logical parameter name; the caption side and the logit scale are ``text``."""
+    return _TOWER_OF.get(name.split(".")[0], "text")
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict]:
+    """Groups of the trainable parameters; ``prototypes`` marks the DINO head's last layer, which starts frozen.
+
+    The dimension that decides about weight decay is the logical tensor's: a tensor-parallel slice keeps it.
+    """
+    groups: dict[tuple, dict] = {}
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
+        tower = tower_of(name)
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        prototypes = name.startswith("dino_head.last_layer.")
+        group = groups.setdefault(
+            (tower, decay, prototypes),
+            {"params": [], "weight_decay": decay, "lr_scale": config.lr_scale.get(tower, 1.0), "prototypes": prototypes},
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over the groups: NVIDIA apex's fused one where it is installed for this GPU, else torch's fused one."""
+    groups = parameter_groups(named, config)
+    settings = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    on_gpu = groups[0]["params"][0].is_cuda
+    fused = _apex_adam() if on_gpu else None
+    if fused is not None:
+        return fused(groups, adam_w_mode=True, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def _apex_adam() -> type | None:
+    # `import apex` alone proves nothing: the package of that name on PyPI is another project.
+    try:
+        from apex.optimizers import FusedAdam
+    except (ImportError, OSError):
+        return None
+    return FusedAdam
