@@ -65,10 +65,10 @@ class Engine:
         skipped = adapter.step_was_skipped(self._engine)
         return StepResult(not skipped, adapter.grad_norm(self._engine))
 
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of every group to ``lr`` times its ``lr_scale``."""
+    def set_lr(self, lr_of: Callable[[dict[str, Any]], float]) -> None:
+        """Set the learning rate of every parameter group."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["lr"] = lr_of(group)
 
     def lerp(self, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], weight: float) -> None:
         """Move each first parameter towards the second by ``weight``, on the shards, without communication."""

@@ -107,7 +107,7 @@ class StopSignal:
     def __init__(self, device: torch.device):
         self._device = device
         self._raised = False
-        self._pending: torch.Tensor | None = None
+        self._pending: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
         self._previous = {name: signal.signal(name, self._handle) for name in (signal.SIGTERM, signal.SIGINT)}
 
     def _handle(self, signum, frame) -> None:
@@ -115,10 +115,19 @@ class StopSignal:
 
     def agreed(self) -> bool:
         """Whether any rank had been told to stop before the last call. Collective: once per step on every rank."""
-        arrived = self._pending is not None and bool(self._pending.item())
-        self._pending = torch.tensor(float(self._raised), device=self._device)
+        arrived = False
+        if self._pending is not None:
+            flag, event = self._pending
+            if event is not None:
+                event.synchronize()
+            arrived = bool(flag)
+        flag, event = torch.tensor(float(self._raised), device=self._device), None
         if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self._pending, dist.ReduceOp.MAX)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        if flag.is_cuda:
+            flag, event = flag.to("cpu", non_blocking=True), torch.cuda.Event()
+            event.record()
+        self._pending = (flag, event)
         return arrived
 
     def close(self) -> None:
