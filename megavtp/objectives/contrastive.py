@@ -1,0 +1,32 @@
+"""Image-text contrastive loss with a softmax over the batch (InfoNCE; CLIP, arXiv 2103.00020; VTP section 3.4).
+
+Shape letters: b pairs on this data-parallel rank, B = dp * b pairs in all, E embedding size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megavtp.parallel.collectives import gather_from_dp
+from megavtp.parallel.mesh import SINGLE, Mesh
+
+
+def info_nce(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None, mesh: Mesh = SINGLE) -> Tensor:
+    """Symmetric InfoNCE of L2-normalised image (b, E) and text (b, E); every other pair of the B is a negative.
+
+    ``scale`` is the inverse temperature (a scalar tensor). Each rank compares its own b rows with all B columns, so
+    the B x B matrix exists on no rank. All ranks must hold the same b. Returns a float32 scalar, the mean over own
+    rows; its mean over dp is the global loss, and gradients averaged over dp are exact.
+    """
+    rows = image.shape[0]
+    labels = torch.arange(rows, device=image.device) + mesh.dp_rank * rows
+    with torch.autocast(image.device.type, enabled=False):
+        image, text, scale = image.float(), text.float(), scale.float()
+        to_text = scale * image @ gather_from_dp(text, mesh).T
+        to_image = scale * text @ gather_from_dp(image, mesh).T
+        loss = 0.5 * (F.cross_entropy(to_text, labels) + F.cross_entropy(to_image, labels))
+    # A softmax does not see a constant: adding the bias would only give it rounding noise for a gradient, which Adam
+    # would amplify. This way the gradient exists and is exactly zero.
+    return loss if bias is None else loss + 0.0 * bias.float().sum()

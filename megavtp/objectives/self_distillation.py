@@ -1,0 +1,81 @@
+"""Self-distillation with masked-patch prediction (VTP equation 2; normalised as DINOv2, arXiv 2304.07193).
+
+Shape letters: m images in this micro-batch, L local crops, p masked patches, bn head output size, D trunk width,
+K_local prototypes on this rank. Crops are crop-major: all first crops, then all second.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from megavtp.config.schema import SelfDistillationConfig
+from megavtp.objectives.koleo import koleo
+from megavtp.objectives.prototypes import prototype_cross_entropy
+from megavtp.parallel.mesh import SINGLE, Mesh
+
+GLOBAL_CROPS = 2
+
+
+class StudentOutput(NamedTuple):
+    global_cls: Tensor  # (2m, bn) head features of the masked global crops
+    local_cls: Tensor  # (L*m, bn); L may be 0
+    patches: Tensor  # (p, bn) head features of the masked patches
+    W: Tensor  # (K_local, bn) prototypes
+    backbone_cls: Tensor  # (2m, D) class tokens of the global crops before the head
+
+
+class TeacherOutput(NamedTuple):
+    cls: Tensor  # (2m, bn) head features of the unmasked global crops, in the same order as the student's
+    patches: Tensor  # (p, bn) head features of the patches that the student does not see
+    W: Tensor  # (K_local, bn)
+
+
+class TeacherBias(NamedTuple):
+    """From ``centering``: the class tokens and the masked patches are balanced each on their own."""
+
+    cls: Tensor  # (K_local,)
+    patches: Tensor  # (K_local,)
+
+
+def self_distillation_loss(
+    student: StudentOutput, teacher: TeacherOutput, bias: TeacherBias, patch_weights: Tensor,
+    config: SelfDistillationConfig, *, teacher_temperature: float, images_total_local: int, mesh: Mesh = SINGLE,
+) -> dict[str, Tensor]:
+    """The unweighted terms of one micro-batch: ``dino_local``, ``dino_global``, ``ibot`` and perhaps ``koleo``.
+
+    ``patch_weights`` (p,): 1 / number of masked patches in the patch's crop. ``images_total_local``: images of all
+    micro-batches of this data-parallel rank; terms of its micro-batches add up to the rank's value, and the mean of
+    that over dp is the global loss. ``dino_local`` is absent without local crops, a term of weight 0 is absent.
+
+    ``koleo`` seeks neighbours among all images, so it is there only if this micro-batch is the rank's whole share;
+    with several micro-batches the caller applies ``koleo`` to all rows of ``backbone_cls`` itself.
+    """
+    images = student.global_cls.shape[0] // GLOBAL_CROPS
+    local_crops = student.local_cls.shape[0] // images
+    common = {
+        "student_temperature": config.student_temperature, "teacher_temperature": teacher_temperature,
+        "chunk": config.chunk, "mesh": mesh,
+    }
+    terms = {}
+    if config.dino_weight:
+        pairs = GLOBAL_CROPS * (GLOBAL_CROPS - 1) + GLOBAL_CROPS * local_crops  # (student, teacher) crops per image
+        views = teacher.cls.unflatten(0, (GLOBAL_CROPS, images))
+        if local_crops:
+            local = student.local_cls.unflatten(0, (local_crops, images))
+            terms["dino_local"] = prototype_cross_entropy(
+                local, student.W, views, teacher.W, teacher_bias=bias.cls, **common
+            ) / (pairs * images_total_local)
+        # A global crop is compared with the teacher's view of the other one; with its own the task would be trivial.
+        terms["dino_global"] = prototype_cross_entropy(
+            student.global_cls, student.W, views.flip(0).flatten(0, 1), teacher.W, teacher_bias=bias.cls, **common
+        ) / (pairs * images_total_local)
+    if config.ibot_weight:
+        terms["ibot"] = prototype_cross_entropy(
+            student.patches, student.W, teacher.patches, teacher.W, teacher_bias=bias.patches,
+            row_weights=patch_weights, **common,
+        ) / (GLOBAL_CROPS * images_total_local)
+    if config.koleo_weight and images == images_total_local:
+        terms["koleo"] = koleo(student.backbone_cls.unflatten(0, (GLOBAL_CROPS, images)), mesh)
+    return terms

@@ -1,0 +1,30 @@
+"""Values that change over a run, as pure functions of the 0-based step: nothing to save, nothing to restore."""
+
+from __future__ import annotations
+
+import math
+
+
+def cosine(step: int, steps: int, start: float, end: float) -> float:
+    """Half a cosine from ``start`` at step 0 to ``end`` at step ``steps`` and after (teacher momentum)."""
+    if step >= steps:
+        return end
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * max(step, 0) / steps))
+
+
+def linear_warmup(step: int, warmup: int, start: float, end: float) -> float:
+    """A straight line from ``start`` at step 0 to ``end`` at step ``warmup`` and after (teacher temperature)."""
+    if step >= warmup:
+        return end
+    return start + (end - start) * max(step, 0) / warmup
+
+
+def warmup_cosine(step: int, steps: int, warmup: int, peak: float, floor: float) -> float:
+    """Learning rate: linear over ``warmup`` steps to ``peak``, then half a cosine to ``floor`` at ``steps``.
+
+    Step 0 already has ``peak / warmup``: a rate of 0 would waste the first batch. With ``warmup >= steps`` the run ends
+    while still warming up.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return cosine(step - warmup, steps - warmup, peak, floor)
