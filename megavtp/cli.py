@@ -1,0 +1,28 @@
+"""How a launcher or tool ends: one line and exit status 2 for what the user can fix, no traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from megavtp.errors import UserError
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Call ``main`` and exit: 0 (or its result), 2 on ``UserError``, 130 on Ctrl-C, 141 when the reader of a pipe left."""
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, which would raise again: give it somewhere to write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    sys.exit(status)

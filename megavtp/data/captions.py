@@ -1,0 +1,112 @@
+"""Captions to token ids."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+import torch
+from torch import Tensor
+
+from megavtp.data.clip_bpe import ClipTokenizer
+from megavtp.data.files import refuse_remote, write_atomic
+from megavtp.errors import UserError
+
+_RESERVED = 3  # padding (0), start and end of text (the two largest ids)
+_MULTIPLE = 8  # of the vocabulary size: the embedding is cut over tensor-parallel ranks
+_MAX_CHARS = 100_000  # of one caption; what does not fit the context is cut off anyway
+
+
+class CaptionTokenizer(Protocol):
+    """What the loader and the evaluation need. The end of text is the largest id, ``vocab_size - 1``: the text
+    encoder pools at the position of the largest id."""
+
+    vocab_size: int
+    context_length: int
+
+    def encode(self, captions: list[str]) -> Tensor:
+        """(n, context_length) int64: start, text, end, zeros; longer text is cut and still closed by the end id."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model, its pieces shifted by one: 0 pads, ``vocab_size - 2`` starts, ``vocab_size - 1`` ends.
+
+    ``vocab_size`` is rounded up to a multiple of 8; the ids between the last piece and the start are never used.
+    """
+
+    def __init__(self, path: str | Path, context_length: int = 77):
+        self.context_length = context_length
+        self._path = Path(path)
+        self._model = _load(self._path)
+        used = self._model.get_piece_size() + _RESERVED
+        self.vocab_size = -(-used // _MULTIPLE) * _MULTIPLE
+
+    def __reduce__(self):
+        return SentencePieceTokenizer, (self._path, self.context_length)
+
+    def encode(self, captions: list[str]) -> Tensor:
+        """(n, context_length) int64."""
+        out = torch.zeros(len(captions), self.context_length, dtype=torch.long)
+        for row, pieces in zip(out, self._model.encode([caption[:_MAX_CHARS] for caption in captions])):
+            pieces = pieces[: self.context_length - 2]
+            row[0] = self.vocab_size - 2
+            row[1 : 1 + len(pieces)] = torch.tensor(pieces) + 1
+            row[1 + len(pieces)] = self.vocab_size - 1
+        return out
+
+
+def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"caption tokenizer {path} does not exist; make it with: python tools/prepare_data.py") from None
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} is not a sentencepiece model ({error}); set data.captions to one, or to clip") from None
+
+
+def train_sentencepiece(captions: Iterable[str], out: str | Path, vocab_size: int = 8192) -> SentencePieceTokenizer:
+    """Train a unigram model whose tokenizer has at most ``vocab_size`` ids, and write it to ``out``.
+
+    The same captions in the same order give the same file. Any text can be encoded: characters that are not in the
+    captions fall back to bytes. A small corpus yields fewer pieces. Raises ``UserError`` for captions that are all
+    blank and for a ``vocab_size`` too small for the characters of the captions.
+    """
+    lines = [" ".join(caption.split()) for caption in captions]
+    lines = [line for line in lines if line]
+    if not lines:
+        raise UserError("no caption to train the caption tokenizer on; give the images captions")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, model_type="unigram",
+            vocab_size=vocab_size // _MULTIPLE * _MULTIPLE - _RESERVED, hard_vocab_limit=False,
+            normalization_rule_name="nmt_nfkc_cf", byte_fallback=True, character_coverage=1.0,
+            bos_id=-1, eos_id=-1, pad_id=-1, num_threads=1, minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"cannot train a caption tokenizer of {vocab_size} ids; change --vocab-size ({error})") from None
+    write_atomic(Path(out), model.getvalue())
+    return SentencePieceTokenizer(out)
+
+
+def load_tokenizer(spec: str, root: str | Path, context_length: int) -> CaptionTokenizer:
+    """The tokenizer that ``data.captions`` names: "auto" (ROOT/captions.model), "clip", a sentencepiece ``.model``
+    file, or a CLIP merges file ``.txt.gz``."""
+    if spec == "auto":
+        path = refuse_remote(root) / "captions.model"
+        if not path.exists():
+            raise UserError(
+                f"{path} does not exist; make it with: python tools/prepare_data.py index {root} --vocab-size 8192, "
+                "or set data.captions=clip"
+            )
+        return SentencePieceTokenizer(path, context_length)
+    if spec == "clip":
+        return ClipTokenizer(context_length)
+    path = refuse_remote(spec)
+    if path.name.endswith(".txt.gz"):
+        return ClipTokenizer(context_length, path)
+    return SentencePieceTokenizer(path, context_length)

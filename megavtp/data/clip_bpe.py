@@ -1,0 +1,116 @@
+"""The byte-pair encoding of CLIP (arXiv 2103.00020), which the released VTP models read: 49,408 ids."""
+
+from __future__ import annotations
+
+import gzip
+import html
+import importlib.util
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megavtp.errors import UserError
+
+_MERGES = 49152 - 256 - 2  # the file has more; CLIP reads these
+_FILE = "bpe_simple_vocab_16e6.txt.gz"
+_SPECIALS = ("<start_of_text>", "<end_of_text>")
+_INSTALL = 'pip install "megavtp[clip]"'
+
+
+def _byte_symbols() -> tuple[list[str], dict[int, str]]:
+    """A printable stand-in for each byte, in the order of CLIP's vocabulary (GPT-2's table): printable Latin-1
+    characters stand for themselves and come first, the other bytes follow as U+0100 and on."""
+    own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [byte for byte in range(256) if byte not in own]
+    symbol = {byte: chr(byte) for byte in own} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
+    return [symbol[byte] for byte in (*own, *rest)], symbol
+
+
+def find_merges() -> Path:
+    """The merges file of an installed open_clip_torch, found without importing it."""
+    spec = importlib.util.find_spec("open_clip")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(folder) / _FILE).is_file():
+            return Path(folder) / _FILE
+    raise UserError(f"data.captions=clip needs {_FILE} of the open_clip_torch package; {_INSTALL}, or name the file")
+
+
+class ClipTokenizer:
+    """Captions to CLIP ids: (n, context_length), start 49406, end 49407, then zeros. Too long ones keep the end id."""
+
+    def __init__(self, context_length: int = 77, path: str | Path | None = None):
+        try:
+            import ftfy
+            import regex
+        except ImportError as error:
+            raise UserError(f"the CLIP tokenizer needs the packages ftfy and regex ({error}); {_INSTALL}") from None
+        self._fix = ftfy.fix_text
+        self.context_length = context_length
+        ordered, self._symbol = _byte_symbols()
+        self._path = Path(path) if path else find_merges()
+        merges = _read_merges(self._path)
+        vocabulary = [*ordered, *(s + "</w>" for s in ordered), *("".join(m) for m in merges), *_SPECIALS]
+        self._ids = {token: i for i, token in enumerate(vocabulary)}
+        self._rank = {merge: i for i, merge in enumerate(merges)}
+        self.vocab_size = len(vocabulary)
+        self._words = regex.compile(
+            "|".join(_SPECIALS) + r"|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
+        )
+        self._word_ids = lru_cache(maxsize=65536)(self._encode_word)
+
+    def __reduce__(self):
+        return ClipTokenizer, (self.context_length, self._path)
+
+    def encode(self, captions: list[str]) -> Tensor:
+        """(n, context_length) int64."""
+        out = torch.zeros(len(captions), self.context_length, dtype=torch.long)
+        start, end = self.vocab_size - 2, self.vocab_size - 1
+        for row, caption in zip(out, captions):
+            text = html.unescape(html.unescape(self._fix(caption)))
+            text = " ".join(text.split()).lower()
+            ids = [start, *(i for word in self._words.findall(text) for i in self._word_ids(word))]
+            ids = [*ids[: self.context_length - 1], end]
+            row[: len(ids)] = torch.tensor(ids)
+        return out
+
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        if word in _SPECIALS:
+            return (self._ids[word],)
+        parts = [self._symbol[byte] for byte in word.encode()]
+        parts[-1] += "</w>"
+        worst = len(self._rank)
+        while len(parts) > 1:
+            pairs = list(pairwise(parts))
+            best = min(pairs, key=lambda pair: self._rank.get(pair, worst))
+            if best not in self._rank:
+                break
+            parts = _merge(parts, best)
+        return tuple(self._ids[part] for part in parts)
+
+
+def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    """Join every occurrence of ``pair``, from the left."""
+    out: list[str] = []
+    i = 0
+    while i < len(parts):
+        if i + 1 < len(parts) and (parts[i], parts[i + 1]) == pair:
+            out.append(parts[i] + parts[i + 1])
+            i += 2
+        else:
+            out.append(parts[i])
+            i += 1
+    return out
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 1 + _MERGES]
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"cannot read the CLIP merges {path} ({error}); {_INSTALL}") from None
+    merges = [tuple(line.split()) for line in lines]
+    if len(merges) != _MERGES or any(len(merge) != 2 for merge in merges):
+        raise UserError(f"{path} is not CLIP's {_FILE}; {_INSTALL}")
+    return merges

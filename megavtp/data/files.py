@@ -1,0 +1,43 @@
+"""Small file helpers: JSON in, JSON out, and nothing half-written under its final name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megavtp.errors import UserError
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write beside ``path`` and rename into place."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    separators = (",", ":") if indent is None else None
+    write_atomic(path, json.dumps(value, indent=indent, separators=separators).encode() + b"\n")
+
+
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON object; a file that is missing or holds something else is a ``UserError`` that ends in ``remedy``."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable ({error}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; {remedy}")
+    return value
+
+
+def refuse_remote(spec: str | os.PathLike) -> Path:
+    """A local path; pipes and URLs, which other loaders run or fetch, are a ``UserError``."""
+    text = os.fspath(spec)
+    if text.startswith("pipe:") or "://" in text:
+        raise UserError(f"{text!r} is not a local path; pipes and URLs are not opened: copy the files here first")
+    return Path(text)

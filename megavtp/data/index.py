@@ -1,0 +1,126 @@
+"""The side-car index of a shard: where each sample's image, caption and metadata lie in the tar.
+
+With it any sample is one seek away, so position -> sample can be a pure function of (seed, step).
+Columns, one entry for each sample: the key, the image's offset, size and extension, the offset and size of caption and
+metadata; in bytes from the start of the tar, size 0 where there is no such member.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import BinaryIO
+
+from megavtp.data.files import refuse_remote, write_json
+from megavtp.data.report import SkipReport
+from megavtp.data.tar_scan import TarSample, scan_tar
+from megavtp.errors import UserError
+
+VERSION = 1
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_MAX_TEXT = 1 << 20  # bytes of one caption or metadata member
+_COLUMNS = (
+    "keys", "image_offset", "image_size", "image_ext", "caption_offset", "caption_size", "meta_offset", "meta_size",
+)
+
+
+def sidecar_path(shard: Path) -> Path:
+    return shard.with_name(shard.name + ".index.json")
+
+
+def index_shard(path: str | Path, report: SkipReport) -> int:
+    """Write the side-car of one tar; return the number of usable samples.
+
+    A usable sample has one image (jpg, jpeg, png, webp) and a caption that is not blank: KEY.txt, else "caption" in
+    KEY.json. The others are skipped and named in ``report``. Raises ``UserError`` as ``scan_tar`` does.
+    """
+    path = refuse_remote(path)
+    columns: dict[str, list] = {name: [] for name in _COLUMNS}
+    seen: set[str] = set()
+    any_meta = False
+    with path.open("rb") as file:
+        for sample in scan_tar(path, report):
+            reason, row = _row(sample, file)
+            if row and sample.key in seen:
+                reason, row = "key used twice", None
+            if row and sample.before_cut and any_meta and not row[-1]:
+                reason, row = "sample cut off by the end of the tar", None
+            if row is None:
+                report.skip(reason, f"{path.name}: {sample.key}")
+                continue
+            seen.add(sample.key)
+            any_meta |= row[-1] > 0
+            for name, value in zip(_COLUMNS, row):
+                columns[name].append(value)
+    count = len(columns["keys"])
+    report.kept += count
+    write_json(sidecar_path(path), {"version": VERSION, "shard": path.name, "bytes": path.stat().st_size, **columns})
+    return count
+
+
+def build_index(folder: str | Path, report: SkipReport | None = None) -> SkipReport:
+    """Index every ``*.tar`` of a folder and write its ``index.json``; return what was kept and skipped.
+
+    Shards without a usable sample are left out of ``index.json``. Raises ``UserError`` where nothing usable is left.
+    """
+    folder = refuse_remote(folder)
+    report = report or SkipReport()
+    shards = sorted(folder.glob("*.tar")) if folder.is_dir() else []
+    if not shards:
+        make = "python tools/prepare_data.py images --from ... --out ..."
+        raise UserError(f"no .tar shards in {folder}; make some with: {make}")
+    entries = []
+    for shard in shards:
+        count = index_shard(shard, report)
+        if count:
+            entries.append({"file": shard.name, "samples": count, "bytes": shard.stat().st_size})
+    if not entries:
+        raise UserError(f"no usable image-text sample in {folder}: {'; '.join(report.lines())}")
+    total = sum(entry["samples"] for entry in entries)
+    write_json(folder / "index.json", {"version": VERSION, "total": total, "shards": entries}, 1)
+    return report
+
+
+def _row(sample: TarSample, file: BinaryIO) -> tuple[str, tuple | None]:
+    """Why the sample is not usable, or its values in the order of the columns."""
+    images = [extension for extension in sample.members if extension in IMAGE_EXTENSIONS]
+    if not images:
+        return "no image", None
+    offset, size = sample.members[images[0]]
+    if not size:
+        return "empty image", None
+    meta_offset, meta_size = sample.members.get("json", (0, 0))
+    caption_offset, caption_size = sample.members.get("txt", (0, 0))
+    if max(meta_size, caption_size) > _MAX_TEXT:
+        return f"caption or metadata of more than {_MAX_TEXT} bytes", None
+    meta = parse_meta(_read(file, meta_offset, meta_size)) if meta_size else {}
+    if meta is None:
+        return "metadata is no JSON object", None
+    if caption_size and not decode_text(_read(file, caption_offset, caption_size)):
+        caption_size = 0  # a blank .txt hides no caption in the metadata
+    if not caption_size and not caption_of(meta):
+        return "no caption", None
+    return "", (sample.key, offset, size, images[0], caption_offset, caption_size, meta_offset, meta_size)
+
+
+def _read(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
+
+
+def decode_text(data: bytes) -> str:
+    return data.decode("utf-8-sig", errors="replace").strip()
+
+
+def parse_meta(data: bytes) -> dict | None:
+    """The metadata of a sample; ``None`` if the bytes are no JSON object."""
+    try:
+        meta = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return meta if isinstance(meta, dict) else None
+
+
+def caption_of(meta: dict) -> str:
+    caption = meta.get("caption")
+    return caption.strip() if isinstance(caption, str) else ""

@@ -1,0 +1,146 @@
+"""Random access to the samples of indexed tar shards."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megavtp.data.decode import BadSample
+from megavtp.data.files import read_json_object, refuse_remote
+from megavtp.data.index import VERSION, caption_of, decode_text, parse_meta, sidecar_path
+from megavtp.errors import UserError
+
+_OPEN_SHARDS = 128  # tars and side-cars a process holds at a time; a rank reads one or two shards of each stream
+
+
+@dataclass(frozen=True, slots=True)
+class RawSample:
+    """One image-text pair as it lies in the shard. ``id`` ("shard-000000/KEY") names it in logs."""
+
+    key: str
+    image: bytes
+    caption: str
+    meta: dict[str, Any]
+    id: str
+
+
+class _Shard:
+    """An open tar with its side-car columns; closed when the last user drops it."""
+
+    def __init__(self, path: Path, samples: int, size: int, remedy: str):
+        side = read_json_object(sidecar_path(path), remedy)
+        self.keys = side.get("keys", [])
+        names = ("image_offset", "image_size", "caption_offset", "caption_size", "meta_offset", "meta_size")
+        try:
+            self.spans = np.array([side[name] for name in names], dtype=np.int64).T.copy()  # (samples, 6)
+        except (KeyError, ValueError, TypeError, OverflowError):
+            raise UserError(f"{sidecar_path(path)} is damaged; {remedy}") from None
+        if side.get("version") != VERSION or self.spans.shape != (samples, 6) or len(self.keys) != samples:
+            raise UserError(f"{sidecar_path(path)} does not match index.json; {remedy}")
+        try:
+            self.fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"{path} cannot be opened ({error.strerror}); {remedy}") from None
+        if os.fstat(self.fd).st_size != side.get("bytes") or side.get("bytes") != size:
+            raise UserError(f"{path} has changed since it was indexed; {remedy}")
+
+    def pread(self, offset: int, size: int) -> bytes:
+        data = os.pread(self.fd, size, offset)
+        while len(data) < size:  # the kernel may return less, and at most 2 GiB at a time
+            more = os.pread(self.fd, size - len(data), offset + len(data))
+            if not more:
+                raise BadSample(f"short read: {len(data)} of {size} bytes at byte {offset}")
+            data += more
+        return data
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+class ShardDataset:
+    """The image-text pairs of one folder of shards, addressed by (shard, row).
+
+    Files are opened on first use and read with ``pread``, so an object may be forked, pickled to workers and used by
+    several threads. ``shard_counts``: samples of each shard.
+    """
+
+    def __init__(self, folder: Path, shards: list[tuple[str, int, int]]):
+        self.folder = folder
+        self._shards = shards  # file name, samples, bytes
+        self.shard_counts = tuple(samples for _, samples, _ in shards)
+        self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+
+    def __len__(self) -> int:
+        return sum(self.shard_counts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "shards": self._shards}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def _open(self, shard: int) -> _Shard:
+        name, samples, size = self._shards[shard]
+        return _Shard(self.folder / name, samples, size, _remedy(self.folder))
+
+    def read(self, shard: int, row: int) -> RawSample:
+        """Sample ``row`` of shard ``shard``, not decoded.
+
+        Raises ``BadSample`` if its bytes are not there any more, ``UserError`` if the side-car does not fit the tar.
+        """
+        opened = self._shard(shard)
+        image_at, image_size, caption_at, caption_size, meta_at, meta_size = opened.spans[row].tolist()
+        key = opened.keys[row]
+        meta = parse_meta(opened.pread(meta_at, meta_size)) if meta_size else {}
+        if meta is None:
+            raise BadSample("metadata is no JSON object")
+        caption = decode_text(opened.pread(caption_at, caption_size)) if caption_size else caption_of(meta)
+        name = self._shards[shard][0].removesuffix(".tar")
+        return RawSample(key, opened.pread(image_at, image_size), caption, meta, f"{name}/{key}")
+
+
+def open_dataset(folder: str | Path) -> ShardDataset:
+    """Open an indexed folder of shards, e.g. ROOT/train.
+
+    Raises ``UserError``, with the command to run, when the folder, its index or a shard is missing or has changed.
+    """
+    folder = refuse_remote(folder)
+    if not folder.is_dir():
+        make = f"python tools/prepare_data.py emoji --out {folder.parent}"
+        raise UserError(f"data folder {folder} does not exist; make one with: {make}")
+    remedy = _remedy(folder)
+    if not (folder / "index.json").exists() and not any(folder.glob("*.tar")):
+        make = "python tools/prepare_data.py images --from ... --out ..."
+        raise UserError(f"no shards in {folder}; make some with: {make}")
+    index = read_json_object(folder / "index.json", remedy)
+    try:
+        shards = [(str(e["file"]), int(e["samples"]), int(e["bytes"])) for e in index["shards"]]
+    except (KeyError, TypeError, ValueError):
+        shards = []
+    if index.get("version") != VERSION or not shards or min(samples for _, samples, _ in shards) < 1:
+        raise UserError(f"{folder / 'index.json'} is of another version, damaged or empty; {remedy}")
+    for name, _, size in shards:
+        path = folder / name
+        if "/" in name or not path.is_file() or path.stat().st_size != size:
+            raise UserError(f"{path} is missing or has changed since it was indexed; {remedy}")
+    return ShardDataset(folder, shards)
+
+
+def dataset_info(root: str | Path) -> dict[str, Any]:
+    """``ROOT/dataset.json`` (source, attribution, counts, class names of each label field); empty if there is none."""
+    try:
+        info = json.loads((refuse_remote(root) / "dataset.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return info if isinstance(info, dict) else {}
+
+
+def _remedy(folder: Path) -> str:
+    return f"index it with: python tools/prepare_data.py index {folder}"

@@ -1,0 +1,120 @@
+"""Walk over the samples of a tar file by its headers alone, trusting none of them."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megavtp.data.report import SkipReport
+from megavtp.errors import UserError
+
+DAMAGED = "truncated or damaged tar"
+_BLOCK = 512
+_MAX_HEADER = 1 << 20  # bytes of one header; PAX headers of honest files have a few hundred
+_DAMAGE = (tarfile.TarError, ValueError, OverflowError, EOFError, OSError)
+
+
+@dataclass
+class TarSample:
+    """The members that share a key: extension (lower case, without the dot) -> (offset, size) in bytes.
+
+    ``before_cut``: the last sample before a damaged place; members of it may be missing.
+    """
+
+    key: str
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+    before_cut: bool = False
+
+
+class _HeaderFile(io.FileIO):
+    """Refuses the huge single reads that a forged long-name or PAX header asks for."""
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MAX_HEADER:
+            raise tarfile.ReadError(f"header of {size} bytes")
+        return super().read(size)
+
+
+def scan_tar(path: Path, report: SkipReport) -> Iterator[TarSample]:
+    """Yield the samples of an uncompressed tar in file order: consecutive members whose names agree up to the first dot.
+
+    Members that are neither a plain file nor a folder, or have no extension, are skipped. From a truncated or damaged
+    tar come the samples before the cut. All skips go to ``report``.
+
+    Raises ``UserError`` for a compressed tar and for absolute or ``..`` member names (a tar made to do harm).
+    """
+    size = path.stat().st_size
+    damage_before = report.reasons[DAMAGED]
+    current: TarSample | None = None
+    cut_key: str | None = None
+    with _HeaderFile(path) as file:
+        _refuse_compressed(file, path)
+        for info in _headers(file, size, path, report):
+            _refuse_escape(info.name, path)
+            if info.isdir():
+                continue
+            key, extension = _split(info.name)
+            if not info.isreg() or info.issparse() or not extension:
+                report.skip("not a plain file with an extension", f"{path.name}: {info.name}")
+                continue
+            if info.offset_data + info.size > size:
+                report.skip(DAMAGED, f"{path.name} at byte {info.offset_data}, in {info.name}")
+                cut_key = key
+                break
+            if current is None or current.key != key:
+                if current is not None:
+                    yield current
+                current = TarSample(key)
+            current.members.setdefault(extension, (info.offset_data, info.size))
+    if current is None:
+        return
+    if current.key == cut_key:
+        report.skip("sample cut off by the end of the tar", f"{path.name}: {current.key}")
+    else:
+        current.before_cut = report.reasons[DAMAGED] > damage_before
+        yield current
+
+
+def _headers(file: _HeaderFile, size: int, path: Path, report: SkipReport) -> Iterator[tarfile.TarInfo]:
+    """Headers until the end mark; stops, with an entry in the report, at the first one that makes no sense."""
+    end = 0  # where the next header has to be at the earliest
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:", errorlevel=0)
+        while (info := tar.next()) is not None:
+            if info.size < 0 or info.offset_data < end:
+                raise tarfile.ReadError(f"absurd header at byte {info.offset}")
+            end = info.offset_data + info.size
+            yield info
+            tar.members = []  # tarfile would keep every header in memory
+        end = max(end, tar.offset)
+    except _DAMAGE as error:
+        # Past the end of the file is the plain truncation that scan_tar reports by the member's name.
+        if end <= size:
+            report.skip(DAMAGED, f"{path.name} near byte {end}: {error}")
+        return
+    file.seek(end)
+    if file.read(_BLOCK) != bytes(_BLOCK):
+        report.skip(DAMAGED, f"{path.name} near byte {end}: no end mark")
+
+
+def _split(name: str) -> tuple[str, str]:
+    """WebDataset's rule: the key ends at the first dot of the base name; "a/b.seg.PNG" -> ("a/b", "seg.png")."""
+    name = name.encode(errors="replace").decode()  # bytes that are no UTF-8 come as surrogates, which cannot be printed
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}{slash}{stem}", extension.lower() if stem else ""
+
+
+def _refuse_escape(name: str, path: Path) -> None:
+    if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or "\x00" in name:
+        raise UserError(f"{path}: refused, member {name!r} points outside of the tar; make the shard anew")
+
+
+def _refuse_compressed(file: _HeaderFile, path: Path) -> None:
+    magic = file.read(6)
+    file.seek(0)
+    if magic.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        raise UserError(f"{path}: a compressed tar has no random access; unpack it first (gunzip, unxz, ...)")
