@@ -36,7 +36,7 @@ class TextConfig:
     heads: int | None = None
     mlp_ratio: float = 4.0
     context_length: int = 77
-    vocab_size: int = 49408  # must equal the caption tokenizer's
+    vocab_size: int | None = 49408  # must equal the caption tokenizer's; None = taken from it
     layer_scale: float | None = None
     causal: bool = True
     pool: Literal["argmax", "first", "last"] = "argmax"

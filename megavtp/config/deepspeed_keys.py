@@ -1,0 +1,75 @@
+"""Which DeepSpeed keys a user may add under ``deepspeed:``, and which MegaVTP sets itself.
+
+Passed on is what changes speed or memory, not the meaning of a step. DeepSpeed ignores a top-level key that it does
+not know, so the names are checked here (against release 0.19.8).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from megavtp.errors import UserError
+
+_BATCH = "set train.batch_size and objectives.*.micro_batch"
+_PRECISION = "set parallel.precision"
+_OWN_LOGS = "set the keys of the telemetry section"
+
+OWNED: dict[str, str] = {
+    "train_batch_size": _BATCH,
+    "train_micro_batch_size_per_gpu": _BATCH,
+    "gradient_accumulation_steps": _BATCH,
+    "managed_gradient_accumulation": "it is always off: a step ends where MegaVTP says",
+    "gradient_clipping": "set train.optimizer.clip_grad",
+    "optimizer": "set the keys of train.optimizer",
+    "scheduler": "set train.optimizer.lr, min_lr and warmup_steps",
+    "bf16": _PRECISION,
+    "bfloat16": _PRECISION,
+    "fp16": _PRECISION,
+    "amp": _PRECISION,
+    "torch_autocast": _PRECISION,
+    "data_types": "gradients and moments are always float32",
+    "activation_checkpointing": "set parallel.recompute",
+    "tensor_parallel": "set parallel.tp",
+    "pipeline": "set parallel.pp",
+    "checkpoint": "set train.checkpoint_every and train.keep_last",
+    "wandb": _OWN_LOGS,
+    "tensorboard": _OWN_LOGS,
+    "csv_monitor": _OWN_LOGS,
+    "comet": _OWN_LOGS,
+    "zero_optimization.stage": "set parallel.zero_stage",
+    "zero_optimization.stage3_param_persistence_threshold": "it is always 0: the teacher's update needs it",
+    "zero_optimization.stage3_module_granularity_threshold": "DeepSpeed 0.19.8 fails with it",
+    "zero_optimization.load_from_fp32_weights": "MegaVTP's own checkpoints are used",
+    "zero_optimization.elastic_checkpoint": "MegaVTP's own checkpoints load on any layout",
+}
+
+_ZERO = """
+    contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce allgather_partitions
+    allgather_bucket_size overlap_comm offload_param offload_optimizer sub_group_size stage3_max_live_parameters
+    stage3_max_reuse_distance stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params
+    stage3_allgather_sequential round_robin_gradients zero_hpz_partition_size memory_efficient_linear
+    log_trace_cache_warnings enable_sanity_checks
+"""
+PASSED: frozenset[str] = frozenset(
+    """
+    zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer communication_data_type
+    prescale_gradients gradient_predivide_factor comms_logger flops_profiler wall_clock_breakdown memory_breakdown
+    dump_state steps_per_print aio
+    """.split()
+) | {f"zero_optimization.{name}" for name in _ZERO.split()}
+
+
+def check(section: Mapping[str, Any]) -> None:
+    """Refuse keys of the ``deepspeed`` section that MegaVTP owns, and names DeepSpeed does not have. UserError."""
+    zero = section.get("zero_optimization", {})
+    if not isinstance(zero, Mapping):
+        raise UserError(f"deepspeed.zero_optimization: expected a mapping of keys, got {zero!r}")
+    for key in [*section, *(f"zero_optimization.{name}" for name in zero)]:
+        if key in OWNED:
+            raise UserError(f"deepspeed.{key}: is MegaVTP's to set; remove it: {OWNED[key]}")
+        if key not in PASSED:
+            near = difflib.get_close_matches(key, [*PASSED, *OWNED], n=1)
+            hint = f"did you mean deepspeed.{near[0]}?" if near else "remove it"
+            raise UserError(f"deepspeed.{key}: not a key of DeepSpeed 0.19.8 that MegaVTP passes on; {hint}")

@@ -1,0 +1,158 @@
+"""Read a run's configuration: a YAML recipe, then an optional DeepSpeed file, then ``a.b.c=value`` overrides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_origin
+
+import yaml
+
+from megavtp.config.schema import Config
+from megavtp.config.typed import build, hints, unknown
+from megavtp.errors import UserError
+
+DEFAULT = Path(__file__).resolve().parents[2] / "configs" / "demo" / "vtp_emoji.yaml"
+
+
+def load_config(
+    path: str | Path | None, overrides: Sequence[str] = (), deepspeed_config: str | Path | None = None
+) -> Config:
+    """The configuration of a run; ``path`` None is the demo's.
+
+    ``overrides``: ``a.b.c=value`` with the value in YAML, applied last. ``deepspeed_config``: a JSON or YAML file
+    whose keys are merged over the recipe's ``deepspeed`` section. Only types and key names are checked here; the
+    rules between keys are ``validate.validate``'s. Raises UserError.
+    """
+    if path is None and not DEFAULT.is_file():
+        raise UserError("this installation has no default recipe: name a YAML file with --config")
+    raw = read_yaml(Path(path or DEFAULT))
+    if deepspeed_config is not None:
+        section = raw.get("deepspeed") or {}
+        if not isinstance(section, Mapping):
+            raise UserError(f"{path or DEFAULT}: deepspeed: expected a mapping of keys, got {section!r}")
+        raw["deepspeed"] = _merge(section, read_yaml(Path(deepspeed_config)))
+    for override in overrides:
+        _apply(raw, override)
+    return from_dict(raw)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The inverse of ``to_dict``; keys that are absent take their defaults."""
+    return build(Config, values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested dicts of plain JSON types (tuples become lists)."""
+    return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration, every key written out, as a YAML text that ``load_config`` reads back equal."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+class _Loader(yaml.SafeLoader):
+    """A SafeLoader that refuses a key written twice (YAML lets the last one win, silently)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key.value, str) and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is written twice", key.start_mark
+                )
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise yaml.YAMLError(f"the key {twice!r} is written twice")
+    return values
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML (or JSON) file. UserError: missing, unreadable, bad syntax (with its line), no mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file; the shipped recipes are under configs/") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot read the config file: {_one_line(e)}") from None
+    try:
+        if path.suffix == ".json":
+            values = json.loads(text, object_pairs_hook=_unique)
+        else:
+            values = yaml.load(text, _Loader)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}, line {e.lineno}: not JSON: {e.msg}") from None
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: {_one_line(getattr(e, 'problem', None) or e)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
+    return values
+
+
+def _one_line(error: Any) -> str:
+    return " ".join(str(error).split())
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set one ``a.b.c=value`` in the nested mapping ``raw``."""
+    path, equals, text = override.partition("=")
+    path = path.strip().removeprefix("--")
+    if not equals or not path:
+        raise UserError(f"{override!r}: an override is written key=value, for example train.steps=100")
+    kind: Any = Config
+    parts = path.split(".")
+    for part in parts:  # sections must exist; inside a free mapping (deepspeed, lr_scale) any name will do
+        if is_dataclass(kind):
+            if part not in hints(kind):
+                raise unknown(path, Config)
+            kind = hints(kind)[part]
+        elif get_origin(kind) is dict:
+            break
+        else:
+            raise unknown(path, Config)
+    if is_dataclass(kind):
+        raise UserError(f"{path}: is a section; set one of its keys: {', '.join(f'{path}.{k}' for k in hints(kind))}")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as e:
+        raise UserError(f"{override!r}: the value is not YAML: {_one_line(getattr(e, 'problem', None) or e)}") from None
+    for i, part in enumerate(parts[:-1]):
+        if raw.get(part) is None:
+            raw[part] = {}
+        elif not isinstance(raw[part], dict):
+            raise UserError(f"{'.'.join(parts[: i + 1])}: expected a mapping of keys, got {raw[part]!r}")
+        raw = raw[part]
+    raw[parts[-1]] = value

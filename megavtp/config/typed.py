@@ -1,0 +1,126 @@
+"""Plain nested mappings -> frozen dataclasses, with strict types and errors that name the dotted key."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from megavtp.errors import UserError
+
+_NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+@cache
+def hints(cls: type) -> dict[str, Any]:
+    """Field name -> resolved type of a dataclass, in the order of its fields."""
+    found = get_type_hints(cls)
+    return {f.name: found[f.name] for f in fields(cls)}
+
+
+def all_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted path of ``cls``: sections and leaves."""
+    for name, kind in hints(cls).items():
+        yield prefix + name
+        if is_dataclass(kind):
+            yield from all_keys(kind, f"{prefix}{name}.")
+
+
+def unknown(path: str, root: type) -> UserError:
+    """The error for a key that does not exist, with the nearest one that does (in any section), if one is near."""
+
+    def near(candidate: str) -> float:
+        ratio = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()  # noqa: E731
+        return 0.6 * ratio(path.rpartition(".")[2], candidate.rpartition(".")[2]) + 0.4 * ratio(path, candidate)
+
+    best = max(all_keys(root), key=near)
+    if near(best) < 0.6:
+        return UserError(f"{path}: unknown key; the keys and their meaning are in megavtp/config/schema.py")
+    return UserError(f"{path}: unknown key; did you mean {best}?")
+
+
+def describe(kind: Any) -> str:
+    """A type in words, for messages."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, args)) if len(args) > 1 else repr(args[0])
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(a) for a in args)
+    if kind is types.NoneType:
+        return "null"
+    if origin is tuple:
+        if args[-1] is Ellipsis:
+            return f"a list of {describe(args[0])}s".replace("a list of a ", "a list of ")
+        return f"a list of {len(args)} numbers"
+    if origin is dict or is_dataclass(kind):
+        return "a mapping"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[kind]
+
+
+def convert(value: Any, kind: Any, path: str) -> Any:
+    """``value`` as a value of type ``kind``; raises UserError naming ``path``, what is expected and what came."""
+    origin, args = get_origin(kind), get_args(kind)
+    wrong = UserError(f"{path}: expected {describe(kind)}, got {value!r} ({_name(value)})")
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        (inner,) = (a for a in args if a is not types.NoneType)
+        return convert(value, inner, path)
+    if origin is Literal:
+        for allowed in args:
+            if value == allowed and type(value) is type(allowed):  # True == 1, but is not a ZeRO stage
+                return allowed
+        raise wrong
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise wrong
+        kinds = (args[0],) * len(value) if args[-1] is Ellipsis else args
+        if len(kinds) != len(value):
+            raise wrong
+        return tuple(convert(v, k, f"{path}[{i}]") for i, (v, k) in enumerate(zip(value, kinds)))
+    if origin is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
+            raise wrong
+        return {k: v if args[1] is Any else convert(v, args[1], f"{path}.{k}") for k, v in value.items()}
+    if kind is float:
+        return _as_float(value, path, wrong)
+    if type(value) is not kind:
+        raise wrong
+    return value
+
+
+def _name(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _as_float(value: Any, path: str, wrong: UserError) -> float:
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value)  # YAML 1.1 reads 1e-3, which has no dot, as a string
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise wrong
+    if not math.isfinite(value):
+        raise UserError(f"{path}: must be finite, got {value}")
+    return float(value)
+
+
+def build(cls: type, values: Any, root: type | None = None, prefix: str = "") -> Any:
+    """A ``cls`` from a nested mapping; a section that is absent or null has its defaults."""
+    root = root or cls
+    if values is None:
+        values = {}
+    if not isinstance(values, Mapping):
+        where = prefix.rstrip(".") or "the config"
+        raise UserError(f"{where}: expected a mapping of keys, got {values!r} ({_name(values)})")
+    kinds, made = hints(cls), {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if key not in kinds:
+            raise unknown(path, root)
+        kind = kinds[key]
+        made[key] = build(kind, value, root, f"{path}.") if is_dataclass(kind) else convert(value, kind, path)
+    return cls(**made)
