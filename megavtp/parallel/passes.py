@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -26,13 +28,15 @@ class Pass(ABC):
     Attributes:
         name: prefix of its terms.
         mode: which forward of the model it calls.
-        weight: of its terms in the total loss.
+        weight: of the objective in the total loss.
+        term_weights: of its terms inside the objective; 1 where none is given.
         over_batch: whether it has terms over the whole batch (``global_terms``).
     """
 
     name: str
     mode: str
     weight: float
+    term_weights: Mapping[str, float] = MappingProxyType({})
     over_batch: bool = False
 
     @abstractmethod
@@ -44,7 +48,7 @@ class Pass(ABC):
         """Keyword inputs of the forward of one micro-batch."""
 
     def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
-        """Weighted loss terms that need only this micro-batch."""
+        """Loss terms that need only this micro-batch, unweighted."""
         return {}
 
     def global_inputs(self, outputs: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -55,16 +59,15 @@ class Pass(ABC):
         return [], []
 
     def global_terms(self, rows: list[Tensor], shared: list[Tensor]) -> dict[str, Tensor]:
-        """Weighted loss terms over the whole batch."""
+        """Loss terms over the whole batch, unweighted."""
         return {}
 
     def first_pass_inputs(self, micro: int) -> dict[str, Any]:
         """Inputs of a forward that only has to give ``global_inputs``; by default the full forward's."""
         return self.inputs(micro)
 
-    def log_terms(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is logged of the weighted terms (their plain values, say)."""
-        return terms
+    def weighted(self, terms: dict[str, Tensor]) -> list[Tensor]:
+        return [value * self.term_weights.get(name, 1.0) for name, value in terms.items()]
 
 
 def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
@@ -84,15 +87,15 @@ def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
         parts = objective.local_terms(outputs, micro)
         for name, value in parts.items():
             terms[name] = terms[name] + value.detach() if name in terms else value.detach()
-        total = list(parts.values())
+        total = objective.weighted(parts)
         if seeds is not None:
             total += seeds.surrogates(objective.global_inputs(outputs), micro)
         elif objective.over_batch:
             whole = objective.global_terms(*objective.global_inputs(outputs))
             terms |= {name: value.detach() for name, value in whole.items()}
-            total += whole.values()
+            total += objective.weighted(whole)
         run.backward(sum(total) * objective.weight)
-    return {f"{objective.name}/{name}": value for name, value in objective.log_terms(terms).items()}
+    return {f"{objective.name}/{name}": value for name, value in terms.items()}
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,6 @@ def _first_pass(objective: Pass, run: Runner, count: int) -> tuple[_Seeds, dict[
     rows = [torch.cat(parts).requires_grad_() for parts in zip(*(rows for rows, _ in collected))]
     shared = [value.detach().requires_grad_() for value in collected[0][1]]
     terms = objective.global_terms(rows, shared)
-    gradients = torch.autograd.grad(sum(terms.values()), rows + shared)
+    gradients = torch.autograd.grad(sum(objective.weighted(terms)), rows + shared)
     seeds = _Seeds([g.split(sizes) for g in gradients[: len(rows)]], gradients[len(rows) :])
     return seeds, {name: value.detach() for name, value in terms.items()}

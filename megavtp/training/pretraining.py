@@ -1,0 +1,219 @@
+"""The pre-training recipe: contrastive, self-distillation and reconstruction as passes over one batch (VTP eq. 3).
+
+Each pass takes its rows of the batch to the device one micro-batch at a time. Indices that select rows or masked
+patches are made on the host, so that no step waits for the device to say how many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megavtp.config.schema import Config
+from megavtp.config.share import PassShare, Share
+from megavtp.data.batch import Batch
+from megavtp.nn.drop_path import DropPlan, draw_drop_plan
+from megavtp.objectives.centering import center_bias, sinkhorn_bias, update_center
+from megavtp.objectives.contrastive import info_nce
+from megavtp.objectives.koleo import koleo
+from megavtp.objectives.reconstruction import reconstruction_terms
+from megavtp.objectives.self_distillation import StudentOutput, TeacherBias, TeacherOutput, self_distillation_loss
+from megavtp.objectives.siglip import siglip
+from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.passes import Pass, Runner
+from megavtp.pixels import normalise
+from megavtp.training.schedules import linear_warmup
+
+CONTRASTIVE_LOSSES = {"infonce": info_nce, "siglip": siglip}
+
+
+class _PretrainingPass(Pass):
+    """What the three passes share: their slice of the batch, the device, and the drop-path draws."""
+
+    def __init__(self, config: Config, share: PassShare, mesh: Mesh, device: torch.device):
+        self.config = config
+        self.settings = getattr(config.objectives, self.name)
+        self.weight = self.settings.weight
+        self.share = share
+        self.mesh = mesh
+        self.device = device
+
+    def prepare(self, run: Runner, batch: Batch) -> int:
+        self.batch = batch
+        return self.share.micro_batches
+
+    def rows(self, micro: int) -> slice:
+        """Rows of this rank's share that are in the micro-batch."""
+        return slice(micro * self.share.micro_batch, (micro + 1) * self.share.micro_batch)
+
+    def to_device(self, x: Tensor) -> Tensor:
+        return x.to(self.device, non_blocking=True)
+
+    def pixels(self, x: Tensor) -> Tensor:
+        return normalise(self.to_device(x))
+
+    def drop_plan(self, micro: int, crops: list[int]) -> DropPlan | None:
+        """The stochastic depth of one micro-batch; ``crops``: per crop size, how many crops of each image there are.
+
+        The draw is over all crops of the global batch, so it is the same on every layout.
+        """
+        rows = self.rows(micro)
+        first = self.mesh.dp_rank * self.share.local
+        images = torch.arange(first + rows.start, first + rows.stop)
+        sizes = [count * self.share.batch for count in crops]
+        held = [torch.cat([images + crop * self.share.batch for crop in range(count)]) for count in crops]
+        plan = draw_drop_plan(
+            seed=self.config.seed, step=self.batch.step, tag=self.name, depth=self.config.model.vision.depth,
+            rate=self.settings.drop_path, global_sizes=sizes, local_rows=held,
+        )
+        return None if plan is None else plan.to(self.device)
+
+
+class ContrastivePass(_PretrainingPass):
+    """Image-text contrast over all pairs of the global batch."""
+
+    name = "contrastive"
+    mode = "contrastive"
+    over_batch = True
+
+    def inputs(self, micro: int) -> dict[str, Any]:
+        rows = self.rows(micro)
+        return {
+            "images": self.pixels(self.batch.images[rows]), "tokens": self.to_device(self.batch.tokens[rows]),
+            "drop": self.drop_plan(micro, [1]),
+        }
+
+    def global_inputs(self, outputs: Any) -> tuple[list[Tensor], list[Tensor]]:
+        image, text, scale, bias = outputs
+        return [image, text], [scale] if bias is None else [scale, bias]
+
+    def global_terms(self, rows: list[Tensor], shared: list[Tensor]) -> dict[str, Tensor]:
+        scale, bias = shared if len(shared) == 2 else (shared[0], None)
+        return {"loss": CONTRASTIVE_LOSSES[self.settings.loss](*rows, scale, bias, self.mesh)}
+
+
+class SelfDistillationPass(_PretrainingPass):
+    """DINO across views, iBOT on masked patches, KoLeo; the EMA teacher goes first over the whole share.
+
+    Attributes:
+        centers: with softmax centering the running mean logits by name, this rank's prototypes; they are state.
+    """
+
+    name = "self_distillation"
+    mode = "student"
+
+    def __init__(self, config: Config, share: PassShare, mesh: Mesh, device: torch.device):
+        super().__init__(config, share, mesh, device)
+        self.term_weights = {
+            "dino_local": self.settings.dino_weight, "dino_global": self.settings.dino_weight,
+            "ibot": self.settings.ibot_weight, "koleo": self.settings.koleo_weight,
+        }
+        self.over_batch = self.settings.koleo_weight > 0
+        self._local_settings = replace(self.settings, koleo_weight=0.0)  # KoLeo is a whole-batch term
+        prototypes = config.model.dino_head.prototypes // mesh.tp
+        self.centers: dict[str, Tensor] = {}
+        if self.settings.centering == "softmax":
+            self.centers = {name: torch.zeros(prototypes, device=device) for name in ("cls", "patches")}
+
+    def prepare(self, run: Runner, batch: Batch) -> int:
+        count = super().prepare(run, batch)
+        self.temperature = linear_warmup(
+            batch.step, round(self.settings.teacher_temperature_warmup * self.config.train.steps),
+            self.settings.teacher_temperature_start, self.settings.teacher_temperature,
+        )
+        masks = [batch.masks[:, self.rows(micro)] for micro in range(count)]  # (2, m, patches) each
+        flat = [mask.flatten().nonzero().squeeze(1) for mask in masks]
+        self._masked_rows = [self.to_device(rows) for rows in flat]
+        counts = [mask.sum(-1, keepdim=True).clamp(min=1).expand_as(mask) for mask in masks]
+        self._patch_weights = [self.to_device(1.0 / n[mask].float()) for n, mask in zip(counts, masks)]
+        self._masks = [self.to_device(mask.flatten(0, 1)) for mask in masks]
+        with torch.no_grad():
+            self.teacher = [
+                TeacherOutput(*run("teacher", global_crops=self._global_crops(micro), masked_rows=rows))
+                for micro, rows in enumerate(self._masked_rows)
+            ]
+            self.bias = self._teacher_bias()
+        return count
+
+    def _teacher_bias(self) -> TeacherBias:
+        """The centering of this step's targets, over the class tokens and the masked patches of all ranks."""
+        biases = {}
+        for name in ("cls", "patches"):
+            features, prototypes = [getattr(out, name) for out in self.teacher], self.teacher[0].W
+            if self.settings.centering == "sinkhorn":
+                biases[name] = sinkhorn_bias(
+                    features, prototypes, self.temperature, iterations=self.settings.sinkhorn_iterations,
+                    chunk=self.settings.chunk, mesh=self.mesh,
+                )
+            else:
+                biases[name] = center_bias(self.centers[name], self.temperature)
+                self.centers[name] = update_center(
+                    self.centers[name], features, prototypes, momentum=self.settings.center_momentum, mesh=self.mesh
+                )
+        return TeacherBias(**biases)
+
+    def _global_crops(self, micro: int) -> Tensor:
+        return self.pixels(self.batch.global_crops[:, self.rows(micro)].flatten(0, 1))
+
+    def inputs(self, micro: int) -> dict[str, Any]:
+        local = self.batch.local_crops[:, self.rows(micro)]
+        crops = [self.batch.global_crops.shape[0]] + [local.shape[0]] * (local.shape[0] > 0)
+        return {
+            "global_crops": self._global_crops(micro),
+            "local_crops": self.pixels(local.flatten(0, 1)) if local.shape[0] else None,
+            "masks": self._masks[micro], "masked_rows": self._masked_rows[micro],
+            "drop": self.drop_plan(micro, crops),
+        }
+
+    def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
+        return self_distillation_loss(
+            StudentOutput(*outputs), self.teacher[micro], self.bias, self._patch_weights[micro], self._local_settings,
+            teacher_temperature=self.temperature, images_total_local=self.share.local, mesh=self.mesh,
+        )
+
+    def global_inputs(self, outputs: Any) -> tuple[list[Tensor], list[Tensor]]:
+        return list(StudentOutput(*outputs).backbone_cls.chunk(2)), []  # one row tensor per global crop
+
+    def global_terms(self, rows: list[Tensor], shared: list[Tensor]) -> dict[str, Tensor]:
+        return {"koleo": koleo(torch.stack(rows), self.mesh)}
+
+
+class ReconstructionPass(_PretrainingPass):
+    """Pixels back from the bottleneck latents: L1 and, if asked for, LPIPS."""
+
+    name = "reconstruction"
+    mode = "reconstruction"
+
+    def __init__(
+        self, config: Config, share: PassShare, mesh: Mesh, device: torch.device,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None,
+    ):
+        super().__init__(config, share, mesh, device)
+        self.term_weights = {"l1": self.settings.l1_weight, "perceptual": self.settings.perceptual_weight}
+        self.perceptual = perceptual
+
+    def inputs(self, micro: int) -> dict[str, Any]:
+        self._target = self.pixels(self.batch.images[self.batch.rec_rows[self.rows(micro)]])
+        return {"images": self._target, "drop": self.drop_plan(micro, [1])}
+
+    def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
+        return reconstruction_terms(outputs, self._target, self.perceptual, images_total_local=self.share.local)
+
+
+def build_passes(
+    config: Config, share: Share, mesh: Mesh, device: torch.device,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None,
+) -> list[Pass]:
+    """The passes of the objectives that are on, in the order in which a step runs them."""
+    passes: list[Pass] = []
+    if share.contrastive:
+        passes.append(ContrastivePass(config, share.contrastive, mesh, device))
+    if share.self_distillation:
+        passes.append(SelfDistillationPass(config, share.self_distillation, mesh, device))
+    if share.reconstruction:
+        passes.append(ReconstructionPass(config, share.reconstruction, mesh, device, perceptual))
+    return passes
