@@ -3,49 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from megavtp.config import deepspeed_keys
-from megavtp.config.schema import AugmentConfig, Config, ModelConfig, SelfDistillationConfig
+from megavtp.config.ranges import check_numbers, divides, need, within
+from megavtp.config.schema import Config, ModelConfig
 from megavtp.config.share import Share, share
 from megavtp.config.sizes import ffn_hidden, resolve_model
-from megavtp.errors import UserError
 
 __all__ = ["Share", "share", "validate", "with_vocabulary"]
 
-TOWERS = ("vision", "text", "decoder", "dino_head")
 DECODER_UPSCALE = 16  # pixels of one latent's side in the released decoder, whatever the encoder's patch
-
-
-def need(condition: bool, message: str) -> None:
-    """Raise ``UserError(message)`` unless ``condition``."""
-    if not condition:
-        raise UserError(message)
-
-
-def divides(small: int, big: int, small_key: str, big_key: str, remedy: str) -> None:
-    need(
-        small > 0 and big % small == 0,
-        f"{big_key} = {big} is not a multiple of {small_key} = {small}: {remedy}",
-    )
-
-
-def within(config: Any, prefix: str, low: float, high: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        for number in value if isinstance(value, tuple) else (value,):
-            need(low <= number <= high, f"{prefix}.{name} = {value}: must be {_interval(low, high)}")
-
-
-def _interval(low: float, high: float) -> str:
-    return f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
-
-
-def ordered(config: Any, prefix: str, *names: str) -> None:
-    """Ranges (low, high) with 0 <= low <= high <= 1."""
-    for name in names:
-        low, high = getattr(config, name)
-        need(0 <= low <= high <= 1, f"{prefix}.{name} = [{low:g}, {high:g}]: must be [low, high] with 0 <= low <= high <= 1")
 
 
 def validate(config: Config, world_size: int | None) -> Config:
@@ -54,7 +21,7 @@ def validate(config: Config, world_size: int | None) -> Config:
     ``world_size`` None checks everything but the rules that need it. Raises UserError.
     """
     config = replace(config, model=resolve_model(config.model))
-    _numbers(config)
+    check_numbers(config)
     _objectives(config)
     _model(config)
     _tensor_parallel(config)
@@ -76,81 +43,6 @@ def with_vocabulary(config: Config, vocab_size: int) -> Config:
     divides(tp, vocab_size, "parallel.tp", "the vocabulary of data.captions", "use a tp that divides it")
     text = replace(config.model.text, vocab_size=vocab_size)
     return replace(config, model=replace(config.model, text=text))
-
-
-def _numbers(config: Config) -> None:
-    """Each number by itself."""
-    inf = float("inf")
-    train, data, optimizer, o = config.train, config.data, config.train.optimizer, config.objectives
-    within(config, "config", 0, 2**63 - 1, "seed")
-    within(train, "train", 1, inf, "steps", "batch_size", "keep_last")
-    within(train, "train", 0, inf, "checkpoint_every", "max_skipped_steps")
-    within(optimizer, "train.optimizer", 0, inf, "lr", "min_lr", "warmup_steps", "weight_decay", "clip_grad")
-    within(optimizer, "train.optimizer", 0, 1, "betas")
-    need(max(optimizer.betas) < 1, f"train.optimizer.betas = {list(optimizer.betas)}: each must be below 1")
-    need(optimizer.eps > 0, f"train.optimizer.eps = {optimizer.eps}: must be above 0")
-    within(data, "data", 1, inf, "streams", "shuffle_block", "prefetch", "max_pixels")
-    within(data, "data", 0, inf, "workers", "max_bad_samples")
-    within(config.parallel, "parallel", 1, inf, "tp", "pp")
-    within(config.telemetry, "telemetry", 1, inf, "log_every", "pictures")
-    within(config.telemetry, "telemetry", 0, inf, "pictures_every")
-    within(config.evaluation, "evaluation", 1, inf, "batch_size", "max_samples", "knn")
-    within(config.evaluation, "evaluation", 0, inf, "every")
-    for name in ("contrastive", "self_distillation", "reconstruction"):
-        objective, prefix = getattr(o, name), f"objectives.{name}"
-        within(objective, prefix, 0, inf, "weight")
-        within(objective, prefix, 0, 1, "drop_path")
-        need(objective.drop_path < 1, f"{prefix}.drop_path = 1: must be below 1, or no block would train")
-        if objective.micro_batch is not None:
-            within(objective, prefix, 1, inf, "micro_batch")
-    need(o.contrastive.max_scale > 0, f"objectives.contrastive.max_scale = {o.contrastive.max_scale}: must be above 0")
-    within(o.reconstruction, "objectives.reconstruction", 0, inf, "l1_weight", "perceptual_weight")
-    within(o.reconstruction, "objectives.reconstruction", 1, inf, "batch")
-    _self_distillation(o.self_distillation)
-    _augment(data.augment)
-    _between_numbers(config)
-
-
-def _self_distillation(ssl: SelfDistillationConfig) -> None:
-    prefix, inf = "objectives.self_distillation", float("inf")
-    within(ssl, prefix, 1, inf, "batch", "sinkhorn_iterations", "chunk")
-    within(ssl, prefix, 0, inf, "dino_weight", "ibot_weight", "koleo_weight")
-    within(ssl, prefix, 0, 1, "center_momentum", "teacher_momentum", "teacher_momentum_end", "teacher_temperature_warmup")
-    within(ssl, prefix, 0, 1, "freeze_last_layer", "mask_probability")
-    ordered(ssl, prefix, "mask_ratio")
-    for name in ("student_temperature", "teacher_temperature", "teacher_temperature_start"):
-        need(getattr(ssl, name) > 0, f"{prefix}.{name} = {getattr(ssl, name)}: must be above 0")
-
-
-def _augment(augment: AugmentConfig) -> None:
-    prefix = "data.augment"
-    within(augment, prefix, 0, 1, "plain_flip", "flip", "color_jitter", "grayscale", "blur", "solarize")
-    within(augment, prefix, 0, float("inf"), "local_crops")
-    within(augment, prefix, 1, float("inf"), "global_size", "local_size")
-    ordered(augment, prefix, "plain_scale", "global_scale", "local_scale")
-    for name in ("plain_scale", "global_scale", "local_scale"):
-        need(getattr(augment, name)[0] > 0, f"{prefix}.{name} = {list(getattr(augment, name))}: must start above 0")
-
-
-def _between_numbers(config: Config) -> None:
-    train, optimizer = config.train, config.train.optimizer
-    need(
-        optimizer.warmup_steps <= train.steps,
-        f"train.optimizer.warmup_steps = {optimizer.warmup_steps} exceeds train.steps = {train.steps}: shorten the warm-up",
-    )
-    need(
-        optimizer.min_lr <= optimizer.lr,
-        f"train.optimizer.min_lr = {optimizer.min_lr} exceeds train.optimizer.lr = {optimizer.lr}: lower min_lr",
-    )
-    for name, scale in optimizer.lr_scale.items():
-        need(name in TOWERS, f"train.optimizer.lr_scale.{name}: no such tower; the towers are {', '.join(TOWERS)}")
-        need(scale >= 0, f"train.optimizer.lr_scale.{name} = {scale}: must be at least 0")
-    peak = config.telemetry.peak_tflops
-    need(peak is None or peak > 0, f"telemetry.peak_tflops = {peak}: must be above 0, or null")
-    templates = config.evaluation.templates
-    need(bool(templates), "evaluation.templates is empty: give at least one, such as ['{}']")
-    for template in templates:
-        need("{}" in template, f"evaluation.templates: {template!r} has no {{}}, the place of the class name")
 
 
 def _objectives(config: Config) -> None:
@@ -190,8 +82,8 @@ def _model(config: Config) -> None:
     if o.reconstruction.weight > 0:
         need(
             model.patch_size == DECODER_UPSCALE,
-            f"model.patch_size = {model.patch_size}, but the pixel decoder draws {DECODER_UPSCALE} pixels per latent: set "
-            f"model.patch_size={DECODER_UPSCALE}, or objectives.reconstruction.weight=0",
+            f"model.patch_size = {model.patch_size}, but the pixel decoder draws {DECODER_UPSCALE} pixels per latent: "
+            f"set model.patch_size={DECODER_UPSCALE}, or objectives.reconstruction.weight=0",
         )
         need(
             o.reconstruction.perceptual != "lpips-alex" or model.image_size >= 32,
@@ -261,7 +153,7 @@ def _layout(config: Config, world_size: int) -> None:
     p = config.parallel
     need(
         p.pp == 1,
-        f"parallel.pp = {p.pp}: only parallel.pp=1 is supported by this version; use parallel.zero_stage=3 to save memory",
+        f"parallel.pp = {p.pp}: only parallel.pp=1 is supported by this version; parallel.zero_stage=3 saves memory",
     )
     divides(p.tp * p.pp, world_size, "parallel.tp x parallel.pp", "the number of processes", "change the launch or tp")
     dp = world_size // (p.tp * p.pp)

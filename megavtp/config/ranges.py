@@ -1,0 +1,118 @@
+"""The rules for one number, or one pair of numbers, at a time; and the checks that all rules are written with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megavtp.config.schema import AugmentConfig, Config, SelfDistillationConfig
+from megavtp.errors import UserError
+
+INF = float("inf")
+TOWERS = ("vision", "text", "decoder", "dino_head")
+
+
+def need(condition: bool, message: str) -> None:
+    """Raise ``UserError(message)`` unless ``condition``."""
+    if not condition:
+        raise UserError(message)
+
+
+def divides(small: int, big: int, small_key: str, big_key: str, remedy: str) -> None:
+    need(
+        small > 0 and big % small == 0,
+        f"{big_key} = {big} is not a multiple of {small_key} = {small}: {remedy}",
+    )
+
+
+def within(config: Any, prefix: str, low: float, high: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            need(low <= number <= high, f"{prefix}.{name} = {value}: must be {_interval(low, high)}")
+
+
+def _interval(low: float, high: float) -> str:
+    return f"at least {low:g}" if high == INF else f"between {low:g} and {high:g}"
+
+
+def ordered(config: Any, prefix: str, *names: str) -> None:
+    """Ranges (low, high) with 0 <= low <= high <= 1."""
+    for name in names:
+        low, high = getattr(config, name)
+        need(0 <= low <= high <= 1, f"{prefix}.{name} = [{low:g}, {high:g}]: must have 0 <= low <= high <= 1")
+
+
+def check_numbers(config: Config) -> None:
+    """Each number by itself."""
+    train, data, optimizer, o = config.train, config.data, config.train.optimizer, config.objectives
+    need(0 <= config.seed < 2**63, f"seed = {config.seed}: must be between 0 and 2**63 - 1")
+    within(train, "train", 1, INF, "steps", "batch_size", "keep_last")
+    within(train, "train", 0, INF, "checkpoint_every", "max_skipped_steps")
+    within(optimizer, "train.optimizer", 0, INF, "lr", "min_lr", "warmup_steps", "weight_decay", "clip_grad")
+    within(optimizer, "train.optimizer", 0, 1, "betas")
+    need(max(optimizer.betas) < 1, f"train.optimizer.betas = {list(optimizer.betas)}: each must be below 1")
+    need(optimizer.eps > 0, f"train.optimizer.eps = {optimizer.eps}: must be above 0")
+    within(data, "data", 1, INF, "streams", "shuffle_block", "prefetch", "max_pixels")
+    within(data, "data", 0, INF, "workers", "max_bad_samples")
+    within(config.parallel, "parallel", 1, INF, "tp", "pp")
+    within(config.telemetry, "telemetry", 1, INF, "log_every", "pictures")
+    within(config.telemetry, "telemetry", 0, INF, "pictures_every")
+    within(config.evaluation, "evaluation", 1, INF, "batch_size", "max_samples", "knn")
+    within(config.evaluation, "evaluation", 0, INF, "every")
+    for name in ("contrastive", "self_distillation", "reconstruction"):
+        objective, prefix = getattr(o, name), f"objectives.{name}"
+        within(objective, prefix, 0, INF, "weight")
+        within(objective, prefix, 0, 1, "drop_path")
+        need(objective.drop_path < 1, f"{prefix}.drop_path = 1: must be below 1, or no block would train")
+        if objective.micro_batch is not None:
+            within(objective, prefix, 1, INF, "micro_batch")
+    need(o.contrastive.max_scale > 0, f"objectives.contrastive.max_scale = {o.contrastive.max_scale}: must be above 0")
+    within(o.reconstruction, "objectives.reconstruction", 0, INF, "l1_weight", "perceptual_weight")
+    within(o.reconstruction, "objectives.reconstruction", 1, INF, "batch")
+    _self_distillation(o.self_distillation)
+    _augment(data.augment)
+    _between_numbers(config)
+
+
+def _self_distillation(ssl: SelfDistillationConfig) -> None:
+    prefix = "objectives.self_distillation"
+    within(ssl, prefix, 1, INF, "batch", "sinkhorn_iterations", "chunk")
+    within(ssl, prefix, 0, INF, "dino_weight", "ibot_weight", "koleo_weight")
+    within(ssl, prefix, 0, 1, "center_momentum", "teacher_momentum", "teacher_momentum_end")
+    within(ssl, prefix, 0, 1, "teacher_temperature_warmup", "freeze_last_layer", "mask_probability")
+    ordered(ssl, prefix, "mask_ratio")
+    for name in ("student_temperature", "teacher_temperature", "teacher_temperature_start"):
+        need(getattr(ssl, name) > 0, f"{prefix}.{name} = {getattr(ssl, name)}: must be above 0")
+
+
+def _augment(augment: AugmentConfig) -> None:
+    prefix = "data.augment"
+    within(augment, prefix, 0, 1, "plain_flip", "flip", "color_jitter", "grayscale", "blur", "solarize")
+    within(augment, prefix, 0, INF, "local_crops")
+    within(augment, prefix, 1, INF, "global_size", "local_size")
+    ordered(augment, prefix, "plain_scale", "global_scale", "local_scale")
+    for name in ("plain_scale", "global_scale", "local_scale"):
+        need(getattr(augment, name)[0] > 0, f"{prefix}.{name} = {list(getattr(augment, name))}: must start above 0")
+
+
+def _between_numbers(config: Config) -> None:
+    train, optimizer = config.train, config.train.optimizer
+    need(
+        optimizer.warmup_steps <= train.steps,
+        f"train.optimizer.warmup_steps = {optimizer.warmup_steps} exceeds train.steps = {train.steps}: shorten it",
+    )
+    need(
+        optimizer.min_lr <= optimizer.lr,
+        f"train.optimizer.min_lr = {optimizer.min_lr} exceeds train.optimizer.lr = {optimizer.lr}: lower min_lr",
+    )
+    for name, scale in optimizer.lr_scale.items():
+        need(name in TOWERS, f"train.optimizer.lr_scale.{name}: no such tower; the towers are {', '.join(TOWERS)}")
+        need(scale >= 0, f"train.optimizer.lr_scale.{name} = {scale}: must be at least 0")
+    peak = config.telemetry.peak_tflops
+    need(peak is None or peak > 0, f"telemetry.peak_tflops = {peak}: must be above 0, or null")
+    templates = config.evaluation.templates
+    need(bool(templates), "evaluation.templates is empty: give at least one, such as ['{}']")
+    for template in templates:
+        need("{}" in template, f"evaluation.templates: {template!r} has no {{}}, the place of the class name")
+
+

@@ -1,0 +1,138 @@
+"""What a run would be, in a page of text: sizes, batches, layout, schedule. Arithmetic only; nothing is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megavtp.config.schema import Config, ModelConfig
+from megavtp.config.share import share
+from megavtp.config.sizes import ffn_hidden
+
+
+def _transformer(tower: Any, ffn: str, ratio: float, norm_has_bias: bool) -> int:
+    """Parameters of ``tower.depth`` blocks and the final norm."""
+    width, norm = tower.width, tower.width * (2 if norm_has_bias else 1)
+    hidden = ffn_hidden(ffn, width, ratio)
+    attention = 4 * width * width + 4 * width
+    if getattr(tower, "qk_norm", False):
+        attention += 2 * width // tower.heads
+    feed_forward = 2 * width * hidden + hidden + width
+    if ffn != "mlp":
+        feed_forward += width * hidden + hidden
+    scales = 2 * width if tower.layer_scale is not None else 0
+    return tower.depth * (attention + feed_forward + 2 * norm + scales) + norm
+
+
+def _vision(model: ModelConfig) -> int:
+    width, tower = model.vision.width, model.vision
+    blocks = _transformer(tower, tower.ffn, tower.mlp_ratio, tower.norm != "rmsnorm")
+    tokens = 2 * width  # class and mask token
+    patches = 3 * model.patch_size**2 * width + width
+    return blocks + tokens + patches + (width * model.bottleneck if model.bottleneck != width else 0)
+
+
+def _text(model: ModelConfig) -> int:
+    """The text tower, both projections into the shared space and the temperature."""
+    text = model.text
+    embeddings = ((text.vocab_size or 0) + text.context_length) * text.width
+    seen = model.vision.width if model.bottleneck_reconstruction_only else model.bottleneck
+    projections = seen * text.width
+    if text.projection == "linear":
+        projections += text.width**2 + (text.width if text.projection_bias else 0)
+    scalars = 1 if model.init_logit_bias is None else 2
+    return _transformer(text, "mlp", text.mlp_ratio, True) + embeddings + projections + scalars
+
+
+def _decoder(model: ModelConfig) -> int:
+    tower, pixels = model.decoder, 3 * 16 * 16
+    blocks = _transformer(tower, tower.ffn, 4.0, tower.norm != "rmsnorm")
+    return blocks + (model.bottleneck + 1) * tower.width + (tower.width + 1) * pixels
+
+
+def _dino_head(model: ModelConfig) -> int:
+    head = model.dino_head
+    seen = model.vision.width if model.bottleneck_reconstruction_only else model.bottleneck
+    widths = [seen, *[head.hidden] * (head.layers - 1), head.bottleneck]
+    layers = sum(a * b + b for a, b in zip(widths, widths[1:]))
+    return layers + head.prototypes * (head.bottleneck + 1)
+
+
+def parameter_counts(config: Config) -> dict[str, int]:
+    """Parameters of each tower that a validated ``config`` trains, and of the EMA teacher.
+
+    A vocabulary that the tokenizer decides counts as empty.
+    """
+    model, o = config.model, config.objectives
+    counts = {"vision": _vision(model)}
+    if o.contrastive.weight > 0:
+        counts["text"] = _text(model)
+    if o.reconstruction.weight > 0:
+        counts["decoder"] = _decoder(model)
+    if o.self_distillation.weight > 0:
+        counts["dino_head"] = _dino_head(model)
+        counts["teacher"] = counts["vision"] + counts["dino_head"]
+    return counts
+
+
+def state_bytes(config: Config, dp: int) -> int:
+    """About how many bytes of weights, gradients, moments and teacher a rank holds; activations come on top.
+
+    Float32 throughout. ZeRO 1 and 2 keep a second, partitioned copy of the weights.
+    """
+    counts = parameter_counts(config)
+    teacher = 4 * counts.pop("teacher", 0)
+    trained = sum(counts.values())
+    whole, partitioned = {0: (16, 0), 1: (8, 12), 2: (4, 16), 3: (0, 16)}[config.parallel.zero_stage]
+    teacher = teacher / dp if config.parallel.zero_stage == 3 else teacher
+    return int((trained * (whole + partitioned / dp) + teacher) / config.parallel.tp)
+
+
+def _tokens(config: Config, name: str) -> str:
+    model, augment = config.model, config.data.augment
+    per_image = (model.image_size // model.patch_size) ** 2 + 1
+    if name == "contrastive":
+        return f"{per_image} image + {model.text.context_length} text tokens"
+    if name == "reconstruction":
+        return f"{per_image} tokens"
+    crops = (augment.global_size, augment.local_size)
+    global_tokens, local_tokens = ((size // model.patch_size) ** 2 + 1 for size in crops)
+    return f"2 global crops of {global_tokens} and {augment.local_crops} local crops of {local_tokens} tokens"
+
+
+def layout_summary(config: Config, world_size: int) -> str:
+    """The page that ``--dry-run`` prints for a validated ``config`` on ``world_size`` processes."""
+    p, train, data, model = config.parallel, config.train, config.data, config.model
+    dp = world_size // (p.tp * p.pp)
+    part = share(config, dp)
+    counts = parameter_counts(config)
+    million = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in counts.items())
+    note = " (without the token embedding)" if "text" in counts and model.text.vocab_size is None else ""
+    optimizer = train.optimizer
+    lines = [
+        f"model      VTP-{model.size}, {model.image_size} px, patch {model.patch_size}, {model.bottleneck} channels",
+        f"           {million}{note}",
+        f"layout     {world_size} process{'es' if world_size > 1 else ''} = tp {p.tp} x pp {p.pp} x dp {dp}, "
+        f"ZeRO stage {p.zero_stage}, {p.precision}, recompute {p.recompute}, attention {p.attention}",
+        f"           about {state_bytes(config, dp) / 2**30:.2f} GiB of weights, gradients, moments and teacher on a "
+        "rank, plus activations",
+        f"step       {train.batch_size} image-text pairs, {part.images} on a rank",
+    ]
+    for name, one in part.passes.items():
+        objective = getattr(config.objectives, name)
+        lines.append(
+            f"  {name:<18} weight {objective.weight:g}: {one.batch} images, {one.local} on a rank in "
+            f"{one.micro_batches} micro-batch{'es' if one.micro_batches > 1 else ''} of {one.micro_batch}; "
+            f"{_tokens(config, name)}"
+        )
+    lines += [
+        f"schedule   {train.steps} steps = {train.steps * train.batch_size:,} samples, seed {config.seed}",
+        f"optimizer  AdamW, lr {optimizer.lr:g} after {optimizer.warmup_steps} steps, cosine to {optimizer.min_lr:g}, "
+        f"betas {optimizer.betas[0]:g} {optimizer.betas[1]:g}, weight decay {optimizer.weight_decay:g}, "
+        f"clip {optimizer.clip_grad:g}",
+        f"data       {data.root}, captions {data.captions}, {data.streams} streams, "
+        f"{data.workers} worker{'' if data.workers == 1 else 's'} a rank",
+        f"output     {config.output_dir}, a checkpoint "
+        + (f"every {train.checkpoint_every} steps and " if train.checkpoint_every else "")
+        + f"at the end, the last {train.keep_last} kept",
+    ]
+    return "\n".join(lines)
