@@ -1,8 +1,8 @@
 """Which sample stands where: a pure function from (stream, index) to (shard, row), and from a step to its positions.
 
-The data set of N samples is cut into S streams. In each epoch the shards are permuted, laid end to end, and cut into S
-runs of L = N // S samples; a stream reads its run through permutations of ``shuffle_block`` neighbours, so a tar file is
-read almost front to back while the order is still random. Nothing here knows of ranks: a rank merely serves some streams.
+The data set of N samples is cut into S streams. In each epoch the shards are permuted, laid end to end, and cut into
+S runs of L = N // S samples; a stream reads its run through permutations of ``shuffle_block`` neighbours, so a tar
+file is read almost front to back while the order is still random. Ranks play no part: a rank merely serves streams.
 """
 
 from __future__ import annotations

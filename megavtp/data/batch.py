@@ -1,0 +1,216 @@
+"""One rank's share of one training step, assembled from the data set as a pure function of (seed, step).
+
+Shape letters: b samples of the share, v rows of an objective's subset, N patches of a global crop, M masked patches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megavtp.config.schema import Config
+from megavtp.data.augment import dino_view, plain_view
+from megavtp.data.captions import CaptionTokenizer
+from megavtp.data.decode import BadSample, decode_image
+from megavtp.data.masking import block_mask, mask_counts
+from megavtp.data.order import SampleOrder, step_positions, step_subset
+from megavtp.data.randomness import generator, stable_hash
+from megavtp.data.shards import ShardDataset
+from megavtp.errors import UserError
+
+REPLACEMENTS = 10  # candidates tried for a broken sample
+GLOBAL_CROPS = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's share of a step. Fields that only an inactive objective reads are ``None``.
+
+    With dp ranks in order, concatenating along the sample dimension (dim 1 where crops come first) gives the batch of
+    a single process; row numbers then count from each rank's first row.
+    """
+
+    step: int
+    ids: list[str]  # b names; "" where no active objective reads the sample
+    positions: Tensor  # (b,) int64, place in the global batch
+    images: Tensor | None  # (b, 3, H, W) uint8, plain view; black where no active objective reads it
+    tokens: Tensor | None  # (b, T) int64
+    ssl_rows: Tensor | None  # (v_ssl,) int64, rows of the share
+    rec_rows: Tensor | None  # (v_rec,) int64
+    global_crops: Tensor | None  # (2, v_ssl, 3, g, g) uint8
+    local_crops: Tensor | None  # (L, v_ssl, 3, l, l) uint8
+    masks: Tensor | None  # (2, v_ssl, N) bool, True = the student does not see the patch
+    masked_rows: Tensor | None  # (M,) int64, where masks.flatten() is True: known here, so the device need not sync
+    mask_weights: Tensor | None  # (M,) float32, 1 / number of masked patches of the crop
+    bad: list[str]  # "name: reason" of samples that were replaced
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Every tensor on ``device``. ``non_blocking`` overlaps the copy with compute if the batch is pinned."""
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Every tensor in page-locked memory (needs CUDA). torch's loader calls this in its pinning thread."""
+        return self._map(lambda x: x.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return dataclasses.replace(self, **{name: change(x) for name, x in values if isinstance(x, Tensor)})
+
+
+def masked_rows(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """(indices of the True entries of ``masks.flatten()``, their weights 1 / number masked in the crop).
+
+    masks: (..., N) bool on the CPU (on a device this would wait for it). Also for a slice of a batch's masks.
+    """
+    rows = masks.flatten().nonzero().squeeze(1)
+    counts = masks.sum(-1).flatten()
+    return rows, counts[rows // masks.shape[-1]].float().reciprocal_()
+
+
+class StepDataset(torch.utils.data.Dataset):
+    """``self[step]`` is the share of data-parallel rank ``dp_rank`` of ``dp_size`` in that step.
+
+    Neither the ranks, nor the worker that runs this, nor the other objectives change what a position gets.
+    Raises ``UserError`` if streams, batch sizes and dp_size do not divide, or if REPLACEMENTS + 1 samples that stand in
+    for one another are all broken.
+    """
+
+    def __init__(
+        self, dataset: ShardDataset, tokenizer: CaptionTokenizer, config: Config, dp_rank: int = 0, dp_size: int = 1
+    ):
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.config = config
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        data = config.data
+        self.order = SampleOrder(dataset.shard_counts, data.streams, data.shuffle_block, config.seed)
+        for purpose in ("ssl", "rec"):
+            self._subset(0, purpose)  # so that sizes that do not divide are refused now, not by a worker
+        step_positions(0, config.train.batch_size, data.streams, dp_rank, dp_size)
+
+    def __getitem__(self, step: int) -> Batch:
+        with _one_thread():
+            return self._batch(step)
+
+    def _batch(self, step: int) -> Batch:
+        config, objectives = self.config, self.config.objectives
+        place = step_positions(step, config.train.batch_size, config.data.streams, self.dp_rank, self.dp_size)
+        b = len(place.positions)
+        ssl_rows, rec_rows = self._subset(step, "ssl"), self._subset(step, "rec")
+        contrastive = objectives.contrastive.weight != 0
+        plain = np.full(b, contrastive)
+        plain[rec_rows] = True
+        slots = dict(zip(ssl_rows.tolist(), range(len(ssl_rows)), strict=True))
+
+        images = self._empty_images(plain) if plain.any() else None
+        global_crops, local_crops = self._empty_crops(len(ssl_rows)) if slots else (None, None)
+        ids, captions, bad = [""] * b, [""] * b, []
+        for row, position in enumerate(place.positions.tolist()):
+            slot = slots.get(row)
+            if slot is None and not plain[row]:
+                continue
+            image, ids[row], captions[row] = self._sample(int(place.streams[row]), int(place.indices[row]), bad)
+            if plain[row]:
+                images[row] = self._plain(image, step, position)
+            if slot is not None:
+                self._crops(image, step, position, global_crops[:, slot], local_crops[:, slot])
+        masks = self._masks(step, len(ssl_rows)) if slots else None
+        rows, weights = masked_rows(masks) if slots else (None, None)
+        return Batch(
+            step, ids, torch.from_numpy(place.positions), images,
+            self.tokenizer.encode(captions) if contrastive else None,
+            torch.from_numpy(ssl_rows) if slots else None,
+            torch.from_numpy(rec_rows) if len(rec_rows) else None,
+            global_crops, local_crops, masks, rows, weights, bad,
+        )  # fmt: skip
+
+    def _subset(self, step: int, purpose: str) -> np.ndarray:
+        """Ascending rows of this share that an objective takes; none if it is off."""
+        objectives, config = self.config.objectives, self.config
+        objective = objectives.self_distillation if purpose == "ssl" else objectives.reconstruction
+        if objective.weight == 0:
+            return np.zeros(0, dtype=np.int64)
+        return step_subset(
+            config.seed, step, purpose, config.train.batch_size, objective.batch, config.data.streams,
+            self.dp_rank, self.dp_size,
+        )  # fmt: skip
+
+    def _sample(self, stream: int, index: int, bad: list[str]) -> tuple[Tensor, str, str]:
+        """(image, name, caption) of the stream's ``index``-th sample, or of the first candidate that is not broken."""
+        at = index
+        for attempt in range(1, REPLACEMENTS + 2):
+            shard, row = self.order.locate(stream, at)
+            name = f"shard {shard} row {row}"
+            try:
+                raw = self.dataset.read(shard, row)
+                name = raw.id
+                return decode_image(raw.image, self.config.data.max_pixels), raw.id, raw.caption
+            except BadSample as error:
+                bad.append(f"{name}: {error}")
+            # anywhere in the stream's next L samples: neighbours in a damaged file would likely be broken too
+            at = index + 1 + stable_hash(self.config.seed, "replace", stream, index, attempt) % self.order.length
+        raise UserError(
+            f"{REPLACEMENTS + 1} samples that stand in for one another are all broken, last: {bad[-1]}; "
+            "find them with `python tools/prepare_data.py check FOLDER` and prepare the data again without them"
+        )
+
+    def _plain(self, image: Tensor, step: int, position: int) -> Tensor:
+        augment = self.config.data.augment
+        rng = generator(self.config.seed, "plain", step, position)
+        return plain_view(image, self.config.model.image_size, augment.plain_scale, augment.plain_flip, rng)
+
+    def _crops(self, image: Tensor, step: int, position: int, global_out: Tensor, local_out: Tensor) -> None:
+        """Write the DINO views of one image: global_out (2, 3, g, g), local_out (L, 3, l, l)."""
+        a, seed = self.config.data.augment, self.config.seed
+        common = dict(flip=a.flip, color_jitter=a.color_jitter, grayscale=a.grayscale)
+        for i, out in enumerate(global_out):
+            rng = generator(seed, "global crop", step, position, i)
+            solarize = a.solarize if i == 1 else 0.0
+            out.copy_(dino_view(image, a.global_size, a.global_scale, rng, blur=a.blur[i], solarize=solarize, **common))
+        for i, out in enumerate(local_out):
+            rng = generator(seed, "local crop", step, position, i)
+            out.copy_(dino_view(image, a.local_size, a.local_scale, rng, blur=a.blur[2], **common))
+
+    def _masks(self, step: int, share: int) -> Tensor:
+        """(2, share, N) bool. Crop numbers count the whole step, so a mask does not depend on who draws it."""
+        ssl, seed = self.config.objectives.self_distillation, self.config.seed
+        side = self.config.data.augment.global_size // self.config.model.patch_size
+        counts = mask_counts(
+            seed, step, GLOBAL_CROPS * ssl.batch, side * side, ssl.mask_probability, ssl.mask_ratio
+        )
+        masks = np.zeros((GLOBAL_CROPS, share, side, side), dtype=bool)
+        for view in range(GLOBAL_CROPS):
+            first = view * ssl.batch + self.dp_rank * share
+            for slot in np.flatnonzero(counts[first : first + share]).tolist():
+                crop = first + slot
+                masks[view, slot] = block_mask(generator(seed, "mask", step, crop), side, side, int(counts[crop]))
+        return torch.from_numpy(masks.reshape(GLOBAL_CROPS, share, side * side))
+
+    def _empty_images(self, used: np.ndarray) -> Tensor:
+        make = torch.empty if used.all() else torch.zeros
+        return make(len(used), 3, self.config.model.image_size, self.config.model.image_size, dtype=torch.uint8)
+
+    def _empty_crops(self, count: int) -> tuple[Tensor, Tensor]:
+        a = self.config.data.augment
+        return (
+            torch.empty(GLOBAL_CROPS, count, 3, a.global_size, a.global_size, dtype=torch.uint8),
+            torch.empty(a.local_crops, count, 3, a.local_size, a.local_size, dtype=torch.uint8),
+        )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch on one thread: a sum's rounding, so a pixel, must not depend on how many cores the caller may use."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
