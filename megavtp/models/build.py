@@ -1,0 +1,71 @@
+"""Build a VTP whose every number is accounted for, and fill it from full tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+
+import torch
+from torch import Tensor
+
+from megavtp.config.schema import ModelConfig
+from megavtp.errors import UserError
+from megavtp.models.init import initialise
+from megavtp.models.vtp import OBJECTIVES, VTP
+from megavtp.nn.attention_kernels import Kernel
+from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.parallel.sharding import cut, shard_of
+
+
+def build_vtp(
+    config: ModelConfig, mesh: Mesh = SINGLE, *, objectives: AbstractSet[str] = OBJECTIVES, seed: int = 0,
+    device: torch.device | str = "cpu", recompute: bool = False, attention: Kernel = "auto", max_scale: float = 100.0,
+) -> VTP:
+    """The model in float32 on ``device``, initialised; the same full weights for every ``mesh``.
+
+    ``config`` has resolved sizes. Memory is filled with NaN before the initial values, and checked after, so that a
+    parameter nobody initialises cannot hide.
+    """
+    with torch.device("meta"):
+        model = VTP(
+            config, mesh, objectives=objectives, recompute=recompute, attention=attention, max_scale=max_scale
+        )
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    initialise(model, config, mesh, seed)
+    if "self_distillation" in objectives:
+        model.start_teacher()
+    missed = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
+    assert not missed, f"not initialised: {missed}"
+    return model
+
+
+def load_full(model: VTP, tensors: Mapping[str, Tensor]) -> None:
+    """Copy full (uncut) tensors into this rank's slices, by logical name.
+
+    ``tensors`` may leave out the teacher, which then becomes a copy of the student, and buffers, which keep their
+    values. UserError names everything else that is missing, unexpected or of the wrong shape.
+    """
+    parameters = dict(model.named_parameters())
+    own = {**parameters, **dict(model.named_buffers())}
+    has_teacher = any(name.startswith("teacher.") for name in tensors)
+    faults = [f"unexpected {name}" for name in tensors if name not in own]
+    for name, parameter in parameters.items():
+        if name not in tensors:
+            if has_teacher or not name.startswith("teacher."):
+                faults.append(f"missing {name}")
+            continue
+        shape, shard = list(parameter.shape), shard_of(parameter)
+        if shard is not None:
+            shape[shard.dim] *= model.mesh.tp
+        if list(tensors[name].shape) != shape:
+            faults.append(f"{name} has shape {list(tensors[name].shape)}, not {shape}")
+    if faults:
+        raise UserError("the weights do not fit the model config: " + "; ".join(faults))
+    with torch.no_grad():
+        for name, value in tensors.items():
+            own[name].copy_(cut(value, shard_of(own[name]), model.mesh.tp_rank, model.mesh.tp))
+    if "self_distillation" in model.objectives and not has_teacher:
+        model.start_teacher()

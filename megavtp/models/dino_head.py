@@ -1,0 +1,61 @@
+"""The DINO projection head (arXiv 2104.14294); one head serves class tokens and masked patches."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megavtp.config.schema import DinoHeadConfig
+from megavtp.nn.split import share
+from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.parallel.sharding import Shard, mark
+
+
+class Prototypes(nn.Module):
+    """The weight-normalised last layer, rows cut over tp: forward() -> W = g v / |v|, (K / tp, bottleneck)."""
+
+    def __init__(self, bottleneck: int, prototypes: int, mesh: Mesh):
+        super().__init__()
+        local = share(prototypes, mesh, "model.dino_head.prototypes")
+        self.weight_g = nn.Parameter(torch.empty(local, 1))
+        self.weight_v = nn.Parameter(torch.empty(local, bottleneck))
+        mark(self.weight_g, Shard(0))
+        mark(self.weight_v, Shard(0))
+
+    def forward(self) -> Tensor:
+        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+
+
+def _mlp(sizes: list[int], mesh: Mesh) -> nn.Sequential:
+    """Linears with GELU between, alternately column- and row-parallel; an odd last one takes a whole input."""
+    layers: list[nn.Module] = []
+    for index, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
+        if index % 2 == 0 and index + 2 < len(sizes):
+            share(fan_out, mesh, "model.dino_head.hidden")
+            layers.append(ColumnParallelLinear(fan_in, fan_out, mesh=mesh))
+        else:
+            share(fan_in, mesh, "the DINO head's input or hidden width")
+            layers.append(RowParallelLinear(fan_in, fan_out, mesh=mesh, input_is_parallel=index % 2 == 1))
+        layers.append(nn.GELU())
+    return nn.Sequential(*layers[:-1])
+
+
+class DinoHead(nn.Module):
+    """MLP, L2 norm, prototypes."""
+
+    def __init__(self, in_dim: int, config: DinoHeadConfig, mesh: Mesh = SINGLE):
+        super().__init__()
+        self.mlp = _mlp([in_dim] + [config.hidden] * (config.layers - 1) + [config.bottleneck], mesh)
+        self.last_layer = Prototypes(config.bottleneck, config.prototypes, mesh)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (n, in_dim) -> unit features (n, bottleneck) and prototypes (K / tp, bottleneck).
+
+        The logits, features @ prototypes^T, are left to the loss: it never holds all (n, K) of them at once.
+        """
+        x = self.mlp(x)
+        # A 16-bit float cannot hold the default floor of 1e-12.
+        eps = 1e-6 if x.dtype == torch.float16 else 1e-12
+        return F.normalize(x, dim=-1, eps=eps), self.last_layer()

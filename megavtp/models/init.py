@@ -1,0 +1,96 @@
+"""Initial values, the same on every layout.
+
+Every full tensor is drawn from its own generator, seeded by (seed, logical name), and each rank keeps its cut. The
+distributions are those of the official training class: ViT linears truncated normal 0.02, the text tower CLIP's own
+scheme (arXiv 2103.00020), the rest torch's defaults.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from megavtp.config.schema import ModelConfig
+from megavtp.models.vtp import DEFAULT_LOGIT_SCALE
+from megavtp.nn.rope import AxialRope
+from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.sharding import cut, shard_of
+
+Fill = Callable[[Tensor, torch.Generator], Tensor]
+
+
+def _constant(value: float) -> Fill:
+    return lambda t, g: t.fill_(value)
+
+
+def _normal(std: float) -> Fill:
+    return lambda t, g: t.normal_(0.0, std, generator=g)
+
+
+def _uniform(fan_in: int) -> Fill:
+    """Torch's default of linears and convolutions."""
+    bound = 1 / math.sqrt(fan_in)
+    return lambda t, g: t.uniform_(-bound, bound, generator=g)
+
+
+_trunc_normal: Fill = lambda t, g: nn.init.trunc_normal_(t, std=0.02, generator=g)  # noqa: E731
+
+
+def _rules(config: ModelConfig) -> list[tuple[str, Fill]]:
+    """(pattern of the whole logical name, distribution); the first match counts."""
+    text, width = config.text, config.text.width
+    residual = width**-0.5 * (2 * text.depth) ** -0.5
+    image_width = config.vision.width if config.bottleneck_reconstruction_only else config.bottleneck
+    scale = DEFAULT_LOGIT_SCALE if not config.init_logit_scale else config.init_logit_scale
+    return [
+        (r".*norm\w*\.weight", _constant(1.0)),
+        (r".*norm\w*\.bias", _constant(0.0)),
+        (r"trunk\..*\.gamma", _constant(config.vision.layer_scale or 0.0)),
+        (r"pixel_decoder\..*\.gamma", _constant(config.decoder.layer_scale or 0.0)),
+        (r"text\..*\.gamma", _constant(text.layer_scale or 0.0)),
+        (r"trunk\.cls_token", _normal(0.02)),
+        (r"trunk\.mask_token", _constant(0.0)),
+        (r"trunk\.patch_embed\.proj\.(weight|bias)", _uniform(3 * config.patch_size**2)),
+        (r"text\.token_embedding\.weight", _normal(0.02)),
+        (r"text\.positional_embedding", _normal(0.01)),
+        (r"text\.blocks\.\d+\.attn\.qkv\.weight", _normal(width**-0.5)),
+        (r"text\.blocks\.\d+\.(attn\.proj|mlp\.fc2)\.weight", _normal(residual)),
+        (r"text\.blocks\.\d+\.mlp\.fc1\.weight", _normal((2 * width) ** -0.5)),
+        (r"text\.projection\.weight", _normal(width**-0.5)),
+        (r"visual_proj\.weight", _uniform(image_width)),
+        (r"logit_scale", _constant(scale)),
+        (r"logit_bias", _constant(config.init_logit_bias or 0.0)),
+        (r"dino_head\.last_layer\.weight_g", _constant(1.0)),
+        (r"dino_head\.last_layer\.weight_v", _uniform(config.dino_head.bottleneck)),
+        (r".*\.bias", _constant(0.0)),
+        (r"(trunk|pixel_decoder|dino_head)\..*\.weight", _trunc_normal),
+    ]
+
+
+def initialise(model: nn.Module, config: ModelConfig, mesh: Mesh, seed: int) -> None:
+    """Fill every parameter of a VTP (or of a part with the same names) but the teacher's, and the RoPE buffers."""
+    rules = [(re.compile(pattern), fill) for pattern, fill in _rules(config)]
+    for name, parameter in model.named_parameters():
+        if name.startswith("teacher."):
+            continue
+        fill = next((fill for pattern, fill in rules if pattern.fullmatch(name)), None)
+        assert fill is not None, f"no initial distribution for {name}"
+        parameter.data.copy_(cut(_draw(name, parameter, fill, mesh, seed), shard_of(parameter), mesh.tp_rank, mesh.tp))
+    for module in model.modules():
+        if isinstance(module, AxialRope):
+            module.reset_periods()
+
+
+def _draw(name: str, parameter: Tensor, fill: Fill, mesh: Mesh, seed: int) -> Tensor:
+    shape, shard = list(parameter.shape), shard_of(parameter)
+    if shard is not None:
+        shape[shard.dim] *= mesh.tp
+    digest = hashlib.sha256(f"init/{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    with torch.no_grad():
+        return fill(torch.empty(shape), generator)

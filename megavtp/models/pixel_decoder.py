@@ -1,0 +1,52 @@
+"""The ViT pixel decoder: latents -> image (VTP, arXiv 2512.13687)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megavtp.config.schema import ModelConfig
+from megavtp.nn.attention import Attention
+from megavtp.nn.attention_kernels import Kernel
+from megavtp.nn.block import Block, run_block
+from megavtp.nn.feed_forward import feed_forward
+from megavtp.nn.norms import NORMS
+from megavtp.nn.rope import AxialRope
+from megavtp.parallel.mesh import SINGLE, Mesh
+
+MLP_RATIO = 4.0  # the official config has no key for the decoder's
+
+
+class PixelDecoder(nn.Module):
+    """(b, bottleneck, h, w) -> (b, 3, h * patch, w * patch) in the space of the encoder's input (normalised)."""
+
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh = SINGLE, *, recompute: bool = False, attention: Kernel = "auto"
+    ):
+        super().__init__()
+        decoder = config.decoder
+        width, heads = decoder.width, decoder.heads
+        self.patch, self.recompute = config.patch_size, recompute
+        norm = NORMS[decoder.norm]
+        self.proj_in = nn.Conv2d(config.bottleneck, width, 1)
+        self.rope_embed = AxialRope(width // heads, config.rope_dtype)
+        self.blocks = nn.ModuleList(
+            Block(
+                width, Attention(width, heads, qk_norm=decoder.qk_norm, kernel=attention, mesh=mesh),
+                feed_forward(decoder.ffn, width, MLP_RATIO, mesh), norm, decoder.layer_scale or None,
+            )
+            for _ in range(decoder.depth)
+        )
+        self.norm = norm(width)
+        self.proj_out = nn.Conv2d(width, 3 * config.patch_size**2, 1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        batch, _, rows, columns = latents.shape
+        x = self.proj_in(latents.to(self.proj_in.weight.dtype))
+        x = x.flatten(2).transpose(1, 2).flatten(0, 1)
+        segments = ((batch, rows * columns),)
+        tables = [self.rope_embed.tables(rows, columns)]
+        for index, block in enumerate(self.blocks):
+            x = run_block(block, x, segments, tables, None, index, self.recompute)
+        x = self.norm(x).unflatten(0, (batch, rows, columns)).permute(0, 3, 1, 2)
+        return F.pixel_shuffle(self.proj_out(x), self.patch)

@@ -1,0 +1,128 @@
+"""The ViT encoder ("trunk"): patches -> tokens -> optional bottleneck (VTP, arXiv 2512.13687).
+
+Letters: b images, N patches, D width, T = packed tokens of all crops; every sequence is one class token, then N patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megavtp.config.schema import ModelConfig
+from megavtp.errors import UserError
+from megavtp.nn.attention import Attention
+from megavtp.nn.attention_kernels import Kernel, Segments
+from megavtp.nn.block import Block, run_block
+from megavtp.nn.drop_path import DropPlan
+from megavtp.nn.feed_forward import feed_forward
+from megavtp.nn.norms import NORMS
+from megavtp.nn.rope import AxialRope
+from megavtp.nn.split import share
+from megavtp.parallel.layers import RowParallelLinear
+from megavtp.parallel.mesh import SINGLE, Mesh
+
+
+class PatchEmbed(nn.Module):
+    """(b, 3, H, W) -> (b, N, D), patches in row-major order."""
+
+    def __init__(self, patch: int, width: int):
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(3, width, patch, patch)
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        if height % self.patch or width % self.patch:
+            raise UserError(
+                f"an image of {height}x{width} pixels does not divide into patches of {self.patch}; resize or crop it"
+            )
+        return self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+class VisionEncoder(nn.Module):
+    """Takes crops of several sizes at once; all tokens run through norms and linears as one packed tensor."""
+
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh = SINGLE, *, recompute: bool = False, attention: Kernel = "auto"
+    ):
+        super().__init__()
+        vision = config.vision
+        width, heads = vision.width, vision.heads
+        self.patch, self.recompute = config.patch_size, recompute
+        norm = NORMS[vision.norm]
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.mask_token = nn.Parameter(torch.empty(1, width))
+        self.patch_embed = PatchEmbed(config.patch_size, width)
+        self.rope_embed = AxialRope(width // heads, config.rope_dtype)
+        self.blocks = nn.ModuleList(
+            Block(
+                width, Attention(width, heads, qk_norm=vision.qk_norm, kernel=attention, mesh=mesh),
+                feed_forward(vision.ffn, width, vision.mlp_ratio, mesh), norm, vision.layer_scale or None,
+            )
+            for _ in range(vision.depth)
+        )
+        self.norm = norm(width)
+        self.feature_bottleneck = None
+        if config.bottleneck != width:
+            share(width, mesh, "the encoder width")
+            self.feature_bottleneck = RowParallelLinear(
+                width, config.bottleneck, bias=False, mesh=mesh, input_is_parallel=False
+            )
+
+    def forward(
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None, drop: DropPlan | None = None,
+        layers: Sequence[int] | None = None, normalise: bool = True,
+    ) -> list[Tensor] | list[list[Tensor]]:
+        """Tokens after the final norm, before the bottleneck, per crop size.
+
+        Args:
+            crops: images (b, 3, H, W), one tensor per crop size.
+            masks: per crop size (b, N) bool, true = the patch is replaced by the mask token; or None.
+            drop: stochastic-depth plan with one segment per crop size.
+            layers: return the tokens after these blocks (negative counts from the end) instead of the last one's,
+                as one list over crop sizes per block.
+            normalise: apply the final norm to what is returned.
+
+        Returns:
+            list of (b, 1 + N, D), or with ``layers`` a list of such lists.
+        """
+        embedded = [self._embed(x, m) for x, m in zip(crops, masks or [None] * len(crops), strict=True)]
+        segments: Segments = tuple(tuple(x.shape[:2]) for x in embedded)
+        tables = [self.rope_embed.tables(x.shape[-2] // self.patch, x.shape[-1] // self.patch, 1) for x in crops]
+        x = embedded[0].flatten(0, 1) if len(embedded) == 1 else torch.cat([e.flatten(0, 1) for e in embedded])
+        wanted = None if layers is None else [self._block_index(i) for i in layers]
+        taken: dict[int, Tensor] = {}
+        for index, block in enumerate(self.blocks):
+            x = run_block(block, x, segments, tables, drop, index, self.recompute)
+            if wanted is not None and index in wanted:
+                taken[index] = x
+        finish = self.norm if normalise else (lambda tokens: tokens)
+        if wanted is None:
+            return _unpack(finish(x), segments)
+        return [_unpack(finish(taken[index]), segments) for index in wanted]
+
+    def bottleneck(self, features: Tensor) -> Tensor:
+        """The linear map to latent channels, (..., D) -> (..., bottleneck); the identity when the widths agree."""
+        return features if self.feature_bottleneck is None else self.feature_bottleneck(features)
+
+    def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.patch_embed(images)
+        cls_token = self.cls_token
+        if mask is None:
+            cls_token = cls_token + 0 * self.mask_token  # every parameter gets a gradient in every pass
+        else:
+            x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        return torch.cat([cls_token.expand(len(x), -1, -1), x], 1)
+
+    def _block_index(self, layer: int) -> int:
+        depth = len(self.blocks)
+        if not -depth <= layer < depth:
+            raise UserError(f"block {layer} was asked for, but the encoder has {depth} blocks")
+        return layer % depth
+
+
+def _unpack(x: Tensor, segments: Segments) -> list[Tensor]:
+    pieces = x.split([sequences * length for sequences, length in segments])
+    return [piece.unflatten(0, segment) for piece, segment in zip(pieces, segments)]

@@ -1,0 +1,69 @@
+"""Multi-head self-attention over packed sequences, heads cut over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megavtp.errors import UserError
+from megavtp.nn.attention_kernels import Kernel, Segments, attend, check_kernel
+from megavtp.nn.norms import RMSNorm, rms_norm
+from megavtp.nn.rope import Table, rotate
+from megavtp.nn.split import share
+from megavtp.parallel.collectives import copy_to_tp
+from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megavtp.parallel.mesh import SINGLE, Mesh
+
+
+class HeadNorm(RMSNorm):
+    """RMS norm over the head dimension of this rank's heads.
+
+    Every rank holds the whole weight but sees only its heads, so the weight's gradient is summed over tp.
+    """
+
+    def __init__(self, head_dim: int, mesh: Mesh):
+        super().__init__(head_dim)
+        self.mesh = mesh
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, copy_to_tp(self.weight, self.mesh), self.eps)
+
+
+class Attention(nn.Module):
+    """Fused q, k, v projection, optional q/k norm, rotary positions, attention, output projection."""
+
+    def __init__(
+        self, width: int, heads: int, *, qk_norm: bool = False, causal: bool = False, kernel: Kernel = "auto",
+        mesh: Mesh = SINGLE,
+    ):
+        super().__init__()
+        if width % heads:
+            raise UserError(f"width {width} is not a multiple of heads {heads}; change one of them")
+        check_kernel(kernel)
+        self.local_heads = share(heads, mesh, "the number of attention heads")
+        self.head_dim = width // heads
+        self.causal, self.kernel = causal, kernel
+        self.qkv = ColumnParallelLinear(width, 3 * width, mesh=mesh, parts=3)
+        self.q_norm = HeadNorm(self.head_dim, mesh) if qk_norm else None
+        self.k_norm = HeadNorm(self.head_dim, mesh) if qk_norm else None
+        self.proj = RowParallelLinear(width, width, mesh=mesh)
+
+    def forward(self, x: Tensor, segments: Segments, tables: Sequence[Table] | None = None) -> Tensor:
+        """x (T, width), packed as ``segments`` says; ``tables``: rotary table of each segment -> (T, width)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.local_heads, self.head_dim)).unbind(1)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if tables is not None:
+            q, k = _rotate_packed(q, segments, tables), _rotate_packed(k, segments, tables)
+        return self.proj(attend(q, k, v, segments, self.causal, self.kernel).flatten(1))
+
+
+def _rotate_packed(x: Tensor, segments: Segments, tables: Sequence[Table]) -> Tensor:
+    pieces, start = [], 0
+    for (sequences, length), table in zip(segments, tables):
+        end = start + sequences * length
+        pieces.append(rotate(x[start:end].unflatten(0, (sequences, length)), table).flatten(0, 1))
+        start = end
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

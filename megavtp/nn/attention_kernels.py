@@ -1,0 +1,105 @@
+"""Which kernel computes attention. One function, ``attend``; the choice never changes the result beyond rounding.
+
+Letters: T tokens of all sequences, H local heads, h head dimension, b sequences of length L in one segment.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megavtp.errors import UserError
+
+Kernel = Literal["auto", "flash", "sdpa"]
+Segments = tuple[tuple[int, int], ...]  # (sequences, length) per crop size, in the order they are packed
+Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]  # q, k, v, offsets, longest, causal
+
+
+def token_count(segments: Segments) -> int:
+    return sum(sequences * length for sequences, length in segments)
+
+
+@cache
+def find_varlen() -> Varlen | None:
+    """A variable-length kernel: flash-attn's, else torch's, else None. Found by import, not by package metadata:
+    flash-attn installs without its compiled part."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+
+        return lambda q, k, v, cu, longest, causal: flash_attn_varlen_func(
+            q, k, v, cu, cu, longest, longest, causal=causal
+        )
+    except (ImportError, OSError):
+        pass
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return adapt_torch_varlen(varlen_attn)
+
+
+def adapt_torch_varlen(varlen_attn: Callable[..., Tensor]) -> Varlen | None:
+    """Torch's kernel says causal by ``is_causal`` in its first releases and by ``window_size`` later."""
+    parameters = inspect.signature(varlen_attn).parameters
+    if "window_size" in parameters:
+        say = lambda causal: {"window_size": (-1, 0 if causal else -1)}  # noqa: E731
+    elif "is_causal" in parameters:
+        say = lambda causal: {"is_causal": causal}  # noqa: E731
+    else:
+        return None
+    return lambda q, k, v, cu, longest, causal: varlen_attn(q, k, v, cu, cu, longest, longest, **say(causal))
+
+
+def check_kernel(kernel: Kernel) -> None:
+    """UserError when ``kernel`` asks for what this installation does not have."""
+    if kernel == "flash" and find_varlen() is None:
+        raise UserError(
+            "parallel.attention=flash, but neither flash-attn nor torch's variable-length attention can be "
+            "imported; install flash-attn or set parallel.attention=auto"
+        )
+
+
+def _suits_varlen(q: Tensor) -> bool:
+    return (
+        q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+        and torch.cuda.get_device_capability(q.device) >= (8, 0) and find_varlen() is not None
+    )
+
+
+def sequence_offsets(segments: Segments, device: torch.device) -> Tensor:
+    """Start of every sequence and the end of the last: (sequences + 1,) int32, made without a host copy."""
+    pieces, start = [], 0
+    for sequences, length in segments:
+        end = start + sequences * length
+        pieces.append(torch.arange(start, end, length, dtype=torch.int32, device=device))
+        start = end
+    pieces.append(torch.full((1,), start, dtype=torch.int32, device=device))
+    return torch.cat(pieces)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool = False, kernel: Kernel = "auto") -> Tensor:
+    """softmax(q k^T / sqrt(h)) v inside each sequence of a packed batch: (T, H, h) each -> (T, H, h).
+
+    One variable-length call serves all crop sizes where the tensors allow it (CUDA, 16-bit, h <= 256); else, also
+    with kernel="flash", torch's scaled_dot_product_attention is called once per crop size.
+    """
+    segments = tuple((sequences, length) for sequences, length in segments if sequences)
+    if not segments:
+        return q + k + v  # no tokens: empty, but in the graph
+    if kernel != "sdpa" and _suits_varlen(q):
+        longest = max(length for _, length in segments)
+        return find_varlen()(q, k, v, sequence_offsets(segments, q.device), longest, causal)
+    outputs, start = [], 0
+    for sequences, length in segments:
+        end = start + sequences * length
+        heads_first = [x[start:end].unflatten(0, (sequences, length)).transpose(1, 2) for x in (q, k, v)]
+        out = F.scaled_dot_product_attention(*heads_first, is_causal=causal)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        start = end
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

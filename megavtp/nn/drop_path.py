@@ -1,0 +1,88 @@
+"""Stochastic depth on subsets of the batch (DINOv2's form of arXiv 1603.09382).
+
+A residual branch runs on a random subset of the sequences only, and its output is scaled up by batch / kept.
+Which sequences is decided outside the modules, from (seed, step) alone, so that every parallel layout, every
+micro-batch split and every recomputation sees the same choice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megavtp.nn.attention_kernels import Segments
+
+
+@dataclass(frozen=True)
+class BranchDrop:
+    """Of one residual branch: per segment the kept sequences' positions, LongTensor (kept,), and the factor."""
+
+    rows: tuple[Tensor, ...]
+    scales: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class DropPlan:
+    """Per block the choice of its attention branch and of its feed-forward branch."""
+
+    blocks: tuple[tuple[BranchDrop, BranchDrop], ...]
+
+    def to(self, device: torch.device | str) -> DropPlan:
+        """The plan on ``device``, moved in one transfer."""
+        branches = [branch for block in self.blocks for branch in block]
+        rows = [row for branch in branches for row in branch.rows]
+        packed = torch.cat(rows)
+        if torch.device(device).type == "cuda":
+            packed = packed.pin_memory()
+        moved = iter(packed.to(device, non_blocking=True).split([len(row) for row in rows]))
+        branches = [BranchDrop(tuple(next(moved) for _ in branch.rows), branch.scales) for branch in branches]
+        return DropPlan(tuple(zip(branches[::2], branches[1::2])))
+
+
+def draw_drop_plan(
+    *, seed: int, step: int, tag: str, depth: int, rate: float, global_sizes: Sequence[int],
+    local_rows: Sequence[Tensor],
+) -> DropPlan | None:
+    """Draw the plan of one forward pass; a pure function of its arguments.
+
+    ``tag`` names the pass. ``global_sizes``: sequences per segment in the *global* batch; ``local_rows``: per segment
+    the global indices (CPU LongTensor) that this call holds, in order. Per block, branch and segment,
+    max(int(size * (1 - rate)), 1) sequences of the global batch are kept. None when ``rate`` is 0.
+    """
+    if rate == 0:
+        return None
+    digest = hashlib.sha256(f"drop_path/{seed}/{step}/{tag}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def draw_branch() -> BranchDrop:
+        rows, scales = [], []
+        for size, local in zip(global_sizes, local_rows, strict=True):
+            keep = min(max(int(size * (1 - rate)), 1), size)
+            kept = torch.zeros(size, dtype=torch.bool)
+            kept[torch.randperm(size, generator=generator)[:keep]] = True
+            rows.append(kept[local].nonzero().squeeze(1))
+            scales.append(size / max(keep, 1))
+        return BranchDrop(tuple(rows), tuple(scales))
+
+    return DropPlan(tuple((draw_branch(), draw_branch()) for _ in range(depth)))
+
+
+def add_branch(
+    x: Tensor, branch: Callable[[Tensor, Segments], Tensor], segments: Segments, drop: BranchDrop | None
+) -> Tensor:
+    """x + branch(x), (T, width), on the sequences that ``drop`` keeps, scaled; on all of them without ``drop``."""
+    if drop is None:
+        return x + branch(x, segments)
+    rows, scales, start = [], [], 0
+    for (sequences, length), kept, scale in zip(segments, drop.rows, drop.scales, strict=True):
+        rows.append((kept[:, None] * length + torch.arange(start, start + length, device=x.device)).flatten())
+        scales.append(torch.full((len(rows[-1]), 1), scale, dtype=x.dtype, device=x.device))
+        start += sequences * length
+    tokens = torch.cat(rows)
+    kept_segments = tuple((len(kept), length) for (_, length), kept in zip(segments, drop.rows))
+    y = branch(x.index_select(0, tokens), kept_segments)
+    return x.index_add(0, tokens, y.to(x.dtype) * torch.cat(scales))

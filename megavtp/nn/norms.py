@@ -1,0 +1,74 @@
+"""Normalisation layers. Apex's fused kernels serve on CUDA where apex is installed; torch's own otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@cache
+def _apex() -> Any | None:
+    """Apex's module of functional norms, if its extension really loads (an importable shell is not enough)."""
+    try:
+        from apex.normalization import FusedLayerNorm, FusedRMSNorm, fused_layer_norm
+    except (ImportError, OSError, RuntimeError):
+        return None
+    try:
+        FusedLayerNorm(8), FusedRMSNorm(8)  # their constructors load the compiled extension
+    except (ImportError, OSError, RuntimeError):
+        return None
+    return fused_layer_norm
+
+
+def _fusable(x: Tensor, weight: Tensor) -> bool:
+    return x.is_cuda and x.dtype == weight.dtype and x.numel() > 0 and _apex() is not None
+
+
+class RMSNorm(nn.Module):
+    """x * rsqrt(mean(x^2) + eps) * weight over the last dimension; the statistics are in float32."""
+
+    def __init__(self, width: int, eps: float = 1e-5):
+        super().__init__()
+        self.width, self.eps = width, eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of (..., width) with a weight (width,); a 16-bit x is rounded before the weight is applied."""
+    if _fusable(x, weight):
+        return _apex().fused_rms_norm_affine(x, weight, weight.shape, eps)
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, weight.shape, eps=eps) * weight if x.device.type == "cpu" else F.rms_norm(
+            x, weight.shape, weight.float(), eps
+        )
+    return F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype) * weight
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last dimension with weight and bias."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.width, self.eps = width, eps
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _fusable(x, self.weight):
+            return _apex().fused_layer_norm_affine(x, self.weight, self.bias, (self.width,), self.eps)
+        return F.layer_norm(x, (self.width,), self.weight, self.bias, self.eps)
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "rmsnorm": RMSNorm,
+    "layernorm": lambda width: LayerNorm(width, 1e-6),
+    "layernormbf16": lambda width: LayerNorm(width, 1e-5),
+}

@@ -1,0 +1,88 @@
+"""Axial rotary position embedding on a patch grid (RoFormer, arXiv 2104.09864; two axes as in DINOv3).
+
+Letters: L tokens, N = rows * columns patches, h head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from megavtp.errors import UserError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+Table = tuple[Tensor, Tensor]  # cosine and sine, each (L, h)
+
+
+def rope_periods(head_dim: int, dtype: torch.dtype, base: float = 100.0) -> Tensor:
+    """base^(2j / (h/2)) for j < h/4, every operation rounded to ``dtype``: (h/4,)."""
+    exponents = 2 * torch.arange(head_dim // 4, dtype=dtype, device="cpu") / (head_dim // 2)
+    return base**exponents
+
+
+class AxialRope(nn.Module):
+    """Tables of a patch grid, shared by all heads and blocks.
+
+    ``dtype`` "bfloat16" rounds every step as the released VTP models do (float32 shifts their outputs by about
+    1e-2). ``periods`` is a buffer because official checkpoints store it; it keeps its dtype when the model is cast.
+    """
+
+    CACHED_GRIDS = 16  # a run sees a handful of crop sizes; evaluation on free sizes must not grow without bound
+
+    def __init__(self, head_dim: int, dtype: str = "bfloat16"):
+        super().__init__()
+        if head_dim % 4:
+            raise UserError(f"axial RoPE needs a head dimension that 4 divides, not {head_dim}; change width or heads")
+        self.head_dim, self.dtype = head_dim, DTYPES[dtype]
+        self.register_buffer("periods", torch.empty(head_dim // 4, dtype=self.dtype))
+        self._cache: OrderedDict[tuple[int, ...], Table] = OrderedDict()
+        self.reset_periods()
+
+    def reset_periods(self) -> None:
+        """Fill the buffer; needed again after a build on the meta device."""
+        if not self.periods.is_meta:
+            with torch.no_grad():
+                self.periods.copy_(rope_periods(self.head_dim, self.dtype))
+        self._cache.clear()
+
+    def _apply(self, fn, recurse: bool = True):
+        before = self.periods
+        super()._apply(fn, recurse)
+        if self.periods.dtype != before.dtype:  # .to(dtype), .half(), ...: follow the device only
+            self.periods = before.to(self.periods.device)
+        self._cache.clear()
+        return self
+
+    def tables(self, rows: int, columns: int, prefix: int = 0) -> Table:
+        """Cosines and sines (prefix + rows * columns, h); the ``prefix`` tokens in front are not rotated."""
+        key = (rows, columns, prefix, self.periods.data_ptr(), self.periods._version)
+        if key not in self._cache:
+            # Tables made in inference mode could not take part in a later training step.
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache[key] = self._build(rows, columns, prefix)
+            if len(self._cache) > self.CACHED_GRIDS:
+                self._cache.popitem(last=False)
+        return self._cache[key]
+
+    def _build(self, rows: int, columns: int, prefix: int) -> Table:
+        options = {"device": self.periods.device, "dtype": self.dtype}
+        y = torch.arange(0.5, rows, **options) / rows
+        x = torch.arange(0.5, columns, **options) / columns
+        centres = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)  # (N, 2), row coordinate first
+        centres = 2.0 * centres - 1.0
+        angles = 2 * math.pi * centres[:, :, None] / self.periods[None, None, :]
+        angles = angles.flatten(1).tile(2)  # (N, h): channel k and k + h/2 share an angle
+        cos, sin = torch.cos(angles), torch.sin(angles)
+        ones, zeros = cos.new_ones(prefix, self.head_dim), sin.new_zeros(prefix, self.head_dim)
+        return torch.cat([ones, cos]), torch.cat([zeros, sin])
+
+
+def rotate(x: Tensor, table: Table) -> Tensor:
+    """Rotate queries or keys (b, L, heads, h) by a table (L, h), computed in the table's dtype; dtype as x."""
+    cos, sin = (t.unsqueeze(1) for t in table)
+    y = x.to(cos.dtype)
+    first, second = y.chunk(2, -1)
+    return (y * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
