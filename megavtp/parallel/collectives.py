@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -108,3 +108,27 @@ def gather_from_dp(x: Tensor, mesh: Mesh) -> Tensor:
     an engine that averages over dp, parameters get the exact gradient of the global mean.
     """
     return x if mesh.dp == 1 else _GatherFromDP.apply(x, mesh)
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's ``value`` (small, picklable) on every rank of the world."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """Every rank's ``value`` (small, picklable), in rank order, on every rank of the world."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait for every rank of the world."""
+    if dist.is_initialized():
+        dist.barrier()

@@ -121,6 +121,16 @@ class Engine:
 
         adapter.write_state(self._engine, pieces(), optimizer_steps)
 
+    def logical_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each whole parameter by name."""
+        return {name: self._logical_shape(parameter) for parameter, name in self.names.items()}
+
+    def _logical_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        shape, shard = list(getattr(parameter, "ds_shape", parameter.shape)), shard_of(parameter)
+        if shard is not None:
+            shape[shard.dim] *= self.mesh.tp
+        return tuple(shape)
+
     @property
     def optimizer_steps(self) -> int:
         return adapter.optimizer_steps(self._engine)

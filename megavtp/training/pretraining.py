@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megavtp.config.schema import Config
 from megavtp.config.share import PassShare, Share
-from megavtp.data.batch import Batch
+from megavtp.data.batch import Batch, masked_rows
 from megavtp.nn.drop_path import DropPlan, draw_drop_plan
 from megavtp.objectives.centering import center_bias, sinkhorn_bias, update_center
 from megavtp.objectives.contrastive import info_nce
@@ -126,10 +126,10 @@ class SelfDistillationPass(_PretrainingPass):
             self.settings.teacher_temperature_start, self.settings.teacher_temperature,
         )
         masks = [batch.masks[:, self.rows(micro)] for micro in range(count)]  # (2, m, patches) each
-        flat = [mask.flatten().nonzero().squeeze(1) for mask in masks]
-        self._masked_rows = [self.to_device(rows) for rows in flat]
-        counts = [mask.sum(-1, keepdim=True).clamp(min=1).expand_as(mask) for mask in masks]
-        self._patch_weights = [self.to_device(1.0 / n[mask].float()) for n, mask in zip(counts, masks)]
+        rows_and_weights = [masked_rows(mask) for mask in masks]
+        self._masked_rows, self._patch_weights = (
+            [self.to_device(x) for x in column] for column in zip(*rows_and_weights)
+        )
         self._masks = [self.to_device(mask.flatten(0, 1)) for mask in masks]
         with torch.no_grad():
             self.teacher = [

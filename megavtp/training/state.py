@@ -1,0 +1,93 @@
+"""A run's state in and out of the checkpoint store: layout-free, by logical name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from megavtp import __version__
+from megavtp.checkpoint.store import Checkpoint, CheckpointStore
+from megavtp.config.load import to_dict
+from megavtp.config.schema import Config
+from megavtp.errors import UserError
+from megavtp.parallel.collectives import all_gather
+from megavtp.parallel.engine import Engine
+from megavtp.parallel.sharding import Shard, cut
+from megavtp.training.pretraining import SelfDistillationPass
+
+_CENTER = Shard(0)  # centres are cut like the prototypes
+
+
+def save(
+    store: CheckpointStore, engine: Engine, config: Config, step: int, centers: dict[str, Tensor]
+) -> None:
+    """Start a background save of the state after ``step`` steps. Collective: every rank writes its part.
+
+    Saved are the weights, Adam's moments, the EMA teacher and the centres; the data position is the step itself.
+    """
+    mesh = engine.mesh
+    tensors = engine.export(wanted=lambda number: number % mesh.world_size == mesh.rank)
+    whole = {f"center/{name}": all_gather(value, mesh, "tp") for name, value in centers.items()}
+    if mesh.rank == 0:
+        tensors |= whole
+    meta = None
+    if mesh.rank == 0:
+        meta = {"config": to_dict(config), "optimizer_steps": engine.optimizer_steps, "version": __version__}
+    store.save(step, tensors, meta, writer=mesh.rank, writers=mesh.world_size)
+
+
+def load(checkpoint: Checkpoint, engine: Engine, distillation: SelfDistillationPass | None) -> int:
+    """Fill engine and centres from a checkpoint of any layout; returns the step to go on with.
+
+    Raises:
+        UserError: a tensor is missing or has another shape.
+    """
+    names = set(checkpoint.names)
+
+    def tensor(name: str) -> Tensor:
+        if name not in names:
+            raise UserError(
+                f"{checkpoint.path} has no tensor {name}: it was trained with other objectives or another model; "
+                "set the same model and objectives, or another output_dir"
+            )
+        return checkpoint.tensor(name)
+
+    _check_shapes(checkpoint, engine)
+    engine.load(tensor, int(checkpoint.meta["optimizer_steps"]))
+    for name, center in (distillation.centers if distillation else {}).items():
+        center.copy_(cut(tensor(f"center/{name}"), _CENTER, engine.mesh.tp_rank, engine.mesh.tp))
+    return checkpoint.step
+
+
+def _check_shapes(checkpoint: Checkpoint, engine: Engine) -> None:
+    names = set(checkpoint.names)
+    for name, shape in engine.logical_shapes().items():
+        if f"model/{name}" in names and tuple(checkpoint.shape(f"model/{name}")) != shape:
+            raise UserError(
+                f"{checkpoint.path}: {name} has shape {tuple(checkpoint.shape(f'model/{name}'))}, this model has "
+                f"{shape}: set the model keys of the run that wrote it, or another output_dir"
+            )
+
+
+def changed_data_keys(checkpoint: Checkpoint, config: Config) -> list[str]:
+    """Keys that decide which data a step sees and that differ from the run that wrote the checkpoint."""
+    then = flat(checkpoint.meta["config"])
+    return [key for key, value in flat(to_dict(config)).items() if _decides_data(key) and then.get(key) != value]
+
+
+def _decides_data(key: str) -> bool:
+    reading = ("data.root", "data.workers", "data.prefetch", "data.max_bad_samples", "data.max_pixels")
+    objective_batch = key.startswith("objectives.") and key.endswith(".batch")
+    masks = key.startswith("objectives.self_distillation.mask_")
+    data = key.startswith("data.") and key not in reading
+    return data or masks or objective_batch or key in ("seed", "train.batch_size", "model.image_size")
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as ``a.b.c`` -> value."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict) and value
+        result |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return result

@@ -1,0 +1,159 @@
+"""The training loop: passes, update, teacher, telemetry, checkpoints. One loop for every recipe and layout."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megavtp.checkpoint.store import CheckpointStore, find_latest, open_checkpoint
+from megavtp.config.schema import Config
+from megavtp.data.batch import Batch
+from megavtp.data.loader import Loader
+from megavtp.errors import UserError
+from megavtp.parallel.collectives import all_reduce, broadcast_object
+from megavtp.parallel.engine import Engine
+from megavtp.parallel.launch import StopSignal
+from megavtp.parallel.passes import Pass, execute
+from megavtp.training import state
+from megavtp.training.pretraining import SelfDistillationPass
+from megavtp.training.schedules import cosine, warmup_cosine
+from megavtp.training.telemetry import Telemetry
+
+Hook = Callable[[int], None]
+
+
+class Trainer:
+    """Runs a recipe from the newest checkpoint, or from the start, to ``train.steps``.
+
+    Args:
+        teacher_pairs: (teacher, student) parameters of the EMA; empty without self-distillation.
+        make_loader: start step -> loader of this rank's share of the following steps.
+        every: (interval in steps, hook) pairs; a hook is called on all ranks after each such step.
+    """
+
+    def __init__(
+        self, config: Config, engine: Engine, passes: list[Pass], teacher_pairs: list, telemetry: Telemetry,
+        make_loader: Callable[[int], Loader], every: list[tuple[int, Hook]],
+    ):
+        self.config = config
+        self.engine = engine
+        self.passes = passes
+        self.teacher_pairs = teacher_pairs
+        self.telemetry = telemetry
+        self.make_loader = make_loader
+        self.every = [(interval, hook) for interval, hook in every if interval > 0]
+        self.distillation = next((p for p in passes if isinstance(p, SelfDistillationPass)), None)
+        token = broadcast_object(secrets.token_hex(8))
+        self.store = CheckpointStore(checkpoint_root(config), config.train.keep_last, run_token=token)
+        self.skipped_in_a_row = 0
+
+    def resume(self) -> int:
+        """Load the newest checkpoint that verifies, if ``train.resume`` allows; returns the first step to do."""
+        if self.config.train.resume == "never":
+            return 0
+        root = checkpoint_root(self.config)
+        found = broadcast_object(_outcome(lambda: find_latest(root)) if self.engine.mesh.rank == 0 else None)
+        if isinstance(found, UserError):
+            raise found
+        if found is None:
+            return 0
+        with open_checkpoint(found, verify="sizes") as checkpoint:  # rank 0 has checked the hashes
+            step = state.load(checkpoint, self.engine, self.distillation)
+            changed = state.changed_data_keys(checkpoint, self.config)
+        if changed:
+            self.telemetry.event("data_changed", step=step, keys=changed)
+        self.telemetry.event("resumed", step=step, checkpoint=found.name)
+        return step
+
+    def run(self, start: int) -> bool:
+        """Train to the end; False if a signal stopped the run early (its state is saved)."""
+        steps, saved = self.config.train.steps, start
+        signal = StopSignal(self.engine.device)
+        loader = self.make_loader(start)
+        stopped = False
+        try:
+            for batch in loader:
+                done = batch.step + 1
+                self._step(batch, loader)
+                if self._due(self.config.train.checkpoint_every, done) and done < steps:
+                    self.save(done)
+                    saved = done
+                for interval, hook in self.every:
+                    if self._due(interval, done) and done < steps:
+                        hook(done)
+                if signal.agreed() and done < steps:
+                    stopped = True
+                    self.telemetry.event("stopped_by_signal", step=done)
+                    break
+            else:
+                done = steps
+            if saved < done:
+                self.save(done)
+            self.store.wait()
+        finally:
+            signal.close()
+            loader.close()
+        return not stopped
+
+    @staticmethod
+    def _due(interval: int, done: int) -> bool:
+        return interval > 0 and done % interval == 0
+
+    def save(self, step: int) -> None:
+        centers = self.distillation.centers if self.distillation else {}
+        state.save(self.store, self.engine, self.config, step, centers)
+        self.telemetry.event("checkpoint", step=step)
+
+    def _step(self, batch: Batch, loader: Loader) -> None:
+        self._set_lr(batch.step)
+        self.engine.begin_step()
+        terms: dict[str, Tensor] = {}
+        for objective in self.passes:
+            terms |= execute(objective, self.engine, batch)
+        result = self.engine.step()
+        if result.applied:
+            self.skipped_in_a_row = 0
+            if self.distillation:
+                settings = self.distillation.settings
+                momentum = cosine(
+                    batch.step, self.config.train.steps, settings.teacher_momentum, settings.teacher_momentum_end
+                )
+                self.engine.lerp(self.teacher_pairs, 1 - momentum)
+        else:
+            self._skipped(batch, terms)
+        self.telemetry.step(batch.step, terms, result.grad_norm, self.lr, loader.wait_seconds)
+
+    def _set_lr(self, step: int) -> None:
+        config, settings = self.config.train.optimizer, self.config.objectives.self_distillation
+        self.lr = warmup_cosine(step, self.config.train.steps, config.warmup_steps, config.lr, config.min_lr)
+        frozen = step < settings.freeze_last_layer * self.config.train.steps
+        self.engine.set_lr(lambda g: 0.0 if frozen and g["prototypes"] else self.lr * g["lr_scale"])
+
+    def _skipped(self, batch: Batch, terms: dict[str, Tensor]) -> None:
+        """A non-finite gradient: nothing was updated. Name the terms and keep the sample ids for a replay."""
+        values = all_reduce(torch.stack(list(terms.values())).float(), self.engine.mesh, "dp").tolist()
+        bad = [name for name, value in zip(terms, values) if not abs(value) < float("inf")]
+        self.telemetry.event("skipped", step=batch.step, terms=bad or ["gradient"], ids=batch.ids)
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.config.train.max_skipped_steps:
+            raise UserError(
+                f"{self.skipped_in_a_row} steps in a row had a non-finite gradient (last: step {batch.step}, "
+                f"{', '.join(bad) or 'all terms finite'}); nothing was updated: lower train.optimizer.lr or use "
+                "parallel.precision=fp32; more than train.max_skipped_steps is an error"
+            )
+
+
+def checkpoint_root(config: Config) -> Path:
+    return Path(config.output_dir) / "checkpoints"
+
+
+def _outcome(fn: Callable[[], Path | None]) -> Path | UserError | None:
+    """The value, or the user's error as a value, so that every rank can be told."""
+    try:
+        return fn()
+    except UserError as error:
+        return error
