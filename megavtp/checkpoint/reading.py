@@ -1,0 +1,238 @@
+"""Reading a checkpoint folder: is it whole, what is in it, and which one is the newest good one."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megavtp.errors import UserError
+
+FORMAT = "megavtp-checkpoint"
+VERSION = 1
+INDEX = "checkpoint.json"
+STEP_FOLDER = re.compile(r"step-(\d{8,})(\.replaced-.+)?")  # the second form: a good one in the middle of a swap
+_PARTIAL_FOLDER = re.compile(r"step-(\d{8,})\.partial-.+")
+_TENSOR_FILE = re.compile(r"tensors-\d{5}\.safetensors")  # nothing else is opened: an index cannot name ../secrets
+_HASHERS = 8  # threads; hashlib releases the interpreter lock
+
+log = logging.getLogger(__name__)
+
+
+def step_folder(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def digest_of(index: dict[str, Any]) -> str:
+    """SHA-256 of the index without its own ``digest`` field."""
+    rest = {key: value for key, value in index.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class Checkpoint:
+    """An open, verified checkpoint; tensors are read from disk when asked for.
+
+    While it is open (until ``close``, the end of a ``with`` block, or collection) a shared lock keeps other processes
+    from pruning it.
+    """
+
+    def __init__(self, path: Path, index: dict[str, Any], lock: int):
+        self.path = path
+        self.step: int = index["step"]
+        self.meta: dict[str, Any] = index["meta"]
+        self._tensors: dict[str, dict[str, Any]] = index["tensors"]
+        self._handles: dict[str, Any] = {}
+        self._lock: int | None = lock
+
+    @property
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entry(name)["shape"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return getattr(torch, self._entry(name)["dtype"])
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor, on the host."""
+        return self._handle(name).get_tensor(name)
+
+    def slice(self, name: str) -> Any:
+        """A lazy view: indexing it, as in ``slice(name)[4:8]``, reads only those rows from disk."""
+        return self._handle(name).get_slice(name)
+
+    def close(self) -> None:
+        """Let go of the files and of the lock against pruning."""
+        self._handles.clear()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        if name not in self._tensors:
+            raise UserError(f"{self.path}: no tensor {name!r} in this checkpoint; was it saved by another recipe?")
+        return self._tensors[name]
+
+    def _handle(self, name: str) -> Any:
+        file = self._entry(name)["file"]
+        if file not in self._handles:
+            try:
+                self._handles[file] = safe_open(self.path / file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{self.path / file}: cannot be read ({error}); use another checkpoint") from error
+        return self._handles[file]
+
+
+def open_checkpoint(path: str | Path, verify: bool | Literal["sizes"] = True) -> Checkpoint:
+    """Open one checkpoint folder (or the ``latest`` link).
+
+    ``verify``: True compares every file's size and SHA-256 with the index; "sizes" (or False) only the sizes, for the
+    other ranks of a job whose first rank compares the hashes. Raises UserError that names the bad file and the remedy.
+    """
+    path = Path(path).resolve()
+    lock, index = _read_index(path)
+    try:
+        _check_sizes(path, index)
+        if verify is True:
+            _check_hashes(path, index)
+    except BaseException:
+        os.close(lock)
+        raise
+    return Checkpoint(path, index, lock)
+
+
+def find_latest(root: str | Path, verify: bool | Literal["sizes"] = True) -> Path | None:
+    """The newest checkpoint under ``root`` that verifies, or None; each skipped one is logged with the reason."""
+    root = Path(root)
+    if not root.is_dir():
+        return None
+    candidates, partials = [], []
+    for entry in root.iterdir():
+        if match := STEP_FOLDER.fullmatch(entry.name):
+            candidates.append((int(match[1]), match[2] is None, entry))
+        elif match := _PARTIAL_FOLDER.fullmatch(entry.name):
+            partials.append((int(match[1]), entry))
+    found = None
+    for step, _, entry in sorted(candidates, reverse=True):
+        try:
+            open_checkpoint(entry, verify).close()
+        except UserError as error:
+            log.warning("checkpoint skipped: %s", error)
+        else:
+            found = (step, entry)
+            break
+    for step, entry in partials:
+        if found is None or step > found[0]:
+            log.warning("checkpoint skipped: %s: its writing was interrupted", entry)
+    return found[1] if found else None
+
+
+def try_exclusive(path: Path) -> int | None:
+    """A lock on the checkpoint at ``path`` that nobody is reading, as a descriptor to close; None if one reads it."""
+    try:
+        descriptor = os.open(path / INDEX, os.O_RDWR)
+    except OSError:
+        return os.open(path, os.O_RDONLY)  # without a readable index nobody can have it open
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        pass  # a file system without locks: nobody can be seen reading
+    return descriptor
+
+
+def _read_index(path: Path) -> tuple[int, dict[str, Any]]:
+    """The locked descriptor of the index, and the checked index."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint folder; check the path")
+    try:
+        descriptor = os.open(path / INDEX, os.O_RDONLY)
+    except FileNotFoundError:
+        inside = sorted(entry.name for entry in path.iterdir() if STEP_FOLDER.fullmatch(entry.name))
+        remedy = f"name one of the checkpoints in it, such as {path / inside[-1]}" if inside else "use another one"
+        raise UserError(f"{path}: not a complete checkpoint, it has no {INDEX}; {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path / INDEX}: cannot be read ({error.strerror}); check its permissions") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: is just being deleted by the run that wrote it; use a newer one") from None
+        except OSError:
+            pass  # a file system without locks: reading works, only the protection against pruning is missing
+        with open(descriptor, "rb", closefd=False) as file:
+            return descriptor, _parse_index(path / INDEX, file.read())
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _parse_index(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        index = json.loads(text)
+    except ValueError:
+        raise UserError(f"{path}: damaged (not JSON); use another checkpoint") from None
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise UserError(f"{path}: not the index of a MegaVTP checkpoint; use a folder that MegaVTP wrote")
+    if index.get("version") != VERSION:
+        raise UserError(
+            f"{path}: format version {index.get('version')!r}, this MegaVTP reads {VERSION}; "
+            "use the version of MegaVTP that wrote it"
+        )
+    if index.get("digest") != digest_of(index):
+        raise UserError(f"{path}: damaged (its content does not match its digest); use another checkpoint")
+    for name in index["files"]:
+        if not _TENSOR_FILE.fullmatch(name):
+            raise UserError(f"{path}: names the unexpected file {name!r}; use a folder that MegaVTP wrote")
+    return index
+
+
+def _check_sizes(path: Path, index: dict[str, Any]) -> None:
+    for name, facts in index["files"].items():
+        try:
+            size = (path / name).stat().st_size
+        except OSError as error:
+            raise UserError(f"{path / name}: missing ({error.strerror}); use another checkpoint") from error
+        if size != facts["size"]:
+            raise UserError(f"{path / name}: has {size} bytes instead of {facts['size']}; use another checkpoint")
+
+
+def _check_hashes(path: Path, index: dict[str, Any]) -> None:
+    def check(item: tuple[str, dict[str, Any]]) -> None:
+        name, facts = item
+        try:
+            with open(path / name, "rb") as file:
+                actual = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{path / name}: cannot be read ({error.strerror}); use another checkpoint") from error
+        if actual != facts["sha256"]:
+            raise UserError(f"{path / name}: damaged (SHA-256 differs); use another checkpoint")
+
+    with ThreadPoolExecutor(_HASHERS) as pool:
+        list(pool.map(check, index["files"].items()))

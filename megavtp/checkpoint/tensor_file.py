@@ -1,0 +1,76 @@
+"""Writing one safetensors file: streamed, hashed while it is written, and on the disk when the call returns.
+
+The library's own writer is not used because it neither hashes nor flushes: the file would be read once more.
+Format: https://github.com/huggingface/safetensors#format (length of the header, JSON header, raw little-endian data).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}
+_BLOCK = 8 << 20  # bytes hashed and written at a time: small enough that the second reading hits the cache
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """Write host ``tensors`` to ``path`` and flush it to the disk.
+
+    Returns the file's size in bytes and its SHA-256. Raises OSError.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for piece in (struct.pack("<Q", len(text)), text):
+            digest.update(piece)
+            file.write(piece)
+        for name in names:
+            data = memoryview(tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            for start in range(0, len(data), _BLOCK):
+                block = data[start : start + _BLOCK]
+                digest.update(block)
+                file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    return size, digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` beside ``path``, flush it, and move it into place: readers see all of it or nothing."""
+    partial = path.with_name(path.name + ".tmp")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def flush_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
