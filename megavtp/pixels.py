@@ -12,22 +12,22 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def _channels(values: tuple[float, float, float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(3, 1, 1)
-
-
 def normalise(image: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 (..., 3, H, W) in 0..255 -> ``dtype`` (..., 3, H, W), normalised per channel."""
-    image = image.to(dtype)
-    mean, std = _channels(IMAGENET_MEAN, image), _channels(IMAGENET_STD, image)
-    return image * (1 / (255 * std)) - mean / std
+    return _per_channel(image.to(dtype), [(1 / (255 * s), -m / s) for m, s in zip(IMAGENET_MEAN, IMAGENET_STD)])
 
 
 def denormalise(image: Tensor) -> Tensor:
     """Normalised float (..., 3, H, W) -> the same dtype with black at 0 and white at 1. Not clamped; differentiable."""
-    return image * _channels(IMAGENET_STD, image) + _channels(IMAGENET_MEAN, image)
+    return _per_channel(image, list(zip(IMAGENET_STD, IMAGENET_MEAN)))
 
 
 def to_uint8(image: Tensor) -> Tensor:
     """Normalised float (..., 3, H, W) -> uint8 in 0..255, rounded; values outside the range are clamped."""
     return denormalise(image.float()).mul(255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _per_channel(image: Tensor, lines: list[tuple[float, float]]) -> Tensor:
+    """a * channel + b with plain numbers: a constant tensor would be copied to the device, and waited for, each time."""
+    channels = zip(image.unbind(-3), lines)
+    return torch.stack([channel * a + b for channel, (a, b) in channels], -3)

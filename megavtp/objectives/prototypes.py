@@ -22,11 +22,11 @@ def prototype_cross_entropy(
     student_temperature: float, teacher_temperature: float, teacher_bias: Tensor, row_weights: Tensor | None = None,
     chunk: int = 1024, mesh: Mesh = SINGLE,
 ) -> Tensor:
-    """sum_i w_i sum_s sum_v CE(target_vi, softmax(student_si W_s^T / T_s)), target = softmax(teacher W_t^T / T_t + bias).
+    """sum_i w_i sum_s sum_v CE(target_vi, softmax(student_si W_s^T / T_s)); target = softmax(teacher_vi W_t^T / T_t + b).
 
     student (s, n, d) or (n, d); teacher (v, n, d) or (n, d): every student view of a sample meets every teacher view
-    of it. student_W, teacher_W (K_local, d); teacher_bias (K_local,) from Sinkhorn or centering; row_weights (n,), None
-    means ones. n may be 0. ``chunk``: rows whose logits exist at one time.
+    of it. student_W, teacher_W (K_local, d); b = teacher_bias (K_local,) from Sinkhorn or centering; w = row_weights
+    (n,), None means ones. n may be 0. ``chunk``: rows whose logits exist at one time.
 
     Products run in the features' dtype with float32 results, softmax in float32 (float64 for float64). The teacher
     side gets no gradient. Returns a scalar, equal on all tp ranks; the gradient of the student's features is summed

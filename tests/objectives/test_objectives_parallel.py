@@ -1,0 +1,79 @@
+"""Every objective on 4 processes, as dp4, tp2 x dp2 and tp4, gives the values and gradients of one process."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from distributed import run_ranks
+
+from megavtp.config.schema import SelfDistillationConfig
+from megavtp.objectives.centering import sinkhorn_bias, update_center
+from megavtp.objectives.contrastive import info_nce
+from megavtp.objectives.self_distillation import StudentOutput, TeacherBias, TeacherOutput, self_distillation_loss
+from megavtp.objectives.siglip import siglip
+from megavtp.parallel.collectives import all_gather, all_reduce
+from megavtp.parallel.mesh import SINGLE, build_mesh
+
+B, D, K, L = 8, 6, 16, 3
+OWNER = torch.tensor([3, 6, 6, 7, 2, 3, 3, 6, 7, 7, 2])  # image of each masked patch; images 0 and 1 have none
+
+
+def evaluate(mesh):
+    """Global values and gradients, as an engine that averages gradients over dp would have them."""
+    g = torch.Generator().manual_seed(11)
+    draw = functools.partial(torch.randn, generator=g)
+    share = B // mesh.dp
+    mine = slice(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)
+    patches = (OWNER >= mine.start) & (OWNER < mine.stop)
+    columns = slice(mesh.tp_rank * K // mesh.tp, (mesh.tp_rank + 1) * K // mesh.tp)
+    crops = lambda n: draw(n, B, D)[:, mine].flatten(0, 1)  # noqa: E731
+    image, text, global_cls, local_cls, teacher_cls = draw(B, D)[mine], draw(B, D)[mine], crops(2), crops(L), crops(2)
+    patch, teacher_patch, weights = draw(11, D)[patches], draw(11, D)[patches], torch.rand(11, generator=g)[patches]
+    teacher_W, center = draw(K, D)[columns], draw(K)[columns]
+    trunk = draw(D, D).requires_grad_()  # what all features come from
+    W = draw(K, D)[columns].clone().requires_grad_()
+    scale, sigmoid_bias = torch.tensor(9.0, requires_grad=True), torch.tensor(-2.0, requires_grad=True)
+
+    rows = [[teacher_cls[: share // 2], teacher_cls[share // 2 :]], [teacher_patch]]
+    bias = TeacherBias(*(sinkhorn_bias(r, teacher_W, 0.07, iterations=3, chunk=3, mesh=mesh) for r in rows))
+    normal = [F.normalize(x @ trunk, dim=-1) for x in (image, text)]
+    losses = {"infonce": info_nce(*normal, scale, None, mesh), "siglip": siglip(*normal, scale, sigmoid_bias, mesh)}
+    student = StudentOutput(global_cls @ trunk, local_cls @ trunk, patch @ trunk, W, global_cls @ trunk)
+    losses |= self_distillation_loss(
+        student, TeacherOutput(teacher_cls, teacher_patch, teacher_W), bias, weights,
+        SelfDistillationConfig(chunk=4), teacher_temperature=0.07, images_total_local=share, mesh=mesh,
+    )
+    mean = lambda x: all_reduce(x, mesh, "dp") / mesh.dp  # noqa: E731
+    results = {f"{name}/value": mean(loss) for name, loss in losses.items()}
+    for name, loss in losses.items():
+        for what, leaf in {"trunk": trunk, "W": W, "scale": scale, "bias": sigmoid_bias}.items():
+            grad, = torch.autograd.grad(loss, leaf, retain_graph=True, allow_unused=True)
+            if grad is not None:
+                results[f"{name}/{what}"] = all_gather(mean(grad), mesh, "tp") if what == "W" else mean(grad)
+    for kind, part, vector in zip(("cls", "patches"), rows, bias):
+        results[f"sinkhorn/{kind}"] = all_gather(vector, mesh, "tp")
+        results[f"center/{kind}"] = all_gather(
+            update_center(center, part, teacher_W, momentum=0.9, mesh=mesh), mesh, "tp"
+        )
+    return results
+
+
+def on_rank(rank):
+    return {tp: evaluate(build_mesh(tp, 1)) for tp in (1, 2, 4)}
+
+
+@pytest.fixture(scope="module")
+def everywhere():
+    return run_ranks(4, on_rank)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_every_layout_equals_one_process(everywhere, tp):
+    expected = evaluate(SINGLE)
+    assert len(expected) == 6 + 2 * 2 + 1 + 3 * 2 + 1 + 4
+    for rank in range(4):
+        got = everywhere[rank][tp]
+        assert set(got) == set(expected)
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, rtol=3e-6, atol=3e-6, msg=lambda m, n=name: f"{n}: {m}")
