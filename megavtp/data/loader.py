@@ -1,17 +1,25 @@
-"""Steps in order from worker processes, with a limit on broken samples and no hang when a worker dies."""
+"""What reads a data set: the training loader (steps in order from worker processes, with a limit on broken samples and
+no hang when a worker dies) and the evaluation set."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from megavtp.data.augment import center_crop, eval_view
 from megavtp.data.batch import Batch, StepDataset
+from megavtp.data.captions import CaptionTokenizer
+from megavtp.data.decode import BadSample, decode_image
+from megavtp.data.shards import RawSample, ShardDataset
 from megavtp.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -61,7 +69,7 @@ class Loader:
         start = time.perf_counter()
         try:
             if self._steps is None:
-                self._steps = iter(self._loader)
+                self._steps = _start(self._loader)
             batch = next(self._steps)
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
@@ -114,6 +122,17 @@ class _Guarded(torch.utils.data.Dataset):
             return error
 
 
+def _start(loader: DataLoader) -> Iterator[Batch | UserError]:
+    """Start the workers, and undo torch's SIGCHLD handler, which raises in the midst of whatever this process does when
+    a worker dies. The iterator finds that out by itself within seconds, where it can be told to the user."""
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)  # torch sets the handler in the main thread only
+    handler = signal.getsignal(signal.SIGCHLD)
+    steps = iter(loader)
+    signal.signal(signal.SIGCHLD, handler)
+    return steps
+
+
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group. The trainer decides what they mean (it may write a
@@ -124,3 +143,62 @@ def _start_worker(worker: int) -> None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+class EvalDataset:
+    """At most ``max_samples`` samples, spread evenly over the data set, in its order.
+
+    ``view``: "center_crop" (reconstruction protocol) or "resize" (zero-shot protocol: the whole image, squeezed), both
+    to ``size`` pixels. Nothing is random.
+    """
+
+    def __init__(
+        self, dataset: ShardDataset, tokenizer: CaptionTokenizer, size: int, max_samples: int, max_pixels: int,
+        view: Literal["center_crop", "resize"] = "center_crop",
+    ):
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.size = size
+        self.max_pixels = max_pixels
+        self.view = center_crop if view == "center_crop" else eval_view
+        self._ends = np.cumsum(np.asarray(dataset.shard_counts, dtype=np.int64))
+        self._total = int(self._ends[-1]) if len(self._ends) else 0
+        self._count = min(self._total, max_samples)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[dict[str, Any]]:
+        """The samples rank, rank + world, ... as dicts of index (b,), image uint8 (b, 3, size, size), tokens (b, T),
+        caption list[str], meta list[dict]. A broken sample is left out and named in the log."""
+        rows: list[tuple[int, torch.Tensor, RawSample]] = []
+        for index in range(rank, self._count, world):
+            row = self._row(index)
+            if row is not None:
+                rows.append(row)
+            if len(rows) == batch_size:
+                yield self._batch(rows)
+                rows = []
+        if rows:
+            yield self._batch(rows)
+
+    def _row(self, index: int) -> tuple[int, torch.Tensor, RawSample] | None:
+        place = index * self._total // self._count
+        shard = int(np.searchsorted(self._ends, place, side="right"))
+        row = place - (int(self._ends[shard - 1]) if shard else 0)
+        name = f"shard {shard} row {row}"
+        try:
+            raw = self.dataset.read(shard, row)
+            name = raw.id
+            return index, self.view(decode_image(raw.image, self.max_pixels), self.size), raw
+        except BadSample as error:
+            logger.warning("bad sample left out of the evaluation: %s: %s", name, error)
+            return None
+
+    def _batch(self, rows: list[tuple[int, torch.Tensor, RawSample]]) -> dict[str, Any]:
+        indices, images, raws = zip(*rows, strict=True)
+        captions = [raw.caption for raw in raws]
+        return {
+            "index": torch.tensor(indices), "image": torch.stack(images), "tokens": self.tokenizer.encode(captions),
+            "caption": captions, "meta": [raw.meta for raw in raws],
+        }  # fmt: skip
