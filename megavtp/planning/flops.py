@@ -1,0 +1,159 @@
+"""Floating-point operations of the model and of a training step, from the config alone.
+
+Model FLOPs, the numerator of MFU (PaLM, arXiv 2204.02311, appendix B): a multiply-add is 2; matrix products and
+convolutions only; attention without its causal half. What trains costs 3 forwards (forward, and the gradients by input
+and by weight), what only passes on a gradient or nothing is said at its place. Work that an implementation repeats to
+save memory (recompute, the second contrastive forward, chunked logits) is not counted: it lowers MFU.
+"""
+
+from __future__ import annotations
+
+from megavtp.config.schema import Config, DinoHeadConfig, ModelConfig
+from megavtp.config.sizes import ffn_hidden
+
+GLOBAL_CROPS = 2
+_RGB = 3
+_DECODER_MLP_RATIO = 4.0
+_DECODER_UPSCALE = 16
+# (in channels, out channels, kernel, divisor of the image side at the output) of the layers up to the last tap
+_VGG16 = (
+    (3, 64, 3, 1), (64, 64, 3, 1), (64, 128, 3, 2), (128, 128, 3, 2), (128, 256, 3, 4), (256, 256, 3, 4),
+    (256, 256, 3, 4), (256, 512, 3, 8), (512, 512, 3, 8), (512, 512, 3, 8), (512, 512, 3, 16), (512, 512, 3, 16),
+    (512, 512, 3, 16),
+)
+# (in channels, out channels, kernel); sides follow from strides and pools without padding
+_ALEXNET = ((3, 64, 11), (64, 192, 5), (192, 384, 3), (384, 256, 3), (256, 256, 3))
+
+
+def transformer_flops(tokens: int, width: int, depth: int, hidden: int, *, gated: bool) -> float:
+    """Forward of ``depth`` blocks over one sequence: 2 per weight and token, and 4 N^2 D for the attention products."""
+    weights = 4 * width * width + (3 if gated else 2) * width * hidden
+    return float(depth * (2 * weights * tokens + 4 * tokens * tokens * width))
+
+
+def patches_of(model: ModelConfig, size: int) -> int:
+    """Patch tokens of a square image of ``size`` pixels."""
+    return (size // model.patch_size) ** 2
+
+
+def vision_flops(model: ModelConfig, size: int, kept: float = 1.0) -> float:
+    """Forward of the trunk on one image of ``size`` pixels; ``kept``: share of the blocks that drop-path leaves."""
+    vision, patches = model.vision, patches_of(model, size)
+    hidden = ffn_hidden(vision.ffn, vision.width, vision.mlp_ratio)
+    embedding = 2 * patches * _RGB * model.patch_size**2 * vision.width
+    blocks = transformer_flops(patches + 1, vision.width, vision.depth, hidden, gated=vision.ffn != "mlp")
+    return embedding + kept * blocks
+
+
+def text_flops(model: ModelConfig) -> float:
+    """Forward of the text tower and its projection on one caption; all of the context length is computed."""
+    text = model.text
+    hidden = int(text.width * text.mlp_ratio)
+    blocks = transformer_flops(text.context_length, text.width, text.depth, hidden, gated=False)
+    return blocks + (2 * text.width**2 if text.projection == "linear" else 0)
+
+
+def decoder_flops(model: ModelConfig, size: int) -> float:
+    """Forward of the pixel decoder to one image of ``size`` pixels."""
+    decoder, patches = model.decoder, patches_of(model, size)
+    hidden = ffn_hidden(decoder.ffn, decoder.width, _DECODER_MLP_RATIO)
+    ends = 2 * patches * decoder.width * (model.bottleneck + _RGB * _DECODER_UPSCALE**2)
+    return ends + transformer_flops(patches, decoder.width, decoder.depth, hidden, gated=decoder.ffn != "mlp")
+
+
+def dino_head_flops(head: DinoHeadConfig, in_dim: int) -> float:
+    """Forward of the DINO head on one row, with the logits of all prototypes."""
+    widths = [in_dim, *[head.hidden] * (head.layers - 1), head.bottleneck, head.prototypes]
+    return float(2 * sum(a * b for a, b in zip(widths, widths[1:])))
+
+
+def perceptual_flops(kind: str, size: int) -> float:
+    """Forward of the LPIPS backbone on one image of ``size`` pixels; its heads are negligible."""
+    if kind == "none":
+        return 0.0
+    if kind == "lpips-vgg":
+        return float(sum(2 * i * o * k * k * (size // by) ** 2 for i, o, k, by in _VGG16))
+    first = (size + 2 * 2 - 11) // 4 + 1
+    second = (first - 3) // 2 + 1
+    third = (second - 3) // 2 + 1
+    sides = (first, second, third, third, third)
+    return float(sum(2 * i * o * k * k * side**2 for (i, o, k), side in zip(_ALEXNET, sides)))
+
+
+def forward_flops(config: Config) -> dict[str, float]:
+    """Forward FLOPs of one image (or caption, or head row) by piece; ``config`` has its model sizes resolved."""
+    model, augment = config.model, config.data.augment
+    return {
+        "image": vision_flops(model, model.image_size),
+        "global_crop": vision_flops(model, augment.global_size),
+        "local_crop": vision_flops(model, augment.local_size),
+        "text": text_flops(model),
+        "decoder": decoder_flops(model, model.image_size),
+        "dino_head_row": dino_head_flops(model.dino_head, _feature_width(model)),
+        "perceptual": perceptual_flops(config.objectives.reconstruction.perceptual, model.image_size),
+    }
+
+
+def flops_per_step(config: Config) -> dict[str, float]:
+    """Model FLOPs of one optimizer step over all devices: of each objective (0 if it is off) and their ``total``.
+
+    ``config`` has its model sizes resolved. The number of masked patches is its expectation.
+    """
+    objectives = config.objectives
+    step = {
+        "contrastive": config.train.batch_size * _contrastive(config) if objectives.contrastive.weight else 0.0,
+        "self_distillation": (
+            objectives.self_distillation.batch * _self_distillation(config)
+            if objectives.self_distillation.weight else 0.0
+        ),
+        "reconstruction": (
+            objectives.reconstruction.batch * _reconstruction(config) if objectives.reconstruction.weight else 0.0
+        ),
+    }
+    return {**step, "total": sum(step.values())}
+
+
+def _contrastive(config: Config) -> float:
+    """One pair. The logits, B columns each, are below a thousandth of it and left out."""
+    model, kept = config.model, 1 - config.objectives.contrastive.drop_path
+    features = patches_of(model, model.image_size) if model.vision.clip_feature == "pooled" else 1
+    projections = features * _bottleneck_if_shared(model) + 2 * _feature_width(model) * model.text.width
+    return 3 * (vision_flops(model, model.image_size, kept) + projections + text_flops(model))
+
+
+def _self_distillation(config: Config) -> float:
+    """One image: student (3 forwards) on global and local crops, teacher (1) on global crops, heads of both."""
+    model, augment, settings = config.model, config.data.augment, config.objectives.self_distillation
+    kept, masked = 1 - settings.drop_path, _masked_patches(config)
+    student = GLOBAL_CROPS * vision_flops(model, augment.global_size, kept)
+    student += augment.local_crops * vision_flops(model, augment.local_size, kept)
+    teacher = GLOBAL_CROPS * vision_flops(model, augment.global_size)
+    row = _bottleneck_if_shared(model) + dino_head_flops(model.dino_head, _feature_width(model))
+    student_rows = GLOBAL_CROPS + augment.local_crops + masked
+    return 3 * (student + student_rows * row) + teacher + (GLOBAL_CROPS + masked) * row
+
+
+def _reconstruction(config: Config) -> float:
+    """One image. The frozen LPIPS network sees two images and passes one gradient on: 3 forwards."""
+    model, settings = config.model, config.objectives.reconstruction
+    size = model.image_size
+    encoder = vision_flops(model, size, 1 - settings.drop_path)
+    encoder += 2 * patches_of(model, size) * model.vision.width * model.bottleneck
+    return 3 * (encoder + decoder_flops(model, size) + perceptual_flops(settings.perceptual, size))
+
+
+def _masked_patches(config: Config) -> float:
+    """Expected masked patches of an image's global crops."""
+    settings = config.objectives.self_distillation
+    if settings.ibot_weight == 0:
+        return 0.0
+    share = settings.mask_probability * sum(settings.mask_ratio) / 2
+    return GLOBAL_CROPS * share * patches_of(config.model, config.data.augment.global_size)
+
+
+def _feature_width(model: ModelConfig) -> int:
+    return model.vision.width if model.bottleneck_reconstruction_only else model.bottleneck
+
+
+def _bottleneck_if_shared(model: ModelConfig) -> float:
+    return 0.0 if model.bottleneck_reconstruction_only else 2.0 * model.vision.width * model.bottleneck
