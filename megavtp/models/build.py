@@ -20,6 +20,7 @@ from megavtp.parallel.sharding import cut, shard_of
 def build_vtp(
     config: ModelConfig, mesh: Mesh = SINGLE, *, objectives: AbstractSet[str] = OBJECTIVES, seed: int = 0,
     device: torch.device | str = "cpu", recompute: bool = False, attention: Kernel = "auto", max_scale: float = 100.0,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> VTP:
     """The model in float32 on ``device``, initialised; the same full weights for every ``mesh``.
 
@@ -28,7 +29,8 @@ def build_vtp(
     """
     with torch.device("meta"):
         model = VTP(
-            config, mesh, objectives=objectives, recompute=recompute, attention=attention, max_scale=max_scale
+            config, mesh, objectives=objectives, recompute=recompute, attention=attention, max_scale=max_scale,
+            compute_dtype=compute_dtype,
         )
     model.to_empty(device=device)
     with torch.no_grad():

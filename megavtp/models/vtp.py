@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,16 +53,19 @@ class VTP(nn.Module):
         recompute: make the activations of the trained towers' blocks again in the backward pass.
         attention: kernel choice, see ``nn.attention_kernels``.
         max_scale: ceiling of the contrastive temperature, as a factor on the cosine similarities.
+        compute_dtype: of the matrix products (autocast); parameters stay float32.
     """
 
     def __init__(
         self, config: ModelConfig, mesh: Mesh = SINGLE, *, objectives: AbstractSet[str] = OBJECTIVES,
         recompute: bool = False, attention: Kernel = "auto", max_scale: float = 100.0,
+        compute_dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         assert objectives <= OBJECTIVES, objectives
         self.config, self.mesh, self.objectives = config, mesh, frozenset(objectives)
         self.max_logit_scale = math.log(max_scale)
+        self.compute_dtype = compute_dtype
         options: dict[str, Any] = {"recompute": recompute, "attention": attention}
         self.trunk = VisionEncoder(config, mesh, **options)
         width = config.vision.width if config.bottleneck_reconstruction_only else config.bottleneck
@@ -78,11 +82,20 @@ class VTP(nn.Module):
             self.teacher = Teacher(VisionEncoder(config, mesh, attention=attention), DinoHead(width, config.dino_head, mesh))
         if "reconstruction" in objectives:
             self.pixel_decoder = PixelDecoder(config, mesh, **options)
+        elif config.bottleneck_reconstruction_only and self.trunk.feature_bottleneck is not None:
+            # Nothing reads it: as a trained parameter it would decay under some ZeRO stages and not under others.
+            self.trunk.feature_bottleneck.requires_grad_(False)
 
     def forward(self, mode: str, **inputs: Any) -> Any:
         """Run one of the methods below by name: contrastive, teacher, student, reconstruction, encode, decode,
         encode_image, encode_text, features."""
-        return getattr(self, f"_{mode}")(**inputs)
+        with self._precision():
+            return getattr(self, f"_{mode}")(**inputs)
+
+    def _precision(self) -> AbstractContextManager:
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.trunk.cls_token.device.type, dtype=self.compute_dtype)
 
     # Training passes
 
