@@ -1,0 +1,7 @@
+"""Metrics of a tokenizer: zero-shot, retrieval, k-NN on frozen features, reconstruction."""
+
+from megavtp.evaluation.interface import VTPEvaluated
+from megavtp.evaluation.report import format_table, write_metrics
+from megavtp.evaluation.suite import evaluate
+
+__all__ = ["VTPEvaluated", "evaluate", "format_table", "write_metrics"]

@@ -1,0 +1,48 @@
+"""Per-sample results of all data-parallel ranks, brought together on each of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megavtp.parallel.collectives import all_gather
+from megavtp.parallel.mesh import Mesh
+
+_CHUNK_ELEMENTS = 2**22  # of one exchange: bounds the device memory next to a training state
+
+
+def gather_rows(x: Tensor, mesh: Mesh, device: torch.device) -> Tensor:
+    """Concatenate the dp ranks' ``x`` (n_rank, ...) in rank order to (sum of n_rank, ...) on the CPU.
+
+    The row counts may differ, also be zero. ``device`` is where the collectives run.
+    """
+    if mesh.dp == 1:
+        return x.cpu()
+    counts = all_gather(torch.tensor([len(x)], device=device), mesh, "dp").tolist()
+    longest = max(counts)
+    step = max(1, _CHUNK_ELEMENTS // max(1, math.prod(x.shape[1:])))
+    pieces: list[list[Tensor]] = [[x[:0].cpu()] for _ in counts]
+    for start in range(0, longest, step):
+        width = min(step, longest - start)
+        own = x[start : start + width]
+        padded = torch.zeros(width, *x.shape[1:], dtype=x.dtype, device=device)
+        padded[: len(own)] = own
+        everyone = all_gather(padded, mesh, "dp").cpu().chunk(mesh.dp)
+        for rank, rows in enumerate(everyone):
+            pieces[rank].append(rows[: max(0, counts[rank] - start)])
+    return torch.cat([piece for rank in pieces for piece in rank])
+
+
+def gather_objects(objects: list[Any], mesh: Mesh, device: torch.device) -> list[Any]:
+    """Concatenate the dp ranks' lists of JSON values in rank order. They travel as UTF-8 JSON lines, not as pickle."""
+    if mesh.dp == 1:
+        return list(objects)
+    text = "".join(json.dumps(value) + "\n" for value in objects)
+    blob = torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).copy())
+    merged = bytes(gather_rows(blob, mesh, device).numpy())
+    return [json.loads(line) for line in merged.splitlines()]

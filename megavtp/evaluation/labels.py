@@ -1,0 +1,54 @@
+"""Class labels and other categories of a table's samples as integer ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Labels:
+    """``rows`` (n,): the samples that have the field; ``ids`` (n,): each one's position in the sorted ``names``."""
+
+    rows: Tensor
+    ids: Tensor
+    names: list[str]
+
+
+def read_labels(meta: Sequence[dict[str, Any]], field: str) -> Labels | None:
+    """The values of ``field`` in the samples' metadata; ``None`` unless there are two or more different ones."""
+    rows = [row for row, m in enumerate(meta) if isinstance(m.get(field), str | int) and m[field] != ""]
+    values = [str(meta[row][field]) for row in rows]
+    names = sorted(set(values))
+    if len(names) < 2:
+        return None
+    position = {name: i for i, name in enumerate(names)}
+    return Labels(torch.tensor(rows), torch.tensor([position[v] for v in values]), names)
+
+
+def first_seen_ids(values: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Equal values get equal ids, counted in order of appearance: ids (n,) and the row where each id first occurs."""
+    position: dict[str, int] = {}
+    first: list[int] = []
+    ids = []
+    for row, value in enumerate(values):
+        if value not in position:
+            position[value] = len(first)
+            first.append(row)
+        ids.append(position[value])
+    return torch.tensor(ids, dtype=torch.long), torch.tensor(first, dtype=torch.long)
+
+
+def readable(name: str) -> str:
+    """A label as words: "face-smiling" -> "face smiling"."""
+    return " ".join(name.replace("_", " ").replace("-", " ").split())
+
+
+def blind_accuracy(ids: Tensor, k: int) -> float:
+    """Best top-k accuracy of an answer that ignores the image: the share of the k most frequent classes."""
+    counts = torch.bincount(ids).sort(descending=True).values
+    return (counts[:k].sum() / len(ids)).item()

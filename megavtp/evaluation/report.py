@@ -1,0 +1,58 @@
+"""Metrics for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megavtp.errors import UserError
+
+_CHANCE = "chance/"
+
+
+def format_table(metrics: Mapping[str, float], compare: Mapping[str, Mapping[str, float]] | None = None) -> str:
+    """A plain-text table: a line per metric, its value, a column for each of ``compare`` and the chance level."""
+    compare = dict(compare or {})
+    rows = [["metric", "value", *compare, "chance"]]
+    for name in metrics:
+        if not name.startswith(_CHANCE):
+            sources = [metrics, *compare.values()]
+            rows.append([name, *(_show(name, m.get(name)) for m in sources), _show(name, metrics.get(_CHANCE + name))])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
+        for row in rows
+    )
+
+
+def _show(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if name == "samples":
+        return str(int(value))
+    if name.endswith("psnr"):
+        return f"{value:.2f} dB"
+    return f"{value:.4f}" if name.startswith("reconstruction/") else f"{100 * value:.1f} %"
+
+
+def write_metrics(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write nested metrics as JSON, beside and then renamed into place; a value that is not finite becomes null."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; name another file") from None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
