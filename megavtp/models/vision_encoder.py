@@ -1,6 +1,6 @@
 """The ViT encoder ("trunk"): patches -> tokens -> optional bottleneck (VTP, arXiv 2512.13687).
 
-Letters: b images, N patches, D width, T = packed tokens of all crops; every sequence is one class token, then N patches.
+Letters: b images, N patches, D width. A sequence is one class token, then the patches in row-major order.
 """
 
 from __future__ import annotations

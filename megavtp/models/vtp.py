@@ -79,7 +79,9 @@ class VTP(nn.Module):
             self.logit_bias = nn.Parameter(torch.empty(())) if config.init_logit_bias is not None else None
         if "self_distillation" in objectives:
             self.dino_head = DinoHead(width, config.dino_head, mesh)
-            self.teacher = Teacher(VisionEncoder(config, mesh, attention=attention), DinoHead(width, config.dino_head, mesh))
+            self.teacher = Teacher(
+                VisionEncoder(config, mesh, attention=attention), DinoHead(width, config.dino_head, mesh)
+            )
         if "reconstruction" in objectives:
             self.pixel_decoder = PixelDecoder(config, mesh, **options)
         elif config.bottleneck_reconstruction_only and self.trunk.feature_bottleneck is not None:

@@ -21,10 +21,6 @@ Segments = tuple[tuple[int, int], ...]  # (sequences, length) per crop size, in 
 Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]  # q, k, v, offsets, longest, causal
 
 
-def token_count(segments: Segments) -> int:
-    return sum(sequences * length for sequences, length in segments)
-
-
 @cache
 def find_varlen() -> Varlen | None:
     """A variable-length kernel: flash-attn's, else torch's, else None. Found by import, not by package metadata:
@@ -83,7 +79,9 @@ def sequence_offsets(segments: Segments, device: torch.device) -> Tensor:
     return torch.cat(pieces)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool = False, kernel: Kernel = "auto") -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool = False, kernel: Kernel = "auto"
+) -> Tensor:
     """softmax(q k^T / sqrt(h)) v inside each sequence of a packed batch: (T, H, h) each -> (T, H, h).
 
     One variable-length call serves all crop sizes where the tensors allow it (CUDA, 16-bit, h <= 256); else, also

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -55,20 +56,28 @@ def draw_drop_plan(
     """
     if rate == 0:
         return None
+    branches = []
+    for choice in _global_choice(seed, step, tag, depth, rate, tuple(global_sizes)):
+        rows = [kept[local].nonzero().squeeze(1) for (kept, _), local in zip(choice, local_rows, strict=True)]
+        branches.append(BranchDrop(tuple(rows), tuple(scale for _, scale in choice)))
+    return DropPlan(tuple(zip(branches[::2], branches[1::2])))
+
+
+@lru_cache(maxsize=2)  # the micro-batches of a step share the draw
+def _global_choice(
+    seed: int, step: int, tag: str, depth: int, rate: float, sizes: tuple[int, ...]
+) -> list[list[tuple[Tensor, float]]]:
+    """Per branch (attention and feed-forward in turn, block by block) and segment: kept (size,) bool, and factor."""
     digest = hashlib.sha256(f"drop_path/{seed}/{step}/{tag}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
-    def draw_branch() -> BranchDrop:
-        rows, scales = [], []
-        for size, local in zip(global_sizes, local_rows, strict=True):
-            keep = min(max(int(size * (1 - rate)), 1), size)
-            kept = torch.zeros(size, dtype=torch.bool)
-            kept[torch.randperm(size, generator=generator)[:keep]] = True
-            rows.append(kept[local].nonzero().squeeze(1))
-            scales.append(size / max(keep, 1))
-        return BranchDrop(tuple(rows), tuple(scales))
+    def draw(size: int) -> tuple[Tensor, float]:
+        keep = max(int(size * (1 - rate)), 1)
+        kept = torch.zeros(size, dtype=torch.bool)
+        kept[torch.randperm(size, generator=generator)[:keep]] = True
+        return kept, size / keep
 
-    return DropPlan(tuple((draw_branch(), draw_branch()) for _ in range(depth)))
+    return [[draw(size) for size in sizes] for _ in range(2 * depth)]
 
 
 def add_branch(

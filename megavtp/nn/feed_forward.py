@@ -8,25 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megavtp.config.sizes import ffn_hidden
 from megavtp.nn.split import share
+from megavtp.parallel.collectives import copy_to_tp
 from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megavtp.parallel.mesh import SINGLE, Mesh
-
-ALIGNMENT = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
     return x * torch.sigmoid(1.702 * x)
-
-
-def hidden_width(kind: str, width: int, ratio: float) -> int:
-    """Hidden width of ``kind``: SwiGLU takes 2/3 of the MLP's, rounded up to the multiple in its name."""
-    hidden = int(width * ratio)
-    if kind == "mlp":
-        return hidden
-    align = ALIGNMENT[kind]
-    return -(-int(hidden * 2 / 3) // align) * align
 
 
 class SwiGLU(nn.Module):
@@ -35,11 +26,15 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int, hidden: int, *, mesh: Mesh = SINGLE):
         super().__init__()
         share(hidden, mesh, "the feed-forward hidden width")
-        self.w1 = ColumnParallelLinear(width, hidden, mesh=mesh)
-        self.w2 = ColumnParallelLinear(width, hidden, mesh=mesh)
+        self.mesh = mesh
+        self.w1 = ColumnParallelLinear(width, hidden, mesh=mesh, copy_input=False)
+        self.w2 = ColumnParallelLinear(width, hidden, mesh=mesh, copy_input=False)
         self.w3 = RowParallelLinear(hidden, width, mesh=mesh)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # once: each linear would make, and keep, a copy of its own
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = copy_to_tp(x, self.mesh)
         return self.w3(F.silu(self.w1(x)) * self.w2(x))
 
 
@@ -61,4 +56,4 @@ class MLP(nn.Module):
 
 def feed_forward(kind: str, width: int, ratio: float, mesh: Mesh) -> nn.Module:
     """The network ``kind`` ("mlp", "swiglu", "swiglu32", ...) of the config."""
-    return (MLP if kind == "mlp" else SwiGLU)(width, hidden_width(kind, width, ratio), mesh=mesh)
+    return (MLP if kind == "mlp" else SwiGLU)(width, ffn_hidden(kind, width, ratio), mesh=mesh)

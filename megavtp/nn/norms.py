@@ -46,9 +46,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if _fusable(x, weight):
         return _apex().fused_rms_norm_affine(x, weight, weight.shape, eps)
     if x.dtype == torch.float32:
-        return F.rms_norm(x, weight.shape, eps=eps) * weight if x.device.type == "cpu" else F.rms_norm(
-            x, weight.shape, weight.float(), eps
-        )
+        return F.rms_norm(x, weight.shape, weight.float(), eps)
     return F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype) * weight
 
 

@@ -18,11 +18,17 @@ class ColumnParallelLinear(nn.Module):
     """y = x W^T + b with the outputs cut over tp: (..., in) -> (..., out / tp).
 
     ``parts``: number of equal blocks along the outputs that are cut on their own (3 for fused q, k, v).
+    ``copy_input``: False when the caller has already put x through ``copy_to_tp``, so that several layers that read
+    the same x share one reduction of its gradient.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, mesh: Mesh = SINGLE, parts: int = 1):
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, mesh: Mesh = SINGLE, parts: int = 1,
+        copy_input: bool = True,
+    ):
         super().__init__()
         self.mesh = mesh
+        self.copy_input = copy_input
         self.weight = nn.Parameter(torch.empty(out_features // mesh.tp, in_features))
         mark(self.weight, Shard(0, parts))
         self.bias = None
@@ -31,7 +37,9 @@ class ColumnParallelLinear(nn.Module):
             mark(self.bias, Shard(0, parts))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(copy_to_tp(x, self.mesh), self.weight, self.bias)
+        if self.copy_input:
+            x = copy_to_tp(x, self.mesh)
+        return F.linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):

@@ -1,0 +1,184 @@
+"""The official VTP folder: ``config.json`` + ``model.safetensors`` (huggingface.co/MiniMaxAI/VTP-Large-f16d64).
+
+"Official" names are that file's; "ours" are ``VTP``'s parameter and buffer names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megavtp.checkpoint.formats.hf_vtp_config import config_from_official, config_to_official, read_keys
+from megavtp.checkpoint.tensor_file import write_tensors, write_text
+from megavtp.config.schema import ModelConfig
+from megavtp.errors import UserError
+from megavtp.models.vtp import OBJECTIVES, VTP
+from megavtp.nn.rope import DTYPES, rope_periods
+
+__all__ = [
+    "config_from_official", "config_to_official", "from_official", "load_folder", "load_tensors", "official_shapes",
+    "save_folder", "to_official",
+]
+
+EXPORTED = frozenset({"contrastive", "reconstruction"})  # the DINO head and the teacher have no official place
+PERIODS = ".rope_embed.periods"
+_TEXT_BLOCK = {
+    "norm1.": "ln_1.", "norm2.": "ln_2.", "ls1.": "ls_1.", "ls2.": "ls_2.", "attn.qkv.": "attn.in_proj_",
+    "attn.proj.": "attn.out_proj.", "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj.",
+}
+
+
+def official_name(name: str, config: ModelConfig) -> str:
+    """Official name of one of our tensors."""
+    if not name.startswith("text."):
+        return name
+    name = name.removeprefix("text.")
+    block = re.fullmatch(r"blocks\.(\d+)\.(\w+\.(?:(?:qkv|proj|fc1|fc2)\.)?)(\w+)", name)
+    if block:
+        return f"text_transformer.resblocks.{block[1]}.{_TEXT_BLOCK[block[2]]}{block[3]}"
+    if name == "projection.weight" and not config.text.projection_bias:
+        return "text_projection"
+    return re.sub(r"^norm\.", "ln_final.", re.sub(r"^projection\.", "text_projection.", name))
+
+
+def _is_transposed(name: str, config: ModelConfig) -> bool:
+    """The bias-free text projection is stored as (in, out), to be used as x @ P."""
+    return name == "text.projection.weight" and not config.text.projection_bias
+
+
+def _our_shapes(config: ModelConfig, objectives: AbstractSet[str]) -> dict[str, list[int]]:
+    with torch.device("meta"):
+        model = VTP(config, objectives=EXPORTED & objectives)
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def official_shapes(config: ModelConfig, objectives: AbstractSet[str] = OBJECTIVES) -> dict[str, list[int]]:
+    """Official name and shape of every tensor of ``config``'s model."""
+    return {
+        official_name(name, config): shape[::-1] if _is_transposed(name, config) else shape
+        for name, shape in _our_shapes(config, objectives).items()
+    }
+
+
+def objectives_of(names: AbstractSet[str]) -> frozenset[str]:
+    """Objectives whose towers are among tensor ``names`` (ours or official)."""
+    found = set()
+    if any(name.startswith("visual_proj.") for name in names):
+        found.add("contrastive")
+    if any(name.startswith("pixel_decoder.") for name in names):
+        found.add("reconstruction")
+    return frozenset(found)
+
+
+def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our full tensors as official ones: float32, RoPE periods bfloat16.
+
+    ``state`` may lack the periods (they follow from the config) and may hold the DINO head and the teacher, which
+    are left out. UserError lists everything that is missing or of a wrong shape.
+    """
+    shapes = _our_shapes(config, objectives_of(state.keys()))
+    state = {**_periods(config, shapes), **state}
+    _check({name: tensor for name, tensor in state.items() if name in shapes}, shapes, "the model's weights")
+    result = {}
+    for name in shapes:
+        tensor = state[name].detach().to("cpu", torch.bfloat16 if name.endswith(PERIODS) else torch.float32)
+        tensor = tensor.t() if _is_transposed(name, config) else tensor
+        result[official_name(name, config)] = tensor.contiguous()
+    return result
+
+
+def from_official(
+    tensors: Mapping[str, Tensor], config: ModelConfig, objectives: AbstractSet[str] | None = None
+) -> dict[str, Tensor]:
+    """Official tensors under our names, float32 (periods in their own dtype).
+
+    ``objectives``: whose towers must be there, None = those that are. UserError lists every missing, unexpected and
+    misshapen tensor.
+    """
+    names = _our_shapes(config, objectives_of(tensors.keys()) if objectives is None else objectives)
+    tensors = {
+        # The scale of a config with nonscalar_logit_scale has shape (1,).
+        name: tensor.reshape(()) if name in ("logit_scale", "logit_bias") and tensor.numel() == 1 else tensor
+        for name, tensor in tensors.items()
+    }
+    expected = {
+        official_name(name, config): shape[::-1] if _is_transposed(name, config) else shape
+        for name, shape in names.items()
+    }
+    _check(tensors, expected, "the checkpoint")
+    result = {}
+    for name in names:
+        tensor = tensors[official_name(name, config)]
+        tensor = tensor.to(DTYPES[config.rope_dtype] if name.endswith(PERIODS) else torch.float32)
+        result[name] = (tensor.t() if _is_transposed(name, config) else tensor).contiguous()
+    return result
+
+
+def _periods(config: ModelConfig, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    dtype = DTYPES[config.rope_dtype]
+    return {name: rope_periods(4 * shape[0], dtype) for name, shape in shapes.items() if name.endswith(PERIODS)}
+
+
+def _check(tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]], what: str) -> None:
+    faults = [f"missing {name}" for name in shapes if name not in tensors]
+    faults += [f"unexpected {name}" for name in tensors if name not in shapes]
+    faults += [
+        f"{name} has shape {list(tensors[name].shape)}, not {shape}"
+        for name, shape in shapes.items()
+        if name in tensors and list(tensors[name].shape) != shape
+    ]
+    if faults:
+        raise UserError(f"{what} does not fit its model config: {'; '.join(faults)}")
+
+
+def load_tensors(folder: str | Path) -> dict[str, Tensor]:
+    """The raw tensors of ``folder/model.safetensors``. UserError when it is missing or corrupt."""
+    path = Path(folder) / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; give the folder of an official VTP checkpoint")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); download it again") from None
+
+
+def load_folder(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Model config and full tensors by our names of an official folder. UserError for anything that does not fit."""
+    path = Path(folder) / "config.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; give the folder of an official VTP checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}); download it again") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds no JSON object; download it again")
+    values, config = read_keys(data), config_from_official(data)
+    flags = {"contrastive": values["train_clip"], "reconstruction": values["train_reconstruction"]}
+    objectives = {name for name, is_on in flags.items() if is_on}
+    return config, from_official(load_tensors(folder), config, objectives)
+
+
+def save_folder(folder: str | Path, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
+    """Write an official folder from our full tensors. UserError when the model has no official form."""
+    folder = Path(folder)
+    objectives = objectives_of(state.keys())
+    text = json.dumps(config_to_official(config, objectives), indent=2) + "\n"
+    tensors = to_official(state, config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Each file gets its name when it is whole; the config goes last, so a new folder with one is complete.
+        partial = folder / "model.safetensors.partial"
+        write_tensors(partial, tensors)
+        partial.replace(folder / "model.safetensors")
+        write_text(folder / "config.json", text)
+    except OSError as error:
+        raise UserError(f"cannot write {folder} ({error}); choose another folder or free some space") from None
