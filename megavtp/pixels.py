@@ -28,6 +28,6 @@ def to_uint8(image: Tensor) -> Tensor:
 
 
 def _per_channel(image: Tensor, lines: list[tuple[float, float]]) -> Tensor:
-    """a * channel + b with plain numbers: a constant tensor would be copied to the device, and waited for, each time."""
+    """a * channel + b with plain numbers: constant tensors would be copied to the device, and waited for."""
     channels = zip(image.unbind(-3), lines)
     return torch.stack([channel * a + b for channel, (a, b) in channels], -3)

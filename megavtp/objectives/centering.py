@@ -55,9 +55,8 @@ def sinkhorn_bias(
 def _logsumexp_over_dp(peak: Tensor, total: Tensor, mesh: Mesh) -> Tensor:
     """log sum_ranks total * exp(peak), each (K_local,); a rank without rows has peak -inf, total 0. 0 if none has."""
     highest = all_reduce(peak, mesh, "dp", "max")
-    highest = highest.masked_fill(highest == -torch.inf, 0.0)
     total = all_reduce(total * (peak - highest).exp(), mesh, "dp")
-    return torch.where(total > 0, highest + total.log(), 0.0)
+    return torch.where(total > 0, highest + total.log(), 0.0)  # without any row total is NaN (-inf - -inf)
 
 
 def center_bias(center: Tensor, temperature: float) -> Tensor:

@@ -22,7 +22,7 @@ def prototype_cross_entropy(
     student_temperature: float, teacher_temperature: float, teacher_bias: Tensor, row_weights: Tensor | None = None,
     chunk: int = 1024, mesh: Mesh = SINGLE,
 ) -> Tensor:
-    """sum_i w_i sum_s sum_v CE(target_vi, softmax(student_si W_s^T / T_s)); target = softmax(teacher_vi W_t^T / T_t + b).
+    """sum_i w_i sum_s sum_v CE(softmax(teacher_vi W_t^T / T_t + b), softmax(student_si W_s^T / T_s)).
 
     student (s, n, d) or (n, d); teacher (v, n, d) or (n, d): every student view of a sample meets every teacher view
     of it. student_W, teacher_W (K_local, d); b = teacher_bias (K_local,) from Sinkhorn or centering; w = row_weights
