@@ -14,7 +14,7 @@ from megavtp.config.schema import Config
 from megavtp.config.typed import build, hints, unknown
 from megavtp.errors import UserError
 
-DEFAULT = Path(__file__).resolve().parents[2] / "configs" / "demo" / "vtp_emoji.yaml"
+DEMO_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo" / "vtp_emoji.yaml"
 
 
 def load_config(
@@ -26,13 +26,13 @@ def load_config(
     whose keys are merged over the recipe's ``deepspeed`` section. Only types and key names are checked here; the
     rules between keys are ``validate.validate``'s. Raises UserError.
     """
-    if path is None and not DEFAULT.is_file():
+    if path is None and not DEMO_CONFIG.is_file():
         raise UserError("this installation has no default recipe: name a YAML file with --config")
-    raw = read_yaml(Path(path or DEFAULT))
+    raw = read_yaml(Path(path or DEMO_CONFIG))
     if deepspeed_config is not None:
         section = raw.get("deepspeed") or {}
         if not isinstance(section, Mapping):
-            raise UserError(f"{path or DEFAULT}: deepspeed: expected a mapping of keys, got {section!r}")
+            raise UserError(f"{path or DEMO_CONFIG}: deepspeed: expected a mapping of keys, got {section!r}")
         raw["deepspeed"] = _merge(section, read_yaml(Path(deepspeed_config)))
     for override in overrides:
         _apply(raw, override)
@@ -68,12 +68,13 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen and isinstance(key.value, str) and key.tag != "tag:yaml.org,2002:merge":
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value!r} is written twice", key.start_mark
                 )
-            if isinstance(key.value, str):
-                seen.add(key.value)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 

@@ -63,14 +63,17 @@ def parameter_counts(config: Config) -> dict[str, int]:
     A vocabulary that the tokenizer decides counts as empty.
     """
     model, o = config.model, config.objectives
-    counts = {"vision": _vision(model)}
+    trunk = _vision(model)
+    counts = {"vision": trunk}
+    if o.reconstruction.weight == 0 and model.bottleneck_reconstruction_only and model.bottleneck != model.vision.width:
+        counts["vision"] -= model.vision.width * model.bottleneck  # nothing reads the bottleneck: it stays frozen
     if o.contrastive.weight > 0:
         counts["text"] = _text(model)
     if o.reconstruction.weight > 0:
         counts["decoder"] = _decoder(model)
     if o.self_distillation.weight > 0:
         counts["dino_head"] = _dino_head(model)
-        counts["teacher"] = counts["vision"] + counts["dino_head"]
+        counts["teacher"] = trunk + counts["dino_head"]
     return counts
 
 

@@ -62,15 +62,16 @@ def describe(kind: Any) -> str:
     return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[kind]
 
 
-def convert(value: Any, kind: Any, path: str) -> Any:
+def convert(value: Any, kind: Any, path: str, expected: str | None = None) -> Any:
     """``value`` as a value of type ``kind``; raises UserError naming ``path``, what is expected and what came."""
     origin, args = get_origin(kind), get_args(kind)
-    wrong = UserError(f"{path}: expected {describe(kind)}, got {value!r} ({_name(value)})")
+    expected = expected or describe(kind)
+    wrong = UserError(f"{path}: expected {expected}, got {value!r} ({_name(value)})")
     if origin in (Union, types.UnionType):
         if value is None:
             return None
         (inner,) = (a for a in args if a is not types.NoneType)
-        return convert(value, inner, path)
+        return convert(value, inner, path, expected)
     if origin is Literal:
         for allowed in args:
             if value == allowed and type(value) is type(allowed):  # True == 1, but is not a ZeRO stage

@@ -1,0 +1,193 @@
+import json
+from dataclasses import fields, is_dataclass, replace
+
+import pytest
+import yaml
+
+from megavtp.config.load import from_dict, load_config, to_dict, to_yaml
+from megavtp.config.schema import Config
+from megavtp.config.typed import all_keys, hints
+from megavtp.errors import UserError
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text, name="recipe.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def refused(match, *args, **kwargs):
+    with pytest.raises(UserError, match=match) as error:
+        load_config(*args, **kwargs)
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_file_is_all_defaults(recipe):
+    assert load_config(recipe("")) == Config()
+    assert load_config(recipe("model:\ntrain:  # all keys commented out\n")) == Config()
+
+
+def test_no_file_is_the_demo():
+    assert load_config(None).model.size == "tiny"
+
+
+def test_values_keep_their_types(recipe):
+    config = load_config(recipe(
+        "train: {optimizer: {lr: 1e-3, weight_decay: 0, betas: [0.9, 5e-1], lr_scale: {text: 2}}}\n"
+        "model: {image_size: 128, text: {vocab_size: null}, vision: {layer_scale: 1.0e-5}}\n"
+        "evaluation: {templates: ['{}', 'an icon of {}']}\n"
+        "parallel: {zero_stage: 3}\n"
+    ))
+    optimizer = config.train.optimizer
+    assert (optimizer.lr, optimizer.betas, optimizer.lr_scale) == (1e-3, (0.9, 0.5), {"text": 2.0})
+    assert isinstance(optimizer.weight_decay, float)
+    assert config.model.text.vocab_size is None and config.model.vision.layer_scale == 1e-5
+    assert config.evaluation.templates == ("{}", "an icon of {}")
+
+
+@pytest.mark.parametrize(("line", "match"), [
+    ("train: {steps: 1.5}", r"train\.steps: expected an integer, got 1\.5"),
+    ("train: {steps: true}", r"train\.steps: expected an integer, got True \(bool\)"),
+    ("train: {steps: '10'}", r"train\.steps: expected an integer, got '10'"),
+    ("train: {steps: null}", r"train\.steps: expected an integer, got None \(null\)"),
+    ("train: {optimizer: {lr: fast}}", r"train\.optimizer\.lr: expected a number, got 'fast'"),
+    ("train: {optimizer: {lr: true}}", r"train\.optimizer\.lr: expected a number"),
+    ("train: {optimizer: {lr: .nan}}", r"train\.optimizer\.lr: must be finite"),
+    ("train: {optimizer: {lr: 1e999}}", r"train\.optimizer\.lr: must be finite"),
+    ("train: {optimizer: {betas: [0.9]}}", r"train\.optimizer\.betas: expected a list of 2 numbers"),
+    ("train: {optimizer: {betas: [0.9, x]}}", r"train\.optimizer\.betas\[1\]: expected a number"),
+    ("train: {optimizer: {lr_scale: {1: 2}}}", r"train\.optimizer\.lr_scale: expected a mapping"),
+    ("train: [1]", r"train: expected a mapping of keys"),
+    ("parallel: {zero_stage: 4}", r"parallel\.zero_stage: expected one of 0, 1, 2, 3, got 4"),
+    ("parallel: {zero_stage: true}", r"parallel\.zero_stage: expected one of"),
+    ("telemetry: {wandb: off}", r"telemetry\.wandb: expected one of 'disabled', 'offline', 'online', got False"),
+    ("telemetry: {tensorboard: 1}", r"telemetry\.tensorboard: expected true or false"),
+    ("output_dir: 3", r"output_dir: expected a string"),
+    ("model: {vision: {width: x}}", r"model\.vision\.width: expected an integer or null"),
+    ("evaluation: {templates: '{}'}", r"evaluation\.templates: expected a list of strings"),
+    ("- 1", r"expected a mapping of keys, got list"),
+])
+def test_a_wrong_type_names_path_expected_and_got(recipe, line, match):
+    refused(match, recipe(line))
+
+
+@pytest.mark.parametrize(("key", "meant"), [
+    ("train.lr", "train.optimizer.lr"),
+    ("model.vison.width", "model.vision.width"),
+    ("model.vision.widht", "model.vision.width"),
+    ("batch_size", "train.batch_size"),
+    ("zero_stage", "parallel.zero_stage"),
+    ("train.optimizer.weight_deacy", "train.optimizer.weight_decay"),
+    ("objectives.clip.micro_batch", "objectives.contrastive.micro_batch"),
+])
+def test_an_unknown_key_suggests_the_nearest(recipe, key, meant):
+    nested = value = {}
+    *sections, last = key.split(".")
+    for section in sections:
+        value = value.setdefault(section, {})
+    value[last] = 1
+    match = rf"unknown key; did you mean {meant}".replace(".", r"\.")
+    if sections and sections[-1] in hints_of_all():  # the section exists, so the file's error names the same key
+        refused(match, recipe(yaml.safe_dump(nested)))
+    refused(match, recipe(""), [f"{key}=1"])
+
+
+def hints_of_all():
+    return {path.rpartition(".")[2] for path in all_keys(Config)}
+
+
+def test_a_key_near_nothing_suggests_nothing(recipe):
+    refused(r"^zzzzqq: unknown key; the keys", recipe("zzzzqq: 1"))
+
+
+def test_a_number_as_a_key(recipe):
+    refused(r"^3: unknown key", recipe("3: 1"))
+
+
+@pytest.mark.parametrize(("text", "match"), [
+    ("a: [1", r"recipe\.yaml, line \d+: "),
+    ("train:\n  steps: 1\n  steps: 2\n", r"line 3: the key 'steps' is written twice"),
+    ("train:\n\tsteps: 1\n", r"line 2: "),
+    ("x: !!python/object/apply:os.system [ls]\n", r"line 1: could not determine a constructor"),
+    ("? {a: 1}\n: 2\n", r"line 1: "),
+])
+def test_bad_yaml_names_file_and_line(recipe, text, match):
+    refused(match, recipe(text))
+
+
+def test_unreadable_files(recipe, tmp_path):
+    refused(r"nothing\.yaml: no such config file", tmp_path / "nothing.yaml")
+    refused(r"cannot read the config file", tmp_path)
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    refused(r"cannot read the config file", path)
+    refused(r"recipe\.yaml: unacceptable character #x0000", recipe("a: b\0c"))
+
+
+def test_overrides_win_and_are_yaml(recipe):
+    path = recipe("train: {steps: 10}\nobjectives:\n")
+    config = load_config(path, [
+        "train.steps=20", "train.optimizer.betas=[0.8, 0.9]", "train.optimizer.lr=3e-4", "model.text.vocab_size=null",
+        "objectives.contrastive.weight=0", "train.optimizer.lr_scale.text=0.5", "train.steps=30",
+        "deepspeed.zero_optimization.overlap_comm=true", "output_dir=runs/a=b", "--seed=4",
+    ])
+    assert config.train.steps == 30 and config.train.optimizer.betas == (0.8, 0.9)
+    assert config.train.optimizer.lr == 3e-4 and config.model.text.vocab_size is None
+    assert config.objectives.contrastive.weight == 0.0 and config.train.optimizer.lr_scale == {"text": 0.5}
+    assert config.deepspeed == {"zero_optimization": {"overlap_comm": True}}
+    assert config.output_dir == "runs/a=b" and config.seed == 4
+
+
+@pytest.mark.parametrize(("override", "match"), [
+    ("train.steps", r"an override is written key=value"),
+    ("=3", r"an override is written key=value"),
+    ("train=3", r"train: is a section; set one of its keys: train\.steps"),
+    ("train.steps.more=3", r"train\.steps\.more: unknown key"),
+    ("train.steps=[1", r"the value is not YAML"),
+    ("train.steps=", r"expected an integer, got None"),
+    ("deepspeed.a.b.c=1", r"^deepspeed\.a: expected a mapping of keys, got 3"),
+])
+def test_bad_overrides(recipe, override, match):
+    refused(match, recipe("deepspeed: {a: 3}"), [override])
+
+
+def test_a_deepspeed_file_is_merged_between_recipe_and_overrides(recipe):
+    path = recipe("deepspeed: {steps_per_print: 1, zero_optimization: {overlap_comm: true, reduce_bucket_size: 5}}")
+    extra = recipe(json.dumps({"zero_optimization": {"reduce_bucket_size": 6, "sub_group_size": 1e9}}), "ds.json")
+    config = load_config(path, ["deepspeed.steps_per_print=2"], extra)
+    assert config.deepspeed == {
+        "steps_per_print": 2,
+        "zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 6, "sub_group_size": 1e9},
+    }
+
+
+@pytest.mark.parametrize(("text", "match"), [
+    ('{\n"a": }', r"ds\.json, line 2: not JSON"),
+    ('{"a": 1, "a": 2}', r"ds\.json: the key 'a' is written twice"),
+    ("[1]", r"ds\.json: expected a mapping of keys"),
+])
+def test_a_bad_deepspeed_file(recipe, text, match):
+    refused(match, recipe(""), (), recipe(text, "ds.json"))
+
+
+def test_round_trips(recipe):
+    config = replace(load_config(None, ["train.optimizer.lr_scale.text=0.5"]), deepspeed={"aio": {"block_size": 1}})
+    assert from_dict(to_dict(config)) == config
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    assert load_config(recipe(to_yaml(config))) == config
+
+
+def test_every_key_of_the_schema_is_frozen_and_typed():
+    def walk(cls):
+        assert cls.__dataclass_params__.frozen
+        for field in fields(cls):
+            kind = hints(cls)[field.name]
+            if is_dataclass(kind):
+                walk(kind)
+
+    walk(Config)
+    assert len(list(all_keys(Config))) == len(set(all_keys(Config)))
