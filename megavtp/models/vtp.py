@@ -75,8 +75,9 @@ class VTP(nn.Module):
                 width, config.text.width, bias=False, mesh=mesh, input_is_parallel=False
             )
             self.text = TextEncoder(config.text, mesh, **options)
-            self.logit_scale = nn.Parameter(torch.empty(()))
-            self.logit_bias = nn.Parameter(torch.empty(())) if config.init_logit_bias is not None else None
+            # Of shape (1,), not (): ZeRO-3 cannot partition a parameter without dimensions.
+            self.logit_scale = nn.Parameter(torch.empty(1))
+            self.logit_bias = nn.Parameter(torch.empty(1)) if config.init_logit_bias is not None else None
         if "self_distillation" in objectives:
             self.dino_head = DinoHead(width, config.dino_head, mesh)
             self.teacher = Teacher(
@@ -110,9 +111,9 @@ class VTP(nn.Module):
         the ceiling can come down again, and gradients of parts of a batch still add up to the whole's.
         """
         image_features, text_features = self._encode_image(images, drop), self._encode_text(tokens)
-        log_scale = self.logit_scale.float()
+        log_scale = self.logit_scale.float().squeeze(0)
         log_scale = log_scale + (log_scale.clamp(max=self.max_logit_scale) - log_scale).detach()
-        bias = None if self.logit_bias is None else self.logit_bias.float()
+        bias = None if self.logit_bias is None else self.logit_bias.float().squeeze(0)
         return image_features, text_features, log_scale.exp(), bias
 
     @torch.no_grad()
