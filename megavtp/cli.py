@@ -11,7 +11,7 @@ from megavtp.errors import UserError
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call ``main`` and exit: 0 (or its result), 2 on ``UserError``, 130 on Ctrl-C, 141 when the reader of a pipe left."""
+    """Call ``main`` and exit: its result or 0; 2 on ``UserError``, 130 on Ctrl-C, 141 if the pipe's reader left."""
     try:
         status = main() or 0
         sys.stdout.flush()

@@ -63,9 +63,9 @@ def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"caption tokenizer {path} does not exist; make it with: python tools/prepare_data.py") from None
+        raise UserError(f"caption tokenizer {path} does not exist; make it with tools/prepare_data.py") from None
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} is not a sentencepiece model ({error}); set data.captions to one, or to clip") from None
+        raise UserError(f"{path} is no sentencepiece model ({error}); set data.captions to one, or to clip") from None
 
 
 def train_sentencepiece(captions: Iterable[str], out: str | Path, vocab_size: int = 8192) -> SentencePieceTokenizer:
@@ -88,7 +88,7 @@ def train_sentencepiece(captions: Iterable[str], out: str | Path, vocab_size: in
             bos_id=-1, eos_id=-1, pad_id=-1, num_threads=1, minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise UserError(f"cannot train a caption tokenizer of {vocab_size} ids; change --vocab-size ({error})") from None
+        raise UserError(f"no caption tokenizer of {vocab_size} ids: {error}; change --vocab-size") from None
     write_atomic(Path(out), model.getvalue())
     return SentencePieceTokenizer(out)
 

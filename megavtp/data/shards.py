@@ -84,11 +84,15 @@ class ShardDataset:
         return {"folder": self.folder, "shards": self._shards}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        self.__init__(**state)  # the open files stay behind
 
     def _open(self, shard: int) -> _Shard:
         name, samples, size = self._shards[shard]
         return _Shard(self.folder / name, samples, size, _remedy(self.folder))
+
+    def name(self, shard: int, row: int) -> str:
+        """The sample's ``id`` without reading it: how a log names one that cannot be read."""
+        return f"{self._shards[shard][0].removesuffix('.tar')}/{self._shard(shard).keys[row]}"
 
     def read(self, shard: int, row: int) -> RawSample:
         """Sample ``row`` of shard ``shard``, not decoded.
@@ -102,8 +106,7 @@ class ShardDataset:
         if meta is None:
             raise BadSample("metadata is no JSON object")
         caption = decode_text(opened.pread(caption_at, caption_size)) if caption_size else caption_of(meta)
-        name = self._shards[shard][0].removesuffix(".tar")
-        return RawSample(key, opened.pread(image_at, image_size), caption, meta, f"{name}/{key}")
+        return RawSample(key, opened.pread(image_at, image_size), caption, meta, self.name(shard, row))
 
 
 def open_dataset(folder: str | Path) -> ShardDataset:

@@ -39,7 +39,7 @@ class _HeaderFile(io.FileIO):
 
 
 def scan_tar(path: Path, report: SkipReport) -> Iterator[TarSample]:
-    """Yield the samples of an uncompressed tar in file order: consecutive members whose names agree up to the first dot.
+    """Yield the samples of an uncompressed tar in file order: runs of members whose names agree up to the first dot.
 
     Members that are neither a plain file nor a folder, or have no extension, are skipped. From a truncated or damaged
     tar come the samples before the cut. All skips go to ``report``.

@@ -1,0 +1,129 @@
+"""Own images to shards: a folder of class folders, images with a .txt beside, or a table of paths and captions."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from megavtp.data.decode import BadSample, decode_image, open_image, to_rgb
+from megavtp.data.files import refuse_remote
+from megavtp.data.new_sample import NewSample, Skipped
+from megavtp.data.report import SkipReport
+from megavtp.data.sources.tables import Entry, read_table
+from megavtp.data.workers import ordered_map
+from megavtp.data.write import staged_folder, write_dataset
+from megavtp.errors import UserError
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+_KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's format -> extension in the shard
+_JPEG_QUALITY = 95
+
+
+@dataclass(frozen=True)
+class _Settings:
+    size: int
+    max_pixels: int
+
+
+def prepare_images(
+    source: str | Path, out: str | Path, *, size: int = 0, test_fraction: float = 0.05, vocab_size: int = 8192,
+    shard_size: int = 1000, seed: int = 0, workers: int = 2, max_bad: int = 1000, max_pixels: int = 64_000_000,
+    overwrite: bool = False, quiet: bool = False,
+) -> dict[str, Any]:
+    """Write the images and captions of ``source`` to ``out`` and return its ``dataset.json``.
+
+    ``source``: a folder (``folder_entries``) or a table (``read_table``). ``size``: pixels the shorter side is reduced
+    to (never enlarged); 0 keeps the bytes of JPEG, PNG and WebP files. Split and order follow ``seed``. Every image is
+    decoded once; bad ones are skipped. Raises ``UserError`` for more than ``max_bad`` of them or if nothing is usable.
+    """
+    if size < 0 or shard_size < 1:
+        raise UserError(f"--size {size} and --shard-size {shard_size} must not be negative, the latter not zero")
+    if not 0 <= test_fraction < 1:
+        raise UserError(f"--test-fraction {test_fraction}; choose 0 or more and less than 1")
+    path = refuse_remote(source)
+    report = SkipReport()
+    if path.is_dir():
+        found = folder_entries(path)
+    elif path.is_file():
+        found = read_table(path)
+    else:
+        raise UserError(f"--from {path} does not exist; name a folder of images or a .csv, .tsv or .jsonl file")
+    entries = []
+    for entry in found:
+        if entry.caption:
+            entries.append(entry)
+        else:
+            report.skip("no caption", str(entry.path))
+            report.limit(max_bad)
+    order = list(enumerate(entries))
+    random.Random(f"{seed}/images").shuffle(order)
+    tests = round(test_fraction * len(order))
+    if tests == len(order):
+        tests = 0  # a test split of all there is would leave nothing to train on
+    load = partial(_load, settings=_Settings(size, max_pixels))
+    with staged_folder(out, overwrite) as root:
+        info = {"name": path.resolve().name, "source": str(path), "attribution": [], "image_size": size, "seed": seed}
+        splits = {"train": order[tests:], "test": order[:tests]}
+        streams = {split: ordered_map(load, jobs, workers, split, quiet) for split, jobs in splits.items()}
+        info = write_dataset(
+            root, streams, info, report, label_fields=("label",), vocab_size=vocab_size, shard_size=shard_size,
+            max_bad=max_bad,
+        )
+    return info | {"skips": report.lines()}
+
+
+def folder_entries(folder: Path) -> Iterator[Entry]:
+    """All images below ``folder``, in sorted order. The caption is IMAGE.txt beside the image, else the name of the
+    folder the image is in, as words ("red_apple": "red apple"); for an image right in ``folder`` only the former."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in _SUFFIXES or not path.is_file():
+            continue
+        label = "" if path.parent == folder else " ".join(path.parent.name.replace("_", " ").split())
+        beside = path.with_suffix(".txt")
+        text = beside.read_text(encoding="utf-8-sig", errors="replace") if beside.is_file() else ""
+        yield Entry(path, " ".join(text.split()) or label, label)
+
+
+def _load(job: tuple[int, Entry], settings: _Settings) -> NewSample | Skipped:
+    number, entry = job
+    try:
+        data = entry.path.read_bytes()
+        image, extension = _fit(data, settings)
+    except OSError as error:
+        return Skipped("file not readable", f"{entry.path} ({error.strerror})")
+    except BadSample as error:
+        return Skipped("bad image", f"{entry.path} ({error})")
+    meta = {"source": entry.path.name} | ({"label": entry.label} if entry.label else {})
+    return NewSample(f"{number:09d}", image, extension, entry.caption, meta)
+
+
+def _fit(data: bytes, settings: _Settings) -> tuple[bytes, str]:
+    """The bytes to store and their extension: as they are where that will do, else encoded anew."""
+    try:
+        picture = open_image(data, settings.max_pixels)
+    except BadSample:
+        raise
+    except Exception as error:  # as in decode_image: anything may come out of damaged bytes
+        raise BadSample(f"cannot read image: {type(error).__name__}") from error
+    extension = _KEPT.get(picture.format)
+    decode_image(data, settings.max_pixels)  # a truncated file shows only here
+    shorter = min(picture.size)
+    if extension and not 0 < settings.size < shorter:
+        return data, extension
+    rgb = to_rgb(picture)
+    if 0 < settings.size < shorter:
+        scale = settings.size / shorter
+        rgb = rgb.resize([max(1, round(side * scale)) for side in rgb.size], Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    if extension == "jpg":
+        rgb.save(file, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
+        return file.getvalue(), "jpg"
+    rgb.save(file, "PNG")
+    return file.getvalue(), "png"

