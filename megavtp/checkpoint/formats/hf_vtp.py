@@ -34,6 +34,7 @@ _TEXT_BLOCK = {
     "norm1.": "ln_1.", "norm2.": "ln_2.", "ls1.": "ls_1.", "ls2.": "ls_2.", "attn.qkv.": "attn.in_proj_",
     "attn.proj.": "attn.out_proj.", "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj.",
 }
+SCALARS = ("logit_scale", "logit_bias")  # of shape () officially, (1,) here
 
 
 def official_name(name: str, config: ModelConfig) -> str:
@@ -62,9 +63,14 @@ def _our_shapes(config: ModelConfig, objectives: AbstractSet[str]) -> dict[str, 
 
 def official_shapes(config: ModelConfig, objectives: AbstractSet[str] = OBJECTIVES) -> dict[str, list[int]]:
     """Official name and shape of every tensor of ``config``'s model."""
+    return _to_official_shapes(_our_shapes(config, objectives), config)
+
+
+def _to_official_shapes(shapes: Mapping[str, list[int]], config: ModelConfig) -> dict[str, list[int]]:
+    shapes = {**shapes, **{name: [] for name in SCALARS if name in shapes}}
     return {
         official_name(name, config): shape[::-1] if _is_transposed(name, config) else shape
-        for name, shape in _our_shapes(config, objectives).items()
+        for name, shape in shapes.items()
     }
 
 
@@ -91,7 +97,7 @@ def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
     for name in shapes:
         tensor = state[name].detach().to("cpu", torch.bfloat16 if name.endswith(PERIODS) else torch.float32)
         tensor = tensor.t() if _is_transposed(name, config) else tensor
-        result[official_name(name, config)] = tensor.contiguous()
+        result[official_name(name, config)] = tensor.reshape(()) if name in SCALARS else tensor.contiguous()
     return result
 
 
@@ -106,19 +112,16 @@ def from_official(
     names = _our_shapes(config, objectives_of(tensors.keys()) if objectives is None else objectives)
     tensors = {
         # The scale of a config with nonscalar_logit_scale has shape (1,).
-        name: tensor.reshape(()) if name in ("logit_scale", "logit_bias") and tensor.numel() == 1 else tensor
+        name: tensor.reshape(()) if name in SCALARS and tensor.numel() == 1 else tensor
         for name, tensor in tensors.items()
     }
-    expected = {
-        official_name(name, config): shape[::-1] if _is_transposed(name, config) else shape
-        for name, shape in names.items()
-    }
-    _check(tensors, expected, "the checkpoint")
+    _check(tensors, _to_official_shapes(names, config), "the checkpoint")
     result = {}
     for name in names:
         tensor = tensors[official_name(name, config)]
         tensor = tensor.to(DTYPES[config.rope_dtype] if name.endswith(PERIODS) else torch.float32)
-        result[name] = (tensor.t() if _is_transposed(name, config) else tensor).contiguous()
+        tensor = (tensor.t() if _is_transposed(name, config) else tensor).contiguous()
+        result[name] = tensor.reshape(1) if name in SCALARS else tensor
     return result
 
 
