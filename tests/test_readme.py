@@ -1,0 +1,155 @@
+"""Every command of the README is run here, or has its flags and settings checked; a new kind of command fails."""
+
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megavtp.config.load import load_config
+from megavtp.config.validate import validate
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# Flags of the launchers (deepspeed 0.19.8, torchrun) that the README uses, with the number of processes they imply.
+LAUNCHER_FLAGS = {
+    "--num_accelerators", "--num_gpus", "--hostfile",
+    "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint",
+}
+HOSTFILE_PROCESSES = 64  # "8 nodes of 8 GPUs named in a hostfile"
+PLAIN = {"source .venv/bin/activate"}
+
+
+def commands():
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = " ".join(line.split())
+            if line and not line.startswith("#"):
+                found.append(line)
+    return found
+
+
+COMMANDS = commands()
+INLINE = re.findall(r"`(make [^`]+|python tools/[^`]+|deepspeed [^`]+)`", README)
+
+
+@cache
+def help_text(*script):
+    done = subprocess.run(
+        [sys.executable, *script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    return done.stdout
+
+
+def check_make(words):
+    for word in words[1:]:
+        if "=" not in word:
+            assert re.search(rf"^{re.escape(word)}:", (ROOT / "Makefile").read_text(), re.MULTILINE), word
+        else:
+            assert word.partition("=")[0] in ("PYTHON", "VENV", "EXTRAS")
+
+
+def check_tool(words):
+    script, rest = words[1], words[2:]
+    assert (ROOT / script).is_file(), script
+    parts = [script]
+    if rest and not rest[0].startswith("-"):
+        parts.append(rest[0])  # a sub-command
+    flags = set(re.findall(r"--[a-z][a-z-]*", help_text(*parts)))
+    assert {w.split("=")[0] for w in rest if w.startswith("--")} <= flags
+
+
+def split_launch(words):
+    """(launcher's words, script, script's words)."""
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return words[1:at], words[at], words[at + 1 :]
+
+
+def processes(launcher):
+    flags = dict(zip(launcher[::2], launcher[1::2]))
+    assert set(flags) <= LAUNCHER_FLAGS, flags
+    if "--hostfile" in flags:
+        return HOSTFILE_PROCESSES
+    if "--nnodes" in flags:
+        return int(flags["--nnodes"]) * int(flags["--nproc_per_node"])
+    return int(flags.get("--num_accelerators", flags.get("--num_gpus", 2)))
+
+
+def check_launch(words):
+    from megavtp.training.launcher import parse_arguments
+
+    launcher, script, rest = split_launch(words)
+    assert script == "launchers/pretrain.py"
+    arguments = parse_arguments(rest)
+    config = arguments.config and ROOT / arguments.config
+    validate(load_config(config, arguments.overrides, arguments.deepspeed_config), processes(launcher))
+
+
+CHECKS = {"make": check_make, "python": check_tool, "deepspeed": check_launch, "torchrun": check_launch}
+
+
+def test_the_readme_has_commands():
+    assert len(COMMANDS) > 8 and INLINE
+
+
+@pytest.mark.parametrize("command", COMMANDS + INLINE)
+def test_every_command_is_one_that_would_run(command):
+    if command in PLAIN:
+        return
+    words = shlex.split(command)
+    assert words[0] in CHECKS, f"{command}: no check for this kind of command"
+    CHECKS[words[0]](words)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "--dry-run" in c])
+def test_dry_runs_print_what_would_run(command):
+    launcher, script, rest = split_launch(shlex.split(command))
+    world = processes(launcher)
+    done = subprocess.run(
+        [sys.executable, script, *rest], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env={"WORLD_SIZE": str(world), "RANK": "0", "LOCAL_RANK": "0", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"layout     {world} process" in done.stdout
+
+
+def test_own_images_become_a_data_set(tmp_path):
+    for kind in ("red_square", "blue_square"):
+        folder = tmp_path / "photos" / kind
+        folder.mkdir(parents=True)
+        for i in range(20):
+            color = (200 + i, 0, 0) if kind == "red_square" else (0, 0, 200 + i)
+            Image.new("RGB", (24 + i, 24), color).save(folder / f"{i}.png")
+    mine = [c for c in COMMANDS if c.startswith("python tools/prepare_data.py")]
+    assert len(mine) == 2
+    for command in mine:
+        words = shlex.split(command)
+        done = subprocess.run(
+            [sys.executable, ROOT / words[1], *words[2:]], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "data/photos/train/index.json").is_file()
+    assert (tmp_path / "data/photos/captions.model").is_file()
+
+
+def test_files_and_keys_that_the_text_names_exist():
+    for path in re.findall(r"`((?:configs|megavtp|tools|launchers)/[\w/.]+)`", README):
+        assert (ROOT / path).exists(), path
+    sections = "model|objectives|data|parallel|train|telemetry|deepspeed"
+    for override in re.findall(rf"`((?:{sections})\.[\w.]+=[\w.]+)`", README):
+        load_config(None, [override])
+    for key in re.findall(rf"`((?:{sections})\.[a-z_.]+)`", README):
+        value = load_config(None)
+        for part in key.split("."):
+            value = getattr(value, part)
+
+
+def test_places_for_results_are_paired():
+    begins, ends = (re.findall(rf"<!-- results:(\w+):{side}", README) for side in ("begin", "end"))
+    assert begins == ends
