@@ -156,7 +156,7 @@ def test_self_distillation_of_the_real_model(bottleneck_only):
         config,
         data=replace(config.data, augment=replace(config.data.augment, global_size=64, local_size=32, local_crops=3)),
         objectives=replace(config.objectives, self_distillation=replace(
-            config.objectives.self_distillation, batch=1, drop_path=0.0, mask_probability=0.5, mask_ratio=(0.25, 0.75))),
+            config.objectives.self_distillation, batch=1, drop_path=0.0, mask_ratio=(0.25, 0.75))),
     )
     masks = torch.zeros(2, 16, dtype=torch.bool)
     masks[0, :8] = True  # half of one of two crops: the expectation

@@ -1,0 +1,76 @@
+"""metrics.jsonl: one JSON object a line, appended, each step once however often a run is resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megavtp.errors import UserError
+
+
+class MetricsFile:
+    """Appends records to ``path``; opening it for a run that continues after ``start_step`` drops what came later.
+
+    A line is one ``write``: a crash can tear the last line only, and the next opening drops it.
+    """
+
+    def __init__(self, path: Path, start_step: int):
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                _rewrite(path, [record for record in read_metrics(path) if 0 < start_step >= record["step"]])
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one record, which has a ``kind`` and a ``step``."""
+        try:
+            os.write(self._descriptor, _line(record))
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of the file; a torn line is left out."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record
+
+
+def _rewrite(path: Path, records: list[dict[str, Any]]) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(b"".join(_line(record) for record in records))
+    os.replace(partial, path)
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: non-finite numbers become null, paths and the like their text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); free disk space or set output_dir")

@@ -1,0 +1,130 @@
+"""Pictures of a run: inputs beside their reconstructions, and loss curves from metrics.jsonl."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from megavtp.training.metrics_file import read_metrics
+
+_COLUMNS = 8  # pairs side by side before the next band begins
+_GAP = 4  # pixels between pictures
+_BAND_GAP = 16
+_SMALLEST_SIDE = 96  # pixels; smaller pictures are enlarged by a whole factor
+_SMOOTHING = 25  # lines of metrics.jsonl in the running mean, at most
+# What the terms are called in a chart; terms not listed come after these, under their own name.
+_TITLES = {
+    "contrastive/loss": "contrastive",
+    "self_distillation/dino_global": "DINO, global views",
+    "self_distillation/dino_local": "DINO, local views",
+    "self_distillation/ibot": "iBOT, masked patches",
+    "self_distillation/koleo": "KoLeo",
+    "reconstruction/l1": "reconstruction, L1",
+    "reconstruction/perceptual": "reconstruction, LPIPS",
+}
+
+log = logging.getLogger(__name__)
+
+
+def reconstruction_grid(inputs: Tensor, reconstructions: Tensor, path: Path) -> None:
+    """Save inputs (n, 3, H, W) above their reconstructions, both uint8, as a PNG with labelled rows."""
+    assert inputs.shape == reconstructions.shape and inputs.dtype == reconstructions.dtype == torch.uint8
+    count, _, height, width = inputs.shape
+    factor = max(1, -(-_SMALLEST_SIDE // min(height, width)))
+    height, width = height * factor, width * factor
+    pairs = torch.stack([inputs, reconstructions]).permute(0, 1, 3, 4, 2).cpu().numpy()
+    font = ImageFont.load_default(size=14)
+    labels = ("input", "reconstruction")
+    margin = 12 + round(max(font.getlength(label) for label in labels))
+    columns, bands = min(count, _COLUMNS), -(-count // _COLUMNS)
+    band_height = 2 * (height + _GAP) - _GAP
+    size = (margin + columns * (width + _GAP), _GAP + bands * (band_height + _BAND_GAP) - _BAND_GAP + _GAP)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for band in range(bands):
+        for row, label in enumerate(labels):
+            top = _GAP + band * (band_height + _BAND_GAP) + row * (height + _GAP)
+            draw.text((margin - 6, top + height // 2), label, fill="black", font=font, anchor="rm")
+            for column in range(min(columns, count - band * columns)):
+                picture = Image.fromarray(pairs[row, band * columns + column])
+                picture = picture.resize((width, height), Image.Resampling.NEAREST)
+                sheet.paste(picture, (margin + column * (width + _GAP), top))
+    _save(sheet, path)
+
+
+def loss_curves(metrics: Path, path: Path) -> bool:
+    """Draw every loss term in ``metrics`` (metrics.jsonl) over the steps, one panel each, as a PNG.
+
+    Faint: the logged means; strong: their running mean. Returns False, and logs why, when there is nothing to draw
+    or matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        log.warning("%s is not drawn: matplotlib is not installed (pip install matplotlib)", path)
+        return False
+    curves = _curves(metrics)
+    if not curves:
+        log.warning("%s is not drawn: %s has no loss terms yet", path, metrics)
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(4 if len(curves) > 6 else 3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for index, (axis, (name, (steps, values))) in enumerate(zip(axes, curves.items())):
+        axis.plot(steps, values, color="#9db8d9", linewidth=0.9)
+        axis.plot(steps, smoothed(values), color="#1f4e8c", linewidth=1.8)
+        axis.set_title(_TITLES.get(name, name), fontsize=10)
+        axis.grid(color="#e6e6e6", linewidth=0.6)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        if index >= len(curves) - columns:
+            axis.set_xlabel("step", fontsize=9)
+    for axis in axes[len(curves):]:
+        axis.set_visible(False)
+    figure.canvas.draw()
+    _save(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()), path)
+    return True
+
+
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """Centred running mean over a twentieth of the curve, at least 1 and at most 25 points; edges use what is there."""
+    y = np.asarray(values, dtype=float)
+    half = min(_SMOOTHING, max(1, len(y) // 20)) // 2
+    sums = np.concatenate([[0.0], np.cumsum(y)])
+    low = np.maximum(np.arange(len(y)) - half, 0)
+    high = np.minimum(np.arange(len(y)) + half + 1, len(y))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def _curves(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Term -> (steps, values), the known terms first and in the order of ``_TITLES``."""
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for record in read_metrics(metrics):
+        if record.get("kind") != "step":
+            continue
+        for name, value in record["terms"].items():
+            if value is not None:
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(record["step"])
+                values.append(value)
+    order = {name: index for index, name in enumerate(_TITLES)}
+    return dict(sorted(curves.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    """Write beside ``path`` and move into place: a viewer never sees half a picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    picture.save(partial, format="PNG")
+    os.replace(partial, path)

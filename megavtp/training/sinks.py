@@ -1,0 +1,105 @@
+"""Where metrics may also go: Weights & Biases and TensorBoard, if asked for. Rank 0 only."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from megavtp.config.schema import TelemetryConfig
+from megavtp.errors import UserError
+
+_RUN_ID = "wandb_run_id"  # file in the output folder: a resumed run goes on in the same chart
+
+
+class Sink(Protocol):
+    """Takes numbers and pictures by step."""
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def picture(self, step: int, name: str, path: Path) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_sinks(config: TelemetryConfig) -> None:
+    """Raise UserError if a configured sink is not installed; every rank calls it, so that all stop together."""
+    if config.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"telemetry.wandb={config.wandb} needs the package wandb: pip install wandb, "
+            "or set telemetry.wandb=disabled"
+        )
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "telemetry.tensorboard=true needs the package tensorboard: pip install tensorboard, "
+            "or set telemetry.tensorboard=false"
+        )
+
+
+def open_sinks(
+    config: TelemetryConfig, output_dir: Path, start_step: int, run_config: Mapping[str, Any]
+) -> list[Sink]:
+    """The configured sinks of a run that starts after ``start_step`` steps; ``run_config`` is shown beside it."""
+    sinks: list[Sink] = []
+    if config.wandb != "disabled":
+        sinks.append(WandbSink(config, output_dir, start_step, run_config))
+    if config.tensorboard:
+        sinks.append(TensorBoardSink(output_dir, start_step))
+    return sinks
+
+
+class WandbSink:
+    """One wandb run; its id is kept in ``output_dir`` and taken up again when the run is resumed."""
+
+    def __init__(self, config: TelemetryConfig, output_dir: Path, start_step: int, run_config: Mapping[str, Any]):
+        import wandb
+
+        self._wandb = wandb
+        output_dir.mkdir(parents=True, exist_ok=True)
+        id_file = output_dir / _RUN_ID
+        known = id_file.read_text().strip() if start_step > 0 and id_file.exists() else None
+        try:
+            self._run = wandb.init(
+                project=config.wandb_project, mode=config.wandb, dir=str(output_dir), config=dict(run_config),
+                id=known, resume="allow" if known else None,
+            )
+        except wandb.errors.Error as error:
+            message = " ".join(str(error).split())
+            raise UserError(f"wandb: {message}; log in with `wandb login`, or set telemetry.wandb=offline") from error
+        id_file.write_text(self._run.id)
+        # Our own step axis: wandb's must only grow, but a resumed run repeats the steps since its checkpoint.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({**values, "step": step})
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        self._run.log({name: self._wandb.Image(str(path)), "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoardSink:
+    """Event files in ``output_dir/tensorboard``; what a resumed run repeats replaces what was there."""
+
+    def __init__(self, output_dir: Path, start_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_step + 1)
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(path) as image:
+            self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,299 @@
+"""Telemetry: one read of the device per line, right averages, one line per step however often a run is resumed."""
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megavtp.config.schema import TelemetryConfig
+from megavtp.errors import UserError
+from megavtp.training import progress, sinks
+from megavtp.training import telemetry as telemetry_module
+from megavtp.training.metrics_file import MetricsFile, read_metrics
+from megavtp.training.telemetry import Telemetry
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(telemetry_module.time, "perf_counter", lambda: self.now)
+
+
+class ListSink:
+    def __init__(self):
+        self.got, self.closed = [], False
+
+    def numbers(self, step, values):
+        self.got.append((step, dict(values)))
+
+    def picture(self, step, name, path):
+        self.got.append((step, name, path))
+
+    def close(self):
+        self.closed = True
+
+
+def make(tmp_path, log_every=4, total=100, is_main=True, **options):
+    config = TelemetryConfig(log_every=log_every)
+    return Telemetry(config, tmp_path, is_main=is_main, total_steps=total, images_per_step=32, **options)
+
+
+def terms(step):
+    return {"contrastive/loss": torch.tensor(float(step)), "reconstruction/l1": torch.tensor(0.5 * step)}
+
+
+def lines(tmp_path, kind="step"):
+    return [record for record in read_metrics(tmp_path / "metrics.jsonl") if record["kind"] == kind]
+
+
+def run(telemetry, first, last, **changes):
+    for step in range(first, last):
+        telemetry.step(step, {**terms(step), **changes}, torch.tensor(float(step)), 0.1 * step, 0.0)
+
+
+def test_a_line_holds_the_means_of_its_steps(tmp_path):
+    telemetry = make(tmp_path, total=10)
+    telemetry.start(0)
+    run(telemetry, 0, 10)
+    telemetry.close()
+    first, second, last = lines(tmp_path)
+    assert [first["step"], second["step"], last["step"]] == [4, 8, 10]  # the last step is not left out
+    assert first["terms"] == {"contrastive/loss": 1.5, "reconstruction/l1": 0.75}
+    assert second["terms"]["contrastive/loss"] == 5.5 and last["terms"]["contrastive/loss"] == 8.5
+    assert second["grad_norm"] == 5.5 and second["grad_norm_max"] == 7 and second["lr"] == pytest.approx(0.7)
+    assert last["eta_seconds"] == 0 and first["mfu"] is None and first["memory_gib"] > 0
+
+
+def test_rates(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    telemetry = make(tmp_path, flops_per_step=3e12, peak_tflops=10.0, total=12)
+    telemetry.start(0)
+    for step in range(8):
+        clock.now += 2.0 if step < 4 else 1.0
+        if step == 5:
+            with telemetry.paused():
+                clock.now += 60
+        telemetry.step(step, terms(step), 1.0, 0.1, 0.5 * (step + 1))
+    first, second = lines(tmp_path)
+    assert first["seconds_per_step"] == 2 and first["images_per_second"] == 16
+    assert first["mfu"] == pytest.approx(0.15) and first["data_wait"] == pytest.approx(0.25)
+    assert first["eta_seconds"] == pytest.approx(8 * 2)
+    assert second["seconds_per_step"] == 1 and second["mfu"] == pytest.approx(0.3)  # the pause does not count
+    assert second["data_wait"] == pytest.approx(0.5) and second["grad_norm"] == 1.0
+    assert second["eta_seconds"] == pytest.approx(4 * (0.7 * 2 + 0.3 * 1))
+
+
+def test_non_finite_steps_are_counted_and_left_out_of_the_means(tmp_path):
+    telemetry = make(tmp_path)
+    telemetry.start(0)
+    for step in range(4):
+        bad = {"contrastive/loss": torch.tensor(math.nan)} if step == 1 else {}
+        norm = torch.tensor(math.inf if step in (1, 2) else 1.0)
+        telemetry.step(step, {**terms(step), **bad}, norm, 0.1, 0.0)
+    (line,) = lines(tmp_path)
+    assert line["nonfinite_steps"] == 2 and line["terms"]["contrastive/loss"] == pytest.approx(5 / 3)
+    assert line["grad_norm"] == line["grad_norm_max"] == 1
+    run(telemetry, 4, 8, **{"contrastive/loss": torch.tensor(math.nan)})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text and lines(tmp_path)[1]["terms"]["contrastive/loss"] is None
+
+
+class CountReads(TorchDispatchMode):
+    """Counts what would make a GPU wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_device_is_read_once_a_line(tmp_path, monkeypatch):
+    telemetry = make(tmp_path, log_every=20)
+    telemetry.start(0)
+    transfers = []
+    original = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: transfers.append(x.shape) or original(x))
+    with CountReads() as counter:
+        run(telemetry, 0, 19)
+        assert counter.reads == 0 and not transfers
+        run(telemetry, 19, 40)
+    assert transfers == [(20 * 3 + 1,)] * 2 and counter.reads == 0
+
+
+def test_values_are_reduced_over_ranks_together(tmp_path):
+    calls = []
+
+    def reduce(vector):
+        calls.append(vector.shape)
+        return vector + 10
+
+    telemetry = make(tmp_path, reduce=reduce)
+    telemetry.start(0)
+    run(telemetry, 0, 8)
+    assert calls == [(13,), (13,)]
+    assert lines(tmp_path)[0]["terms"]["contrastive/loss"] == 11.5
+
+
+def test_other_ranks_take_part_but_write_nothing(tmp_path):
+    calls, sink = [], ListSink()
+    telemetry = make(tmp_path, is_main=False, reduce=lambda x: calls.append(1) or x, make_sinks=lambda start: [sink])
+    telemetry.start(0)
+    run(telemetry, 0, 8)
+    telemetry.event("checkpoint", step=8)
+    telemetry.close()
+    assert len(calls) == 2 and not sink.got and not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path):
+    telemetry = make(tmp_path)
+    telemetry.start(0)
+    run(telemetry, 0, 8)
+    telemetry.event("checkpoint", step=8)
+    run(telemetry, 8, 16)
+    telemetry.event("evaluation", step=16, top1=0.5)
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"kind": "step", "step": 20, "ter')  # killed while writing
+    again = make(tmp_path)
+    again.event("resumed", step=8)  # known before the file is open
+    again.start(8)
+    run(again, 8, 12)
+    again.close()
+    records = [(record["kind"], record["step"]) for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert records == [("step", 4), ("step", 8), ("checkpoint", 8), ("resumed", 8), ("step", 12)]
+    assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    fresh = make(tmp_path)
+    fresh.start(0)
+    assert not list(read_metrics(tmp_path / "metrics.jsonl"))
+
+
+def test_events_keep_their_fields_and_sinks_get_the_numbers(tmp_path):
+    sink = ListSink()
+    telemetry = make(tmp_path, make_sinks=lambda start: [sink] if start == 0 else [])
+    telemetry.start(0)
+    telemetry.event("evaluation", step=3, zero_shot=0.25, note="x", broken=math.nan, path=tmp_path, ids=["a", "b"])
+    telemetry.picture(3, "reconstructions", tmp_path / "a.png")
+    run(telemetry, 0, 4)
+    telemetry.close()
+    (event,) = lines(tmp_path, "evaluation")
+    assert event["zero_shot"] == 0.25 and event["broken"] is None and event["ids"] == ["a", "b"]
+    assert sink.got[0] == (3, {"evaluation/zero_shot": 0.25})
+    assert sink.got[1] == (3, "reconstructions", tmp_path / "a.png")
+    step, numbers = sink.got[-1]
+    assert step == 4 and numbers["contrastive/loss"] == 1.5 and numbers["train/images_per_second"] > 0
+    assert "train/mfu" not in numbers and sink.closed
+
+
+def test_a_full_disk_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="metrics.jsonl: cannot be written"):
+        MetricsFile(tmp_path / "file" / "metrics.jsonl", 0)
+
+
+RECORD = {
+    "kind": "step", "step": 20, "terms": {"contrastive/loss": 4.5, "self_distillation/ibot": 7.123456},
+    "grad_norm": 1.25, "lr": 1e-3, "nonfinite_steps": 1, "images_per_second": 1234.5, "data_wait": 0.031,
+    "mfu": 0.412, "memory_gib": 60.12, "eta_seconds": 3725.0,
+}
+
+
+def test_progress_text():
+    text = progress.step_text(RECORD, 100)
+    assert text == (
+        "step 20/100 | ETA 1:02:05 | contrastive 4.5 ibot 7.123 | 1,234 img/s, data wait 3%, MFU 41.2% | "
+        "grad 1.25, lr 0.001 | 60.1 GiB | 1 non-finite"
+    )
+    assert "MFU" not in progress.step_text({**RECORD, "mfu": None}, 100)
+    assert [progress.duration(s) for s in (0, 754.4, 3600, 2 * 86400 + 3 * 3600 + 240)] == [
+        "00:00", "12:34", "1:00:00", "2d 03:04",
+    ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_gets_one_live_line_and_a_file_gets_plain_lines(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    for stream in (Terminal(), io.StringIO()):
+        line = progress.ProgressLine(stream)
+        line.update(RECORD, 100)
+        line.update(RECORD, 100)
+        line.note({"kind": "checkpoint", "step": 20, "time": 0.0, "seconds": 1.23456})
+        line.close()
+        text = stream.getvalue()
+        assert text.endswith("step 20: checkpoint seconds=1.235\n")
+        if stream.isatty():
+            live = text.split("\n")[0].split("\r\x1b[K")
+            assert len(live) == 3 and live[0] == "" and all(len(part) == 39 for part in live[1:])
+        else:
+            assert text.count("\n") == 3 and "\r" not in text and "\x1b" not in text
+
+
+def test_a_sink_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
+    sinks.check_sinks(TelemetryConfig())
+    with pytest.raises(UserError, match="telemetry.wandb=offline needs the package wandb: pip install wandb"):
+        sinks.check_sinks(TelemetryConfig(wandb="offline"))
+    with pytest.raises(UserError, match="telemetry.tensorboard=true needs .* pip install tensorboard"):
+        sinks.check_sinks(TelemetryConfig(tensorboard=True))
+
+
+FAKE_WANDB = """
+class errors:
+    class Error(Exception): pass
+calls = []
+class Image:
+    def __init__(self, path): self.path = path
+class Run:
+    def __init__(self, id): self.id = id
+    def define_metric(self, *a, **k): pass
+    def log(self, values): calls.append(values)
+    def finish(self): calls.append("finish")
+def init(**options):
+    calls.append(options)
+    if options["project"] == "refused": raise errors.Error("no API key\\nconfigured")
+    return Run(options["id"] or "new%d" % len(calls))
+"""
+
+
+def test_wandb_goes_on_with_the_same_run_when_resumed(tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text(FAKE_WANDB)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "wandb", raising=False)
+    import wandb
+
+    config, out = TelemetryConfig(wandb="offline", wandb_project="p"), tmp_path / "out"
+    for start in (0, 50, 0):
+        (sink,) = sinks.open_sinks(config, out, start, {"seed": 1})
+    assert [call["id"] for call in wandb.calls] == [None, "new1", None]
+    assert [call["resume"] for call in wandb.calls] == [None, "allow", None]
+    assert wandb.calls[0]["mode"] == "offline" and wandb.calls[0]["config"] == {"seed": 1}
+    assert (out / "wandb_run_id").read_text() == "new3"
+    sink.numbers(7, {"a": 1.0})
+    sink.picture(7, "grid", tmp_path / "x.png")
+    sink.close()
+    assert wandb.calls[3] == {"a": 1.0, "step": 7} and wandb.calls[4]["grid"].path.endswith("x.png")
+    assert wandb.calls[5] == "finish"
+    with pytest.raises(UserError, match="wandb: no API key configured; log in with `wandb login`"):
+        sinks.open_sinks(TelemetryConfig(wandb="online", wandb_project="refused"), out, 0, {})
+
+
+def test_tensorboard_files_are_written(tmp_path):
+    pytest.importorskip("tensorboard")
+    from PIL import Image
+
+    (sink,) = sinks.open_sinks(TelemetryConfig(tensorboard=True), tmp_path, 0, {})
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    sink.numbers(1, {"a": 1.0})
+    sink.picture(1, "grid", tmp_path / "x.png")
+    sink.close()
+    assert list((tmp_path / "tensorboard").glob("events*"))
