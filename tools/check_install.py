@@ -17,7 +17,7 @@ def pinned(text: str) -> dict[str, str]:
 
 
 def problems(pins: dict[str, str]) -> list[str]:
-    """One line for each package that is missing or of another version than its pin (a local part such as +cpu aside)."""
+    """One line for each package that is missing, or not of its pinned version (a local part such as +cpu aside)."""
     found = []
     for name in {**dict.fromkeys(NEEDED), **pins}:
         try:
