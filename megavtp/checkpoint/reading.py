@@ -205,10 +205,10 @@ def _parse_index(path: Path, text: bytes) -> dict[str, Any]:
             f"{path}: format version {index.get('version')!r}, this MegaVTP reads {VERSION}; "
             "use the version of MegaVTP that wrote it"
         )
-    if index.get("digest") != digest_of(index):
+    if index.get("digest") != digest_of(index) or not {"step", "meta", "files", "tensors"} <= index.keys():
         raise UserError(f"{path}: damaged (its content does not match its digest); use another checkpoint")
-    for name in index["files"]:
-        if not _TENSOR_FILE.fullmatch(name):
+    for name in {*index["files"], *(entry["file"] for entry in index["tensors"].values())}:
+        if not _TENSOR_FILE.fullmatch(name) or name not in index["files"]:
             raise UserError(f"{path}: names the unexpected file {name!r}; use a folder that MegaVTP wrote")
     return index
 

@@ -183,6 +183,9 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path):
     save(tmp_path, 10)
     (tmp_path / "secret").write_bytes(b"x")
     rewrite_index(tmp_path, files={"../secret": {"size": 1, "sha256": "?"}})
+    with pytest.raises(UserError, match="unexpected file"):
+        open_checkpoint(tmp_path / "latest")
+    rewrite_index(tmp_path, files={}, tensors={"a": {"file": "../secret", "shape": [1], "dtype": "float32"}})
     with pytest.raises(UserError, match="unexpected file '../secret'"):
         open_checkpoint(tmp_path / "latest")
 
@@ -264,3 +267,26 @@ def test_unfinished_saves_are_logged_when_they_are_newer(tmp_path, caplog):
     assert good_step(tmp_path) == 10
     assert "step-00000020.partial-x-1: its writing was interrupted" in caplog.text
     assert "step-00000005" not in caplog.text
+
+
+def test_writers_in_two_processes_and_one_of_them_killed(tmp_path):
+    def writer(rank):
+        store = CheckpointStore(tmp_path, 2, run_token="run", part_timeout=0.5)
+        store.save(10, {f"w{rank}": torch.full((4,), 10.0)}, {} if rank == 0 else None, rank, 2)
+        store.wait()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        store.save(20, {f"w{rank}": torch.full((4,), 20.0)}, {} if rank == 0 else None, rank, 2)
+        try:
+            store.wait()
+        except UserError:
+            os._exit(3)
+
+    pid = os.fork()
+    if pid == 0:
+        writer(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(in_child(lambda: writer(0))) == 3  # named, not waited for for ever
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    with open_checkpoint(find_latest(tmp_path)) as checkpoint:
+        assert checkpoint.step == 10 and checkpoint.names == ["w0", "w1"]

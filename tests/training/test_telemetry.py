@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megavtp.config.schema import TelemetryConfig
+from megavtp.config.schema import Config, ModelConfig, TelemetryConfig, TrainConfig
+from megavtp.config.sizes import resolve_model
 from megavtp.errors import UserError
+from megavtp.parallel.mesh import SINGLE
+from megavtp.planning.flops import flops_per_step
 from megavtp.training import progress, sinks
 from megavtp.training import telemetry as telemetry_module
 from megavtp.training.metrics_file import MetricsFile, read_metrics
@@ -297,3 +300,17 @@ def test_tensorboard_files_are_written(tmp_path):
     sink.picture(1, "grid", tmp_path / "x.png")
     sink.close()
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_the_telemetry_of_a_run(tmp_path):
+    model = resolve_model(ModelConfig(size="tiny"))
+    config = Config(
+        output_dir=str(tmp_path / "run"), model=model, train=TrainConfig(steps=8, batch_size=4),
+        telemetry=TelemetryConfig(log_every=4, peak_tflops=1.0),
+    )
+    telemetry = Telemetry.of_run(config, SINGLE)
+    telemetry.start(0)
+    run(telemetry, 0, 8)
+    telemetry.close()
+    first, _ = lines(tmp_path / "run")
+    assert first["mfu"] == pytest.approx(flops_per_step(config)["total"] / first["seconds_per_step"] / 1e12)
