@@ -144,7 +144,7 @@ def test_files_and_keys_that_the_text_names_exist():
     sections = "model|objectives|data|parallel|train|telemetry|deepspeed"
     for override in re.findall(rf"`((?:{sections})\.[\w.]+=[\w.]+)`", README):
         load_config(None, [override])
-    for key in re.findall(rf"`((?:{sections})\.[a-z_.]+)`", README):
+    for key in set(re.findall(rf"`((?:{sections})\.[a-z_.]+)`", README)) - {"model.safetensors"}:
         value = load_config(None)
         for part in key.split("."):
             value = getattr(value, part)
