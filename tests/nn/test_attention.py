@@ -1,0 +1,130 @@
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megavtp.errors import UserError
+from megavtp.nn import attention_kernels
+from megavtp.nn.attention import Attention
+from megavtp.nn.attention_kernels import adapt_torch_varlen, attend, find_varlen, sequence_offsets
+from megavtp.nn.rope import AxialRope
+
+SEGMENTS = ((2, 5), (0, 4), (3, 2))
+
+
+def loop_reference(q, k, v, offsets, causal):
+    """Softmax attention sequence by sequence, written out."""
+    out = torch.empty_like(v)
+    for start, end in zip(offsets, offsets[1:]):
+        scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) / q.shape[-1] ** 0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones(end - start, end - start).triu(1).bool(), -torch.inf)
+        out[start:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[start:end])
+    return out
+
+
+def tokens(segments, heads=2, dim=8):
+    return [torch.randn(sum(b * n for b, n in segments), heads, dim) for _ in range(3)]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_attention_equals_the_loop(causal):
+    q, k, v = tokens(SEGMENTS)
+    expected = loop_reference(q, k, v, [0, 5, 10, 12, 14, 16], causal)
+    assert torch.allclose(attend(q, k, v, SEGMENTS, causal), expected, atol=1e-6)
+
+
+def test_offsets():
+    assert sequence_offsets(((2, 5), (3, 2)), torch.device("cpu")).tolist() == [0, 5, 10, 12, 14, 16]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_varlen_path_gets_offsets_and_longest(monkeypatch, causal):
+    def kernel(q, k, v, offsets, longest, is_causal):
+        assert offsets.dtype == torch.int32 and longest == 5
+        return loop_reference(q, k, v, offsets.tolist(), is_causal)
+
+    q, k, v = tokens(SEGMENTS)
+    expected = attend(q, k, v, SEGMENTS, causal, "sdpa")
+    monkeypatch.setattr(attention_kernels, "_suits_varlen", lambda q: True)
+    monkeypatch.setattr(attention_kernels, "find_varlen", lambda: kernel)
+    assert torch.allclose(attend(q, k, v, SEGMENTS, causal, "auto"), expected, atol=1e-6)
+    assert torch.equal(attend(q, k, v, SEGMENTS, causal, "sdpa"), expected)
+
+
+def test_both_signatures_of_torch_varlen():
+    def by_flag(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+        return is_causal
+
+    def by_window(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
+        return window_size
+
+    assert [adapt_torch_varlen(by_flag)(*"qkvc", 5, causal) for causal in (False, True)] == [False, True]
+    assert [adapt_torch_varlen(by_window)(*"qkvc", 5, causal) for causal in (False, True)] == [(-1, -1), (-1, 0)]
+    assert adapt_torch_varlen(lambda q, k, v: q) is None
+
+
+def test_flash_attn_without_its_extension_is_not_used(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))  # importable, but empty
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    assert find_varlen.__wrapped__() is None
+    monkeypatch.setattr(attention_kernels, "find_varlen", lambda: None)
+    with pytest.raises(UserError, match="parallel.attention"):
+        Attention(8, 2, kernel="flash")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("causal", [False, True])
+def test_cuda_varlen_equals_sdpa(causal):
+    q, k, v = (x.cuda().bfloat16().requires_grad_() for x in tokens(SEGMENTS, dim=64))
+    results = []
+    for kernel in ("auto", "sdpa"):
+        out = attend(q, k, v, SEGMENTS, causal, kernel)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
+    for a, b in zip(*results):
+        assert torch.allclose(a.float(), b.float(), atol=3e-2)
+
+
+def make_attention(**options):
+    attention = Attention(16, 2, **options)
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.normal_(std=0.3)
+    return attention
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_packed_crops_equal_one_crop_size_at_a_time(qk_norm):
+    attention, rope = make_attention(qk_norm=qk_norm), AxialRope(8, "float32")
+    x = torch.randn(16, 16)
+    tables = [rope.tables(2, 2, 1), rope.tables(1, 1, 1)]
+    packed = attention(x, ((2, 5), (3, 2)), tables)
+    apart = torch.cat([attention(x[:10], ((2, 5),), tables[:1]), attention(x[10:], ((3, 2),), tables[1:])])
+    assert torch.allclose(packed, apart, atol=1e-6)
+
+
+def test_attention_module_is_the_formula():
+    attention, x = make_attention(qk_norm=True), torch.randn(4, 16)
+    q, k, v = (attention.qkv(x)[:, 16 * i : 16 * (i + 1)].unflatten(1, (2, 8)) for i in range(3))
+    q, k = (
+        t * torch.rsqrt(t.square().mean(-1, keepdim=True) + 1e-5) * n.weight
+        for t, n in ((q, attention.q_norm), (k, attention.k_norm))
+    )
+    expected = attention.proj(loop_reference(q, k, v, [0, 4], False).flatten(1))
+    assert torch.allclose(attention(x, ((1, 4),)), expected, atol=1e-5)
+
+
+def test_no_sequences_at_all_gives_zero_gradients():
+    attention = make_attention(qk_norm=True)
+    out = attention(torch.zeros(0, 16), ((0, 5),))
+    out.sum().backward()
+    assert out.shape == (0, 16)
+    assert all(F.l1_loss(p.grad, torch.zeros_like(p)) == 0 for p in attention.parameters())
+
+
+def test_width_that_heads_do_not_divide_is_refused():
+    with pytest.raises(UserError, match="not a multiple of heads"):
+        Attention(16, 3)
