@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _MIN_MSE = 1e-10  # an exact copy reads 100 dB instead of infinity, which would swallow the mean
@@ -27,12 +28,13 @@ def flat_psnr(target: Tensor) -> Tensor:
 def ssim(prediction: Tensor, target: Tensor) -> Tensor:
     """Structural similarity (b,) with the settings of Wang et al. 2004: 11 x 11 Gaussian of sigma 1.5, K 0.01, 0.03.
 
-    Averaged over channels and over the positions where the window fits; the sides must be at least 11 pixels.
+    Averaged over channels and all pixels, the images continued by reflection at the border, as torchmetrics 1.9 does.
     """
     window = [math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11)]
     window = [weight / sum(window) for weight in window]
 
     def blur(x: Tensor) -> Tensor:  # shifted sums: a convolution may round to TF32, which the variances cannot bear
+        x = F.pad(x, (5, 5, 5, 5), mode="reflect")
         for dim in (2, 3):
             size = x.shape[dim] - 10
             x = sum(weight * x.narrow(dim, i, size) for i, weight in enumerate(window))

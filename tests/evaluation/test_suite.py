@@ -8,7 +8,7 @@ from evaluation_fakes import FakeModel, FakeSet, FakeTokenizer
 
 from megavtp.config.schema import EvaluationConfig
 from megavtp.errors import UserError
-from megavtp.evaluation import VTPEvaluated, evaluate
+from megavtp.evaluation import VTPEvaluated, evaluate, gathering
 from megavtp.evaluation.collect import collect
 from megavtp.parallel.mesh import SINGLE, build_mesh
 
@@ -33,6 +33,7 @@ CASES = {"uneven": (19, 30), "fewer samples than ranks": (1, 0), "short train se
 
 def on_rank(rank):
     """Everything that two processes show; one start-up for all of it."""
+    gathering._CHUNK_ELEMENTS = 16  # so that gathering takes many exchanges
     data_parallel, tensor_parallel = build_mesh(1, 1), build_mesh(2, 1)
     results = {name: run_counted(*sizes, data_parallel) for name, sizes in CASES.items()}
     results["tensor parallel"] = run_counted(6, 5, tensor_parallel)

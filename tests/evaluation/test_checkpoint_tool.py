@@ -1,0 +1,166 @@
+import io
+import json
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from runpy import run_path
+
+import pytest
+import torch
+from PIL import Image
+
+from megavtp.checkpoint.formats.hf_vtp import save_folder
+from megavtp.config.schema import Config, DataConfig, DecoderConfig, ModelConfig, TextConfig, VisionConfig
+from megavtp.data.captions import train_sentencepiece
+from megavtp.data.index import build_index
+from megavtp.errors import UserError
+from megavtp.evaluation.checkpoint import CheckpointEvaluation, choose_device, find_perceptual, open_model
+from megavtp.models.build import build_vtp
+
+TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
+CPU = torch.device("cpu")
+NAMES = ["red apple", "green pear", "blue plum", "grey stone", "black coal", "white snow"]
+
+
+def write_split(folder: Path, count: int, seed: int) -> None:
+    folder.mkdir(parents=True)
+    draw = torch.Generator().manual_seed(seed)
+    with tarfile.open(folder / "shard-000000.tar", "w") as tar:
+        for i in range(count):
+            name = NAMES[i % len(NAMES)]
+            picture = io.BytesIO()
+            pixels = torch.randint(0, 256, (40, 40, 3), generator=draw, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(picture, "PNG")
+            meta = {"group": name.split()[1][:1] < "p" and "early" or "late", "concept": name, "style": "ab"[i // 6 % 2]}
+            members = {"png": picture.getvalue(), "txt": name.encode(), "json": json.dumps(meta).encode()}
+            for ending, data in members.items():
+                info = tarfile.TarInfo(f"{i:04d}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    build_index(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_split(root / "test", 12, 0)
+    write_split(root / "train", 18, 1)
+    train_sentencepiece(NAMES * 4, root / "captions.model", 320)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model_config(data):
+    from megavtp.data.captions import load_tokenizer
+
+    tower = {"width": 32, "depth": 1, "heads": 2}
+    return ModelConfig(
+        image_size=32, bottleneck=8, vision=VisionConfig(**tower), decoder=DecoderConfig(**tower),
+        text=TextConfig(**tower, context_length=8, vocab_size=load_tokenizer("auto", data, 8).vocab_size),
+    )
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory, model_config):
+    """A folder in the released models' format, of a model with both towers."""
+    folder = tmp_path_factory.mktemp("released")
+    model = build_vtp(model_config, objectives={"contrastive", "reconstruction"}, seed=3)
+    save_folder(folder, model_config, model.state_dict())
+    return folder
+
+
+def job(released, data, **options):
+    return CheckpointEvaluation(released, data, captions=str(data / "captions.model"), **options)
+
+
+def run_tool(monkeypatch, *arguments) -> int:
+    """Run the script as __main__ in this process: a new one would spend its time on importing torch."""
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        run_path(str(TOOL), run_name="__main__")
+    return stopped.value.code
+
+
+def test_tool_end_to_end(released, data, tmp_path, monkeypatch, capsys):
+    out, grid = tmp_path / "metrics.json", tmp_path / "grid.png"
+    status = run_tool(
+        monkeypatch, "--checkpoint", released, "--data", data, "--captions", data / "captions.model", "--untrained",
+        "--out", out, "--pictures", grid, "--device", "cpu",
+    )  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 0
+    assert lines[0].split() == ["metric", "value", "untrained", "chance"]
+    names = [line.split()[0] for line in lines[2:]]
+    for name in ("samples", "zero_shot/group_top1", "retrieval/cross_style_r1", "knn/group_top1", "reconstruction/psnr"):
+        assert name in names
+    content = json.loads(out.read_text())
+    assert content["metrics"]["samples"] == 12 and content["metrics"].keys() == content["untrained"].keys()
+    assert content["metrics"] != content["untrained"]
+    assert Image.open(grid).size[0] > 100
+
+
+def test_the_checkpoints_weights_are_used(released, data, model_config):
+    checkpoint = job(released, data)
+    again = build_vtp(model_config, objectives={"contrastive", "reconstruction"}, seed=3)
+    got, want = checkpoint.metrics(checkpoint.model), checkpoint.metrics(again)
+    assert got == pytest.approx(want, abs=1e-6)
+    inputs, outputs = checkpoint.reconstructions(5)
+    assert inputs.shape == outputs.shape == (5, 3, 32, 32) and inputs.dtype == outputs.dtype == torch.uint8
+
+
+def test_model_without_a_text_tower_needs_no_tokenizer(data, model_config, tmp_path):
+    model = build_vtp(model_config, objectives={"reconstruction"}, seed=3)
+    save_folder(tmp_path, model_config, model.state_dict())
+    checkpoint = CheckpointEvaluation(tmp_path, data, max_samples=4, batch_size=3)
+    metrics = checkpoint.metrics(checkpoint.model)
+    assert metrics["samples"] == 4 and "reconstruction/psnr" in metrics and "retrieval/image_to_text_r1" not in metrics
+    assert "zero_shot, retrieval" in checkpoint.skipped
+
+
+def test_measuring_on_train_lets_the_others_vote(released, data):
+    assert job(released, data, split="train").train_set is None
+    assert len(job(released, data).train_set) == 18
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--checkpoint", "{tmp}"], "is no checkpoint"),
+    (["--data", "{tmp}/none"], "none"),
+    (["--split", "validation"], "validation"),
+    (["--device", "warp"], "no such device"),
+    (["--max-samples", "0"], "--max-samples 0"),
+    (["--captions", "{tmp}/absent.model"], "absent.model"),
+])  # fmt: skip
+def test_mistakes_end_in_one_line(released, data, tmp_path, options, message, monkeypatch, capsys):
+    given = [o.format(tmp=tmp_path) for o in options]
+    status = run_tool(monkeypatch, "--checkpoint", released, "--data", data, *given)
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert status == 2
+    assert errors[-1].startswith("error: ") and message in errors[-1] and len(errors) == 1
+
+
+def test_wrong_vocabulary_is_named(released, data, tmp_path):
+    train_sentencepiece([" ".join(NAMES)], tmp_path / "other.model", 288)
+    with pytest.raises(UserError, match="--captions"):
+        CheckpointEvaluation(released, data, captions=str(tmp_path / "other.model"))
+
+
+def test_missing_perceptual_weights_are_a_reason_not_an_error(model_config):
+    config = Config(model=model_config)
+    settings = replace(config.objectives.reconstruction, perceptual="lpips-alex", perceptual_weights="/none.safetensors")
+    config = replace(config, objectives=replace(config.objectives, reconstruction=settings))
+    skipped = {}
+    assert find_perceptual(config, CPU, skipped) == {}
+    assert "/none.safetensors" in skipped["reconstruction/lpips_alex"]
+
+
+def test_device():
+    assert choose_device("cpu") == CPU
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(UserError, match="no such device"):
+        choose_device("meta-physical")
+
+
+def test_released_model_reads_clip_captions(released):
+    _, config = open_model(released, CPU)
+    assert config.data == DataConfig(captions="clip")
