@@ -14,7 +14,7 @@ from megavtp.models.init import initialise
 from megavtp.models.vtp import OBJECTIVES, VTP
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.parallel.mesh import SINGLE, Mesh
-from megavtp.parallel.sharding import cut, shard_of
+from megavtp.parallel.sharding import cut, mark, shard_of
 
 
 def build_vtp(
@@ -32,7 +32,11 @@ def build_vtp(
             config, mesh, objectives=objectives, recompute=recompute, attention=attention, max_scale=max_scale,
             compute_dtype=compute_dtype,
         )
-    model.to_empty(device=device)
+    shards = {name: shard_of(parameter) for name, parameter in model.named_parameters()}
+    model.to_empty(device=device)  # makes new parameter objects, without their attributes
+    for name, parameter in model.named_parameters():
+        if shards[name] is not None:
+            mark(parameter, shards[name])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)

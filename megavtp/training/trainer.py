@@ -137,7 +137,7 @@ class Trainer:
         """A non-finite gradient: nothing was updated. Name the terms and keep the sample ids for a replay."""
         values = all_reduce(torch.stack(list(terms.values())).float(), self.engine.mesh, "dp").tolist()
         bad = [name for name, value in zip(terms, values) if not abs(value) < float("inf")]
-        self.telemetry.event("skipped", step=batch.step, terms=bad or ["gradient"], ids=batch.ids)
+        self.telemetry.event("skipped", step=batch.step + 1, terms=bad or ["gradient"], ids=batch.ids)
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.config.train.max_skipped_steps:
             raise UserError(
