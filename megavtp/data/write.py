@@ -43,6 +43,8 @@ def staged_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
+    except OSError as error:  # sources deal with their own; this is a full or failing disk
+        raise UserError(f"cannot write {out} ({error.strerror or error}); make room or choose another --out") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,0 +1,65 @@
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from tar_builder import encode, picture
+
+from megavtp.cli import run
+from megavtp.errors import UserError
+
+TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the tool in this process (a new one takes seconds to import torch): status, stdout, stderr."""
+    def run_tool(*arguments):
+        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        return ended.value.code, *capsys.readouterr()
+
+    return run_tool
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize("main, status", [
+    (lambda: None, 0), (lambda: 1, 1), (lambda: fail(UserError("name the thing")), 2),
+    (lambda: fail(KeyboardInterrupt()), 130),
+])
+def test_run_ends_with_a_status(main, status, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == status
+    assert capsys.readouterr().err == {0: "", 1: "", 2: "error: name the thing\n", 130: "interrupted\n"}[status]
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 // 0)
+
+
+def test_images_check_and_errors(tmp_path, call):
+    (tmp_path / "src" / "blue_car").mkdir(parents=True)
+    for i in range(3):
+        (tmp_path / "src" / "blue_car" / f"{i}.png").write_bytes(encode(picture(seed=i)))
+    made = ("images", "--from", tmp_path / "src", "--out", tmp_path / "out", "--test-fraction", 0, "--workers", 1)
+    status, out, err = call(*made)
+    assert (status, err) == (0, "") and "train 3, test 0 samples; skipped 0" in out
+    assert call(*made) == (
+        2, "", f"error: {tmp_path / 'out'} exists; choose another --out, or replace it with --overwrite\n"
+    )
+    assert call("check", tmp_path / "out", "--workers", 1)[0] == 0
+    shard = tmp_path / "out" / "train" / "shard-000000.tar"
+    data = bytearray(shard.read_bytes())
+    at = data.index(b"IDAT") + 8
+    data[at : at + 20] = bytes(20)
+    shard.write_bytes(data)
+    status, out, _ = call("check", tmp_path / "out", "--workers", 1)
+    assert status == 1 and out.startswith("2 good samples, 1 problems\n  1 x cannot decode image")
+    status, out, _ = call("index", tmp_path / "out", "--vocab-size", 300)
+    assert (status, out) == (0, "3 good samples, 0 problems\n")
