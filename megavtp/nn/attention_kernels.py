@@ -84,13 +84,15 @@ def attend(
 ) -> Tensor:
     """softmax(q k^T / sqrt(h)) v inside each sequence of a packed batch: (T, H, h) each -> (T, H, h).
 
-    One variable-length call serves all crop sizes where the tensors allow it (CUDA, 16-bit, h <= 256); else, also
-    with kernel="flash", torch's scaled_dot_product_attention is called once per crop size.
+    Where the tensors allow it (CUDA, 16-bit, h <= 256), one variable-length call serves all crop sizes; with "auto"
+    only if there are several, as torch's scaled_dot_product_attention has a flash kernel of its own for one. That
+    function, called once per crop size, serves everything else, also under "flash" (say, decoding in float32).
     """
     segments = tuple((sequences, length) for sequences, length in segments if sequences)
     if not segments:
         return q + k + v  # no tokens: empty, but in the graph
-    if kernel != "sdpa" and _suits_varlen(q):
+    wants_varlen = kernel == "flash" or (kernel == "auto" and len(segments) > 1)
+    if wants_varlen and _suits_varlen(q):
         longest = max(length for _, length in segments)
         return find_varlen()(q, k, v, sequence_offsets(segments, q.device), longest, causal)
     outputs, start = [], 0

@@ -10,7 +10,9 @@ from megavtp.errors import UserError
 from megavtp.models.build import build_vtp
 from megavtp.nn.drop_path import draw_drop_plan
 
-SMALL = replace(TINY, rope_dtype="float32", vision=replace(TINY.vision, depth=2), decoder=replace(TINY.decoder, depth=1))
+SMALL = replace(
+    TINY, rope_dtype="float32", vision=replace(TINY.vision, depth=2), decoder=replace(TINY.decoder, depth=1)
+)
 
 
 @pytest.fixture
@@ -116,7 +118,8 @@ def test_scale_is_capped_but_its_gradient_is_not(model):
 
 
 def test_shared_bottleneck_feeds_all_objectives():
-    model = build_vtp(replace(SMALL, bottleneck_reconstruction_only=False, vision=replace(SMALL.vision, clip_feature="pooled")))
+    vision = replace(SMALL.vision, clip_feature="pooled")
+    model = build_vtp(replace(SMALL, bottleneck_reconstruction_only=False, vision=vision))
     data = batch()
     assert model.visual_proj.weight.shape == (64, 16) and model.dino_head.mlp[0].weight.shape == (48, 16)
     assert model("student", **student_inputs(data))[-1].shape == (4, 16)

@@ -51,7 +51,10 @@ def test_varlen_path_gets_offsets_and_longest(monkeypatch, causal):
     monkeypatch.setattr(attention_kernels, "_suits_varlen", lambda q: True)
     monkeypatch.setattr(attention_kernels, "find_varlen", lambda: kernel)
     assert torch.allclose(attend(q, k, v, SEGMENTS, causal, "auto"), expected, atol=1e-6)
+    assert torch.allclose(attend(q, k, v, SEGMENTS, causal, "flash"), expected, atol=1e-6)
     assert torch.equal(attend(q, k, v, SEGMENTS, causal, "sdpa"), expected)
+    q, k, v = (x[:10] for x in (q, k, v))
+    assert torch.equal(attend(q, k, v, ((2, 5),), causal, "auto"), attend(q, k, v, ((2, 5),), causal, "sdpa"))
 
 
 def test_both_signatures_of_torch_varlen():

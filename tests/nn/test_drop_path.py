@@ -39,7 +39,9 @@ def test_draw_depends_on_seed_step_and_tag(change):
 
 def test_parts_of_the_batch_add_up_to_the_whole_draw():
     whole = draw_drop_plan(**DRAW, local_rows=[torch.arange(12), torch.arange(20)])
-    parts = [[torch.tensor([0, 3, 6, 9]), torch.arange(5)], [torch.tensor([1, 2, 4, 5, 7, 8, 10, 11]), torch.arange(5, 20)]]
+    parts = [
+        [torch.tensor([0, 3, 6, 9]), torch.arange(5)], [torch.tensor([1, 2, 4, 5, 7, 8, 10, 11]), torch.arange(5, 20)],
+    ]
     plans = [draw_drop_plan(**DRAW, local_rows=part) for part in parts]
     for number, branch in enumerate(branches(whole)):
         for segment in range(2):
@@ -94,7 +96,9 @@ def test_nothing_kept_is_the_identity_with_zero_gradients():
 def test_expectation_is_the_full_branch():
     x, total = torch.ones(40, 1), torch.zeros(40, 1)
     for step in range(400):
-        plan = draw_drop_plan(seed=0, step=step, tag="t", depth=1, rate=0.5, global_sizes=[40], local_rows=[torch.arange(40)])
+        plan = draw_drop_plan(
+            seed=0, step=step, tag="t", depth=1, rate=0.5, global_sizes=[40], local_rows=[torch.arange(40)]
+        )
         total += add_branch(x, lambda y, _: y, ((40, 1),), plan.blocks[0][0]) - x
     assert abs((total / 400).mean() - 1) < 1e-5
     assert (total / 400 - 1).abs().max() < 0.25
