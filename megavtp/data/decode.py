@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 try:
@@ -58,6 +58,8 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.DecompressionBombError as error:
             raise BadSample(f"image too large: {error}") from error
+        except UnidentifiedImageError:  # its message holds a memory address: no two would be alike
+            raise BadSample(f"cannot decode image: not of a known format ({', '.join(FORMATS)})") from None
     check_size(*image.size, max_pixels)
     return image
 

@@ -17,6 +17,7 @@ from megavtp.errors import UserError
 
 _SPLITS = ("train", "test")
 _TOKENIZER_CAPTIONS = 1_000_000
+_NAMED = 1000  # bad samples that a check lists
 _CHECK_BLOCK = 64  # samples of one job
 
 
@@ -42,8 +43,8 @@ def index_dataset(folder: str | Path, vocab_size: int = 0, quiet: bool = False) 
 def check_dataset(
     folder: str | Path, max_pixels: int = 64_000_000, workers: int = 2, quiet: bool = False
 ) -> SkipReport:
-    """Read and decode every sample; the report names the bad ones."""
-    report = SkipReport()
+    """Read and decode every sample; the report names the bad ones, with what is wrong with each."""
+    report = SkipReport(named_limit=_NAMED)
     for part in _split_folders(refuse_remote(folder)):
         dataset = open_dataset(part)
         jobs = [
@@ -54,7 +55,7 @@ def check_dataset(
         for good, bad in ordered_map(check, jobs, workers, f"check {part.name}", quiet):
             report.kept += good
             for name, reason in bad:
-                report.skip(reason, f"{part.name}/{name}")
+                report.skip("bad sample", f"{part.name}/{name} ({reason})")
     return report
 
 

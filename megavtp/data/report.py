@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 
 from megavtp.errors import UserError
 
-_NAMED_PER_REASON = 5
-
 
 @dataclass
 class SkipReport:
-    """Counts what was kept and what was skipped; names the first few of each reason."""
+    """Counts what was kept and what was skipped; names the first ``named_limit`` of each reason."""
 
     kept: int = 0
+    named_limit: int = 5
     reasons: Counter[str] = field(default_factory=Counter)
     named: dict[str, list[str]] = field(default_factory=dict)
 
@@ -25,7 +24,7 @@ class SkipReport:
     def skip(self, reason: str, name: str) -> None:
         self.reasons[reason] += 1
         names = self.named.setdefault(reason, [])
-        if len(names) < _NAMED_PER_REASON:
+        if len(names) < self.named_limit:
             names.append("".join(c if c.isprintable() else "?" for c in name))  # names come from foreign files
 
     def limit(self, max_bad: int) -> None:
@@ -36,6 +35,6 @@ class SkipReport:
     def lines(self) -> list[str]:
         """One line for each reason, the most frequent first."""
         return [
-            f"{count} x {reason}: {', '.join(self.named[reason])}{', ...' if count > _NAMED_PER_REASON else ''}"
+            f"{count} x {reason}: {', '.join(self.named[reason])}{', ...' if count > self.named_limit else ''}"
             for reason, count in self.reasons.most_common()
         ]

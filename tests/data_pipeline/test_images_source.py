@@ -186,7 +186,7 @@ def test_index_and_check(tmp_path):
     assert index_dataset(tmp_path, vocab_size=512, quiet=True).kept == 5
     assert load_tokenizer("auto", tmp_path, 8).vocab_size <= 512
     report = check_dataset(tmp_path, workers=1, quiet=True)
-    assert (report.kept, report.skipped) == (4, 1) and "train/y/bad" in report.lines()[0]
+    assert (report.kept, report.skipped) == (4, 1) and "train/y/bad (cannot decode" in report.lines()[0]
     assert json.loads((tmp_path / "train" / "index.json").read_bytes())["total"] == 4
     shutil.rmtree(tmp_path / "test")
     assert index_dataset(tmp_path / "train", quiet=True).kept == 4

@@ -60,6 +60,6 @@ def test_images_check_and_errors(tmp_path, call):
     data[at : at + 20] = bytes(20)
     shard.write_bytes(data)
     status, out, _ = call("check", tmp_path / "out", "--workers", 1)
-    assert status == 1 and out.startswith("2 good samples, 1 problems\n  1 x cannot decode image")
+    assert status == 1 and out.startswith("2 good samples, 1 problems\n  1 x bad sample: train/shard-0")
     status, out, _ = call("index", tmp_path / "out", "--vocab-size", 300)
     assert (status, out) == (0, "3 good samples, 0 problems\n")
