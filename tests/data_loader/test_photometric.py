@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from megavtp.data import photometric
 from torch import Tensor
+
+from megavtp.data import photometric
 
 
 @pytest.fixture(scope="module")

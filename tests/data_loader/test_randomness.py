@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import numpy as np
+
 from megavtp.data.randomness import generator, stable_hash
 
 

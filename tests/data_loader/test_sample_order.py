@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+
 from megavtp.data.order import SampleOrder, step_positions, step_subset
 from megavtp.errors import UserError
 

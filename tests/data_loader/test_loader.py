@@ -1,0 +1,171 @@
+"""The loader: order, workers, limits, and what happens when a worker dies."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from loader_fakes import LengthTokenizer, MemoryDataset, small_config
+
+from megavtp.data.batch import Batch, StepDataset
+from megavtp.data.loader import Loader
+from megavtp.errors import UserError
+
+
+def make(dataset=None, rank=0, dp=1, **config):
+    dataset = MemoryDataset() if dataset is None else dataset
+    return StepDataset(dataset, LengthTokenizer(), small_config(**config), rank, dp)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    pairs = [(getattr(a, name), getattr(b, name)) for name in a.__dataclass_fields__]
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_steps_come_in_order_and_bit_equal_from_any_start(workers):
+    direct = make(MemoryDataset(broken={(1, 3), (1, 4)}))
+    with Loader(direct, 3, 9, workers=workers, prefetch=2) as loader:
+        batches = list(loader)
+    assert [batch.step for batch in batches] == [3, 4, 5, 6, 7, 8]
+    assert all(same(batch, direct[batch.step]) for batch in batches)
+    assert loader.wait_seconds > 0
+
+
+def test_two_ranks_with_workers_make_up_one_process():
+    shares = [Loader(make(rank=rank, dp=2), 2, 4, workers=1) for rank in range(2)]
+    for whole, *parts in zip(Loader(make(), 2, 4, workers=0), *shares):
+        assert sum((part.ids for part in parts), []) == whole.ids
+        assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+        assert torch.equal(torch.cat([part.masks for part in parts], 1), whole.masks)
+
+
+def test_no_steps_left():
+    assert list(Loader(make(), 5, 5, workers=2)) == []
+
+
+def test_the_global_generator_is_not_touched():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    list(Loader(make(), 0, 2, workers=1))
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_named_once_and_limited(workers, caplog):
+    dataset = MemoryDataset(broken={(1, row) for row in range(4)})
+    with caplog.at_level(logging.WARNING, logger="megavtp.data.loader"):
+        with Loader(make(dataset), 0, 10, workers=workers) as loader:
+            list(loader)  # four epochs
+    assert len(loader.bad_samples) == len(caplog.messages) == 4
+    assert all("shard-000001/" in message for message in caplog.messages)
+    with Loader(make(dataset, max_bad_samples=2), 0, 10, workers=workers) as loader:
+        with pytest.raises(UserError, match="3 bad samples, last: shard-000001/.*max_bad_samples=2"):
+            list(loader)
+
+
+def test_a_users_error_in_a_worker_arrives_as_one_line():
+    dataset = MemoryDataset(broken={(s, r) for s in range(3) for r in range(23)})
+    with Loader(make(dataset), 0, 2, workers=1) as loader:
+        with pytest.raises(UserError, match="all broken") as error:
+            next(loader)
+    assert "\n" not in str(error.value)
+
+
+class Bug(MemoryDataset):
+    def read(self, shard, row):
+        raise ZeroDivisionError("a bug")
+
+
+def test_a_bug_is_not_called_a_users_error():
+    with Loader(make(Bug()), 0, 2, workers=1) as loader:
+        with pytest.raises(ZeroDivisionError):
+            next(loader)
+
+
+class Deadly(MemoryDataset):
+    """Kills the worker that reads it, as the kernel does when memory runs out."""
+
+    parent = os.getpid()
+
+    def read(self, shard, row):
+        if shard == 1 and row > 15 and os.getpid() != self.parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(shard, row)
+
+
+@pytest.mark.timeout(60)
+def test_a_killed_worker_is_an_error_and_no_hang():
+    handler = signal.getsignal(signal.SIGCHLD)
+    with Loader(make(Deadly()), 0, 8, workers=2) as loader:
+        with pytest.raises(UserError, match="worker was killed.*data.workers") as error:
+            for _ in loader:
+                time.sleep(0.01)
+    assert "\n" not in str(error.value)
+    assert signal.getsignal(signal.SIGCHLD) is handler  # nothing is raised in the midst of a training step
+
+
+def workers_of(loader: Loader) -> list:
+    return list(loader._steps._workers)
+
+
+@pytest.mark.timeout(60)
+def test_closing_early_ends_the_workers():
+    loader = Loader(make(), 0, 1000, workers=2)
+    next(loader)
+    workers = workers_of(loader)
+    assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
+    loader.close()
+    assert not any(worker.is_alive() for worker in workers)
+    loader.close()
+    assert list(loader) == []
+
+
+@pytest.mark.timeout(60)
+def test_workers_leave_signals_to_the_trainer():
+    with Loader(make(), 0, 50, workers=2) as loader:
+        next(loader)
+        for worker in workers_of(loader):
+            os.kill(worker.pid, signal.SIGTERM)
+            os.kill(worker.pid, signal.SIGINT)
+        assert [batch.step for batch in loader] == list(range(1, 50))
+
+
+def test_it_works_outside_the_main_thread():
+    seen = []
+    thread = threading.Thread(target=lambda: seen.extend(batch.step for batch in Loader(make(), 0, 3, workers=1)))
+    thread.start()
+    thread.join(60)
+    assert seen == [0, 1, 2]
+
+
+LEFT_OPEN = """
+import sys
+sys.path[:0] = {paths!r}
+from test_loader import Loader, make
+loader = Loader(make(), 0, 1000, workers=2)
+next(loader)
+print([worker.pid for worker in loader._steps._workers], flush=True)
+keep = [loader]
+keep.append(keep)
+raise KeyError("the trainer fails and closes nothing")
+"""
+
+
+@pytest.mark.timeout(90)
+def test_a_trainer_that_fails_ends_and_leaves_no_workers_behind():
+    paths = [str(Path(__file__).parent), *sys.path]
+    run = subprocess.run(
+        [sys.executable, "-c", LEFT_OPEN.format(paths=paths)], capture_output=True, text=True, timeout=60
+    )
+    assert "KeyError: 'the trainer fails" in run.stderr and run.returncode == 1
+    for pid in json.loads(run.stdout):
+        assert not Path(f"/proc/{pid}").exists()
