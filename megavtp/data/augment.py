@@ -3,8 +3,8 @@
 A view reads a fixed number of uniform draws from its generator, in the order of ``_CropDraws`` and ``_ColorDraws``,
 whether or not an operation applies. So a changed probability alters nothing but the operation it belongs to.
 
-Speed on one core (a 144 px and a 500 x 375 source): plain 256 px view 0.1-0.3 ms, 96 px crop with all of DINO's
-operations 0.9 ms, 224 px crop 3-4 ms.
+Speed on one core (a 144 px and a 500 x 375 source): plain 256 px view 0.2-0.4 ms, 96 px crop with all of DINO's
+operations 0.9-1.3 ms, 224 px crop 4-6 ms.
 """
 
 from __future__ import annotations
