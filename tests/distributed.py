@@ -7,6 +7,7 @@ import os
 import socket
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +30,7 @@ def _worker(rank: int, world_size: int, port: int, folder: str, timeout: float, 
         MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
     )
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     faulthandler.dump_traceback_later(timeout * 0.9, exit=True)  # a hang shows where, and ends
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
     try:

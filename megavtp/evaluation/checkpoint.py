@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megavtp.checkpoint.formats.hf_vtp import load_folder, objectives_of
+from megavtp.checkpoint.native import load_model
 from megavtp.config.schema import Config, DataConfig
 from megavtp.data.captions import CaptionTokenizer, load_tokenizer
 from megavtp.data.loader import EvalDataset
@@ -17,12 +18,10 @@ from megavtp.errors import UserError
 from megavtp.evaluation.interface import Perceptual, VTPEvaluated
 from megavtp.evaluation.suite import evaluate
 from megavtp.models.build import build_vtp, load_full
-from megavtp.models.lpips import LPIPS
+from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS
 from megavtp.models.lpips_weights import load_lpips_weights
 from megavtp.models.vtp import VTP
 from megavtp.pixels import normalise, to_uint8
-
-_NETS = {"lpips-vgg": "vgg", "lpips-alex": "alex"}
 
 
 def choose_device(name: str) -> torch.device:
@@ -44,8 +43,6 @@ def open_model(path: str | Path, device: torch.device) -> tuple[VTP, Config]:
     """
     path = Path(path)
     if (path / "checkpoint.json").is_file():
-        from megavtp.checkpoint.native import load_model
-
         return load_model(path, device)
     if not (path / "config.json").is_file():
         raise UserError(
@@ -93,7 +90,7 @@ def find_tokenizer(model: VTP, config: Config, data: Path, spec: str | None) -> 
 def find_perceptual(config: Config, device: torch.device, skipped: dict[str, str]) -> dict[str, Perceptual]:
     """LPIPS with the network of the run's loss, else VGG; the reason goes to ``skipped`` if it cannot be had."""
     settings = config.objectives.reconstruction
-    net = _NETS.get(settings.perceptual, "vgg")
+    net = PERCEPTUAL_NETS.get(settings.perceptual, "vgg")
     path = settings.perceptual_weights if settings.perceptual != "none" else None
     try:
         return {f"lpips_{net}": LPIPS(net, load_lpips_weights(net, path)).to(device)}

@@ -63,6 +63,9 @@ def weight_shapes(net: Net) -> dict[str, tuple[int, ...]]:
     return shapes | {f"head.{j}": (channels,) for j, channels in enumerate(taps)}
 
 
+PERCEPTUAL_NETS: dict[str, Net] = {"lpips-vgg": "vgg", "lpips-alex": "alex"}  # values of the config's `perceptual`
+
+
 class LPIPS(nn.Module):
     """Frozen network; ``forward(x, y)`` gives one distance per image, differentiable by x."""
 

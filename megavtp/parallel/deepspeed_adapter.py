@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,6 +33,8 @@ def import_deepspeed() -> Any:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed calls collectives by names that newer torch warns of, once per call site.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     try:
         import deepspeed
     except ImportError as error:
@@ -110,7 +113,7 @@ def build_config(zero_stage: int, clip_grad: float, parameters: int, extra: Mapp
     Args:
         parameters: trainable numel of this rank; caps the communication buckets, which DeepSpeed allocates whole.
     """
-    bucket = max(1, min(parameters, 50_000_000))
+    bucket = -(-min(parameters, 50_000_000) // 1024) * 1024  # a multiple of its alignment
     config = {
         "train_micro_batch_size_per_gpu": 1,  # never used: the trainer owns the batch
         "gradient_accumulation_steps": 1,

@@ -1,0 +1,88 @@
+"""Pictures and metrics of held-out data while a run trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megavtp.config.schema import Config
+from megavtp.data.captions import CaptionTokenizer
+from megavtp.data.loader import EvalDataset
+from megavtp.data.shards import open_dataset
+from megavtp.evaluation import VTPEvaluated, evaluate, format_table, write_metrics
+from megavtp.models.lpips import PERCEPTUAL_NETS
+from megavtp.parallel.engine import Engine
+from megavtp.parallel.mesh import Mesh
+from megavtp.pixels import normalise, to_uint8
+from megavtp.training.pictures import loss_curves, reconstruction_grid
+from megavtp.training.telemetry import Telemetry
+
+
+class InLoopEvaluation:
+    """Hooks of the trainer. Every rank calls them, as ZeRO-3 gathers weights in each forward.
+
+    Without a test split in ``data.root`` metrics are left out, and the pictures show training images.
+    """
+
+    def __init__(
+        self, config: Config, engine: Engine, mesh: Mesh, tokenizer: CaptionTokenizer,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None, telemetry: Telemetry,
+    ):
+        self.config, self.engine, self.mesh = config, engine, mesh
+        self.tokenizer, self.telemetry = tokenizer, telemetry
+        self.output_dir = Path(config.output_dir)
+        self.train_set = self._samples("train", config.evaluation.max_samples)
+        has_test = (Path(config.data.root) / "test").is_dir()
+        self.test_set = self._samples("test", config.evaluation.max_samples) if has_test else None
+        net = PERCEPTUAL_NETS.get(config.objectives.reconstruction.perceptual)
+        self.perceptual = {} if perceptual is None else {f"lpips_{net}": perceptual}
+
+    def _samples(self, split: str, count: int) -> EvalDataset:
+        folder = open_dataset(Path(self.config.data.root) / split)
+        return EvalDataset(folder, self.tokenizer, self.config.model.image_size, count, self.config.data.max_pixels)
+
+    @torch.no_grad()
+    def pictures(self, step: int) -> None:
+        """Write ``pictures/step-N.png``: input | reconstruction of the same held-out images each time."""
+        if "reconstruction" not in self.engine.module.objectives:
+            return
+        with self.telemetry.paused():
+            images = self._picture_images()
+            path = self.output_dir / "pictures" / f"step-{step:06d}.png"
+            reconstructions = self.engine("reconstruction", images=normalise(images.to(self.engine.device)))
+            if self.mesh.rank == 0:
+                reconstruction_grid(images, to_uint8(reconstructions).cpu(), path)
+                self.telemetry.picture(step, "reconstructions", path)
+
+    def _picture_images(self) -> Tensor:
+        source, count = self.test_set or self.train_set, self.config.telemetry.pictures
+        few = EvalDataset(source.dataset, source.tokenizer, source.size, count, source.max_pixels)
+        return next(few.batches(count))["image"]
+
+    @torch.no_grad()
+    def metrics(self, step: int) -> dict[str, float]:
+        """Evaluate on the test split; written to ``evaluation.json`` and the log."""
+        if self.test_set is None:
+            return {}
+        model = VTPEvaluated(self.engine, self.engine.module.objectives)
+        with self.telemetry.paused():
+            found = evaluate(
+                model, self.test_set, self.train_set, self.config.evaluation, self.mesh, tokenizer=self.tokenizer,
+                device=self.engine.device, perceptual=self.perceptual,
+            )
+        if self.mesh.rank == 0:
+            write_metrics(self.output_dir / "evaluation.json", {"step": step, **found})
+            print("\n" + format_table(found), flush=True)
+        self.telemetry.event("evaluation", step=step, **found)
+        return found
+
+    def finish(self, step: int) -> None:
+        """What a finished run leaves: the last pictures, the metrics, the loss curves."""
+        self.pictures(step)
+        if self.config.evaluation.at_end:
+            self.metrics(step)
+        if self.mesh.rank == 0:
+            loss_curves(self.output_dir / "metrics.jsonl", self.output_dir / "loss_curves.png")

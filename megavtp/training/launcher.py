@@ -1,0 +1,96 @@
+"""What `launchers/pretrain.py` does on each rank: read the command line, join the others, build, train."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import psutil
+import torch
+
+from megavtp.config.load import DEMO_CONFIG, load_config, to_yaml
+from megavtp.config.schema import Config
+from megavtp.config.summary import layout_summary
+from megavtp.config.validate import validate
+from megavtp.data.sources.emoji import prepare_emoji
+from megavtp.errors import UserError
+from megavtp.parallel import launch
+from megavtp.parallel.collectives import barrier
+from megavtp.training.pretrain_run import PretrainRun
+
+
+def pretrain() -> NoReturn:
+    """Entry point; never returns."""
+    if _alone_on_a_cpu_without_being_told():
+        # The CPU counts as one accelerator; two processes exercise what the run is about.
+        os.execvp(
+            sys.executable,
+            [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", sys.argv[0], *_own_arguments()],
+        )
+    launch.run_ranks(_main)
+
+
+def _own_arguments() -> list[str]:
+    return [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+
+
+def _alone_on_a_cpu_without_being_told() -> bool:
+    """Whether the deepspeed launcher chose a single process by itself because there is no accelerator."""
+    _, _, world = launch.environment_rank()
+    if world != 1 or "RANK" not in os.environ or "CROSS_SIZE" not in os.environ or torch.cuda.is_available():
+        return False
+    told = ("--num_accelerators", "--num_gpus", "--include", "--hostfile", "--num_nodes", "-H", "-i")
+    above = [argument for parent in psutil.Process().parents()[:3] for argument in _command(parent)]
+    return not any(argument.split("=")[0] in told for argument in above) and "--dry-run" not in sys.argv
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="deepspeed launchers/pretrain.py", description="Pre-train a visual tokenizer.",
+        epilog="example: deepspeed --num_accelerators 2 launchers/pretrain.py parallel.zero_stage=3 train.steps=200",
+    )
+    parser.add_argument("--config", type=Path, help="recipe (YAML); default: the demo's")
+    parser.add_argument("--deepspeed_config", type=Path, help="JSON with further DeepSpeed keys")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # habit of DeepSpeed scripts
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as in train.steps=200")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _main() -> None:
+    arguments = parse_arguments(sys.argv[1:])
+    rank, _, world = launch.environment_rank()
+    config = load_config(arguments.config, arguments.overrides, arguments.deepspeed_config)
+    if arguments.dry_run:
+        config = validate(config, world)
+        if rank == 0:
+            print(layout_summary(config, world))
+        return
+    config = validate(config, world)
+    device = launch.start()
+    if arguments.config is None or arguments.config.resolve() == DEMO_CONFIG.resolve():
+        _prepare_demo_data(config, rank)
+    run = PretrainRun(config, device)
+    if rank == 0:
+        run.output_dir.joinpath("config.yaml").write_text(to_yaml(run.config))
+    run.train()
+
+
+def _prepare_demo_data(config: Config, rank: int) -> None:
+    """The demo brings its own data; other recipes need the user's."""
+    if rank == 0 and not Path(config.data.root).exists():
+        prepare_emoji(Path(config.data.root))
+    barrier()
+    if not Path(config.data.root).exists():
+        raise UserError(f"{config.data.root} is not visible on this machine: data.root must be on a shared file system")

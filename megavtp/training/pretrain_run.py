@@ -1,0 +1,102 @@
+"""A pre-training run put together: data, model, engine, passes, telemetry, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megavtp.config.schema import Config
+from megavtp.config.share import Share, share
+from megavtp.config.validate import with_vocabulary
+from megavtp.data.batch import StepDataset
+from megavtp.data.captions import load_tokenizer
+from megavtp.data.loader import Loader
+from megavtp.data.shards import open_dataset
+from megavtp.models.build import build_vtp
+from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS
+from megavtp.models.lpips_weights import load_lpips_weights
+from megavtp.models.vtp import VTP
+from megavtp.nn.block import Block
+from megavtp.parallel.engine import Engine
+from megavtp.parallel.mesh import Mesh, build_mesh
+from megavtp.training.in_loop import InLoopEvaluation
+from megavtp.training.optimizer import build_optimizer
+from megavtp.training.pretraining import build_passes
+from megavtp.training.telemetry import Telemetry
+from megavtp.training.trainer import Trainer
+
+
+class PretrainRun:
+    """Everything of one run on this rank.
+
+    Attributes:
+        config: with the caption tokenizer's vocabulary filled in.
+    """
+
+    def __init__(self, config: Config, device: torch.device):
+        self.device = device
+        root = Path(config.data.root)
+        self.train_set = open_dataset(root / "train")
+        self.tokenizer = load_tokenizer(config.data.captions, root, config.model.text.context_length)
+        self.config = config = with_vocabulary(config, self.tokenizer.vocab_size)
+        self.mesh = build_mesh(config.parallel.tp, config.parallel.pp)
+        self.share = share(config, self.mesh.dp)
+        self.perceptual = build_perceptual(config, device)
+        self.engine, self.model = build_engine(config, self.share, self.mesh, device)
+        self.output_dir = Path(config.output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+
+    def train(self) -> None:
+        """Resume or start, train, evaluate."""
+        config, mesh = self.config, self.mesh
+        telemetry = Telemetry.of_run(config, mesh)
+        passes = build_passes(config, self.share, mesh, self.device, self.perceptual)
+        evaluation = InLoopEvaluation(config, self.engine, mesh, self.tokenizer, self.perceptual, telemetry)
+        every = [
+            (config.telemetry.pictures_every, evaluation.pictures), (config.evaluation.every, evaluation.metrics)
+        ]
+        pairs = self.model.teacher_pairs() if self.share.self_distillation else []
+        trainer = Trainer(config, self.engine, passes, pairs, telemetry, self.loader, every)
+        start = trainer.resume()
+        telemetry.start(start)
+        finished = trainer.run(start)
+        if finished:
+            evaluation.finish(config.train.steps)
+        telemetry.close()
+        self.engine.close()
+
+    def loader(self, start: int) -> Loader:
+        """This rank's share of the steps from ``start`` on."""
+        dataset = StepDataset(self.train_set, self.tokenizer, self.config, self.mesh.dp_rank, self.mesh.dp)
+        return Loader(dataset, start, self.config.train.steps, pin=self.device.type == "cuda")
+
+
+def build_perceptual(config: Config, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The perceptual distance that the reconstruction objective asks for, None if it is off."""
+    settings = config.objectives.reconstruction
+    if settings.weight == 0 or settings.perceptual == "none":
+        return None
+    net = PERCEPTUAL_NETS[settings.perceptual]
+    return LPIPS(net, load_lpips_weights(net, settings.perceptual_weights)).to(device)
+
+
+def build_engine(config: Config, shares: Share, mesh: Mesh, device: torch.device) -> tuple[Engine, VTP]:
+    """The model of the objectives that are on, its teacher a copy of the student, inside an engine."""
+    objectives = frozenset(shares.passes)
+    model = build_vtp(
+        config.model, mesh, objectives=objectives, seed=config.seed,
+        recompute=config.parallel.recompute == "full", attention=config.parallel.attention,
+        max_scale=config.objectives.contrastive.max_scale,
+        compute_dtype=torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32,
+        device=device,
+    )
+    optimizer = build_optimizer(model.named_parameters(), config.train.optimizer)
+    engine = Engine(
+        model, optimizer, mesh, zero_stage=config.parallel.zero_stage, clip_grad=config.train.optimizer.clip_grad,
+        extra=config.deepspeed, leaf_classes=(Block,),
+    )
+    return engine, model

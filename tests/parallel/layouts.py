@@ -1,0 +1,88 @@
+"""One cell of the layout matrix on the processes of this world, compared with plain torch."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megavtp.config.schema import Config
+from megavtp.parallel.collectives import all_reduce
+from megavtp.parallel.mesh import build_mesh
+from megavtp.parallel.passes import execute
+from tiny_run import build_engine, data_of, learning_rate, passes_of, tiny_config
+
+
+@dataclass(frozen=True)
+class Cell:
+    tp: int
+    dp: int
+    zero: int
+    micro_batches: int
+    recompute: bool
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.dp
+
+    def config(self, extra: dict | None = None) -> Config:
+        size = lambda batch: batch // self.dp // self.micro_batches  # noqa: E731
+        base = tiny_config(extra)
+        objectives = {
+            "contrastive": {"micro_batch": size(base.train.batch_size)},
+            "self_distillation": {"micro_batch": size(base.objectives.self_distillation.batch)},
+            "reconstruction": {"micro_batch": size(base.objectives.reconstruction.batch)},
+        }
+        layout = {
+            "objectives": objectives,
+            "parallel": {"tp": self.tp, "zero_stage": self.zero, "recompute": "full" if self.recompute else "none"},
+        }
+        from tiny_run import merged
+
+        return tiny_config(merged(extra or {}, layout), self.world)
+
+
+LAYOUTS = [(tp, dp) for tp in (1, 2) for dp in (1, 2, 4) if tp * dp <= 4]
+CELLS = [
+    Cell(tp, dp, zero, micro, recompute)
+    for (tp, dp), zero, micro, recompute in itertools.product(LAYOUTS, (0, 1, 2, 3), (1, 2), (False, True))
+]
+
+
+def run_cell(config: Config) -> tuple[list[dict[str, float]], list[float], dict[str, Tensor]]:
+    """As ``tiny_run.reference``, on this world's processes through the engine."""
+    mesh = build_mesh(config.parallel.tp, config.parallel.pp)
+    engine, model = build_engine(config, mesh)
+    data, passes, terms, norms = data_of(config, mesh), passes_of(config, mesh), [], []
+    pairs = model.teacher_pairs() if "self_distillation" in model.objectives else []
+    for step in range(config.train.steps):
+        engine.set_lr(learning_rate(config, step))
+        engine.begin_step()
+        found: dict[str, Tensor] = {}
+        for objective in passes:
+            found |= execute(objective, engine, data[step])
+        values = all_reduce(torch.stack([value.float() for value in found.values()]), mesh, "dp") / mesh.dp
+        terms.append(dict(zip(found, values.tolist())))
+        norms.append(float(engine.step().grad_norm))
+        engine.lerp(pairs, 1 - config.objectives.self_distillation.teacher_momentum)
+    whole = engine.export(wanted=lambda number: True)
+    weights = {name[len("model/"):]: value.clone() for name, value in whole.items() if name.startswith("model/")}
+    engine.close()
+    return terms, norms, weights
+
+
+def relative(got: float, expected: float) -> float:
+    return abs(got - expected) / max(abs(expected), 1e-12)
+
+
+def differences(got: tuple, expected: tuple) -> tuple[float, float, float]:
+    """Largest relative difference of loss terms and of norms, and of weights relative to the larger of their largest entry and 0.01."""
+    terms = max(relative(g[k], e[k]) for g, e in zip(got[0], expected[0], strict=True) for k in e)
+    norms = max(relative(g, e) for g, e in zip(got[1], expected[1], strict=True))
+    assert got[2].keys() == expected[2].keys()
+    weights = max(
+        float((got[2][k] - e).abs().max() / e.abs().max().clamp(min=1e-2)) for k, e in expected[2].items()
+    )
+    return terms, norms, weights

@@ -1,0 +1,203 @@
+"""A tiny pre-training set-up with all three objectives, for equivalence tests on any layout."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megavtp.config.load import from_dict
+from megavtp.config.schema import Config
+from megavtp.config.share import share
+from megavtp.config.validate import validate
+from megavtp.data.batch import StepDataset
+from megavtp.models.build import build_vtp
+from megavtp.models.vtp import VTP
+from megavtp.nn.block import Block
+from megavtp.parallel.engine import Engine
+from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.parallel.passes import Pass, execute
+from megavtp.training.optimizer import build_optimizer
+from megavtp.training.pretraining import build_passes
+
+TOWER = {"width": 32, "depth": 2, "heads": 4}
+BASE = {
+    "seed": 3,
+    "model": {
+        # bfloat16 tables would turn a difference in the last bit of float32 into one of the eighth.
+        "rope_dtype": "float32", "size": "tiny", "image_size": 32, "bottleneck": 8, "init_logit_scale": 1.0, "vision": TOWER, "decoder": TOWER,
+        "text": {**TOWER, "context_length": 8, "vocab_size": 64},
+        "dino_head": {"prototypes": 48, "hidden": 32, "bottleneck": 16},
+    },
+    "objectives": {
+        "contrastive": {"drop_path": 0.0},
+        "self_distillation": {
+            "batch": 8, "drop_path": 0.3, "teacher_momentum": 0.9, "chunk": 16, "freeze_last_layer": 0.25,
+            # Softer than the default: with random weights a sharp target would magnify rounding.
+            "student_temperature": 0.4, "teacher_temperature": 0.3, "teacher_temperature_start": 0.2,
+        },
+        "reconstruction": {"batch": 8, "weight": 10.0, "perceptual": "none"},
+    },
+    "data": {
+        "streams": 4, "workers": 0, "shuffle_block": 8,
+        "augment": {"global_size": 32, "local_size": 16, "local_crops": 2, "flip": 0.5},
+    },
+    "parallel": {"precision": "fp32"},
+    # A large epsilon: plain Adam turns the rounding noise of gradients that are zero in theory into full-size updates.
+    "train": {
+        "steps": 4, "batch_size": 16,
+        "optimizer": {"lr": 0.005, "warmup_steps": 1, "eps": 1e-2, "clip_grad": 0.5, "lr_scale": {"decoder": 0.5}},
+    },
+}
+
+
+def merged(base: dict, extra: dict) -> dict:
+    both = lambda k: isinstance(base.get(k), dict) and isinstance(extra[k], dict)  # noqa: E731
+    return {**base, **{k: merged(base[k], extra[k]) if both(k) else extra[k] for k in extra}}
+
+
+def tiny_config(extra: dict | None = None, world_size: int | None = None) -> Config:
+    return validate(from_dict(merged(BASE, extra or {})), world_size)
+
+
+@dataclass(frozen=True)
+class Sample:
+    image: bytes
+    caption: str
+    id: str
+
+
+class FakeData:
+    """Twenty-four noisy 40 x 36 pictures in two shards."""
+
+    shard_counts = (14, 10)
+
+    def read(self, shard: int, row: int) -> Sample:
+        rng = np.random.default_rng(100 * shard + row)
+        coarse = rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(coarse).resize((36, 40), Image.BILINEAR).save(file, "PNG")
+        return Sample(file.getvalue(), f"caption {shard} {row}", f"{shard}/{row}")
+
+
+class FakeTokenizer:
+    vocab_size = 64
+
+    def encode(self, captions: list[str]) -> Tensor:
+        tokens = torch.zeros(len(captions), 8, dtype=torch.long)
+        for i, caption in enumerate(captions):
+            _, shard, row = caption.split()
+            tokens[i, :4] = torch.tensor([62, 1 + int(shard), 5 + int(row), 63])
+        return tokens
+
+
+class PlainRunner:
+    """The single-process reference: torch alone, no engine."""
+
+    def __init__(self, module: VTP, optimizer: torch.optim.Optimizer, clip_grad: float):
+        self.module, self.optimizer, self.clip_grad = module, optimizer, clip_grad
+
+    def __call__(self, mode: str, **inputs):
+        return self.module(mode, **inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def begin_step(self) -> None:
+        self.optimizer.zero_grad()
+
+    def set_lr(self, lr_of: Callable[[dict], float]) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_of(group)
+
+    def step(self) -> float:
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad or float("inf"))
+        self.optimizer.step()
+        return float(norm)
+
+
+def build_model(config: Config, mesh: Mesh) -> VTP:
+    model = build_vtp(
+        config.model, mesh, objectives=frozenset(share(config, mesh.dp).passes), seed=config.seed,
+        recompute=config.parallel.recompute == "full",
+        compute_dtype=torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32,
+    )
+    _condition(model)
+    return model
+
+
+@torch.no_grad()
+def _condition(model: VTP) -> None:
+    """Make activations of order one.
+
+    The initial std of 0.02 is meant for widths near 1000. At width 32 all features would be nearly parallel, and
+    normalising them would magnify rounding a hundredfold.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith("mask_token"):  # zero at the start: RMSNorm's gradient there is 1 / sqrt(eps)
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).cos().view_as(parameter))
+        elif name.endswith(("token_embedding.weight", "positional_embedding", "cls_token")):
+            parameter.mul_(40)
+        elif parameter.ndim > 1:
+            parameter.mul_(6)
+
+
+def build_engine(config: Config, mesh: Mesh) -> tuple[Engine, VTP]:
+    model = build_model(config, mesh)
+    optimizer = build_optimizer(model.named_parameters(), config.train.optimizer)
+    engine = Engine(
+        model, optimizer, mesh, zero_stage=config.parallel.zero_stage, clip_grad=config.train.optimizer.clip_grad,
+        extra=config.deepspeed, leaf_classes=(Block,),
+    )
+    return engine, model
+
+
+def passes_of(config: Config, mesh: Mesh) -> list[Pass]:
+    return build_passes(config, share(config, mesh.dp), mesh, torch.device("cpu"), None)
+
+
+def data_of(config: Config, mesh: Mesh) -> StepDataset:
+    return StepDataset(FakeData(), FakeTokenizer(), config, mesh.dp_rank, mesh.dp)
+
+
+def learning_rate(config: Config, step: int) -> Callable[[dict], float]:
+    frozen = step < config.objectives.self_distillation.freeze_last_layer * config.train.steps
+    return lambda group: 0.0 if frozen and group["prototypes"] else config.train.optimizer.lr * group["lr_scale"]
+
+
+def reference(config: Config) -> tuple[list[dict[str, float]], list[float], dict[str, Tensor]]:
+    """Per step the loss terms and the gradient norm, then the final weights, by plain torch on one process."""
+    model = build_model(config, SINGLE)
+    runner = PlainRunner(
+        model, build_optimizer(model.named_parameters(), config.train.optimizer), config.train.optimizer.clip_grad
+    )
+    data, passes, terms, norms = data_of(config, SINGLE), passes_of(config, SINGLE), [], []
+    for step in range(config.train.steps):
+        runner.set_lr(learning_rate(config, step))
+        runner.begin_step()
+        found = {}
+        for objective in passes:
+            found |= execute(objective, runner, data[step])
+        terms.append({name: float(value) for name, value in found.items()})
+        norms.append(runner.step())
+        with torch.no_grad():
+            for teacher, student in model.teacher_pairs() if "self_distillation" in model.objectives else []:
+                teacher.lerp_(student, 1 - config.objectives.self_distillation.teacher_momentum)
+    return terms, norms, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def plain_layout(config: Config) -> Config:
+    """The same run on one process without engine options."""
+    objectives = config.objectives
+    whole = {
+        name: replace(getattr(objectives, name), micro_batch=None)
+        for name in ("contrastive", "self_distillation", "reconstruction")
+    }
+    parallel = replace(config.parallel, tp=1, pp=1, zero_stage=0, recompute="none")
+    return replace(config, parallel=parallel, objectives=replace(objectives, **whole))
