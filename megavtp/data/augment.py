@@ -1,7 +1,7 @@
 """Views of an image: uint8 (3, H, W) in, uint8 (3, size, size) out; the device normalises.
 
-A view reads a fixed number of uniform draws from its generator, in the order of ``_CropDraws`` and ``_ColorDraws``,
-whether or not an operation applies. So a changed probability alters nothing but the operation it belongs to.
+A view reads a fixed number of uniform draws from its generator (the crop's, then the colours'; their order is noted
+where they are drawn) whether or not an operation applies. So a changed probability alters only its own operation.
 
 Speed on one core (a 144 px and a 500 x 375 source): plain 256 px view 0.2-0.4 ms, 96 px crop with all of DINO's
 operations 0.9-1.3 ms, 224 px crop 4-6 ms.
