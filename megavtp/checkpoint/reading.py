@@ -151,6 +151,11 @@ def find_latest(root: str | Path, verify: bool | Literal["sizes"] = True) -> Pat
     return found[1] if found else None
 
 
+def has_checkpoints(root: str | Path) -> bool:
+    """Whether ``root`` holds any published checkpoint, whole or not."""
+    return Path(root).is_dir() and any(STEP_FOLDER.fullmatch(entry.name) for entry in Path(root).iterdir())
+
+
 def try_exclusive(path: Path) -> int | None:
     """A lock on the checkpoint at ``path`` that nobody is reading, as a descriptor to close; None if one reads it."""
     try:

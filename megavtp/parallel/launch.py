@@ -18,6 +18,14 @@ from megavtp.errors import UserError
 from megavtp.parallel.deepspeed_adapter import import_deepspeed
 
 
+STOPPED = 143  # exit status after a signal (128 + SIGTERM): the state is saved, the same command goes on
+# What gloo, NCCL and the rendezvous store say when another process has gone.
+_PEER_GONE = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was likely closed",
+    "ncclRemoteError",
+)
+
+
 def environment_rank() -> tuple[int, int, int]:
     """(rank, local rank, world size) as the launcher set them; (0, 0, 1) when there was none."""
     read = lambda name, default: int(os.environ.get(name, default))  # noqa: E731
@@ -71,17 +79,17 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def run_ranks(main: Callable[[], None]) -> NoReturn:
-    """Run a launcher's ``main`` on this rank and exit: 0, 2 after a user's error (one line), 1 after a bug.
+def run_ranks(main: Callable[[], int | None]) -> NoReturn:
+    """Run a launcher's ``main`` on this rank and exit with its status: 0 finished, ``STOPPED`` saved its state and can
+    be started again, 2 an error of the user's (one line), 1 a bug, or other ranks that are gone.
 
     Before the ranks are joined every rank finds the same error, so rank 0 speaks for all; afterwards the rank that
     raises does. A rank that fails leaves at once: the launcher ends the others, none waits in a collective.
     """
     rank, _, world = environment_rank()
     try:
-        main()
+        status = main() or 0
         stop()
-        status = 0
     except UserError as error:
         if rank == 0 or dist.is_initialized():
             where = f"[rank {rank}] " if dist.is_initialized() and world > 1 else ""
@@ -89,47 +97,19 @@ def run_ranks(main: Callable[[], None]) -> NoReturn:
         status = 2
     except KeyboardInterrupt:
         status = 130
-    except BaseException:
-        print(f"[rank {rank}] failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    except BaseException as error:
+        if _lost_others(error):
+            reason = str(error).splitlines()[0]
+            text = f"ended because other ranks did; if they left no message they were killed (memory?) [{reason}]"
+        else:
+            text = f"failed:\n{traceback.format_exc()}"
+        print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-class StopSignal:
-    """SIGTERM and SIGINT as an agreement between ranks: all stop after the same step.
-
-    Each step all ranks reduce their flag; the result of the step before is read, which has long arrived, so no rank
-    waits for it.
-    """
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._raised = False
-        self._pending: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
-        self._previous = {name: signal.signal(name, self._handle) for name in (signal.SIGTERM, signal.SIGINT)}
-
-    def _handle(self, signum, frame) -> None:
-        self._raised = True
-
-    def agreed(self) -> bool:
-        """Whether any rank had been told to stop before the last call. Collective: once per step on every rank."""
-        arrived = False
-        if self._pending is not None:
-            flag, event = self._pending
-            if event is not None:
-                event.synchronize()
-            arrived = bool(flag)
-        flag, event = torch.tensor(float(self._raised), device=self._device), None
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        if flag.is_cuda:
-            flag, event = flag.to("cpu", non_blocking=True), torch.cuda.Event()
-            event.record()
-        self._pending = (flag, event)
-        return arrived
-
-    def close(self) -> None:
-        for name, handler in self._previous.items():
-            signal.signal(name, handler)
+def _lost_others(error: BaseException) -> bool:
+    """Whether a collective failed only because its peers have left: their message is the one to read."""
+    return isinstance(error, RuntimeError) and dist.is_initialized() and any(sign in str(error) for sign in _PEER_GONE)

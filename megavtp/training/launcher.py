@@ -68,7 +68,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def _main() -> None:
+def _main() -> int:
     arguments = parse_arguments(sys.argv[1:])
     rank, _, world = launch.environment_rank()
     config = load_config(arguments.config, arguments.overrides, arguments.deepspeed_config)
@@ -76,7 +76,7 @@ def _main() -> None:
         config = validate(config, world)
         if rank == 0:
             print(layout_summary(config, world))
-        return
+        return 0
     config = validate(config, world)
     device = launch.start()
     if arguments.config is None or arguments.config.resolve() == DEMO_CONFIG.resolve():
@@ -84,7 +84,7 @@ def _main() -> None:
     run = PretrainRun(config, device)
     if rank == 0:
         run.output_dir.joinpath("config.yaml").write_text(to_yaml(run.config))
-    run.train()
+    return 0 if run.train() else launch.STOPPED
 
 
 def _prepare_demo_data(config: Config, rank: int) -> None:

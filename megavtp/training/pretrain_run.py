@@ -50,8 +50,8 @@ class PretrainRun:
         self.output_dir = Path(config.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
 
-    def train(self) -> None:
-        """Resume or start, train, evaluate."""
+    def train(self) -> bool:
+        """Resume or start, train, evaluate; False if a signal stopped the run early (its state is saved)."""
         config, mesh = self.config, self.mesh
         telemetry = Telemetry.of_run(config, mesh)
         passes = build_passes(config, self.share, mesh, self.device, self.perceptual)
@@ -68,6 +68,7 @@ class PretrainRun:
             evaluation.finish(config.train.steps)
         telemetry.close()
         self.engine.close()
+        return finished
 
     def loader(self, start: int) -> Loader:
         """This rank's share of the steps from ``start`` on."""

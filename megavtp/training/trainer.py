@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megavtp.checkpoint.reading import has_checkpoints
 from megavtp.checkpoint.store import CheckpointStore, find_latest, open_checkpoint
 from megavtp.config.schema import Config
 from megavtp.data.batch import Batch
 from megavtp.data.loader import Loader
 from megavtp.errors import UserError
-from megavtp.parallel.collectives import all_reduce, broadcast_object
+from megavtp.parallel.collectives import all_gather_object, all_reduce, broadcast_object
 from megavtp.parallel.engine import Engine
-from megavtp.parallel.launch import StopSignal
 from megavtp.parallel.passes import Pass, execute
+from megavtp.parallel.stop_signal import StopSignal
 from megavtp.training import state
 from megavtp.training.pretraining import SelfDistillationPass
 from megavtp.training.schedules import cosine, warmup_cosine
@@ -56,7 +57,7 @@ class Trainer:
         if self.config.train.resume == "never":
             return 0
         root = checkpoint_root(self.config)
-        found = broadcast_object(_outcome(lambda: find_latest(root)) if self.engine.mesh.rank == 0 else None)
+        found = broadcast_object(_outcome(lambda: _newest(root)) if self.engine.mesh.rank == 0 else None)
         if isinstance(found, UserError):
             raise found
         if found is None:
@@ -112,6 +113,7 @@ class Trainer:
         self._set_lr(batch.step)
         self.engine.begin_step()
         terms: dict[str, Tensor] = {}
+        centers = dict(self.distillation.centers) if self.distillation else {}
         for objective in self.passes:
             terms |= execute(objective, self.engine, batch)
         result = self.engine.step()
@@ -124,6 +126,8 @@ class Trainer:
                 )
                 self.engine.lerp(self.teacher_pairs, 1 - momentum)
         else:
+            if self.distillation:
+                self.distillation.centers = centers  # they have taken in this step's teacher outputs
             self._skipped(batch, terms)
         self.telemetry.step(batch.step, terms, result.grad_norm, self.lr, loader.wait_seconds)
 
@@ -137,7 +141,9 @@ class Trainer:
         """A non-finite gradient: nothing was updated. Name the terms and keep the sample ids for a replay."""
         values = all_reduce(torch.stack(list(terms.values())).float(), self.engine.mesh, "dp").tolist()
         bad = [name for name, value in zip(terms, values) if not abs(value) < float("inf")]
-        self.telemetry.event("skipped", step=batch.step + 1, terms=bad or ["gradient"], ids=batch.ids)
+        replica = self.engine.mesh.tp * self.engine.mesh.pp  # consecutive ranks, with the same share
+        ids = [name for share in all_gather_object(batch.ids)[::replica] for name in share]
+        self.telemetry.event("skipped", step=batch.step + 1, terms=bad or ["gradient"], ids=ids)
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.config.train.max_skipped_steps:
             raise UserError(
@@ -149,6 +155,21 @@ class Trainer:
 
 def checkpoint_root(config: Config) -> Path:
     return Path(config.output_dir) / "checkpoints"
+
+
+def _newest(root: Path) -> Path | None:
+    """The newest checkpoint that verifies, None if there is none at all.
+
+    Raises:
+        UserError: there are some, all damaged. Starting over would silently throw the run away.
+    """
+    found = find_latest(root)
+    if found is None and has_checkpoints(root):
+        raise UserError(
+            f"no checkpoint in {root} is whole (each one's damage is logged above): restore one from a copy, or start "
+            "over with train.resume=never"
+        )
+    return found
 
 
 def _outcome(fn: Callable[[], Path | None]) -> Path | UserError | None:
