@@ -1,0 +1,99 @@
+"""How a run is asked to stop, and how all ranks agree on the step after which they do."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+
+_LAUNCHERS = {
+    "deepspeed", "ds", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run",
+}
+_WATCH_SECONDS = 1.0  # between two looks at the launchers
+
+
+class StopSignal:
+    """SIGTERM, SIGINT and the launcher's end as an agreement between ranks: all stop after the same step.
+
+    Each step all ranks reduce their flag; the result of the step before is read, which has long arrived, so no rank
+    waits for it.
+
+    What launchers make of a signal (DeepSpeed 0.19.8, torch 2.13):
+
+    - `deepspeed` is a chain of two processes, runner and per-node launcher, above the ranks. The runner of a single
+      node handles no signal: SIGTERM ends it alone, and the ranks would go on without anybody who waits for them. So
+      the ranks watch the chain, and a link that is gone counts as a signal.
+    - The per-node launcher (Ctrl-C and schedulers signal the whole group, so they reach it) sends SIGTERM to one
+      rank after the other with all its descendants, waits up to 30 s for each, then kills, and exits with 1. One
+      flag is enough here, so the 30 s are what the step at work and the save may take.
+    - torchrun sends SIGTERM to all ranks, kills after 30 s (TORCHELASTIC_... has no say in it), and exits with 1.
+
+    Loader workers get these signals too and ignore them: the trainer closes them.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._raised = False
+        self._pending: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
+        self._launchers = _launcher_links()
+        self._next_watch = 0.0
+        self._previous = {name: signal.signal(name, self._handle) for name in (signal.SIGTERM, signal.SIGINT)}
+
+    def _handle(self, signum, frame) -> None:
+        self._raised = True
+
+    def agreed(self) -> bool:
+        """Whether any rank had been told to stop before the last call. Collective: once per step on every rank."""
+        arrived = False
+        if self._pending is not None:
+            flag, event = self._pending
+            if event is not None:
+                event.synchronize()
+            arrived = bool(flag)
+        self._watch_launchers()
+        flag, event = torch.tensor(float(self._raised), device=self._device), None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        if flag.is_cuda:
+            flag, event = flag.to("cpu", non_blocking=True), torch.cuda.Event()
+            event.record()
+        self._pending = (flag, event)
+        return arrived
+
+    def _watch_launchers(self) -> None:
+        if time.monotonic() >= self._next_watch:
+            self._raised = self._raised or not all(_holds(*link) for link in self._launchers)
+            self._next_watch = time.monotonic() + _WATCH_SECONDS
+
+    def close(self) -> None:
+        for name, handler in self._previous.items():
+            signal.signal(name, handler)
+
+
+def _launcher_links() -> list[tuple[psutil.Process, int]]:
+    """(process, its parent's id) from this process up, as long as the parent is a launcher."""
+    links = []
+    try:
+        process = psutil.Process()
+        while (parent := process.parent()) is not None and _is_launcher(parent):
+            links.append((process, parent.pid))
+            process = parent
+    except psutil.Error:
+        pass  # gone or hidden: what cannot be seen is not watched
+    return links
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    return any(Path(argument).name in _LAUNCHERS for argument in process.cmdline()[:4])
+
+
+def _holds(process: psutil.Process, parent: int) -> bool:
+    """Whether the parent still lives: orphans get another one at once."""
+    try:
+        return process.ppid() == parent
+    except psutil.Error:
+        return False
