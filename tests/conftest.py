@@ -11,4 +11,5 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
-sys.path.insert(0, str(Path(__file__).parent))  # `from distributed import run_ranks`
+# `from distributed import run_ranks`, `from tiny_run import tiny_config`
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parallel")]

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from megavtp.errors import UserError
 from megavtp.parallel.deepspeed_adapter import import_deepspeed
 
-
 STOPPED = 143  # exit status after a signal (128 + SIGTERM): the state is saved, the same command goes on
 # What gloo, NCCL and the rendezvous store say when another process has gone.
 _PEER_GONE = (

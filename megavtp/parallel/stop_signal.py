@@ -24,13 +24,13 @@ class StopSignal:
 
     What launchers make of a signal (DeepSpeed 0.19.8, torch 2.13):
 
-    - `deepspeed` is a chain of two processes, runner and per-node launcher, above the ranks. The runner of a single
-      node handles no signal: SIGTERM ends it alone, and the ranks would go on without anybody who waits for them. So
-      the ranks watch the chain, and a link that is gone counts as a signal.
-    - The per-node launcher (Ctrl-C and schedulers signal the whole group, so they reach it) sends SIGTERM to one
-      rank after the other with all its descendants, waits up to 30 s for each, then kills, and exits with 1. One
-      flag is enough here, so the 30 s are what the step at work and the save may take.
-    - torchrun sends SIGTERM to all ranks, kills after 30 s (TORCHELASTIC_... has no say in it), and exits with 1.
+    - `deepspeed` is two processes above the ranks of a node, the runner and the node's launcher. On a single node the
+      runner handles no signal: SIGTERM ends it alone, and the ranks would go on with nobody waiting for them. So they
+      watch the chain of launchers above them, and a link that is gone counts as a signal.
+    - The node's launcher (Ctrl-C and schedulers reach it, as they signal the whole group) sends SIGTERM to one rank
+      after the other with all its descendants, kills each after 30 s, and exits with 1. That one rank was told is
+      enough here, so the 30 s are for the step at work and the save.
+    - torchrun passes SIGTERM and SIGINT on to all ranks, kills after 30 s, and exits with 1.
 
     Loader workers get these signals too and ignore them: the trainer closes them.
     """
@@ -39,7 +39,6 @@ class StopSignal:
         self._device = device
         self._raised = False
         self._pending: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
-        self._launchers = _launcher_links()
         self._next_watch = 0.0
         self._previous = {name: signal.signal(name, self._handle) for name in (signal.SIGTERM, signal.SIGINT)}
 
@@ -66,7 +65,7 @@ class StopSignal:
 
     def _watch_launchers(self) -> None:
         if time.monotonic() >= self._next_watch:
-            self._raised = self._raised or not all(_holds(*link) for link in self._launchers)
+            self._raised = self._raised or not all(_holds(*link) for link in _LAUNCHER_LINKS)
             self._next_watch = time.monotonic() + _WATCH_SECONDS
 
     def close(self) -> None:
@@ -97,3 +96,6 @@ def _holds(process: psutil.Process, parent: int) -> bool:
         return process.ppid() == parent
     except psutil.Error:
         return False
+
+
+_LAUNCHER_LINKS = _launcher_links()  # at start-up: a runner that has ended before the first step must be missed, too

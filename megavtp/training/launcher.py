@@ -26,10 +26,8 @@ def pretrain() -> NoReturn:
     """Entry point; never returns."""
     if _alone_on_a_cpu_without_being_told():
         # The CPU counts as one accelerator; two processes exercise what the run is about.
-        os.execvp(
-            sys.executable,
-            [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", sys.argv[0], *_own_arguments()],
-        )
+        runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+        os.execvp(sys.executable, [*runner, sys.argv[0], *_own_arguments()])
     launch.run_ranks(_main)
 
 
