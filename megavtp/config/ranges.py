@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from megavtp.config.schema import AugmentConfig, Config, SelfDistillationConfig
+from megavtp.config.sizes import TOWERS
 from megavtp.errors import UserError
 
 INF = float("inf")
-TOWERS = ("vision", "text", "decoder", "dino_head")
 
 
 def need(condition: bool, message: str) -> None:

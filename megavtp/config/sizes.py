@@ -14,6 +14,10 @@ from megavtp.config.schema import ModelConfig
 
 Shape = tuple[int, int, int]  # width, depth, heads
 
+TOWERS = ("vision", "text", "decoder", "dino_head")  # what learning rates and gradient norms are told apart by
+GLOBAL_CROPS = 2  # of each image in self-distillation: DINO's cross-view term is between the two
+DECODER_MLP_RATIO = 4.0  # the official config has no key for the decoder's
+
 VISION: dict[str, Shape] = {
     "tiny": (192, 6, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "g": (1536, 40, 24),
 }
@@ -38,7 +42,12 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
     )
 
 
-def ffn_hidden(kind: str, width: int, ratio: float = 4.0) -> int:
+def feature_width(model: ModelConfig) -> int:
+    """Channels of what the contrastive and self-distillation objectives read."""
+    return model.vision.width if model.bottleneck_reconstruction_only else model.bottleneck
+
+
+def ffn_hidden(kind: str, width: int, ratio: float) -> int:
     """Hidden width of a feed-forward layer: ``ratio * width`` ("mlp"), or 2/3 of it rounded up ("swiglu...")."""
     hidden = int(width * ratio)
     if kind == "mlp":

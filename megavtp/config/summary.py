@@ -6,7 +6,7 @@ from typing import Any
 
 from megavtp.config.schema import Config, ModelConfig
 from megavtp.config.share import share
-from megavtp.config.sizes import ffn_hidden
+from megavtp.config.sizes import DECODER_MLP_RATIO, GLOBAL_CROPS, feature_width, ffn_hidden
 
 
 def _transformer(tower: Any, ffn: str, ratio: float, norm_has_bias: bool) -> int:
@@ -35,8 +35,7 @@ def _text(model: ModelConfig) -> int:
     """The text tower, both projections into the shared space and the temperature."""
     text = model.text
     embeddings = ((text.vocab_size or 0) + text.context_length) * text.width
-    seen = model.vision.width if model.bottleneck_reconstruction_only else model.bottleneck
-    projections = seen * text.width
+    projections = feature_width(model) * text.width
     if text.projection == "linear":
         projections += text.width**2 + (text.width if text.projection_bias else 0)
     scalars = 1 if model.init_logit_bias is None else 2
@@ -44,15 +43,14 @@ def _text(model: ModelConfig) -> int:
 
 
 def _decoder(model: ModelConfig) -> int:
-    tower, pixels = model.decoder, 3 * 16 * 16
-    blocks = _transformer(tower, tower.ffn, 4.0, tower.norm != "rmsnorm")
+    tower, pixels = model.decoder, 3 * model.patch_size**2
+    blocks = _transformer(tower, tower.ffn, DECODER_MLP_RATIO, tower.norm != "rmsnorm")
     return blocks + (model.bottleneck + 1) * tower.width + (tower.width + 1) * pixels
 
 
 def _dino_head(model: ModelConfig) -> int:
     head = model.dino_head
-    seen = model.vision.width if model.bottleneck_reconstruction_only else model.bottleneck
-    widths = [seen, *[head.hidden] * (head.layers - 1), head.bottleneck]
+    widths = [feature_width(model), *[head.hidden] * (head.layers - 1), head.bottleneck]
     layers = sum(a * b + b for a, b in zip(widths, widths[1:]))
     return layers + head.prototypes * (head.bottleneck + 1)
 
@@ -99,7 +97,9 @@ def _tokens(config: Config, name: str) -> str:
         return f"{per_image} tokens"
     crops = (augment.global_size, augment.local_size)
     global_tokens, local_tokens = ((size // model.patch_size) ** 2 + 1 for size in crops)
-    return f"2 global crops of {global_tokens} and {augment.local_crops} local crops of {local_tokens} tokens"
+    return (
+        f"{GLOBAL_CROPS} global crops of {global_tokens} and {augment.local_crops} local crops of {local_tokens} tokens"
+    )
 
 
 def layout_summary(config: Config, world_size: int) -> str:

@@ -8,11 +8,9 @@ from megavtp.config import deepspeed_keys
 from megavtp.config.ranges import check_numbers, divides, need, within
 from megavtp.config.schema import Config, ModelConfig
 from megavtp.config.share import Share, share
-from megavtp.config.sizes import ffn_hidden, resolve_model
+from megavtp.config.sizes import DECODER_MLP_RATIO, ffn_hidden, resolve_model
 
 __all__ = ["Share", "share", "validate", "with_vocabulary"]
-
-DECODER_UPSCALE = 16  # pixels of one latent's side in the released decoder, whatever the encoder's patch
 
 
 def validate(config: Config, world_size: int | None) -> Config:
@@ -81,11 +79,6 @@ def _model(config: Config) -> None:
     divides(model.patch_size, model.image_size, "model.patch_size", "model.image_size", crop)
     if o.reconstruction.weight > 0:
         need(
-            model.patch_size == DECODER_UPSCALE,
-            f"model.patch_size = {model.patch_size}, but the pixel decoder draws {DECODER_UPSCALE} pixels per latent: "
-            f"set model.patch_size={DECODER_UPSCALE}, or objectives.reconstruction.weight=0",
-        )
-        need(
             o.reconstruction.perceptual != "lpips-alex" or model.image_size >= 32,
             f"objectives.reconstruction.perceptual = lpips-alex needs model.image_size >= 32, not {model.image_size}: "
             "enlarge the image, or use lpips-vgg",
@@ -127,7 +120,9 @@ def _tensor_parallel(config: Config) -> None:
             sizes["model.bottleneck"] = model.bottleneck
     if config.objectives.reconstruction.weight > 0:
         sizes["model.decoder.heads"] = model.decoder.heads
-        sizes["model.decoder's feed-forward width"] = ffn_hidden(model.decoder.ffn, model.decoder.width)
+        sizes["model.decoder's feed-forward width"] = ffn_hidden(
+            model.decoder.ffn, model.decoder.width, DECODER_MLP_RATIO
+        )
     if config.objectives.self_distillation.weight > 0:
         sizes["model.dino_head.prototypes"] = model.dino_head.prototypes
         sizes["model.dino_head.hidden"] = model.dino_head.hidden

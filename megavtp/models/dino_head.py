@@ -56,6 +56,6 @@ class DinoHead(nn.Module):
         The logits, features @ prototypes^T, are left to the loss: it never holds all (n, K) of them at once.
         """
         x = self.mlp(x)
-        # A 16-bit float cannot hold the default floor of 1e-12.
-        eps = 1e-6 if x.dtype == torch.float16 else 1e-12
-        return F.normalize(x, dim=-1, eps=eps), self.last_layer()
+        # Normalised in float32, but handed on in the dtype of the compute: autocast on CUDA would leave float32, and
+        # the logits, the largest products of a step, would miss the fast 16-bit units.
+        return F.normalize(x.float(), dim=-1).to(x.dtype), self.last_layer()

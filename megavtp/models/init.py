@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megavtp.config.schema import ModelConfig
+from megavtp.config.sizes import feature_width
 from megavtp.models.vtp import DEFAULT_LOGIT_SCALE
 from megavtp.nn.rope import AxialRope
 from megavtp.parallel.mesh import Mesh
@@ -45,7 +46,6 @@ def _rules(config: ModelConfig) -> list[tuple[str, Fill]]:
     """(pattern of the whole logical name, distribution); the first match counts."""
     text, width = config.text, config.text.width
     residual = width**-0.5 * (2 * text.depth) ** -0.5
-    image_width = config.vision.width if config.bottleneck_reconstruction_only else config.bottleneck
     scale = DEFAULT_LOGIT_SCALE if not config.init_logit_scale else config.init_logit_scale
     return [
         (r".*norm\w*\.weight", _constant(1.0)),
@@ -62,7 +62,7 @@ def _rules(config: ModelConfig) -> list[tuple[str, Fill]]:
         (r"text\.blocks\.\d+\.(attn\.proj|mlp\.fc2)\.weight", _normal(residual)),
         (r"text\.blocks\.\d+\.mlp\.fc1\.weight", _normal((2 * width) ** -0.5)),
         (r"text\.projection\.weight", _normal(width**-0.5)),
-        (r"visual_proj\.weight", _uniform(image_width)),
+        (r"visual_proj\.weight", _uniform(feature_width(config))),
         (r"logit_scale", _constant(scale)),
         (r"logit_bias", _constant(config.init_logit_bias or 0.0)),
         (r"dino_head\.last_layer\.weight_g", _constant(1.0)),

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavtp.config.schema import ModelConfig
+from megavtp.config.sizes import DECODER_MLP_RATIO
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Block, run_block
@@ -13,8 +14,6 @@ from megavtp.nn.feed_forward import feed_forward
 from megavtp.nn.norms import NORMS
 from megavtp.nn.rope import AxialRope
 from megavtp.parallel.mesh import SINGLE, Mesh
-
-MLP_RATIO = 4.0  # the official config has no key for the decoder's
 
 
 class PixelDecoder(nn.Module):
@@ -33,7 +32,7 @@ class PixelDecoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(
                 width, Attention(width, heads, qk_norm=decoder.qk_norm, kernel=attention, mesh=mesh),
-                feed_forward(decoder.ffn, width, MLP_RATIO, mesh), norm, decoder.layer_scale or None,
+                feed_forward(decoder.ffn, width, DECODER_MLP_RATIO, mesh), norm, decoder.layer_scale or None,
             )
             for _ in range(decoder.depth)
         )
@@ -42,7 +41,8 @@ class PixelDecoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         batch, _, rows, columns = latents.shape
-        x = self.proj_in(latents.to(self.proj_in.weight.dtype))
+        dtype = self.proj_in.weight.dtype
+        x = self.proj_in(latents.to(dtype)).to(dtype)  # under autocast too the residual stream is float32
         x = x.flatten(2).transpose(1, 2).flatten(0, 1)
         segments = ((batch, rows * columns),)
         tables = [self.rope_embed.tables(rows, columns)]

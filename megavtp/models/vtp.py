@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavtp.config.schema import ModelConfig
+from megavtp.config.sizes import feature_width
 from megavtp.models.dino_head import DinoHead
 from megavtp.models.pixel_decoder import PixelDecoder
 from megavtp.models.text_encoder import TextEncoder
@@ -68,7 +69,7 @@ class VTP(nn.Module):
         self.compute_dtype = compute_dtype
         options: dict[str, Any] = {"recompute": recompute, "attention": attention}
         self.trunk = VisionEncoder(config, mesh, **options)
-        width = config.vision.width if config.bottleneck_reconstruction_only else config.bottleneck
+        width = feature_width(config)
         if "contrastive" in objectives:
             share(width, mesh, "the width of the contrastive image feature")
             self.visual_proj = RowParallelLinear(
@@ -98,7 +99,9 @@ class VTP(nn.Module):
     def _precision(self) -> AbstractContextManager:
         if self.compute_dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.trunk.cls_token.device.type, dtype=self.compute_dtype)
+        # A forward reads each weight once. The cache of cast weights would only keep a 16-bit copy of the whole model
+        # until its end, also of what ZeRO-3 or recomputation has released.
+        return torch.autocast(self.trunk.cls_token.device.type, dtype=self.compute_dtype, cache_enabled=False)
 
     # Training passes
 

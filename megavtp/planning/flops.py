@@ -9,20 +9,10 @@ save memory (recompute, the second contrastive forward, chunked logits) is not c
 from __future__ import annotations
 
 from megavtp.config.schema import Config, DinoHeadConfig, ModelConfig
-from megavtp.config.sizes import ffn_hidden
+from megavtp.config.sizes import DECODER_MLP_RATIO, GLOBAL_CROPS, feature_width, ffn_hidden
+from megavtp.models.lpips import NETS, PERCEPTUAL_NETS
 
-GLOBAL_CROPS = 2
 _RGB = 3
-_DECODER_MLP_RATIO = 4.0
-_DECODER_UPSCALE = 16
-# (in channels, out channels, kernel, divisor of the image side at the output) of the layers up to the last tap
-_VGG16 = (
-    (3, 64, 3, 1), (64, 64, 3, 1), (64, 128, 3, 2), (128, 128, 3, 2), (128, 256, 3, 4), (256, 256, 3, 4),
-    (256, 256, 3, 4), (256, 512, 3, 8), (512, 512, 3, 8), (512, 512, 3, 8), (512, 512, 3, 16), (512, 512, 3, 16),
-    (512, 512, 3, 16),
-)
-# (in channels, out channels, kernel); sides follow from strides and pools without padding
-_ALEXNET = ((3, 64, 11), (64, 192, 5), (192, 384, 3), (384, 256, 3), (256, 256, 3))
 
 
 def transformer_flops(tokens: int, width: int, depth: int, hidden: int, *, gated: bool) -> float:
@@ -56,8 +46,8 @@ def text_flops(model: ModelConfig) -> float:
 def decoder_flops(model: ModelConfig, size: int) -> float:
     """Forward of the pixel decoder to one image of ``size`` pixels."""
     decoder, patches = model.decoder, patches_of(model, size)
-    hidden = ffn_hidden(decoder.ffn, decoder.width, _DECODER_MLP_RATIO)
-    ends = 2 * patches * decoder.width * (model.bottleneck + _RGB * _DECODER_UPSCALE**2)
+    hidden = ffn_hidden(decoder.ffn, decoder.width, DECODER_MLP_RATIO)
+    ends = 2 * patches * decoder.width * (model.bottleneck + _RGB * model.patch_size**2)
     return ends + transformer_flops(patches, decoder.width, decoder.depth, hidden, gated=decoder.ffn != "mlp")
 
 
@@ -71,13 +61,13 @@ def perceptual_flops(kind: str, size: int) -> float:
     """Forward of the LPIPS backbone on one image of ``size`` pixels; its heads are negligible."""
     if kind == "none":
         return 0.0
-    if kind == "lpips-vgg":
-        return float(sum(2 * i * o * k * k * (size // by) ** 2 for i, o, k, by in _VGG16))
-    first = (size + 2 * 2 - 11) // 4 + 1
-    second = (first - 3) // 2 + 1
-    third = (second - 3) // 2 + 1
-    sides = (first, second, third, third, third)
-    return float(sum(2 * i * o * k * k * side**2 for (i, o, k), side in zip(_ALEXNET, sides)))
+    total, side = 0, size
+    for conv in NETS[PERCEPTUAL_NETS[kind]]:
+        if conv.pool:
+            side = (side - conv.pool) // 2 + 1
+        side = (side + 2 * conv.padding - conv.kernel) // conv.stride + 1
+        total += 2 * conv.inputs * conv.outputs * conv.kernel**2 * side**2
+    return float(total)
 
 
 def forward_flops(config: Config) -> dict[str, float]:
@@ -89,7 +79,7 @@ def forward_flops(config: Config) -> dict[str, float]:
         "local_crop": vision_flops(model, augment.local_size),
         "text": text_flops(model),
         "decoder": decoder_flops(model, model.image_size),
-        "dino_head_row": dino_head_flops(model.dino_head, _feature_width(model)),
+        "dino_head_row": dino_head_flops(model.dino_head, feature_width(model)),
         "perceptual": perceptual_flops(config.objectives.reconstruction.perceptual, model.image_size),
     }
 
@@ -117,7 +107,7 @@ def _contrastive(config: Config) -> float:
     """One pair. The logits, B columns each, are below a thousandth of it and left out."""
     model, kept = config.model, 1 - config.objectives.contrastive.drop_path
     features = patches_of(model, model.image_size) if model.vision.clip_feature == "pooled" else 1
-    projections = features * _bottleneck_if_shared(model) + 2 * _feature_width(model) * model.text.width
+    projections = features * _bottleneck_if_shared(model) + 2 * feature_width(model) * model.text.width
     return 3 * (vision_flops(model, model.image_size, kept) + projections + text_flops(model))
 
 
@@ -128,7 +118,7 @@ def _self_distillation(config: Config) -> float:
     student = GLOBAL_CROPS * vision_flops(model, augment.global_size, kept)
     student += augment.local_crops * vision_flops(model, augment.local_size, kept)
     teacher = GLOBAL_CROPS * vision_flops(model, augment.global_size)
-    row = _bottleneck_if_shared(model) + dino_head_flops(model.dino_head, _feature_width(model))
+    row = _bottleneck_if_shared(model) + dino_head_flops(model.dino_head, feature_width(model))
     student_rows = GLOBAL_CROPS + augment.local_crops + masked
     return 3 * (student + student_rows * row) + teacher + (GLOBAL_CROPS + masked) * row
 
@@ -149,10 +139,6 @@ def _masked_patches(config: Config) -> float:
         return 0.0
     share = settings.mask_probability * sum(settings.mask_ratio) / 2
     return GLOBAL_CROPS * share * patches_of(config.model, config.data.augment.global_size)
-
-
-def _feature_width(model: ModelConfig) -> int:
-    return model.vision.width if model.bottleneck_reconstruction_only else model.bottleneck
 
 
 def _bottleneck_if_shared(model: ModelConfig) -> float:

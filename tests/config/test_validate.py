@@ -58,8 +58,8 @@ def test_given_sizes_stay(check):
 
 
 def test_feed_forward_widths():
-    assert [ffn_hidden("swiglu", width) for width in (384, 768, 1024)] == [1024, 2048, 2736]
-    assert ffn_hidden("swiglu64", 1024) == 2752 and ffn_hidden("mlp", 768) == 3072
+    assert [ffn_hidden("swiglu", width, 4.0) for width in (384, 768, 1024)] == [1024, 2048, 2736]
+    assert ffn_hidden("swiglu64", 1024, 4.0) == 2752 and ffn_hidden("mlp", 768, 4.0) == 3072
 
 
 CROSS_RULES = [
@@ -70,7 +70,6 @@ CROSS_RULES = [
     (1, "model.image_size=72", "model.image_size = 72 is not a multiple of model.patch_size = 16"),
     (1, "data.augment.global_size=72", "data.augment.global_size = 72 is not a multiple of model.patch_size"),
     (1, "data.augment.local_size=40", "data.augment.local_size = 40 is not a multiple of model.patch_size"),
-    (1, "model.patch_size=8", "model.patch_size = 8, but the pixel decoder .* objectives.reconstruction.weight=0"),
     (2, "parallel.tp=2", "model.vision.heads = 3 is not a multiple of parallel.tp = 2"),
     (3, "parallel.tp=3", "feed-forward width = .* is not a multiple of parallel.tp = 3|vocab_size = 512 is not"),
     (2, "parallel.pp=2", "parallel.pp = 2: only parallel.pp=1 is supported"),

@@ -156,6 +156,24 @@ def test_whole_model_in_bfloat16(model):
     objective(model, data).backward()
 
 
+def test_under_bfloat16_residual_streams_stay_float32_and_head_features_do_not():
+    model, data, streams = build_vtp(SMALL, seed=1, compute_dtype=torch.bfloat16), batch(), []
+    for tower in (model.trunk, model.text, model.pixel_decoder):
+        for block in tower.blocks:
+            block.register_forward_hook(lambda _, inputs, output: streams.extend([inputs[0].dtype, output.dtype]))
+    model("contrastive", images=data["images"], tokens=data["tokens"])
+    model("reconstruction", images=data["images"])
+    assert set(streams) == {torch.float32}
+    *features, prototypes, backbone = model("student", **student_inputs(data))
+    assert {x.dtype for x in features} == {torch.bfloat16} and prototypes.dtype == backbone.dtype == torch.float32
+
+
+def test_the_decoder_draws_patches_of_the_encoders_size():
+    model = build_vtp(replace(SMALL, patch_size=8), objectives={"reconstruction"})
+    assert model("encode", images=torch.zeros(1, 3, 16, 24)).shape[2:] == (2, 3)
+    assert model("reconstruction", images=torch.zeros(1, 3, 16, 24)).shape == (1, 3, 16, 24)
+
+
 def test_bfloat16_compute_with_stochastic_depth_is_close_to_float32():
     data, rows = batch(), [torch.arange(4), torch.arange(6)]
     drop = draw_drop_plan(seed=0, step=0, tag="t", depth=2, rate=0.3, global_sizes=[4, 6], local_rows=rows)
