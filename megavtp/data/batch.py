@@ -6,7 +6,7 @@ Shape letters: b samples of the share, v rows of an objective's subset, N patche
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megavtp.config.schema import Config
+from megavtp.config.sizes import GLOBAL_CROPS
 from megavtp.data.augment import dino_view, plain_view
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.decode import BadSample, decode_image
@@ -25,7 +26,6 @@ from megavtp.data.shards import ShardDataset
 from megavtp.errors import UserError
 
 REPLACEMENTS = 10  # candidates tried for a broken sample
-GLOBAL_CROPS = 2
 
 
 @dataclass(frozen=True)
@@ -46,27 +46,18 @@ class Batch:
     global_crops: Tensor | None  # (2, v_ssl, 3, g, g) uint8
     local_crops: Tensor | None  # (L, v_ssl, 3, l, l) uint8
     masks: Tensor | None  # (2, v_ssl, N) bool, True = the student does not see the patch
-    masked_rows: Tensor | None  # (M,) int64, where masks.flatten() is True: known here, so the device need not sync
-    mask_weights: Tensor | None  # (M,) float32, 1 / number of masked patches of the crop
     bad: list[str]  # "name: reason" of samples that were replaced
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Every tensor on ``device``. ``non_blocking`` overlaps the copy with compute if the batch is pinned."""
-        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """Every tensor in page-locked memory (needs CUDA). torch's loader calls this in its pinning thread."""
-        return self._map(lambda x: x.pin_memory())
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        return dataclasses.replace(self, **{name: change(x) for name, x in values if isinstance(x, Tensor)})
+        return dataclasses.replace(self, **{name: x.pin_memory() for name, x in values if isinstance(x, Tensor)})
 
 
 def masked_rows(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """(indices of the True entries of ``masks.flatten()``, their weights 1 / number masked in the crop).
+    """(indices (M,) of the True entries of ``masks.flatten()``, their weights (M,): 1 / number masked in the crop).
 
-    masks: (..., N) bool on the CPU (on a device this would wait for it). Also for a slice of a batch's masks.
+    masks: (..., N) bool, a batch's or a slice of them, on the CPU: on a device this would wait for it.
     """
     rows = masks.flatten().nonzero().squeeze(1)
     counts = masks.sum(-1).flatten()
@@ -122,13 +113,12 @@ class StepDataset(torch.utils.data.Dataset):
             if slot is not None:
                 self._crops(image, step, position, global_crops[:, slot], local_crops[:, slot])
         masks = self._masks(step, len(ssl_rows)) if slots else None
-        rows, weights = masked_rows(masks) if slots else (None, None)
         return Batch(
             step, ids, torch.from_numpy(place.positions), images,
             self.tokenizer.encode(captions) if contrastive else None,
             torch.from_numpy(ssl_rows) if slots else None,
             torch.from_numpy(rec_rows) if len(rec_rows) else None,
-            global_crops, local_crops, masks, rows, weights, bad,
+            global_crops, local_crops, masks, bad,
         )  # fmt: skip
 
     def _subset(self, step: int, purpose: str) -> np.ndarray:

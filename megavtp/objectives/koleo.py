@@ -43,6 +43,5 @@ def koleo(features: Tensor, mesh: Mesh = SINGLE) -> Tensor:
 def _nearest(own: Tensor, everyone: Tensor, offset: int) -> Tensor:
     """Index (c, b) into the B rows of the most similar other row; own row i is row offset + i of everyone."""
     similarity = own @ everyone.transpose(1, 2)
-    position = torch.arange(own.shape[1], device=own.device)
-    similarity[:, position, position + offset] = -torch.inf
+    similarity.diagonal(offset, 1, 2).fill_(-torch.inf)
     return similarity.argmax(-1)

@@ -11,11 +11,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megavtp.config.schema import SelfDistillationConfig
-from megavtp.objectives.koleo import koleo
+from megavtp.config.sizes import GLOBAL_CROPS
 from megavtp.objectives.prototypes import prototype_cross_entropy
 from megavtp.parallel.mesh import SINGLE, Mesh
-
-GLOBAL_CROPS = 2
 
 
 class StudentOutput(NamedTuple):
@@ -43,14 +41,13 @@ def self_distillation_loss(
     student: StudentOutput, teacher: TeacherOutput, bias: TeacherBias, patch_weights: Tensor,
     config: SelfDistillationConfig, *, teacher_temperature: float, images_total_local: int, mesh: Mesh = SINGLE,
 ) -> dict[str, Tensor]:
-    """The unweighted terms of one micro-batch: ``dino_local``, ``dino_global``, ``ibot`` and perhaps ``koleo``.
+    """The unweighted terms of one micro-batch: ``dino_local``, ``dino_global`` and ``ibot``.
 
     ``patch_weights`` (p,): 1 / number of masked patches in the patch's crop. ``images_total_local``: images of all
     micro-batches of this data-parallel rank; terms of its micro-batches add up to the rank's value, and the mean of
     that over dp is the global loss. ``dino_local`` is absent without local crops, a term of weight 0 is absent.
 
-    ``koleo`` seeks neighbours among all images, so it is there only if this micro-batch is the rank's whole share;
-    with several micro-batches the caller applies ``koleo`` to all rows of ``backbone_cls`` itself.
+    KoLeo seeks neighbours among all images of the step: the caller applies it to ``backbone_cls`` of all micro-batches.
     """
     images = student.global_cls.shape[0] // GLOBAL_CROPS
     local_crops = student.local_cls.shape[0] // images
@@ -76,6 +73,4 @@ def self_distillation_loss(
             student.patches, student.W, teacher.patches, teacher.W, teacher_bias=bias.patches,
             row_weights=patch_weights, **common,
         ) / (GLOBAL_CROPS * images_total_local)
-    if config.koleo_weight and images == images_total_local:
-        terms["koleo"] = koleo(student.backbone_cls.unflatten(0, (GLOBAL_CROPS, images)), mesh)
     return terms

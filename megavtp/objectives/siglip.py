@@ -21,11 +21,10 @@ def siglip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = Non
     averaged over dp are exact.
     """
     rows = image.shape[0]
-    own = torch.arange(rows, device=image.device)
     with torch.autocast(image.device.type, enabled=False):
         logits = scale.float() * image.float() @ gather_from_dp(text.float(), mesh).T
         if bias is not None:
             logits = logits + bias.float()
         signs = torch.full_like(logits, -1.0)
-        signs[own, own + mesh.dp_rank * rows] = 1.0
+        signs.diagonal(mesh.dp_rank * rows).fill_(1.0)
         return -F.logsigmoid(signs * logits).sum() / rows

@@ -7,7 +7,6 @@ patches are made on the host, so that no step waits for the device to say how ma
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from megavtp.config.schema import Config
 from megavtp.config.share import PassShare, Share
+from megavtp.config.sizes import GLOBAL_CROPS
 from megavtp.data.batch import Batch, masked_rows
 from megavtp.nn.drop_path import DropPlan, draw_drop_plan
 from megavtp.objectives.centering import center_bias, sinkhorn_bias, update_center
@@ -51,6 +51,8 @@ class _PretrainingPass(Pass):
         return slice(micro * self.share.micro_batch, (micro + 1) * self.share.micro_batch)
 
     def to_device(self, x: Tensor) -> Tensor:
+        if self.device.type == "cuda" and not x.is_pinned():  # rows picked from a pinned batch: a new, pageable tensor
+            x = x.pin_memory()  # from pageable memory the copy would wait for the device
         return x.to(self.device, non_blocking=True)
 
     def pixels(self, x: Tensor) -> Tensor:
@@ -113,7 +115,6 @@ class SelfDistillationPass(_PretrainingPass):
             "ibot": self.settings.ibot_weight, "koleo": self.settings.koleo_weight,
         }
         self.over_batch = self.settings.koleo_weight > 0
-        self._local_settings = replace(self.settings, koleo_weight=0.0)  # KoLeo is a whole-batch term
         prototypes = config.model.dino_head.prototypes // mesh.tp
         self.centers: dict[str, Tensor] = {}
         if self.settings.centering == "softmax":
@@ -171,12 +172,12 @@ class SelfDistillationPass(_PretrainingPass):
 
     def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
         return self_distillation_loss(
-            StudentOutput(*outputs), self.teacher[micro], self.bias, self._patch_weights[micro], self._local_settings,
+            StudentOutput(*outputs), self.teacher[micro], self.bias, self._patch_weights[micro], self.settings,
             teacher_temperature=self.temperature, images_total_local=self.share.local, mesh=self.mesh,
         )
 
     def global_inputs(self, outputs: Any) -> tuple[list[Tensor], list[Tensor]]:
-        return list(StudentOutput(*outputs).backbone_cls.chunk(2)), []  # one row tensor per global crop
+        return list(StudentOutput(*outputs).backbone_cls.chunk(GLOBAL_CROPS)), []  # one row tensor per global crop
 
     def global_terms(self, rows: list[Tensor], shared: list[Tensor]) -> dict[str, Tensor]:
         return {"koleo": koleo(torch.stack(rows), self.mesh)}

@@ -17,20 +17,12 @@ def make(config, dataset=None, rank=0, dp=1):
 
 def join(parts: list[Batch]) -> dict:
     """What one process would have, from the ranks' shares in order."""
-    patches = parts[0].masks.shape[-1]
-    share, ssl_share = len(parts[0].ids), parts[0].masks.shape[1]
-    masks = torch.cat([p.masks for p in parts], 1)
-    weights = torch.zeros(2, len(parts) * ssl_share, patches)
-    for rank, p in enumerate(parts):
-        own = torch.zeros(2 * ssl_share * patches).index_put((p.masked_rows,), p.mask_weights)
-        weights[:, rank * ssl_share : (rank + 1) * ssl_share] = own.view(2, ssl_share, patches)
+    share = len(parts[0].ids)
     return {
         "ids": sum((p.ids for p in parts), []),
         "bad": sum((p.bad for p in parts), []),
-        "masks": masks,
-        "weights": weights,
         **{name: torch.cat([getattr(p, name) for p in parts]) for name in ("positions", "images", "tokens")},
-        **{name: torch.cat([getattr(p, name) for p in parts], 1) for name in ("global_crops", "local_crops")},
+        **{name: torch.cat([getattr(p, name) for p in parts], 1) for name in ("global_crops", "local_crops", "masks")},
         **{
             name: torch.cat([getattr(p, name) + rank * share for rank, p in enumerate(parts)])
             for name in ("ssl_rows", "rec_rows")
@@ -101,7 +93,7 @@ def test_crops_of_a_sample_that_comes_again_are_fresh():
 
 
 ALL = dict(contrastive=1.0, ssl=1.0, rec=0.1)
-SSL_FIELDS = ("ssl_rows", "global_crops", "local_crops", "masks", "masked_rows", "mask_weights")
+SSL_FIELDS = ("ssl_rows", "global_crops", "local_crops", "masks")
 
 
 @pytest.mark.parametrize("off", ["contrastive", "ssl", "rec"])
@@ -179,12 +171,6 @@ def test_masked_rows_and_weights_equal_the_plain_reference():
 def test_no_masks_at_all():
     rows, weights = masked_rows(torch.zeros(2, 3, 4, dtype=torch.bool))
     assert rows.shape == weights.shape == (0,) and rows.dtype == torch.int64
-
-
-def test_to_moves_every_tensor_and_keeps_the_rest():
-    batch = make(small_config())[0].to("meta")
-    tensors = [value for value in fields_of(batch).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 10 and all(x.is_meta for x in tensors) and len(batch.ids) == 16
 
 
 def test_pixels_do_not_depend_on_the_callers_threads():

@@ -10,6 +10,7 @@ from distributed import run_ranks
 from megavtp.config.schema import SelfDistillationConfig
 from megavtp.objectives.centering import sinkhorn_bias, update_center
 from megavtp.objectives.contrastive import info_nce
+from megavtp.objectives.koleo import koleo
 from megavtp.objectives.self_distillation import StudentOutput, TeacherBias, TeacherOutput, self_distillation_loss
 from megavtp.objectives.siglip import siglip
 from megavtp.parallel.collectives import all_gather, all_reduce
@@ -44,6 +45,7 @@ def evaluate(mesh):
         student, TeacherOutput(teacher_cls, teacher_patch, teacher_W), bias, weights,
         SelfDistillationConfig(chunk=4), teacher_temperature=0.07, images_total_local=share, mesh=mesh,
     )
+    losses["koleo"] = koleo(student.backbone_cls.unflatten(0, (2, share)), mesh)
     mean = lambda x: all_reduce(x, mesh, "dp") / mesh.dp  # noqa: E731
     results = {f"{name}/value": mean(loss) for name, loss in losses.items()}
     for name, loss in losses.items():

@@ -52,7 +52,7 @@ def test_terms_and_gradients_equal_dinov2(stored, kind):
             torch.testing.assert_close(target, expected[f"{kind}/round{step}/teacher_{name}"], rtol=1e-4, atol=1e-7)
         terms = self_distillation_loss(
             student, teacher, bias, weights, CONFIG, teacher_temperature=temperature, images_total_local=B
-        )
+        ) | {"koleo": koleo(student.backbone_cls.unflatten(0, (2, B)))}
         for name, value in terms.items():
             torch.testing.assert_close(value, expected[f"{kind}/round{step}/{name}"], rtol=1e-6, atol=1e-6)
         total = terms["dino_local"] + terms["dino_global"] + terms["ibot"] + 0.1 * terms["koleo"]
@@ -81,12 +81,9 @@ def test_micro_batches_add_up(stored):
         part = StudentOutput(
             take(student.global_cls), take(student.local_cls), student.patches[mine], EYE, take(student.backbone_cls)
         )
-        terms = call(part, TeacherOutput(take(teacher.cls), teacher.patches[mine], EYE), weights[mine])
-        assert "koleo" not in terms  # a neighbour may be in another micro-batch
-        parts.append(terms)
+        parts.append(call(part, TeacherOutput(take(teacher.cls), teacher.patches[mine], EYE), weights[mine]))
     for name in ("dino_local", "dino_global", "ibot"):
         torch.testing.assert_close(sum(part[name] for part in parts), whole[name])
-    torch.testing.assert_close(koleo(student.backbone_cls.unflatten(0, (2, B))), whole["koleo"])
 
 
 def test_no_masked_patch_and_no_local_crop(stored):
@@ -105,12 +102,11 @@ def test_one_image(stored):
         global_cls=student.global_cls[:2], local_cls=student.local_cls[:4], backbone_cls=student.backbone_cls[:2]
     )
     terms = call(one, teacher._replace(cls=teacher.cls[:2]), weights, total=1)
-    assert terms["koleo"].item() == 0
     sum(terms.values()).backward()
-    assert all(x.grad.isfinite().all() for x in (student.global_cls, student.local_cls, student.backbone_cls))
+    assert all(x.grad.isfinite().all() for x in (student.global_cls, student.local_cls))
 
 
-@pytest.mark.parametrize("off", ["dino", "ibot", "koleo"])
+@pytest.mark.parametrize("off", ["dino", "ibot"])
 def test_a_term_of_weight_zero_is_absent_and_leaves_the_others(stored, off):
     arguments = outputs(stored[0])
     terms = call(*arguments, dataclasses.replace(CONFIG, **{f"{off}_weight": 0.0}))
