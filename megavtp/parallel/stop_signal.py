@@ -54,7 +54,8 @@ class StopSignal:
                 event.synchronize()
             arrived = bool(flag)
         self._watch_launchers()
-        flag, event = torch.tensor(float(self._raised), device=self._device), None
+        # Filled on the device: a copied host value would wait for all that is still to be computed.
+        flag, event = torch.full((), float(self._raised), device=self._device), None
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         if flag.is_cuda:
