@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -49,8 +50,11 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
     ``fn`` must be a top-level function. If a rank fails, all are ended and its traceback is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.spawn(
-            _worker, (world_size, free_port(), folder, timeout, fn, args), nprocs=world_size, join=False
+        # Forked from a clean process that has the imports done: they would cost each worker seconds.
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torch._dynamo", "deepspeed"])
+        context = mp.start_processes(
+            _worker, (world_size, free_port(), folder, timeout, fn, args), nprocs=world_size, join=False,
+            start_method="forkserver",
         )
         try:
             deadline = timeout
