@@ -6,7 +6,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -177,11 +176,11 @@ def wait_for(condition: Callable[[], bool], timeout: float, tell: Callable[[], s
 
 
 def steps_done(output_dir: Path) -> dict[int, dict]:
-    """Step -> what metrics.jsonl tells of it that does not depend on time."""
-    return {
-        record["step"]: {key: record[key] for key in ("terms", "grad_norm", "lr")}
-        for record in records(output_dir) if record["kind"] == "step"
-    }
+    """Step -> what metrics.jsonl tells of it that does not depend on time. Each step is there once."""
+    lines = [record for record in records(output_dir) if record["kind"] == "step"]
+    found = {record["step"]: {key: record[key] for key in ("terms", "grad_norm", "lr")} for record in lines}
+    assert len(found) == len(lines)
+    return found
 
 
 def events(output_dir: Path, kind: str) -> list[dict]:
@@ -193,8 +192,3 @@ def records(output_dir: Path) -> Iterator[dict]:
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):  # a line that is just being written, or was when the run was killed
             yield json.loads(line)
-
-
-def interrupt(process: psutil.Process | subprocess.Popen) -> None:
-    """Ctrl-C: SIGINT to the whole process group."""
-    os.killpg(process.pid, signal.SIGINT)

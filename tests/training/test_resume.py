@@ -1,0 +1,169 @@
+"""Runs that are killed and started again, on the same layout and on others, and checkpoints that are damaged."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from launched import Ranks, events, run, steps_done, succeed, wait_for
+from observe import note_batches, seen, state
+
+STEPS, WORLD = 12, 2
+
+
+class Run:
+    """One run's folder; each start has the same command but for ``more``."""
+
+    def __init__(self, recipe: str, folder: Path):
+        self.output = folder / "run"
+        self.seen = folder / "seen"
+        self.folder = folder
+        self.command = ["--config", recipe, f"output_dir={self.output}"]
+        self.hook = partial(note_batches, self.seen)
+
+    def start(self, world: int = WORLD, *more: str) -> Ranks:
+        return Ranks([*self.command, *more], world, self.folder, self.hook)
+
+    def finish(self, world: int = WORLD, *more: str) -> None:
+        succeed([*self.command, *more], world, self.folder, self.hook)
+
+    def kill_after(self, step: int, world: int = WORLD, *more: str) -> None:
+        """Kill -9 all ranks as soon as ``step`` steps are logged."""
+        with self.start(world, *more) as ranks:
+            alive = lambda: all(process.is_alive() for process in ranks.processes)  # noqa: E731
+            wait_for(lambda: max(steps_done(self.output), default=0) >= step or not alive(), 120, lambda: ranks.output)
+            assert alive(), ranks.output
+            ranks.kill()
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory) -> Run:
+    """The run without interruption."""
+    run = Run(recipe, tmp_path_factory.mktemp("whole"))
+    run.finish()
+    assert sorted(steps_done(run.output)) == list(range(1, STEPS + 1))
+    assert len(seen(run.seen)) == STEPS * 16
+    return run
+
+
+@pytest.fixture
+def copied(whole, recipe, tmp_path) -> Run:
+    """A copy of the finished run, to go on from."""
+    run = Run(recipe, tmp_path)
+    shutil.copytree(whole.output, run.output, symlinks=True)
+    return run
+
+
+def test_killed_at_a_random_step_then_the_same_command(whole, recipe, tmp_path):
+    chosen = random.Random(7).randrange(4, STEPS - 1)
+    print(f"killed after step {chosen}")
+    run = Run(recipe, tmp_path)
+    run.kill_after(chosen)
+    run.finish()
+    resumed = events(run.output, "resumed")
+    assert len(resumed) == 1 and 0 < resumed[0]["step"] <= chosen + 2
+    assert steps_done(run.output) == steps_done(whole.output)  # bit for bit: terms, gradient norm, learning rate
+    assert seen(run.seen) == seen(whole.seen)
+    expected, got = state(whole.output), state(run.output)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+CHAIN = [
+    (2, "parallel.zero_stage=1"),
+    (2, "parallel.tp=2", "parallel.zero_stage=3"),
+    (1, "parallel.zero_stage=0", "parallel.recompute=full", "objectives.contrastive.micro_batch=8"),
+    (4, "parallel.tp=2", "parallel.zero_stage=2", "data.workers=1"),
+]
+
+
+def test_killed_again_and_again_and_resumed_on_other_layouts(whole, recipe, tmp_path):
+    rng = random.Random(11)
+    run, last = Run(recipe, tmp_path), 0
+    for layout in CHAIN[:-1]:
+        last += 3 + rng.randrange(2)  # every start gets as far as a checkpoint
+        print(f"killed after step {last} on {layout}")
+        run.kill_after(last, *layout)
+    run.finish(*CHAIN[-1])
+    assert seen(run.seen) == seen(whole.seen)
+    expected, got = steps_done(whole.output), steps_done(run.output)
+    assert got.keys() == expected.keys()
+    for step, values in expected.items():
+        # Absolutely, because KoLeo crosses zero.
+        assert got[step]["terms"] == pytest.approx(values["terms"], rel=1e-5, abs=1e-5), step
+        assert got[step]["grad_norm"] == pytest.approx(values["grad_norm"], rel=1e-4), step
+    assert len(events(run.output, "resumed")) == len(CHAIN) - 1
+    torch.testing.assert_close(state(run.output), state(whole.output), rtol=1e-3, atol=1e-5)
+
+
+def test_resume_never_starts_over(copied, whole):
+    copied.finish(1, "train.resume=never", "train.steps=4")
+    assert not events(copied.output, "resumed")
+    assert sorted(steps_done(copied.output)) == [1, 2, 3, 4]
+    found = steps_done(copied.output)[1]["terms"]
+    assert found == pytest.approx(steps_done(whole.output)[1]["terms"], rel=1e-5)
+    assert (copied.output / "checkpoints" / "latest").resolve().name == "step-00000004"
+
+
+def test_a_finished_run_only_evaluates(copied):
+    copied.finish(1)
+    assert events(copied.output, "resumed")[-1]["step"] == STEPS and not seen(copied.seen)
+    assert max(steps_done(copied.output)) == STEPS
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(copied, whole):
+    damage(copied.output / "checkpoints" / f"step-{STEPS:08d}")
+    with copied.start() as ranks:
+        assert ranks.wait() == [0] * WORLD, ranks.output
+        assert "checkpoint skipped" in ranks.output and "damaged (SHA-256 differs)" in ranks.output
+    assert events(copied.output, "resumed")[-1]["step"] == 9
+    assert steps_done(copied.output) == steps_done(whole.output)
+    assert torch.equal(*(state(run.output)["model/trunk.cls_token"] for run in (copied, whole)))
+
+
+def test_with_all_checkpoints_damaged_the_run_does_not_start_over_by_itself(copied):
+    folders = sorted((copied.output / "checkpoints").glob("step-*"))
+    for folder in folders:
+        damage(folder)
+    ranks = run(copied.command, WORLD, copied.folder)
+    assert [process.exitcode for process in ranks.processes] == [2] * WORLD
+    assert ranks.output.count("checkpoint skipped") == len(folders) == 3
+    assert len(ranks.errors) == WORLD and "train.resume=never" in ranks.errors[0] and "Traceback" not in ranks.output
+    assert sorted((copied.output / "checkpoints").glob("step-*")) == folders
+
+
+@pytest.mark.parametrize(
+    "world, change, message",
+    [(2, "model.vision.width=48", "has shape"), (1, "model.vision.depth=3", "has no tensor")],
+)
+def test_a_checkpoint_of_another_model_is_refused(copied, world, change, message):
+    ranks = run([*copied.command, change, "train.steps=13"], world, copied.folder)
+    assert [process.exitcode for process in ranks.processes] == [2] * world, ranks.output
+    assert len(ranks.errors) == world and "Traceback" not in ranks.output
+    assert all(message in line and "output_dir" in line for line in ranks.errors)
+
+
+def test_a_run_goes_on_with_fewer_objectives(copied):
+    copied.hook = None
+    copied.finish(1, "objectives.self_distillation.weight=0", "train.steps=13")
+    assert set(steps_done(copied.output)[13]["terms"]) == {"contrastive/loss", "reconstruction/l1"}
+
+
+def test_changed_data_settings_are_told(copied):
+    copied.finish(1, "train.steps=13", "seed=4")
+    (event,) = events(copied.output, "data_changed")
+    assert event["keys"] == ["seed"] and event["step"] == STEPS
+
+
+def damage(folder: Path) -> None:
+    """Flip one bit in the middle of the largest file."""
+    path = max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))

@@ -1,0 +1,84 @@
+"""Runs that are told to stop, or lose a rank: the state is saved, every process ends, the next start goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import psutil
+import pytest
+from launched import Ranks, deepspeed, events, steps_done, succeed, torchrun, wait_for
+
+from megavtp.parallel.launch import STOPPED
+
+LONG = ["train.steps=5000", "train.checkpoint_every=0"]  # it would take minutes
+
+
+def wait_for_step(output, step, ranks):
+    wait_for(lambda: max(steps_done(output), default=0) >= step, 120, lambda: ranks.output)
+
+
+def check_saved(output) -> int:
+    """The run stopped after a step and saved it; returns the step."""
+    (stopped,), (saved,) = events(output, "stopped_by_signal"), events(output, "checkpoint")
+    assert stopped["step"] == saved["step"] == max(steps_done(output))
+    assert (output / "checkpoints" / "latest").resolve().name == f"step-{saved['step']:08d}"
+    return saved["step"]
+
+
+def check_goes_on(recipe, output, folder, step) -> None:
+    with Ranks(["--config", recipe, f"output_dir={output}", *LONG], 1, folder) as ranks:
+        wait_for_step(output, step + 1, ranks)
+        ranks.kill()
+    assert events(output, "resumed")[-1]["step"] == step
+    assert sorted(steps_done(output)) == list(range(1, max(steps_done(output)) + 1))
+
+
+@pytest.mark.parametrize(
+    "start, stop, status",
+    [
+        (deepspeed, lambda command: os.kill(command.pid, signal.SIGTERM), -signal.SIGTERM),
+        (deepspeed, lambda command: os.killpg(command.pid, signal.SIGINT), -signal.SIGINT),
+        (torchrun, lambda command: os.kill(command.pid, signal.SIGTERM), 1),
+    ],
+    ids=["SIGTERM to deepspeed alone", "Ctrl-C in the terminal of deepspeed", "SIGTERM to torchrun"],
+)
+def test_a_launcher_is_told_to_stop(start, stop, status, recipe, tmp_path):
+    output = tmp_path / "run"
+    command = ["--config", recipe, f"output_dir={output}", "data.workers=1", *LONG]
+    with start(2, command, tmp_path / "log") as launched:
+        wait_for_step(output, 2, launched)
+        assert len(launched.alive()) >= 5  # the launcher, two ranks with a loader worker each
+        stop(launched.process)
+        launched.wait_until_gone(60)
+        assert launched.process.returncode == status  # the launcher's own: see StopSignal
+    check_goes_on(recipe, output, tmp_path, check_saved(output))
+
+
+def test_one_rank_is_told_and_all_stop(recipe, tmp_path):
+    output = tmp_path / "run"
+    command = ["--config", recipe, f"output_dir={output}"]
+    with Ranks([*command, *LONG], 2, tmp_path) as ranks:
+        wait_for_step(output, 2, ranks)
+        os.kill(ranks.processes[1].pid, signal.SIGTERM)
+        assert ranks.wait(60) == [STOPPED] * 2, ranks.output
+    step = check_saved(output)
+    succeed([*command, f"train.steps={step + 1}"], 2, tmp_path)  # and a finished run ends with 0
+
+
+def test_a_rank_that_is_killed_ends_the_others(recipe, tmp_path):
+    output = tmp_path / "run"
+    command = ["--config", recipe, f"output_dir={output}", "data.workers=1", *LONG]
+    with deepspeed(2, command, tmp_path / "log") as launched:
+        wait_for_step(output, 2, launched)
+        victim = next(p for p in launched.ranks() if p.environ()["RANK"] == "1" and is_rank(p, launched))
+        victim.kill()
+        launched.wait_until_gone(60)
+        assert launched.process.returncode not in (0, 2)
+        assert "[rank 0] ended because other ranks did" in launched.output
+        assert "Traceback" not in launched.output
+
+
+def is_rank(process: psutil.Process, launched) -> bool:
+    """Not a loader worker, which is a copy of its rank."""
+    return process.ppid() not in {rank.pid for rank in launched.ranks()}
