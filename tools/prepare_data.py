@@ -42,6 +42,7 @@ def parse() -> argparse.Namespace:
 
     emoji = add_writer("emoji", "draw the emoji demonstration set", 0.1, 2048)
     emoji.add_argument("--size", type=int, default=144, help="pixels of a side")
+    emoji.add_argument("--no-skin-tones", dest="skin_tones", action="store_false", help="leave these variants out")
 
     images = add_writer("images", "shards from a folder of images or a table of paths and captions", 0.05, 8192)
     images.add_argument("--from", dest="source", required=True, help="folder, .csv, .tsv or .jsonl")

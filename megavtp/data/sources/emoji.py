@@ -36,9 +36,11 @@ _STYLES = {
 
 def prepare_emoji(
     out: str | Path, *, size: int = 144, test_fraction: float = 0.1, vocab_size: int = 2048, shard_size: int = 1000,
-    seed: int = 0, workers: int = 2, overwrite: bool = False, quiet: bool = False,
+    seed: int = 0, workers: int = 2, overwrite: bool = False, quiet: bool = False, skin_tones: bool = True,
 ) -> dict[str, Any]:
     """Draw the set into ``out`` and return its ``dataset.json``. ``size``: pixels of a side.
+
+    ``skin_tones``: with the variants in skin tone, which are more than half of all and near-duplicates.
 
     train: all variants of the concepts that are not held out, captions by template; test: the held-out concepts without
     skin tones, the plain name as caption. Raises ``UserError`` when the packages are missing or ``out`` exists.
@@ -55,7 +57,7 @@ def prepare_emoji(
     splits = {"train": [], "test": []}
     for emoji in emoji_table():
         test = emoji.concept in held
-        if test and not emoji.base:
+        if not emoji.base and (test or not skin_tones):
             continue
         for style, files in folders.items():
             if emoji.code not in files:
