@@ -5,13 +5,14 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 from runpy import run_path
-from types import ModuleType
 
 import pytest
 import torch
 from PIL import Image
 
 from megavtp.checkpoint.formats.hf_vtp import save_folder
+from megavtp.checkpoint.store import CheckpointStore
+from megavtp.config.load import from_dict, to_dict
 from megavtp.config.schema import Config, DataConfig, DecoderConfig, ModelConfig, TextConfig, VisionConfig
 from megavtp.data.captions import train_sentencepiece
 from megavtp.data.index import build_index
@@ -146,18 +147,21 @@ def test_wrong_vocabulary_is_named(released, data, tmp_path):
         CheckpointEvaluation(released, data, captions=str(tmp_path / "other.model"))
 
 
-def test_run_checkpoint_brings_its_config_and_tokenizer(data, model_config, tmp_path, monkeypatch):
+def test_run_checkpoint_brings_its_config_and_tokenizer(data, model_config, tmp_path):
     elsewhere = tmp_path / "elsewhere"  # a data set without the tokenizer of the run
     write_split(elsewhere / "test", 6, 5)
-    (tmp_path / "checkpoint.json").write_text("{}")
     model = build_vtp(model_config, objectives={"contrastive"}, seed=3)
-    config = Config(model=model_config, data=DataConfig(root=str(data)))
-    native = ModuleType("megavtp.checkpoint.native")
-    native.load_model = lambda path, device: (model, config)
-    monkeypatch.setitem(sys.modules, native.__name__, native)
-    checkpoint = CheckpointEvaluation(tmp_path, elsewhere)
-    assert checkpoint.model is model and checkpoint.settings == config.evaluation
-    assert checkpoint.metrics(model)["samples"] == 6
+    off = {"self_distillation": {"weight": 0}, "reconstruction": {"weight": 0}}
+    config = from_dict({"model": to_dict(model_config), "data": {"root": str(data)}, "objectives": off})
+    store = CheckpointStore(tmp_path / "checkpoints", keep_last=1)
+    weights = {f"model/{name}": parameter for name, parameter in model.named_parameters()}
+    store.save(7, weights, {"config": to_dict(config)})
+    store.wait()
+    checkpoint = CheckpointEvaluation(tmp_path / "checkpoints" / "latest", elsewhere)
+    assert checkpoint.config == config and checkpoint.settings == config.evaluation
+    loaded = dict(checkpoint.model.named_parameters())
+    assert all(torch.equal(loaded[name], parameter) for name, parameter in model.named_parameters())
+    assert checkpoint.metrics(checkpoint.model)["samples"] == 6
     assert checkpoint.untrained().objectives == {"contrastive"}
     with pytest.raises(UserError, match="--pictures"):
         checkpoint.reconstructions(2)
