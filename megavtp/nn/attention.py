@@ -54,7 +54,8 @@ class Attention(nn.Module):
         """x (T, width), packed as ``segments`` says; ``tables``: rotary table of each segment -> (T, width)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.local_heads, self.head_dim)).unbind(1)
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            # Back to 16 bits where the norm's float32 weights raised them: the fast kernels take nothing else.
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if tables is not None:
             q, k = _rotate_packed(q, segments, tables), _rotate_packed(k, segments, tables)
         return self.proj(attend(q, k, v, segments, self.causal, self.kernel).flatten(1))

@@ -168,6 +168,8 @@ def initialize(
         engine.optimizer.parameter_offload.fwd_pre_hook.remove()
     if stage == 0:
         _own_stage0_norm(engine, mesh)
+    else:
+        _keep_group_norms(engine)
     return engine
 
 
@@ -177,14 +179,16 @@ def _own_stage0_norm(engine: Any, mesh: Mesh) -> None:
     engine.optimizer.overflow = False
 
     def clip(max_norm: float) -> None:
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        owned = [p.grad for p in engine.module.parameters() if p.grad is not None and p.model_parallel]
-        squares = torch.zeros((), dtype=torch.float32, device=engine.device)
-        if owned:
-            squares = torch.stack(torch._foreach_norm(owned)).square().sum()
+        groups = [[p for p in group["params"] if p.grad is not None] for group in engine.optimizer.param_groups]
+        squares = torch.zeros(len(groups), dtype=torch.float32, device=engine.device)
+        for index, group in enumerate(groups):
+            if owned := [p.grad for p in group if p.model_parallel]:
+                squares[index] = torch.stack(torch._foreach_norm(owned)).square().sum()
         if mesh.mp_group is not None:
             dist.all_reduce(squares, group=mesh.mp_group)
-        norm = squares.sqrt()
+        engine.megavtp_group_norms = list(squares.sqrt().unbind())
+        norm = squares.sum().sqrt()
+        gradients = [p.grad for group in groups for p in group]
         engine.optimizer._global_grad_norm = norm
         engine.optimizer.overflow = not bool(torch.isfinite(norm))  # one host read, as in the other stages
         if max_norm > 0 and not engine.optimizer.overflow:
@@ -198,12 +202,28 @@ def _own_stage0_norm(engine: Any, mesh: Mesh) -> None:
     engine.clip_fp32_gradients = lambda: clip(engine.megavtp_clip_grad)
 
 
+def _keep_group_norms(engine: Any) -> None:
+    """Keep the norms by parameter group that stages 1 to 3 compute, and drop, on the way to the global norm."""
+    engine.megavtp_group_norms = []
+
+    def keep(inner):
+        def norm(*args, **kwargs):
+            engine.megavtp_group_norms.append(inner(*args, **kwargs))
+            return engine.megavtp_group_norms[-1]
+
+        return norm
+
+    for name in ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload"):
+        setattr(engine.optimizer, name, keep(getattr(engine.optimizer, name)))
+
+
 def before_step(engine: Any) -> None:
     """Once per optimizer step, before its first backward.
 
     ZeRO-3 never clears its partitioned gradient buffer: a parameter whose gradient is missing, or does not arrive in
     the first backward of the step, would get the last step's gradient again.
     """
+    engine.megavtp_group_norms = []
     buffer = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
     if buffer is not None:
         buffer.zero_()
@@ -232,6 +252,21 @@ def step_was_skipped(engine: Any) -> bool:
 def grad_norm(engine: Any) -> Tensor | float:
     """Global gradient norm of the last step, before clipping."""
     return engine.optimizer._global_grad_norm
+
+
+def group_norms(engine: Any) -> list[Tensor]:
+    """Gradient norm of each parameter group in the last step, before clipping; NaN where it was not finite."""
+    groups = engine.optimizer.param_groups
+    squares = [torch.zeros((), device=engine.device) for _ in groups]
+    found = engine.megavtp_group_norms
+    if not found:  # the step was given up before the norms
+        return [square + torch.nan for square in squares]
+    of_group = getattr(engine.optimizer, "sub_group_to_group_id", None) or range(len(groups))  # stage 3 splits groups
+    for index, norm in enumerate(found):
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=engine.device)
+        norm = torch.where(norm < 0, torch.nan, norm)  # DeepSpeed writes -1 for what is not finite
+        squares[of_group[index]] = squares[of_group[index]] + norm.square()
+    return [square.sqrt() for square in squares]
 
 
 def shards(parameters: list[nn.Parameter]) -> list[Tensor]:
@@ -322,7 +357,9 @@ def write_state(
         steps: Adam's update count.
     """
     from deepspeed.utils import (
-        safe_set_full_fp32_param, safe_set_full_optimizer_state, safe_set_local_fp32_param,
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
         safe_set_local_optimizer_state,
     )
 

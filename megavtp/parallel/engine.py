@@ -17,10 +17,15 @@ from megavtp.parallel.sharding import cut, merge, shard_of
 
 @dataclass(frozen=True)
 class StepResult:
-    """applied: False when the gradient norm was not finite, and nothing moved. grad_norm: before clipping."""
+    """What a step did; norms are of the gradient before clipping.
+
+    applied: False when the gradient norm was not finite, and nothing moved. tower_norms: of the parameter groups that
+    carry the same ``tower``.
+    """
 
     applied: bool
     grad_norm: Tensor | float
+    tower_norms: dict[str, Tensor]
 
 
 class Engine:
@@ -28,7 +33,7 @@ class Engine:
 
     Args:
         module: its root forward runs every pass; parameters that do not train (the teacher) are frozen in it.
-        optimizer: over the trainable parameters; its groups may carry ``lr_scale``.
+        optimizer: over the trainable parameters; its groups may carry ``lr_scale`` and ``tower``.
         clip_grad: global-norm ceiling, 0 = none.
         extra: further DeepSpeed keys of the user.
         leaf_classes: modules whose parameters ZeRO-3 gathers together (transformer blocks).
@@ -63,7 +68,14 @@ class Engine:
         """Clip by the global norm and update, or skip on every rank when that norm is not finite."""
         self._engine.step()
         skipped = adapter.step_was_skipped(self._engine)
-        return StepResult(not skipped, adapter.grad_norm(self._engine))
+        return StepResult(not skipped, adapter.grad_norm(self._engine), self._tower_norms())
+
+    def _tower_norms(self) -> dict[str, Tensor]:
+        norms: dict[str, list[Tensor]] = {}
+        for group, norm in zip(self._engine.optimizer.param_groups, adapter.group_norms(self._engine)):
+            if "tower" in group:
+                norms.setdefault(group["tower"], []).append(norm)
+        return {tower: torch.linalg.vector_norm(torch.stack(parts)) for tower, parts in norms.items()}
 
     def set_lr(self, lr_of: Callable[[dict[str, Any]], float]) -> None:
         """Set the learning rate of every parameter group."""

@@ -9,7 +9,6 @@ from torch import nn
 
 from megavtp.config.schema import OptimizerConfig
 
-TOWERS = ("vision", "text", "decoder", "dino_head")
 _TOWER_OF = {"trunk": "vision", "visual_proj": "vision", "pixel_decoder": "decoder", "dino_head": "dino_head"}
 
 
@@ -19,7 +18,9 @@ def tower_of(name: str) -> str:
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict]:
-    """Groups of the trainable parameters; ``prototypes`` marks the DINO head's last layer, which starts frozen.
+    """Groups of the trainable parameters, each of one ``tower`` (of ``config.sizes.TOWERS``).
+
+    ``prototypes`` marks the DINO head's last layer, which starts frozen.
 
     The dimension that decides about weight decay is the logical tensor's: a tensor-parallel slice keeps it.
     """
@@ -32,7 +33,10 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
         prototypes = name.startswith("dino_head.last_layer.")
         group = groups.setdefault(
             (tower, decay, prototypes),
-            {"params": [], "weight_decay": decay, "lr_scale": config.lr_scale.get(tower, 1.0), "prototypes": prototypes},
+            {
+                "params": [], "weight_decay": decay, "lr_scale": config.lr_scale.get(tower, 1.0), "tower": tower,
+                "prototypes": prototypes,
+            },
         )
         group["params"].append(parameter)
     return list(groups.values())

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from megavtp.training.progress import ProgressLine, peak_memory_gib
 from megavtp.training.sinks import Sink, check_sinks, open_sinks
 
 METRICS_FILE = "metrics.jsonl"
+_NORM = "grad_norm/"  # what sets a tower's gradient norm apart from the terms
 _SPEED_MEMORY = 0.7  # weight of the past in the pace behind the ETA
 
 
@@ -97,19 +99,22 @@ class Telemetry:
         self._since = time.perf_counter()
 
     def step(
-        self, step: int, terms: Mapping[str, Tensor], grad_norm: Tensor | float, lr: float, wait_seconds: float
+        self, step: int, terms: Mapping[str, Tensor], grad_norm: Tensor | float, lr: float, wait_seconds: float,
+        tower_norms: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         """Note one step; writes a line after every ``log_every``-th and the last. No device read in between.
 
         step: index from 0. terms: detached scalars on the device, the same names in every step and on every rank, not
-        changed afterwards. wait_seconds: time spent waiting for data since the start, in all.
+        changed afterwards. wait_seconds: time spent waiting for data since the start, in all. tower_norms: gradient
+        norm of each tower, equal on all ranks.
 
-        In a line, terms and ``grad_norm`` are means over its steps (and over ranks), without the non-finite ones,
-        whose number is ``nonfinite_steps``; ``grad_norm_max`` is the largest; ``lr`` is the last.
+        In a line, terms, ``grad_norm`` and ``tower_grad_norms`` are means over its steps (and over ranks), without the
+        non-finite ones, whose number is ``nonfinite_steps``; ``grad_norm_max`` is the largest; ``lr`` is the last.
         """
-        self._names = self._names or list(terms)
-        assert self._names == list(terms), "the loss terms changed during the run"
-        self._steps.append(list(terms.values()))
+        values = {**terms, **{_NORM + tower: norm for tower, norm in tower_norms.items()}}
+        self._names = self._names or list(values)
+        assert self._names == list(values), "the loss terms changed during the run"
+        self._steps.append(list(values.values()))
         self._norms.append(grad_norm)
         done = step + 1
         if done % self._config.log_every == 0 or done == self._total_steps:
@@ -164,9 +169,13 @@ class Telemetry:
         mfu = None
         if self._flops_per_step and self._peak_tflops:
             mfu = self._flops_per_step / pace / (self._peak_tflops * 1e12)
+        means = {name: _mean(column) for name, column in zip(self._names, zip(*rows))}
         self._emit({
             "kind": "step", "step": done, "time": time.time(),
-            "terms": {name: _mean(column) for name, column in zip(self._names, zip(*rows))},
+            "terms": {name: value for name, value in means.items() if not name.startswith(_NORM)},
+            "tower_grad_norms": {
+                name.removeprefix(_NORM): value for name, value in means.items() if name.startswith(_NORM)
+            },
             "grad_norm": _mean(norms), "grad_norm_max": max(finite_norms, default=math.nan), "lr": lr,
             "nonfinite_steps": sum(not all(map(math.isfinite, (*row, norm))) for row, norm in zip(rows, norms)),
             "images_per_second": self._images_per_step / pace, "seconds_per_step": pace,
@@ -209,6 +218,7 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
     prefix = "train" if record["kind"] == "step" else record["kind"]
     flat = dict(record.get("terms") or {}) if record["kind"] == "step" else {}
     flat |= {f"{prefix}/{key}": value for key, value in record.items() if key not in ("step", "time", "terms")}
+    flat |= {f"{prefix}/{_NORM}{tower}": value for tower, value in (record.get("tower_grad_norms") or {}).items()}
     return {
         key: float(value) for key, value in flat.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

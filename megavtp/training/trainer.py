@@ -129,7 +129,9 @@ class Trainer:
             if self.distillation:
                 self.distillation.centers = centers  # they have taken in this step's teacher outputs
             self._skipped(batch, terms)
-        self.telemetry.step(batch.step, terms, result.grad_norm, self.lr, loader.wait_seconds)
+        self.telemetry.step(
+            batch.step, terms, result.grad_norm, self.lr, loader.wait_seconds, tower_norms=result.tower_norms
+        )
 
     def _set_lr(self, step: int) -> None:
         config, settings = self.config.train.optimizer, self.config.objectives.self_distillation
