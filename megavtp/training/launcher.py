@@ -11,7 +11,7 @@ from typing import NoReturn
 import psutil
 import torch
 
-from megavtp.config.load import DEMO_CONFIG, load_config, to_yaml
+from megavtp.config.load import DEMO_CONFIG, load_config
 from megavtp.config.schema import Config
 from megavtp.config.summary import layout_summary
 from megavtp.config.validate import validate
@@ -70,18 +70,15 @@ def _main() -> int:
     arguments = parse_arguments(sys.argv[1:])
     rank, _, world = launch.environment_rank()
     config = load_config(arguments.config, arguments.overrides, arguments.deepspeed_config)
+    config = validate(config, world)
     if arguments.dry_run:
-        config = validate(config, world)
         if rank == 0:
             print(layout_summary(config, world))
         return 0
-    config = validate(config, world)
     device = launch.start()
     if arguments.config is None or arguments.config.resolve() == DEMO_CONFIG.resolve():
         _prepare_demo_data(config, rank)
     run = PretrainRun(config, device)
-    if rank == 0:
-        run.output_dir.joinpath("config.yaml").write_text(to_yaml(run.config))
     return 0 if run.train() else launch.STOPPED
 
 

@@ -8,13 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megavtp.config.load import to_yaml
 from megavtp.config.schema import Config
 from megavtp.config.share import Share, share
 from megavtp.config.validate import with_vocabulary
 from megavtp.data.batch import StepDataset
 from megavtp.data.captions import load_tokenizer
+from megavtp.data.files import write_atomic
 from megavtp.data.loader import Loader
 from megavtp.data.shards import open_dataset
+from megavtp.errors import UserError
 from megavtp.models.build import build_vtp
 from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS
 from megavtp.models.lpips_weights import load_lpips_weights
@@ -44,10 +47,19 @@ class PretrainRun:
         self.config = config = with_vocabulary(config, self.tokenizer.vocab_size)
         self.mesh = build_mesh(config.parallel.tp, config.parallel.pp)
         self.share = share(config, self.mesh.dp)
+        self._open_output_dir()
         self.perceptual = build_perceptual(config, device)
         self.engine, self.model = build_engine(config, self.share, self.mesh, device)
-        self.output_dir = Path(config.output_dir)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+
+    def _open_output_dir(self) -> None:
+        """Make ``output_dir`` and write ``config.yaml``; before the model, so that a bad path is found early."""
+        folder = Path(self.config.output_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.mesh.rank == 0:
+                write_atomic(folder / "config.yaml", to_yaml(self.config).encode())
+        except OSError as error:
+            raise UserError(f"output_dir = {folder} cannot be written ({error.strerror}); set another one") from None
 
     def train(self) -> bool:
         """Resume or start, train, evaluate; False if a signal stopped the run early (its state is saved)."""

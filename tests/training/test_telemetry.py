@@ -118,6 +118,20 @@ class CountReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_gradient_norms_by_tower_stand_beside_the_terms(tmp_path):
+    sink = ListSink()
+    telemetry = make(tmp_path, log_every=2, make_sinks=lambda start: [sink])
+    telemetry.start(0)
+    for step in range(2):
+        towers = {"vision": torch.tensor(1.0 + step), "text": torch.tensor(math.nan if step else 3.0)}
+        telemetry.step(step, terms(step), 1.0, 0.1, 0.0, tower_norms=towers)
+    telemetry.close()
+    (line,) = lines(tmp_path)
+    assert line["tower_grad_norms"] == {"vision": 1.5, "text": 3.0} and line["nonfinite_steps"] == 1
+    assert list(line["terms"]) == list(terms(0))
+    assert sink.got[0][1]["train/grad_norm/vision"] == 1.5
+
+
 def test_the_device_is_read_once_a_line(tmp_path, monkeypatch):
     telemetry = make(tmp_path, log_every=20)
     telemetry.start(0)
