@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import socket
@@ -31,6 +32,7 @@ def _worker(rank: int, world_size: int, port: int, folder: str, timeout: float, 
         MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
     )
     torch.set_num_threads(1)
+    gc.freeze()  # DeepSpeed collects garbage often: not through everything that was imported
     warnings.filterwarnings("ignore", category=FutureWarning)
     faulthandler.dump_traceback_later(timeout * 0.9, exit=True)  # a hang shows where, and ends
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))

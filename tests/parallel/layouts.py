@@ -12,7 +12,7 @@ from megavtp.config.schema import Config
 from megavtp.parallel.collectives import all_reduce
 from megavtp.parallel.mesh import build_mesh
 from megavtp.parallel.passes import execute
-from tiny_run import build_engine, data_of, learning_rate, passes_of, tiny_config
+from tiny_run import build_engine, data_of, learning_rate, merged, passes_of, tiny_config
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,6 @@ class Cell:
             "objectives": objectives,
             "parallel": {"tp": self.tp, "zero_stage": self.zero, "recompute": "full" if self.recompute else "none"},
         }
-        from tiny_run import merged
-
         return tiny_config(merged(extra or {}, layout), self.world)
 
 
@@ -62,7 +60,7 @@ def run_cell(config: Config) -> tuple[list[dict[str, float]], list[float], dict[
         engine.begin_step()
         found: dict[str, Tensor] = {}
         for objective in passes:
-            found |= execute(objective, engine, data[step])
+            found |= execute(objective, engine, data(step))
         values = all_reduce(torch.stack([value.float() for value in found.values()]), mesh, "dp") / mesh.dp
         terms.append(dict(zip(found, values.tolist())))
         norms.append(float(engine.step().grad_norm))
@@ -78,7 +76,8 @@ def relative(got: float, expected: float) -> float:
 
 
 def differences(got: tuple, expected: tuple) -> tuple[float, float, float]:
-    """Largest relative difference of loss terms and of norms, and of weights relative to the larger of their largest entry and 0.01."""
+    """Largest relative difference of loss terms and of norms; of weights, relative to the larger of their largest entry
+    and 0.01."""
     terms = max(relative(g[k], e[k]) for g, e in zip(got[0], expected[0], strict=True) for k in e)
     norms = max(relative(g, e) for g, e in zip(got[1], expected[1], strict=True))
     assert got[2].keys() == expected[2].keys()

@@ -15,7 +15,7 @@ from megavtp.config.load import from_dict
 from megavtp.config.schema import Config
 from megavtp.config.share import share
 from megavtp.config.validate import validate
-from megavtp.data.batch import StepDataset
+from megavtp.data.batch import Batch, StepDataset
 from megavtp.models.build import build_vtp
 from megavtp.models.vtp import VTP
 from megavtp.nn.block import Block
@@ -30,7 +30,8 @@ BASE = {
     "seed": 3,
     "model": {
         # bfloat16 tables would turn a difference in the last bit of float32 into one of the eighth.
-        "rope_dtype": "float32", "size": "tiny", "image_size": 32, "bottleneck": 8, "init_logit_scale": 1.0, "vision": TOWER, "decoder": TOWER,
+        "rope_dtype": "float32", "size": "tiny", "image_size": 32, "bottleneck": 8, "init_logit_scale": 1.0,
+        "vision": TOWER, "decoder": TOWER,
         "text": {**TOWER, "context_length": 8, "vocab_size": 64},
         "dino_head": {"prototypes": 48, "hidden": 32, "bottleneck": 16},
     },
@@ -162,8 +163,20 @@ def passes_of(config: Config, mesh: Mesh) -> list[Pass]:
     return build_passes(config, share(config, mesh.dp), mesh, torch.device("cpu"), None)
 
 
-def data_of(config: Config, mesh: Mesh) -> StepDataset:
-    return StepDataset(FakeData(), FakeTokenizer(), config, mesh.dp_rank, mesh.dp)
+def data_of(config: Config, mesh: Mesh) -> Callable[[int], Batch]:
+    """Step -> this rank's share. Kept for the life of the process: layouts that share dp see the same data."""
+    data = StepDataset(FakeData(), FakeTokenizer(), config, mesh.dp_rank, mesh.dp)
+    kept = _BATCHES.setdefault(repr((plain_layout(config), mesh.dp, mesh.dp_rank)), {})
+
+    def batch(step: int) -> Batch:
+        if step not in kept:
+            kept[step] = data[step]
+        return kept[step]
+
+    return batch
+
+
+_BATCHES: dict[str, dict[int, Batch]] = {}
 
 
 def learning_rate(config: Config, step: int) -> Callable[[dict], float]:
@@ -183,7 +196,7 @@ def reference(config: Config) -> tuple[list[dict[str, float]], list[float], dict
         runner.begin_step()
         found = {}
         for objective in passes:
-            found |= execute(objective, runner, data[step])
+            found |= execute(objective, runner, data(step))
         terms.append({name: float(value) for name, value in found.items()})
         norms.append(runner.step())
         with torch.no_grad():
