@@ -19,9 +19,11 @@ from distributed import free_port
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "launchers" / "pretrain.py"
 Hook = Callable[[int], None]
+KEYS = ("terms", "grad_norm", "tower_grad_norms", "lr")  # of a step's line, that do not depend on time
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed"])  # seconds of imports, once for all ranks of all tests
+# Seconds of imports, once for all ranks of all tests; the same as in `distributed`, there is one server.
+_context.set_forkserver_preload(["torch", "torch._dynamo", "deepspeed"])
 
 
 class Ranks:
@@ -176,9 +178,9 @@ def wait_for(condition: Callable[[], bool], timeout: float, tell: Callable[[], s
 
 
 def steps_done(output_dir: Path) -> dict[int, dict]:
-    """Step -> what metrics.jsonl tells of it that does not depend on time. Each step is there once."""
+    """Step -> the values of KEYS in metrics.jsonl. Each step is there once."""
     lines = [record for record in records(output_dir) if record["kind"] == "step"]
-    found = {record["step"]: {key: record[key] for key in ("terms", "grad_norm", "lr")} for record in lines}
+    found = {record["step"]: {key: record[key] for key in KEYS} for record in lines}
     assert len(found) == len(lines)
     return found
 

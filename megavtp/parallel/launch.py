@@ -6,6 +6,7 @@ import faulthandler
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,6 +19,9 @@ from megavtp.errors import UserError
 from megavtp.parallel.deepspeed_adapter import import_deepspeed
 
 STOPPED = 143  # exit status after a signal (128 + SIGTERM): the state is saved, the same command goes on
+# Seconds that rank 0 has to tell of an error that all ranks find. A rank that left before it would have the launcher
+# end rank 0 in silence; one that is still here afterwards (no launcher ends it) tells its own.
+_PATIENCE = 5.0
 # What gloo, NCCL and the rendezvous store say when another process has gone.
 _PEER_GONE = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was likely closed",
@@ -83,16 +87,17 @@ def run_ranks(main: Callable[[], int | None]) -> NoReturn:
     be started again, 2 an error of the user's (one line), 1 a bug, or other ranks that are gone.
 
     Before the ranks are joined every rank finds the same error, so rank 0 speaks for all; afterwards the rank that
-    raises does. A rank that fails leaves at once: the launcher ends the others, none waits in a collective.
+    raises does. A rank that has spoken leaves at once: the launcher ends the others, none waits in a collective.
     """
     rank, _, world = environment_rank()
     try:
         status = main() or 0
         stop()
     except UserError as error:
-        if rank == 0 or dist.is_initialized():
-            where = f"[rank {rank}] " if dist.is_initialized() and world > 1 else ""
-            print(f"{where}error: {error}", file=sys.stderr, flush=True)
+        if rank > 0 and not dist.is_initialized():
+            time.sleep(_PATIENCE)
+        where = f"[rank {rank}] " if rank > 0 or (dist.is_initialized() and world > 1) else ""
+        print(f"{where}error: {error}", file=sys.stderr, flush=True)
         status = 2
     except KeyboardInterrupt:
         status = 130

@@ -29,7 +29,7 @@ def first_step(config: Config) -> dict[str, tuple[dict, dict]]:
     """Objective -> (loss terms, gradients) of its own pass, on the initial weights and the first batch."""
     model = build_model(config, SINGLE)
     runner = PlainRunner(model, build_optimizer(model.named_parameters(), config.train.optimizer), 0.0)
-    batch, found = data_of(config, SINGLE)[0], {}
+    batch, found = data_of(config, SINGLE)(0), {}
     for objective in passes_of(config, SINGLE):
         runner.begin_step()
         terms = execute(objective, runner, batch)
@@ -59,7 +59,7 @@ def test_terms_and_gradients_of_the_others(off, all_on):
 def test_data_seen(off):
     whole, less = data_of(config_without(), SINGLE), data_of(config_without(off), SINGLE)
     for step in (0, 5):
-        expected, got = whole[step], less[step]
+        expected, got = whole(step), less(step)
         read = torch.tensor([name != "" for name in got.ids])
         assert all(got.ids[i] == expected.ids[i] for i in range(len(got.ids)) if read[i])
         for name in set(OBJECTIVES) - {off}:

