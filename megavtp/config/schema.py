@@ -199,7 +199,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class TelemetryConfig:
     log_every: int = 20  # steps between two reads of the loss terms from the device
-    pictures_every: int = 1000  # steps between reconstruction grids; 0 = none
+    pictures_every: int = 1000  # steps between reconstruction grids, and one at the end; 0 = none
     pictures: int = 8
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "megavtp"

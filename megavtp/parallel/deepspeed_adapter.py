@@ -117,6 +117,7 @@ def build_config(zero_stage: int, clip_grad: float, parameters: int, extra: Mapp
     config = {
         "train_micro_batch_size_per_gpu": 1,  # never used: the trainer owns the batch
         "gradient_accumulation_steps": 1,
+        "zero_force_ds_cpu_optimizer": False,  # an offloaded optimizer is still ours
         "managed_gradient_accumulation": False,  # step() is the boundary, however many backwards came before
         # DeepSpeed's default is 1.0, so it is always said. Stage 0 must call our own clipping: see `_own_stage0_norm`.
         "gradient_clipping": clip_grad if zero_stage > 0 else 1.0,
@@ -309,8 +310,19 @@ def ensure_optimizer_state(engine: Any) -> None:
 
 
 def optimizer_steps(engine: Any) -> int:
-    """How many updates Adam has made (its bias correction)."""
-    return max((int(s["step"]) for s in _inner(engine).state.values() if "step" in s), default=0)
+    """How many updates Adam has made (its bias correction). torch counts by tensor, apex's FusedAdam by group."""
+    inner = _inner(engine)
+    places = [*inner.state.values(), *inner.param_groups]
+    return max((int(place["step"]) for place in places if "step" in place), default=0)
+
+
+def _set_optimizer_steps(inner: torch.optim.Optimizer, steps: int) -> None:
+    if not isinstance(inner, torch.optim.AdamW):
+        for group in inner.param_groups:
+            group["step"] = steps
+    for state in inner.state.values():
+        if "step" in state:  # each gets its own tensor: they are advanced in place
+            state["step"] = torch.full_like(state["step"], float(steps))
 
 
 def read_parameter(engine: Any, parameter: nn.Parameter) -> Tensor:
@@ -387,8 +399,7 @@ def write_state(
                 safe_set_local_optimizer_state(parameter, _partition(value, parameter.ds_tensor, engine), moment)
             else:
                 safe_set_full_optimizer_state(parameter, value, moment)
-    for state in _inner(engine).state.values():
-        state["step"] = torch.full_like(state["step"], float(steps))  # each its own tensor: they are advanced in place
+    _set_optimizer_steps(_inner(engine), steps)
     if stage in (1, 2):
         engine.optimizer.update_lp_params()
     if stage == 3:

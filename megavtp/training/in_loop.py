@@ -81,7 +81,8 @@ class InLoopEvaluation:
 
     def finish(self, step: int) -> None:
         """What a finished run leaves: the last pictures, the metrics, the loss curves."""
-        self.pictures(step)
+        if self.config.telemetry.pictures_every:
+            self.pictures(step)
         if self.config.evaluation.at_end:
             self.metrics(step)
         if self.mesh.rank == 0:

@@ -42,12 +42,18 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
     return list(groups.values())
 
 
-def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the groups: NVIDIA apex's fused one where it is installed for this GPU, else torch's fused one."""
+def build_optimizer(
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, *, zero_stage: int = 0
+) -> torch.optim.Optimizer:
+    """AdamW over the groups: NVIDIA apex's fused one where it is installed for this GPU, else torch's fused one.
+
+    Apex counts updates by group. ZeRO stage 3 steps a large group in parts, which would count each part as an update,
+    so there it is always torch's.
+    """
     groups = parameter_groups(named, config)
     settings = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     on_gpu = groups[0]["params"][0].is_cuda
-    fused = _apex_adam() if on_gpu else None
+    fused = _apex_adam() if on_gpu and zero_stage < 3 else None
     if fused is not None:
         return fused(groups, adam_w_mode=True, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
@@ -56,7 +62,8 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: Optimizer
 def _apex_adam() -> type | None:
     # `import apex` alone proves nothing: the package of that name on PyPI is another project.
     try:
+        from apex.multi_tensor_apply import multi_tensor_applier
         from apex.optimizers import FusedAdam
     except (ImportError, OSError):
         return None
-    return FusedAdam
+    return FusedAdam if multi_tensor_applier.available else None  # False where apex was installed without its kernels

@@ -106,7 +106,9 @@ def build_engine(config: Config, shares: Share, mesh: Mesh, device: torch.device
         compute_dtype=torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32,
         device=device,
     )
-    optimizer = build_optimizer(model.named_parameters(), config.train.optimizer)
+    optimizer = build_optimizer(
+        model.named_parameters(), config.train.optimizer, zero_stage=config.parallel.zero_stage
+    )
     engine = Engine(
         model, optimizer, mesh, zero_stage=config.parallel.zero_stage, clip_grad=config.train.optimizer.clip_grad,
         extra=config.deepspeed, leaf_classes=(Block,),
