@@ -33,7 +33,7 @@ def load_config(
         section = raw.get("deepspeed") or {}
         if not isinstance(section, Mapping):
             raise UserError(f"{path or DEMO_CONFIG}: deepspeed: expected a mapping of keys, got {section!r}")
-        raw["deepspeed"] = _merge(section, read_yaml(Path(deepspeed_config)))
+        raw["deepspeed"] = merged(section, read_yaml(Path(deepspeed_config)))
     for override in overrides:
         _apply(raw, override)
     return from_dict(raw)
@@ -94,7 +94,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file; the shipped recipes are under configs/") from None
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot read the config file: {_one_line(e)}") from None
+        raise UserError(f"{path}: cannot read the config file: {e}") from None
     try:
         if path.suffix == ".json":
             values = json.loads(text, object_pairs_hook=_unique)
@@ -105,7 +105,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: {_one_line(getattr(e, 'problem', None) or e)}") from None
+        raise UserError(f"{where}: {getattr(e, 'problem', None) or e}") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply") from None
     if values is None:
@@ -115,16 +115,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _one_line(error: Any) -> str:
-    return " ".join(str(error).split())
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the keys of ``over``; where both hold a mapping, the two are merged in turn."""
+    result = dict(base)
     for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -149,7 +146,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as e:
-        raise UserError(f"{override!r}: the value is not YAML: {_one_line(getattr(e, 'problem', None) or e)}") from None
+        raise UserError(f"{override!r}: the value is not YAML: {getattr(e, 'problem', None) or e}") from None
     for i, part in enumerate(parts[:-1]):
         if raw.get(part) is None:
             raw[part] = {}

@@ -83,7 +83,7 @@ class Loader:
                 raise
             raise UserError(
                 "a data worker was killed, most likely for lack of memory: lower data.workers or data.prefetch, or "
-                f"give the job more memory (in a container also shared memory, --shm-size) [{_one_line(error)}]"
+                f"give the job more memory (in a container also shared memory, --shm-size) [{error}]"
             ) from error
         finally:
             self.wait_seconds += time.perf_counter() - start
@@ -159,10 +159,6 @@ def _start_worker(worker: int) -> None:
     # checkpoint first); a worker ends when the trainer closes it or is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 class EvalDataset:

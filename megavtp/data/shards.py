@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 from dataclasses import dataclass
@@ -147,15 +146,6 @@ def open_dataset(folder: str | Path) -> ShardDataset:
         if "/" in name or not path.is_file() or path.stat().st_size != size:
             raise UserError(f"{path} is missing or has changed since it was indexed; {remedy}")
     return ShardDataset(folder, shards)
-
-
-def dataset_info(root: str | Path) -> dict[str, Any]:
-    """``ROOT/dataset.json`` (source, attribution, counts, class names of each label field); empty if there is none."""
-    try:
-        info = json.loads((refuse_remote(root) / "dataset.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return info if isinstance(info, dict) else {}
 
 
 def _remedy(folder: Path) -> str:

@@ -7,7 +7,6 @@ scheme (arXiv 2103.00020), the rest torch's defaults.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from megavtp.config.schema import ModelConfig
 from megavtp.config.sizes import feature_width
 from megavtp.models.vtp import DEFAULT_LOGIT_SCALE
 from megavtp.nn.rope import AxialRope
+from megavtp.nn.seeded import named_generator
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.sharding import cut, shard_of
 
@@ -90,7 +90,5 @@ def _draw(name: str, parameter: Tensor, fill: Fill, mesh: Mesh, seed: int) -> Te
     shape, shard = list(parameter.shape), shard_of(parameter)
     if shard is not None:
         shape[shard.dim] *= mesh.tp
-    digest = hashlib.sha256(f"init/{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     with torch.no_grad():
-        return fill(torch.empty(shape), generator)
+        return fill(torch.empty(shape), named_generator(f"init/{seed}/{name}"))

@@ -7,7 +7,6 @@ micro-batch split and every recomputation sees the same choice.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megavtp.nn.attention_kernels import Segments
+from megavtp.nn.seeded import named_generator
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ def _global_choice(
     seed: int, step: int, tag: str, depth: int, rate: float, sizes: tuple[int, ...]
 ) -> list[list[tuple[Tensor, float]]]:
     """Per branch (attention and feed-forward in turn, block by block) and segment: kept (size,) bool, and factor."""
-    digest = hashlib.sha256(f"drop_path/{seed}/{step}/{tag}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    generator = named_generator(f"drop_path/{seed}/{step}/{tag}")
 
     def draw(size: int) -> tuple[Tensor, float]:
         keep = max(int(size * (1 - rate)), 1)

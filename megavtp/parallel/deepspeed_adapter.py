@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megavtp.config.load import merged
 from megavtp.errors import UserError
 from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.mpu import Mpu
 from megavtp.parallel.sharding import shard_of
 
 SUPPORTED_VERSION = "0.19.8"
@@ -54,59 +56,6 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-class _Mpu:
-    """What DeepSpeed asks of a model-parallel unit, answered from the mesh.
-
-    The model-parallel group is the tp x pp ranks of one replica, and the model-parallel rank counts over both: the
-    gradient norm is summed over that group.
-    """
-
-    def __init__(self, mesh: Mesh):
-        self._mesh = mesh
-        alone = None
-        for rank in range(mesh.world_size):  # collective: an axis of size 1 still needs a group of its own
-            group = dist.new_group([rank])
-            if rank == mesh.rank:
-                alone = group
-        self._groups = {axis: mesh.group(axis) or alone for axis in ("tp", "pp", "dp", "mp")}
-
-    def get_data_parallel_group(self):
-        return self._groups["dp"]
-
-    def get_data_parallel_rank(self):
-        return self._mesh.dp_rank
-
-    def get_data_parallel_world_size(self):
-        return self._mesh.dp
-
-    def get_model_parallel_group(self):
-        return self._groups["mp"]
-
-    def get_model_parallel_rank(self):
-        return self._mesh.pp_rank * self._mesh.tp + self._mesh.tp_rank
-
-    def get_model_parallel_world_size(self):
-        return self._mesh.pp * self._mesh.tp
-
-    def get_tensor_model_parallel_group(self):
-        return self._groups["tp"]
-
-    def get_tensor_model_parallel_rank(self):
-        return self._mesh.tp_rank
-
-    def get_tensor_model_parallel_world_size(self):
-        return self._mesh.tp
-
-    def get_pipeline_model_parallel_group(self):
-        return self._groups["pp"]
-
-    def get_pipeline_model_parallel_rank(self):
-        return self._mesh.pp_rank
-
-    def get_pipeline_model_parallel_world_size(self):
-        return self._mesh.pp
-
-
 def build_config(zero_stage: int, clip_grad: float, parameters: int, extra: Mapping[str, Any]) -> dict[str, Any]:
     """The DeepSpeed configuration of a run; ``extra`` (the user's ``deepspeed:`` keys) is merged in last.
 
@@ -130,15 +79,7 @@ def build_config(zero_stage: int, clip_grad: float, parameters: int, extra: Mapp
             "stage3_param_persistence_threshold": 0,
         },
     }
-    return _merge(config, extra)
-
-
-def _merge(base: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in extra.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+    return merged(config, extra)
 
 
 def mark_norm_ownership(module: nn.Module, mesh: Mesh) -> None:
@@ -162,7 +103,7 @@ def initialize(
     if stage == 3 and leaf_classes:
         # Gather a transformer block's parameters in one collective instead of one per sub-module.
         deepspeed.utils.set_z3_leaf_modules(module, list(leaf_classes))
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, mpu=_Mpu(mesh))
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, mpu=Mpu(mesh))
     if stage == 3:
         # At every root forward ZeRO-3 compares its trace of module calls over the *world*: pipeline stages would
         # deadlock, and our passes call different towers. Without the hook each module gathers its own on demand.

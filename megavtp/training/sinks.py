@@ -65,8 +65,7 @@ class WandbSink:
                 id=known, resume="allow" if known else None,
             )
         except wandb.errors.Error as error:
-            message = " ".join(str(error).split())
-            raise UserError(f"wandb: {message}; log in with `wandb login`, or set telemetry.wandb=offline") from error
+            raise UserError(f"wandb: {error}; log in with `wandb login`, or set telemetry.wandb=offline") from error
         id_file.write_text(self._run.id)
         # Our own step axis: wandb's must only grow, but a resumed run repeats the steps since its checkpoint.
         self._run.define_metric("step")

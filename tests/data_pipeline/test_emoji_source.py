@@ -1,10 +1,11 @@
 import importlib.util
+import json
 from collections import Counter
 
 import pytest
 
 from megavtp.data.decode import decode_image
-from megavtp.data.shards import dataset_info, open_dataset
+from megavtp.data.shards import open_dataset
 from megavtp.data.sources import emoji as source
 from megavtp.data.sources.emoji_table import emoji_table, held_out_concepts
 from megavtp.errors import UserError
@@ -85,7 +86,8 @@ def test_a_few_are_drawn_written_and_read_back(tmp_path, monkeypatch):
     info = source.prepare_emoji(tmp_path / "emoji", size=64, workers=1, quiet=True)
     assert info["counts"] == {"train": 2 * (len(few) - 6), "test": 2} and not info["skipped"]
     assert len(info["attribution"]) == 3 and info["labels"]["style"] == ["openmoji", "twemoji"]
-    assert {k: v for k, v in info.items() if k != "skips"} == dataset_info(tmp_path / "emoji")
+    written = json.loads((tmp_path / "emoji" / "dataset.json").read_text())
+    assert {k: v for k, v in info.items() if k != "skips"} == written
     train, test = (open_dataset(tmp_path / "emoji" / split) for split in ("train", "test"))
     samples = [train.read(0, row) for row in range(len(train))]
     assert [s.key for s in samples] != sorted(s.key for s in samples)  # shuffled

@@ -10,7 +10,7 @@ from tar_builder import encode, picture, sample, write_tar
 from megavtp.data.decode import BadSample
 from megavtp.data.index import build_index, index_shard, sidecar_path
 from megavtp.data.report import SkipReport
-from megavtp.data.shards import ShardDataset, dataset_info, open_dataset
+from megavtp.data.shards import ShardDataset, open_dataset
 from megavtp.errors import UserError
 
 
@@ -223,12 +223,6 @@ def test_pickled_threaded_and_with_few_open_files(tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert not wrong and data._shard.cache_info().currsize <= 2
-
-
-def test_dataset_info(tmp_path):
-    assert dataset_info(tmp_path) == {}
-    (tmp_path / "dataset.json").write_text('{"name": "x"}')
-    assert dataset_info(tmp_path) == {"name": "x"}
 
 
 def test_report_does_not_print_what_a_terminal_would_obey():

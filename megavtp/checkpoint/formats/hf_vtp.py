@@ -19,6 +19,7 @@ from torch import Tensor
 from megavtp.checkpoint.formats.hf_vtp_config import config_from_official, config_to_official, read_keys
 from megavtp.checkpoint.tensor_file import write_tensors, write_text
 from megavtp.config.schema import ModelConfig
+from megavtp.data.files import read_json_object
 from megavtp.errors import UserError
 from megavtp.models.vtp import OBJECTIVES, VTP
 from megavtp.nn.rope import DTYPES, rope_periods
@@ -155,15 +156,7 @@ def load_tensors(folder: str | Path) -> dict[str, Tensor]:
 
 def load_folder(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Model config and full tensors by our names of an official folder. UserError for anything that does not fit."""
-    path = Path(folder) / "config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; give the folder of an official VTP checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable JSON ({error}); download it again") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} holds no JSON object; download it again")
+    data = read_json_object(Path(folder) / "config.json", "give the folder of an official VTP checkpoint")
     values, config = read_keys(data), config_from_official(data)
     flags = {"contrastive": values["train_clip"], "reconstruction": values["train_reconstruction"]}
     objectives = {name for name, is_on in flags.items() if is_on}

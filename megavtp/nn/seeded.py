@@ -1,0 +1,13 @@
+"""Random generators that are pure functions of a name."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def named_generator(name: str) -> torch.Generator:
+    """A fresh CPU generator seeded by ``name``, the same in every process."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
