@@ -19,6 +19,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# The second is what DeepSpeed imports late: it compiles Muon's kernels, whichever optimizer is used.
+_PRELOADED = ["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "setuptools"]
+
 
 def free_port() -> int:
     with socket.socket() as sock:
@@ -53,7 +56,7 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
     """
     with tempfile.TemporaryDirectory() as folder:
         # Forked from a clean process that has the imports done: they would cost each worker seconds.
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "torch._dynamo", "deepspeed"])
+        multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
         context = mp.start_processes(
             _worker, (world_size, free_port(), folder, timeout, fn, args), nprocs=world_size, join=False,
             start_method="forkserver",

@@ -31,8 +31,8 @@ BASE = {
     "model": {
         # bfloat16 tables would turn a difference in the last bit of float32 into one of the eighth.
         "rope_dtype": "float32", "size": "tiny", "image_size": 32, "bottleneck": 8, "init_logit_scale": 1.0,
-        "vision": TOWER, "decoder": TOWER,
-        "text": {**TOWER, "context_length": 8, "vocab_size": 64},
+        "vision": TOWER, "decoder": {**TOWER, "depth": 1},
+        "text": {**TOWER, "depth": 1, "context_length": 8, "vocab_size": 64},
         "dino_head": {"prototypes": 48, "hidden": 32, "bottleneck": 16},
     },
     "objectives": {
