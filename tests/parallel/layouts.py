@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 import torch
+from tiny_run import build_engine, data_of, learning_rate, merged, passes_of, tiny_config
 from torch import Tensor
 
 from megavtp.config.schema import Config
@@ -13,7 +14,6 @@ from megavtp.parallel.collectives import all_reduce
 from megavtp.parallel.deepspeed_adapter import read_parameter
 from megavtp.parallel.mesh import build_mesh
 from megavtp.parallel.passes import execute
-from tiny_run import build_engine, data_of, learning_rate, merged, passes_of, tiny_config
 
 
 @dataclass(frozen=True)

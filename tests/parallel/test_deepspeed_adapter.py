@@ -14,16 +14,16 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch.utils.hooks import RemovableHandle
-
 from distributed import run_ranks
+from tiny_run import tiny_config
+from torch.utils.hooks import RemovableHandle
+from toy import ALTERNATING, CONSECUTIVE, ONLY_A, Outcome, make, optimizer_of, plain, play, run
+
 from megavtp.errors import UserError
 from megavtp.models.vtp import VTP
 from megavtp.parallel import deepspeed_adapter as adapter
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import Mesh, build_mesh
-from tiny_run import tiny_config
-from toy import ALTERNATING, CONSECUTIVE, ONLY_A, Outcome, make, optimizer_of, plain, play, run
 
 EXACT = 2e-6  # float32 rounding; the faults below are of the order of 0.1
 WRONG = 1e-3

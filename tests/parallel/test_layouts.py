@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from distributed import run_ranks
 from layouts import CELLS, Cell, differences, run_cell
 from tiny_run import reference, tiny_config
