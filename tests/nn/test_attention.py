@@ -79,7 +79,6 @@ def test_flash_attn_without_its_extension_is_not_used(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("causal", [False, True])
 def test_cuda_varlen_equals_sdpa(causal):
     q, k, v = (x.cuda().bfloat16().requires_grad_() for x in tokens(SEGMENTS, dim=64))
