@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,29 +51,57 @@ CELLS = [
 ]
 
 
+class Run:
+    """A tiny run on this world's processes, through the engine, step by step.
+
+    Attributes:
+        terms: per step the loss terms, averaged over dp.
+        norms: per step the gradient norm.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.mesh = build_mesh(config.parallel.tp, config.parallel.pp)
+        self.engine, self.model = build_engine(config, self.mesh)
+        self.data, self.passes = data_of(config, self.mesh), passes_of(config, self.mesh)
+        self.terms: list[dict[str, float]] = []
+        self.norms: list[float] = []
+
+    def train(self, first: int = 0, end: int | None = None, after_pass: Callable[[str], None] | None = None) -> Run:
+        """Steps ``first`` to ``end`` (not included); ``after_pass`` is told the name of each pass that is through."""
+        for step in range(first, self.config.train.steps if end is None else end):
+            self.engine.set_lr(learning_rate(self.config, step))
+            self.engine.begin_step()
+            found: dict[str, Tensor] = {}
+            for objective in self.passes:
+                found |= execute(objective, self.engine, self.data(step))
+                if after_pass is not None:
+                    after_pass(objective.name)
+            values = torch.stack([value.float() for value in found.values()])
+            self.terms.append(dict(zip(found, (all_reduce(values, self.mesh, "dp") / self.mesh.dp).tolist())))
+            self.norms.append(float(self.engine.step().grad_norm))
+            self.engine.lerp(self._pairs(), 1 - self.config.objectives.self_distillation.teacher_momentum)
+        return self
+
+    def _pairs(self) -> list:
+        return self.model.teacher_pairs() if "self_distillation" in self.model.objectives else []
+
+    def weights(self) -> dict[str, Tensor]:
+        """All of them, whole, by name."""
+        # Without the moments that ``export`` would add: gathered one by one they would take as long as the steps.
+        engine = self.engine
+        return {
+            name: engine._whole(read_parameter(engine._engine, parameter), parameter).detach().clone()
+            for parameter, name in engine.names.items()
+        }
+
+
 def run_cell(config: Config) -> tuple[list[dict[str, float]], list[float], dict[str, Tensor]]:
     """As ``tiny_run.reference``, on this world's processes through the engine."""
-    mesh = build_mesh(config.parallel.tp, config.parallel.pp)
-    engine, model = build_engine(config, mesh)
-    data, passes, terms, norms = data_of(config, mesh), passes_of(config, mesh), [], []
-    pairs = model.teacher_pairs() if "self_distillation" in model.objectives else []
-    for step in range(config.train.steps):
-        engine.set_lr(learning_rate(config, step))
-        engine.begin_step()
-        found: dict[str, Tensor] = {}
-        for objective in passes:
-            found |= execute(objective, engine, data(step))
-        values = all_reduce(torch.stack([value.float() for value in found.values()]), mesh, "dp") / mesh.dp
-        terms.append(dict(zip(found, values.tolist())))
-        norms.append(float(engine.step().grad_norm))
-        engine.lerp(pairs, 1 - config.objectives.self_distillation.teacher_momentum)
-    # Without the moments that ``export`` would add: with all gathers one by one they would take as long as the steps.
-    weights = {
-        name: engine._whole(read_parameter(engine._engine, parameter), parameter).detach().clone()
-        for parameter, name in engine.names.items()
-    }
-    engine.close()
-    return terms, norms, weights
+    run = Run(config).train()
+    weights = run.weights()
+    run.engine.close()
+    return run.terms, run.norms, weights
 
 
 def relative(got: float, expected: float) -> float:

@@ -1,0 +1,73 @@
+"""Nothing piles up from step to step, and ZeRO-3 lets go of what it has gathered."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from layouts import Cell, Run
+
+STAGES = (0, 1, 2, 3)
+
+
+def _live() -> tuple[int, int]:
+    """(number of tensors, bytes of their storages) that Python can reach."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if not x.is_sparse}
+    return len(tensors), sum(storages.values())
+
+
+def _gathered(run: Run) -> list[str]:
+    """Parameters that hold more than their shard."""
+    return [n for n, p in run.model.named_parameters() if p.ds_status.name != "NOT_AVAILABLE" or p.numel() > 0]
+
+
+def on_ranks(rank: int) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for zero in STAGES:
+        run = Run(Cell(1, 2, zero, 2, recompute=False).config({"train": {"steps": 6}}))
+        _ = [run.data(step) for step in range(6)]  # kept for the life of the process: made before anything is counted
+        held: dict[str, list[str]] = {}
+
+        def note(name: str, run: Run = run, held: dict = held) -> None:
+            held[name] = _gathered(run)
+
+        after_pass = note if zero == 3 else None
+        counts = []
+        for first, end in ((0, 2), (2, 4), (4, 6)):
+            run.train(first, end, after_pass)
+            run.terms.clear(), run.norms.clear()
+            counts.append(_live())
+        found[zero] = counts
+        if zero == 3:
+            found["held"] = held | {"step": _gathered(run)}
+            found["names"] = [name for name, _ in run.model.named_parameters()]
+        run.engine.close()
+        del run, note, after_pass
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[Any, Any]:
+    return run_ranks(2, on_ranks, timeout=150)[0]
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_nothing_piles_up(zero: int, found: dict) -> None:
+    """The live tensors after two, four and six steps: a step leaves the passes' last teacher outputs, whose size
+    varies a little with the masks."""
+    two, four, six = found[zero]
+    assert six[0] == four[0] == two[0]
+    assert abs(six[1] / two[1] - 1) < 0.005
+
+
+@pytest.mark.parametrize("moment", ["contrastive", "self_distillation", "reconstruction", "step"])
+def test_zero3_releases_what_it_gathered(moment: str, found: dict) -> None:
+    """After each pass and after the update every parameter is a shard again: also the prototypes, whose module takes
+    no tensor, so that no gradient of an input tells ZeRO-3 that its backward is over."""
+    assert any(name.startswith("dino_head.last_layer.") for name in found["names"])
+    assert found["held"][moment] == []
