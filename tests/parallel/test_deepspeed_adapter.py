@@ -61,7 +61,7 @@ def _meshes() -> tuple[Mesh, Mesh]:
     return build_mesh(2, 1), build_mesh(1, 1)
 
 
-def _runs(rank: int) -> dict[str, Any]:
+def _runs() -> dict[str, Any]:
     tp2, dp2 = _meshes()
     found: dict[str, Any] = {}
     for zero in STAGES:
@@ -77,7 +77,7 @@ def _runs(rank: int) -> dict[str, Any]:
             found[f"unmarked {zero}"] = run(tp2, zero, STEPS, CLIP)
         with patch.object(adapter, "build_config", _config_without_clipping):
             found[f"unsaid clipping {zero}"] = run(dp2, zero, STEPS)
-    with without("before_step"):
+    with patch.object(adapter, "before_step", lambda engine: setattr(engine, "megavtp_group_norms", [])):
         found["stale, skipping"] = run(dp2, 3, SKIPPING)
         found["stale, late"] = run(dp2, 3, STEPS)
     with without("before_backward"):
@@ -127,9 +127,59 @@ def _held_in_second_backward(mesh: Mesh, guarded: bool) -> int:
     return counts[1]
 
 
+def _states() -> dict[str, Any]:
+    tp2, mesh = _meshes()
+    found: dict[str, Any] = {}
+    for zero in SHARDED:
+        engine, module = make(mesh, zero)
+        half = play(engine, module, STEPS[:2])
+        if zero < 3:
+            found[f"unlinked {zero}"] = _export_unlinked(tp2, zero)
+        for shared in (False, True):
+            other, other_module = make(mesh, zero)
+            other.load(half.tensors.__getitem__, 2)
+            steps = [state["step"] for state in adapter._inner(other._engine).state.values()]
+            if shared:
+                for state in adapter._inner(other._engine).state.values():
+                    state["step"] = steps[0]
+            else:
+                found[f"steps {zero}"] = ([float(x) for x in steps], len({x.data_ptr() for x in steps}), len(steps))
+            found[f"continued {zero} {shared}"] = play(other, other_module, STEPS[2:], first=2)
+            other.close()
+        engine.close()
+    return found
+
+
+def _export_unlinked(mesh: Mesh, zero: int) -> Any:
+    """Moments as DeepSpeed alone links them to parameters; each rank holds all of its own, so both fail alike."""
+    engine, module = make(mesh, zero)
+    with without("ensure_optimizer_state"):
+        return attempt(lambda: play(engine, module, STEPS[:2]).tensors)
+
+
+def _stages(rank: int, guarded: bool) -> list[bool]:
+    mesh = build_mesh(1, 2)
+    module = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(2 + rank)))
+    remove = RemovableHandle.remove if guarded else lambda handle: None
+    with patch.object(RemovableHandle, "remove", remove):
+        engine = Engine(module, optimizer_of(module), mesh, zero_stage=3, clip_grad=0.0)
+
+    applied = []
+    for _ in range(3):
+        engine.begin_step()
+        engine.backward(engine(torch.ones(2, 4)).sum())
+        applied.append(engine.step().applied)
+    return applied
+
+
+def _everything(rank: int) -> dict[str, Any]:
+    return _runs() | _states() | {"stages": _stages(rank, guarded=True)}
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    return run_ranks(2, _runs, timeout=180)[0]
+    results = run_ranks(2, _everything, timeout=180)
+    return results[0] | {"stages": [result["stages"] for result in results]}
 
 
 @pytest.fixture(scope="module")
@@ -229,86 +279,30 @@ def test_non_finite_step_is_skipped_everywhere(case: str, zero: int, found: dict
             assert (outcome.tensors[name] - value).abs().max() < EXACT, name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# State
-
-
-def _states(rank: int) -> dict[str, Any]:
-    tp2, mesh = _meshes()
-    found: dict[str, Any] = {}
-    for zero in SHARDED:
-        engine, module = make(mesh, zero)
-        half = play(engine, module, STEPS[:2])
-        if zero < 3:
-            found[f"unlinked {zero}"] = _export_unlinked(tp2, zero)
-        for shared in (False, True):
-            other, other_module = make(mesh, zero)
-            other.load(half.tensors.__getitem__, 2)
-            steps = [state["step"] for state in adapter._inner(other._engine).state.values()]
-            if shared:
-                for state in adapter._inner(other._engine).state.values():
-                    state["step"] = steps[0]
-            else:
-                found[f"steps {zero}"] = ([float(x) for x in steps], len({x.data_ptr() for x in steps}), len(steps))
-            found[f"continued {zero} {shared}"] = play(other, other_module, STEPS[2:], first=2)
-            other.close()
-        engine.close()
-    return found
-
-
-def _export_unlinked(mesh: Mesh, zero: int) -> Any:
-    """Moments as DeepSpeed alone links them to parameters; each rank holds all of its own, so both fail alike."""
-    engine, module = make(mesh, zero)
-    with without("ensure_optimizer_state"):
-        return attempt(lambda: play(engine, module, STEPS[:2]).tensors)
-
-
-@pytest.fixture(scope="module")
-def states() -> dict[str, Any]:
-    return run_ranks(2, _states, timeout=120)[0]
-
-
 @pytest.mark.parametrize("zero", SHARDED)
-def test_loaded_states_have_step_counters_of_their_own(zero: int, states: dict, expected: dict) -> None:
+def test_loaded_states_have_step_counters_of_their_own(zero: int, found: dict, expected: dict) -> None:
     """Adam counts in place: a counter that groups share would advance several times a step."""
-    values, distinct, count = states[f"steps {zero}"]
+    values, distinct, count = found[f"steps {zero}"]
     assert count == distinct == 2 and values == [2.0, 2.0]
     for name, value in expected["steps"].tensors.items():
-        assert (states[f"continued {zero} False"].tensors[name] - value).abs().max() < EXACT, name
-    wrong = states[f"continued {zero} True"]
+        assert (found[f"continued {zero} False"].tensors[name] - value).abs().max() < EXACT, name
+    wrong = found[f"continued {zero} True"]
     worst = max(float((wrong.tensors[n] - v).abs().max()) for n, v in expected["steps"].tensors.items())
     assert worst > 1e-4, superfluous("own step tensors")
 
 
 @pytest.mark.parametrize("zero", [1, 2])
-def test_moments_are_linked_in_every_group(zero: int, states: dict) -> None:
+def test_moments_are_linked_in_every_group(zero: int, found: dict) -> None:
     """DeepSpeed links the states after the first group's first step, so it cannot find those of later groups."""
-    outcome = states[f"unlinked {zero}"]
+    outcome = found[f"unlinked {zero}"]
     assert isinstance(outcome, str) and "exp_avg" in outcome, superfluous("ensure_optimizer_state")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Two pipeline stages in one world: what ZeRO-3 compares between all ranks
-
-
-def _stages(rank: int, guarded: bool) -> list[bool]:
-    mesh = build_mesh(1, 2)
-    module = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(2 + rank)))
-    remove = RemovableHandle.remove if guarded else lambda handle: None
-    with patch.object(RemovableHandle, "remove", remove):
-        engine = Engine(module, optimizer_of(module), mesh, zero_stage=3, clip_grad=0.0)
-
-    applied = []
-    for _ in range(3):
-        engine.begin_step()
-        engine.backward(engine(torch.ones(2, 4)).sum())
-        applied.append(engine.step().applied)
-    return applied
-
-
-def test_stages_of_different_depth_do_not_compare_their_traces() -> None:
-    """Both ranks run equally many forwards here; were one still waiting for the other, they would hang instead."""
-    assert run_ranks(2, _stages, True) == [[True] * 3] * 2
+def test_stages_of_different_depth_do_not_compare_their_traces(found: dict) -> None:
+    """Two pipeline stages in one world: ZeRO-3 compares its traces over the world, not over a stage's ranks. With one
+    stage all traces agree, so the hook does no harm that could be seen. Both stages run equally many forwards here:
+    with fewer, the one would wait for the other for ever."""
+    assert found["stages"] == [[True] * 3] * 2
     try:
         run_ranks(2, _stages, False, timeout=60)
     except AssertionError as failure:
