@@ -1,0 +1,188 @@
+"""Compare training steps: ZeRO stages, recomputation, attention kernels, 16 bits, chunked prototypes.
+
+    python benchmarks/step.py                                     # CPU: the tiny model; GPU: VTP-B
+    python benchmarks/step.py --size l --batch 64 --steps 20 --out benchmarks/results
+
+One process, one device, one batch that stays: what is compared is the work of a step, without data loading and without
+communication, so the ZeRO stages show their overhead here and not their gain. Each case has a process of its own, so
+that its peak memory is its own. Ratios are to the first case. Writes DEVICE.json and DEVICE.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
+
+CASES: dict[str, dict] = {
+    "ZeRO 1": {},
+    "ZeRO 0": {"zero_stage": 0},
+    "ZeRO 2": {"zero_stage": 2},
+    "ZeRO 3": {"zero_stage": 3},
+    "recompute": {"recompute": "full"},
+    "two micro-batches": {"micro_batches": 2},
+    "other precision": {"precision": "other"},
+    "attention by crop size": {"attention": "sdpa"},
+    "prototypes in one chunk": {"chunk": 10**9},
+}
+
+
+def main() -> None:
+    options = parse()
+    if options.case is not None:
+        print("RESULT " + json.dumps(measure(options, CASES[options.case])))
+        return
+    results = {name: run_case(name) for name in CASES}
+    device = next(iter(results.values()))["device"]
+    stem = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = table(results, options)
+    content = {"options": vars(options), "cases": results}
+    (options.out / f"{stem}.json").write_text(json.dumps(content, default=str, indent=1) + "\n")
+    (options.out / f"{stem}.md").write_text(report)
+    print(report)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["tiny", "s", "b", "l", "g"], help="model (default: b on a GPU, else tiny)")
+    parser.add_argument("--batch", type=int, help="pairs of a step (default: 64 on a GPU, else 8)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps, after two that are not; the median counts")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the two files")
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)  # in a process of its own
+    return parser.parse_args()
+
+
+def run_case(name: str) -> dict:
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    done = subprocess.run([sys.executable, *sys.argv, "--case", name], stdout=subprocess.PIPE, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines:
+        sys.exit(f"error: the case {name!r} failed: run it alone with --case {name!r}")
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+def measure(options: argparse.Namespace, case: dict) -> dict:
+    import torch
+
+    from megavtp.config.share import share
+    from megavtp.parallel import launch
+    from megavtp.parallel.mesh import build_mesh
+    from megavtp.parallel.passes import execute
+    from megavtp.planning.devices import device_peak_tflops
+    from megavtp.planning.flops import flops_per_step
+    from megavtp.training.pretrain_run import build_engine
+    from megavtp.training.pretraining import build_passes
+    from megavtp.training.progress import peak_memory_gib
+
+    device = launch.start()
+    config = make_config(options, case, device.type == "cuda")
+    mesh, shares, batch = build_mesh(1, 1), share(config, 1), make_batch(config, device.type == "cuda")
+    engine, model = build_engine(config, shares, mesh, device)
+    passes = build_passes(config, shares, mesh, device, None)
+    engine.set_lr(lambda group: 1e-4)
+    seconds = []
+    for _ in range(2 + options.steps):
+        start = time.perf_counter()
+        engine.begin_step()
+        for objective in passes:
+            execute(objective, engine, batch)
+        engine.step()
+        engine.lerp(model.teacher_pairs(), 0.01)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    pace = sorted(seconds[2:])[options.steps // 2]
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    peak = device_peak_tflops(name) if device.type == "cuda" and config.parallel.precision == "bf16" else None
+    result = {
+        "device": name, "size": config.model.size, "batch": config.train.batch_size,
+        "subset": config.objectives.reconstruction.batch, "seconds": pace,
+        "pairs_per_second": config.train.batch_size / pace, "memory_gib": peak_memory_gib(device),
+        "mfu": flops_per_step(config)["total"] / pace / (peak * 1e12) if peak else None,
+    }
+    engine.close()
+    launch.stop()
+    return result
+
+
+def make_config(options: argparse.Namespace, case: dict, gpu: bool):
+    from megavtp.config.load import from_dict
+    from megavtp.config.validate import validate
+
+    batch = options.batch or (64 if gpu else 8)
+    own, other = ("bf16", "fp32") if gpu else ("fp32", "bf16")
+    pieces = case.get("micro_batches", 1)
+    part = {"batch": max(2, batch // 4), "micro_batch": max(2, batch // 4) // pieces}
+    image = {} if gpu else {"image_size": 128, "text": {"context_length": 16, "vocab_size": 2048}}
+    crops = {} if gpu else {"augment": {"global_size": 96, "local_size": 48, "local_crops": 4}}
+    return validate(from_dict({
+        "model": {"size": options.size or ("b" if gpu else "tiny"), **image},
+        "objectives": {
+            "contrastive": {"micro_batch": batch // pieces},
+            "self_distillation": {**part, "chunk": case.get("chunk", 1024)},
+            "reconstruction": {**part, "perceptual": "none"},
+        },
+        "data": {"streams": 1, **crops}, "train": {"batch_size": batch},
+        "parallel": {
+            "zero_stage": case.get("zero_stage", 1), "recompute": case.get("recompute", "none"),
+            "precision": other if case.get("precision") else own, "attention": case.get("attention", "auto"),
+        },
+    }), 1)
+
+
+def make_batch(config, pin: bool):
+    """A batch of noise in the shapes and with the masks of a real one."""
+    import io
+
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from megavtp.data.batch import StepDataset
+    from megavtp.data.shards import RawSample
+
+    class Noise:
+        shard_counts = (config.train.batch_size,)
+
+        def read(self, shard: int, row: int) -> RawSample:
+            file = io.BytesIO()
+            Image.fromarray(np.random.default_rng(row).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
+            return RawSample(str(row), file.getvalue(), "noise", {}, str(row))
+
+    class Tokens:
+        def encode(self, captions: list[str]) -> torch.Tensor:
+            draw = torch.Generator().manual_seed(0)
+            text = config.model.text
+            return torch.randint(text.vocab_size, (len(captions), text.context_length), generator=draw)
+
+    batch = StepDataset(Noise(), Tokens(), config)[0]
+    return batch.pin_memory() if pin else batch
+
+
+def table(results: dict[str, dict], options: argparse.Namespace) -> str:
+    base = next(iter(results.values()))
+    lines = [
+        f"{base['device']}: VTP-{base['size']}, {base['batch']} pairs a step, {base['subset']} of them for "
+        f"self-distillation and as many for reconstruction; median of {options.steps} steps of one process, without data loading.",
+        "",
+        "| case | pairs/s | to the first | peak memory, GiB | to the first | MFU |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, got in results.items():
+        speed, memory = base["seconds"] / got["seconds"], got["memory_gib"] / base["memory_gib"]
+        mfu = "" if got["mfu"] is None else f"{got['mfu']:.1%}"
+        lines.append(
+            f"| {name} | {got['pairs_per_second']:.4g} | {speed:.2f} | {got['memory_gib']:.2f} | {memory:.2f} | {mfu} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
