@@ -170,7 +170,8 @@ def table(results: dict[str, dict], options: argparse.Namespace) -> str:
     base = next(iter(results.values()))
     lines = [
         f"{base['device']}: VTP-{base['size']}, {base['batch']} pairs a step, {base['subset']} of them for "
-        f"self-distillation and as many for reconstruction; median of {options.steps} steps of one process, without data loading.",
+        f"self-distillation and as many for reconstruction; median of {options.steps} steps of one process, without "
+        "data loading.",
         "",
         "| case | pairs/s | to the first | peak memory, GiB | to the first | MFU |",
         "| --- | --- | --- | --- | --- | --- |",
