@@ -22,14 +22,14 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
 
     ``prototypes`` marks the DINO head's last layer, which starts frozen.
 
-    The dimension that decides about weight decay is the logical tensor's: a tensor-parallel slice keeps it.
+    A vector has at most one dimension longer than 1: class token and prototype gains do not decay either.
     """
     groups: dict[tuple, dict] = {}
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
         tower = tower_of(name)
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        decay = config.weight_decay if sum(size > 1 for size in parameter.shape) > 1 else 0.0
         prototypes = name.startswith("dino_head.last_layer.")
         group = groups.setdefault(
             (tower, decay, prototypes),

@@ -69,16 +69,19 @@ def test_groups():
     shapes = {
         "trunk.a.weight": (2, 3), "trunk.norm.weight": (3,), "text.projection.weight": (2, 2), "logit_scale": (1,),
         "visual_proj.weight": (2, 2), "pixel_decoder.proj_in.bias": (2,), "dino_head.mlp.0.weight": (2, 2),
-        "dino_head.last_layer.weight_v": (2, 2),
+        "dino_head.last_layer.weight_v": (2, 2), "dino_head.last_layer.weight_g": (2, 1), "trunk.cls_token": (1, 1, 3),
     }
+    matrices = {name for name in shapes if name.endswith((".weight", "weight_v"))} - {"trunk.norm.weight"}
     named = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
     named["teacher.trunk.a.weight"] = nn.Parameter(torch.zeros(2, 3), requires_grad=False)
     groups = parameter_groups(named.items(), OptimizerConfig(weight_decay=0.3, lr_scale={"decoder": 0.5}))
     of = {name: g for g in groups for name, p in named.items() if any(p is q for q in g["params"])}
     assert set(of) == set(shapes)
-    assert {name for name, g in of.items() if g["weight_decay"] == 0.3} == {n for n, s in shapes.items() if len(s) > 1}
+    assert {name for name, g in of.items() if g["weight_decay"] == 0.3} == matrices
     assert {name for name, g in of.items() if g["tower"] == "text"} == {"text.projection.weight", "logit_scale"}
-    assert {name for name, g in of.items() if g["prototypes"]} == {"dino_head.last_layer.weight_v"}
+    assert {name for name, g in of.items() if g["prototypes"]} == {
+        "dino_head.last_layer.weight_v", "dino_head.last_layer.weight_g"
+    }
     assert [g["lr_scale"] for g in groups if g["tower"] == "decoder"] == [0.5]
     assert isinstance(build_optimizer(named.items(), OptimizerConfig()), torch.optim.AdamW)
 
