@@ -57,7 +57,7 @@ class Ranks:
         for process in self.processes:
             process.join()
 
-    def wait(self, timeout: float = 120) -> list[int]:
+    def wait(self, timeout: float = 240) -> list[int]:
         """Every rank's exit status; fails, and kills, if one has not ended in time."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
@@ -95,7 +95,7 @@ def _rank(rank: int, world: int, port: int, arguments: list[str], log: Path, hoo
     pretrain()
 
 
-def run(arguments: list[str], world: int, folder: Path, hook: Hook | None = None, timeout: float = 120) -> Ranks:
+def run(arguments: list[str], world: int, folder: Path, hook: Hook | None = None, timeout: float = 240) -> Ranks:
     """A finished start; its statuses are in ``ranks.processes``."""
     ranks = Ranks(arguments, world, folder, hook)
     ranks.wait(timeout)

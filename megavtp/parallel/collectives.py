@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megavtp.errors import UserError
 from megavtp.parallel.mesh import Axis, Mesh
 
+T = TypeVar("T")
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -126,6 +129,23 @@ def all_gather_object(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def together(work: Callable[[], T]) -> T:
+    """``work()`` of every rank, once all are done with it.
+
+    What goes wrong on one rank alone (a disk that only its machine lacks) would leave the others waiting for it in the
+    next collective: the first rank's ``UserError`` is raised on all.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except UserError as raised:
+        error = str(raised)
+    first = next((text for text in all_gather_object(error) if text is not None), None)
+    if first is not None:
+        raise UserError(first)
+    return result
 
 
 def barrier() -> None:

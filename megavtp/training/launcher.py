@@ -18,7 +18,7 @@ from megavtp.config.validate import validate
 from megavtp.data.sources.emoji import prepare_emoji
 from megavtp.errors import UserError
 from megavtp.parallel import launch
-from megavtp.parallel.collectives import barrier
+from megavtp.parallel.collectives import together
 from megavtp.training.pretrain_run import PretrainRun
 
 
@@ -84,9 +84,13 @@ def _main() -> int:
 
 def _prepare_demo_data(config: Config, rank: int) -> None:
     """The demo brings its own data; other recipes need the user's."""
-    if rank == 0 and not Path(config.data.root).exists():
-        # Skin tones are more than half of the set and nearly alike: a run of minutes learns more without them.
-        prepare_emoji(Path(config.data.root), skin_tones=False)
-    barrier()
-    if not Path(config.data.root).exists():
-        raise UserError(f"{config.data.root} is not visible on this machine: data.root must be on a shared file system")
+    root = Path(config.data.root)
+
+    def prepare() -> None:
+        if rank == 0 and not root.exists():
+            # Skin tones are more than half of the set and nearly alike: a run of minutes learns more without them.
+            prepare_emoji(root, skin_tones=False)
+
+    together(prepare)
+    if not root.exists():
+        raise UserError(f"{root} is not visible on this machine: data.root must be on a shared file system")

@@ -23,6 +23,7 @@ from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS
 from megavtp.models.lpips_weights import load_lpips_weights
 from megavtp.models.vtp import VTP
 from megavtp.nn.block import Block
+from megavtp.parallel.collectives import together
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import Mesh, build_mesh
 from megavtp.training.in_loop import InLoopEvaluation
@@ -41,15 +42,19 @@ class PretrainRun:
 
     def __init__(self, config: Config, device: torch.device):
         self.device = device
+        self.mesh = build_mesh(config.parallel.tp, config.parallel.pp)
+        self.share = share(config, self.mesh.dp)
+        together(lambda: self._open(config))
+        self.engine, self.model = build_engine(self.config, self.share, self.mesh, device)
+
+    def _open(self, config: Config) -> None:
+        """All that reads or writes files, any of which may be missing on one machine only."""
         root = Path(config.data.root)
         self.train_set = open_dataset(root / "train")
         self.tokenizer = load_tokenizer(config.data.captions, root, config.model.text.context_length)
-        self.config = config = with_vocabulary(config, self.tokenizer.vocab_size)
-        self.mesh = build_mesh(config.parallel.tp, config.parallel.pp)
-        self.share = share(config, self.mesh.dp)
+        self.config = with_vocabulary(config, self.tokenizer.vocab_size)
         self._open_output_dir()
-        self.perceptual = build_perceptual(config, device)
-        self.engine, self.model = build_engine(config, self.share, self.mesh, device)
+        self.perceptual = build_perceptual(config, self.device)
 
     def _open_output_dir(self) -> None:
         """Make ``output_dir`` and write ``config.yaml``; before the model, so that a bad path is found early."""

@@ -56,7 +56,7 @@ def test_two_processes_unless_told_otherwise(decide):
 def test_the_deepspeed_launcher_alone_becomes_two_processes(recipe, tmp_path):
     command = ["--config", recipe, f"output_dir={tmp_path / 'run'}", "train.steps=2"]
     with deepspeed(None, command, tmp_path / "log") as launched:
-        launched.wait_until_gone(120)
+        launched.wait_until_gone(240)
         assert launched.process.returncode == 0, launched.output
     assert "dist_world_size=2" in launched.output
     assert sorted(steps_done(tmp_path / "run")) == [1, 2]
@@ -64,7 +64,7 @@ def test_the_deepspeed_launcher_alone_becomes_two_processes(recipe, tmp_path):
 
 def test_dry_run_without_a_recipe_describes_the_demo(tmp_path):
     with deepspeed(None, ["--dry-run"], tmp_path / "log") as launched:
-        launched.wait_until_gone(90)
+        launched.wait_until_gone(240)
         assert launched.process.returncode == 0, launched.output
     assert "Traceback" not in launched.output and "dist_world_size=2" not in launched.output
     summary = launched.output

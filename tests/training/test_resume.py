@@ -12,6 +12,7 @@ import torch
 from launched import Ranks, events, run, steps_done, succeed, wait_for
 from observe import note_batches, seen, state
 
+pytestmark = pytest.mark.timeout(900)  # seconds of work, on an idle machine
 STEPS, WORLD = 12, 2
 
 
@@ -35,7 +36,7 @@ class Run:
         """Kill -9 all ranks as soon as ``step`` steps are logged."""
         with self.start(world, *more) as ranks:
             alive = lambda: all(process.is_alive() for process in ranks.processes)  # noqa: E731
-            wait_for(lambda: max(steps_done(self.output), default=0) >= step or not alive(), 120, lambda: ranks.output)
+            wait_for(lambda: max(steps_done(self.output), default=0) >= step or not alive(), 240, lambda: ranks.output)
             assert alive(), ranks.output
             ranks.kill()
 

@@ -11,11 +11,12 @@ from launched import Ranks, deepspeed, events, steps_done, succeed, torchrun, wa
 
 from megavtp.parallel.launch import STOPPED
 
+pytestmark = pytest.mark.timeout(900)  # seconds of work, on an idle machine
 LONG = ["train.steps=5000", "train.checkpoint_every=0"]  # it would take minutes
 
 
 def wait_for_step(output, step, ranks):
-    wait_for(lambda: max(steps_done(output), default=0) >= step, 120, lambda: ranks.output)
+    wait_for(lambda: max(steps_done(output), default=0) >= step, 240, lambda: ranks.output)
 
 
 def check_saved(output) -> int:
@@ -50,7 +51,7 @@ def test_a_launcher_is_told_to_stop(start, stop, status, recipe, tmp_path):
         wait_for_step(output, 2, launched)
         assert len(launched.alive()) >= 5  # the launcher, two ranks with a loader worker each
         stop(launched.process)
-        launched.wait_until_gone(60)
+        launched.wait_until_gone(120)
         assert launched.process.returncode == status  # the launcher's own: see StopSignal
     check_goes_on(recipe, output, tmp_path, check_saved(output))
 
@@ -61,7 +62,7 @@ def test_one_rank_is_told_and_all_stop(recipe, tmp_path):
     with Ranks([*command, *LONG], 2, tmp_path) as ranks:
         wait_for_step(output, 2, ranks)
         os.kill(ranks.processes[1].pid, signal.SIGTERM)
-        assert ranks.wait(60) == [STOPPED] * 2, ranks.output
+        assert ranks.wait(120) == [STOPPED] * 2, ranks.output
     step = check_saved(output)
     succeed([*command, f"train.steps={step + 1}"], 2, tmp_path)  # and a finished run ends with 0
 
@@ -73,7 +74,7 @@ def test_a_rank_that_is_killed_ends_the_others(recipe, tmp_path):
         wait_for_step(output, 2, launched)
         victim = next(p for p in launched.ranks() if p.environ()["RANK"] == "1" and is_rank(p, launched))
         victim.kill()
-        launched.wait_until_gone(60)
+        launched.wait_until_gone(120)
         assert launched.process.returncode not in (0, 2)
         assert "[rank 0] ended because other ranks did" in launched.output
         assert "Traceback" not in launched.output
