@@ -178,7 +178,7 @@ def _everything(rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    results = run_ranks(2, _everything, timeout=180)
+    results = run_ranks(2, _everything, timeout=240)
     return results[0] | {"stages": [result["stages"] for result in results]}
 
 

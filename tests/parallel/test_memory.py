@@ -29,7 +29,7 @@ def _gathered(run: Run) -> list[str]:
 def on_ranks(rank: int) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for zero in STAGES:
-        run = Run(Cell(1, 2, zero, 2, recompute=False).config({"train": {"steps": 6}}))
+        run = Run(Cell(1, 2, zero, 1, recompute=False).config({"train": {"steps": 6}}))
         _ = [run.data(step) for step in range(6)]  # kept for the life of the process: made before anything is counted
         held: dict[str, list[str]] = {}
 
@@ -38,7 +38,7 @@ def on_ranks(rank: int) -> dict[Any, Any]:
 
         after_pass = note if zero == 3 else None
         counts = []
-        for first, end in ((0, 2), (2, 4), (4, 6)):
+        for first, end in ((0, 2), (2, 6)):
             run.train(first, end, after_pass)
             run.terms.clear(), run.norms.clear()
             counts.append(_live())
@@ -53,15 +53,15 @@ def on_ranks(rank: int) -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def found() -> dict[Any, Any]:
-    return run_ranks(2, on_ranks, timeout=150)[0]
+    return run_ranks(2, on_ranks, timeout=240)[0]
 
 
 @pytest.mark.parametrize("zero", STAGES)
 def test_nothing_piles_up(zero: int, found: dict) -> None:
-    """The live tensors after two, four and six steps: a step leaves the passes' last teacher outputs, whose size
-    varies a little with the masks."""
-    two, four, six = found[zero]
-    assert six[0] == four[0] == two[0]
+    """Live tensors after two and after six steps: one left behind a step would be four. A step does leave the passes'
+    last teacher outputs, whose size varies a little with the masks."""
+    two, six = found[zero]
+    assert abs(six[0] - two[0]) < 4
     assert abs(six[1] / two[1] - 1) < 0.005
 
 

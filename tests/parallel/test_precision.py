@@ -30,7 +30,7 @@ def on_ranks(rank: int) -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def found() -> dict[Any, Any]:
-    return run_ranks(2, on_ranks, timeout=150)[0]
+    return run_ranks(2, on_ranks, timeout=240)[0]
 
 
 @pytest.fixture(scope="module")
