@@ -146,9 +146,3 @@ def together(work: Callable[[], T]) -> T:
     if first is not None:
         raise UserError(first)
     return result
-
-
-def barrier() -> None:
-    """Wait for every rank of the world."""
-    if dist.is_initialized():
-        dist.barrier()
