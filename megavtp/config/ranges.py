@@ -97,6 +97,7 @@ def _augment(augment: AugmentConfig) -> None:
 
 def _between_numbers(config: Config) -> None:
     train, optimizer = config.train, config.train.optimizer
+    need(config.model.init_std > 0, f"model.init_std = {config.model.init_std}: must be above 0")
     need(
         optimizer.warmup_steps <= train.steps,
         f"train.optimizer.warmup_steps = {optimizer.warmup_steps} exceeds train.steps = {train.steps}: shorten it",

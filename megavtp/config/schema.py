@@ -74,6 +74,7 @@ class ModelConfig:
     bottleneck: int = 64  # latent channels
     bottleneck_reconstruction_only: bool = True  # CLIP and DINO read the full-width features
     rope_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # bfloat16 = the released models' rounding
+    init_std: float = 0.02  # of the initial ViT linears; the released models' value, small for a width below 300
     init_logit_scale: float | None = None  # log of the scale; None = ln(1/0.07)
     init_logit_bias: float | None = None  # None = no bias (InfoNCE); SigLIP wants -10
     vision: VisionConfig = field(default_factory=VisionConfig)

@@ -1,7 +1,7 @@
 """Initial values, the same on every layout.
 
 Every full tensor is drawn from its own generator, seeded by (seed, logical name), and each rank keeps its cut. The
-distributions are those of the official training class: ViT linears truncated normal 0.02, the text tower CLIP's own
+distributions are those of the official training class: ViT linears truncated normal (0.02 by default), the text tower CLIP's own
 scheme (arXiv 2103.00020), the rest torch's defaults.
 """
 
@@ -39,7 +39,8 @@ def _uniform(fan_in: int) -> Fill:
     return lambda t, g: t.uniform_(-bound, bound, generator=g)
 
 
-_trunc_normal: Fill = lambda t, g: nn.init.trunc_normal_(t, std=0.02, generator=g)  # noqa: E731
+def _trunc_normal(std: float) -> Fill:
+    return lambda t, g: nn.init.trunc_normal_(t, std=std, generator=g)
 
 
 def _rules(config: ModelConfig) -> list[tuple[str, Fill]]:
@@ -68,7 +69,7 @@ def _rules(config: ModelConfig) -> list[tuple[str, Fill]]:
         (r"dino_head\.last_layer\.weight_g", _constant(1.0)),
         (r"dino_head\.last_layer\.weight_v", _uniform(config.dino_head.bottleneck)),
         (r".*\.bias", _constant(0.0)),
-        (r"(trunk|pixel_decoder|dino_head)\..*\.weight", _trunc_normal),
+        (r"(trunk|pixel_decoder|dino_head)\..*\.weight", _trunc_normal(config.init_std)),
     ]
 
 
