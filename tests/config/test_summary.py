@@ -49,9 +49,9 @@ def test_state_shrinks_with_the_layout():
 
 
 def test_the_page_says_what_would_run():
-    config = validate(load_config(None, ["objectives.contrastive.micro_batch=12"]), 2)
+    config = validate(load_config(None, ["objectives.contrastive.micro_batch=4"]), 2)
     page = layout_summary(config, 2)
     assert re.search(r"2 processes = tp 1 x pp 1 x dp 2", page)
     share = config.train.batch_size // 2
-    assert f"{share} on a rank in {share // 12} micro-batches of 12" in page
+    assert f"{share} on a rank in {share // 4} micro-batches of 4" in page
     assert all(len(line) < 160 for line in page.splitlines())
