@@ -148,8 +148,8 @@ class Launched:
 
 def deepspeed(processes: int | None, arguments: list[str], log: Path, **environment: str) -> Launched:
     """Under the deepspeed launcher; ``processes`` None leaves their number to it."""
-    told = [] if processes is None else ["--num_accelerators", str(processes), "--master_port", str(free_port())]
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", *told]
+    told = [] if processes is None else ["--num_accelerators", str(processes)]
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port()), *told]
     return Launched([*runner, str(SCRIPT), *arguments], log, **environment)
 
 

@@ -27,7 +27,8 @@ def pretrain() -> NoReturn:
     if _alone_on_a_cpu_without_being_told():
         # The CPU counts as one accelerator; two processes exercise what the run is about.
         runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
-        os.execvp(sys.executable, [*runner, sys.argv[0], *_own_arguments()])
+        port = ["--master_port", os.environ["MASTER_PORT"]]  # the one that the user may have given
+        os.execvp(sys.executable, [*runner, *port, sys.argv[0], *_own_arguments()])
     launch.run_ranks(_main)
 
 

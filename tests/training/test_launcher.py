@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import psutil
@@ -59,6 +60,8 @@ def test_the_deepspeed_launcher_alone_becomes_two_processes(recipe, tmp_path):
         launched.wait_until_gone(240)
         assert launched.process.returncode == 0, launched.output
     assert "dist_world_size=2" in launched.output
+    ports = re.findall(r"--master_port=(\d+)", launched.output)
+    assert len(ports) == 2 and ports[0] == ports[1]  # of the first start and of its own
     assert sorted(steps_done(tmp_path / "run")) == [1, 2]
 
 
