@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from distributed import run_ranks
-from layouts import CELLS, Cell, differences, run_cell
+from layouts import CELLS, LAYOUTS, Cell, differences, run_cell
 from tiny_run import reference, tiny_config
 
 TOLERANCE = 1e-5  # relative, float32, after 4 steps
@@ -15,12 +15,16 @@ def _run_cells(rank: int, cells: list[Cell]) -> list[tuple]:
     return results if rank == 0 else []
 
 
+@pytest.fixture(scope="module")
+def expected() -> tuple:
+    return reference(tiny_config())
+
+
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("world", sorted({cell.world for cell in CELLS}))
-def test_layout_matrix(world: int, capsys) -> None:
-    cells = [cell for cell in CELLS if cell.world == world]
-    expected = reference(tiny_config())
-    results = run_ranks(world, _run_cells, cells, timeout=800)[0]
+@pytest.mark.parametrize(("tp", "dp"), LAYOUTS)
+def test_layout_matrix(tp: int, dp: int, expected: tuple, capsys: pytest.CaptureFixture) -> None:
+    cells = [cell for cell in CELLS if (cell.tp, cell.dp) == (tp, dp)]
+    results = run_ranks(tp * dp, _run_cells, cells, timeout=800)[0]
     rows, bad = [], []
     for cell, result in zip(cells, results, strict=True):
         found = differences(result, expected)
