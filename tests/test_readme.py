@@ -148,8 +148,3 @@ def test_files_and_keys_that_the_text_names_exist():
         value = load_config(None)
         for part in key.split("."):
             value = getattr(value, part)
-
-
-def test_places_for_results_are_paired():
-    begins, ends = (re.findall(rf"<!-- results:(\w+):{side}", README) for side in ("begin", "end"))
-    assert begins == ends
