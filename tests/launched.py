@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -77,7 +79,14 @@ class Ranks:
         return [line for line in self.output.splitlines() if "error: " in line or "Traceback" in line]
 
 
+def _end_with_parent() -> None:
+    """Tests that are killed leave nobody behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def _rank(rank: int, world: int, port: int, arguments: list[str], log: Path, hook: Hook | None) -> None:
+    _end_with_parent()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -118,6 +127,7 @@ class Launched:
             self.process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
                 env={**os.environ, **environment, "MEGAVTP_TEST": self.mark}, cwd=log.parent,
+                preexec_fn=_end_with_parent,
             )
 
     def __enter__(self) -> Launched:
