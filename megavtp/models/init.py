@@ -1,8 +1,8 @@
 """Initial values, the same on every layout.
 
 Every full tensor is drawn from its own generator, seeded by (seed, logical name), and each rank keeps its cut. The
-distributions are those of the official training class: ViT linears truncated normal (0.02 by default), the text tower CLIP's own
-scheme (arXiv 2103.00020), the rest torch's defaults.
+distributions are those of the official training class: ViT linears truncated normal (0.02 by default), the text tower
+CLIP's own scheme (arXiv 2103.00020), the rest torch's defaults.
 """
 
 from __future__ import annotations
