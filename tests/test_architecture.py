@@ -98,7 +98,10 @@ def test_files_and_functions_are_small(folder):
 
 
 def test_nothing_unsafe_is_called():
-    """No shell, no eval, no pickle but the restricted one that reads LPIPS weights, no YAML beyond the safe subset."""
+    """No shell, no eval, no pickle but the restricted one that reads LPIPS weights, no YAML beyond the safe subset.
+
+    One file writes torch's own form, which other projects read.
+    """
     wrong = []
     for file in FILES:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -109,6 +112,8 @@ def test_nothing_unsafe_is_called():
             loose_torch = call == "torch.load" and keywords.get("weights_only") != "True"
             loose_yaml = call == "yaml.load" and [ast.unparse(a) for a in node.args[1:]] != ["_Loader"]
             unsafe = ("eval", "exec", "os.system", "pickle.load", "pickle.loads", "torch.save", "yaml.unsafe_load")
+            if call == "torch.save" and file == PACKAGE / "data" / "torch_file.py":
+                continue
             if call in unsafe or loose_torch or loose_yaml or keywords.get("shell") == "True":
                 wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
     assert not wrong, "\n".join(wrong)

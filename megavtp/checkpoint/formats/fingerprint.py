@@ -1,0 +1,30 @@
+"""The identity of a tokenizer: a hash of everything that decides the latents of an image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megavtp.config.schema import ModelConfig
+
+_UNUSED = {"trunk.mask_token", "trunk.rope_embed.periods"}  # not read when encoding; follows from the config
+
+
+def encoder_fingerprint(config: ModelConfig, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the encoder's weights in float32 and the settings that their shapes do not show.
+
+    ``tensors``: by our names, whole; others than the encoder's are ignored. The same for a run's checkpoint and for
+    the released form made of it.
+    """
+    vision = config.vision
+    settings = {"heads": vision.heads, "norm": vision.norm, "ffn": vision.ffn, "rope_dtype": config.rope_dtype}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name in sorted(name for name in tensors if name.startswith("trunk.") and name not in _UNUSED):
+        tensor = tensors[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(json.dumps([name, list(tensor.shape)]).encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()

@@ -1,0 +1,177 @@
+"""What a tokenizer carries besides its weights: all that is needed to make, normalise and decode its latents.
+
+``visual_tokenizer.json`` lies in a converted tokenizer's folder, in a folder of latents that it made, and (as a
+mapping) in the checkpoint of a DiT trained on them. The fingerprint tells whether they belong together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megavtp.data.files import read_json_object, write_json
+from megavtp.data.torch_file import read_torch_file, write_torch_file
+from megavtp.errors import UserError
+from megavtp.pixels import IMAGENET_MEAN, IMAGENET_STD
+
+FILE = "visual_tokenizer.json"
+STATISTICS_FILE = "latents_stats.pt"  # LightningDiT's: {"mean", "std"}, each (1, C, 1, 1) float32
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Mean and standard deviation of each latent channel over images and positions.
+
+    Attributes:
+        images: how many images they were taken over; None = unknown (a file of another project).
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    images: int | None = None
+
+    def __post_init__(self) -> None:
+        values = (*self.mean, *self.std)
+        if not self.mean or len(self.mean) != len(self.std) or not all(map(math.isfinite, values)):
+            raise UserError("latent statistics need one finite mean and one finite std per channel; extract them again")
+        if min(self.std) <= 0:
+            raise UserError(
+                f"latent statistics: channel {self.std.index(min(self.std))} has the std {min(self.std)}, a channel "
+                "that never changes cannot be normalised; extract them over more images"
+            )
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """(x - mean) / std per channel, (..., C, h, w)."""
+        mean, std = self._tensors(latents)
+        return (latents - mean) / std
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """x * std + mean per channel, (..., C, h, w)."""
+        mean, std = self._tensors(latents)
+        return latents * std + mean
+
+    def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        if like.ndim < 3 or like.shape[-3] != len(self.mean):
+            raise UserError(f"latents of shape {tuple(like.shape)} do not have the {len(self.mean)} channels (C, h, w) "
+                            "of the latent statistics; use the tokenizer that the statistics belong to")
+        mean, std = (torch.tensor(v, dtype=like.dtype, device=like.device) for v in (self.mean, self.std))
+        return mean[:, None, None], std[:, None, None]
+
+    @classmethod
+    def read(cls, path: str | Path) -> LatentStatistics:
+        """From LightningDiT's ``latents_stats.pt``."""
+        remedy = "extract the latents again, which writes it"
+        tree = read_torch_file(path, remedy)
+        tensors = [tree.get(name) for name in ("mean", "std")] if isinstance(tree, dict) else [None]
+        if not all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors):
+            raise UserError(f"{path} does not hold the tensors mean and std; {remedy}")
+        mean, std = (tuple(t.flatten().tolist()) for t in tensors)
+        return cls(mean, std)
+
+    def write(self, path: str | Path) -> None:
+        """As LightningDiT's ``latents_stats.pt``, rounded to float32. Raises OSError."""
+        shaped = {name: torch.tensor(getattr(self, name)).view(1, -1, 1, 1) for name in ("mean", "std")}
+        write_torch_file(path, shaped)
+
+
+@dataclass(frozen=True)
+class TokenizerArtifact:
+    """Facts of a visual tokenizer.
+
+    Attributes:
+        fingerprint: of the encoder (its weights and what else decides a latent); a fine-tuned decoder keeps it.
+        image_size: pixels of the side it was trained on.
+        patch_size: pixels per latent position.
+        latent_channels: C of the latents (b, C, H / patch_size, W / patch_size).
+        pixel_mean, pixel_std: pixels in 0..1 minus mean, over std, go into the encoder.
+        captions: "clip", or the caption tokenizer's file name beside this one; None = no text encoder.
+        statistics: of the latents; None until they have been extracted.
+    """
+
+    fingerprint: str
+    image_size: int
+    patch_size: int
+    latent_channels: int
+    pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
+    pixel_std: tuple[float, float, float] = IMAGENET_STD
+    captions: str | None = None
+    statistics: LatentStatistics | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"version": _VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> TokenizerArtifact:
+        """The inverse of ``to_dict``; ``where`` names the source in errors."""
+        remedy = "convert the tokenizer, or extract the latents, again"
+        if values.get("version") != _VERSION:
+            raise UserError(f"{where}: version {values.get('version')!r}, this MegaVTP reads {_VERSION}; {remedy}")
+        names = {f.name for f in fields(cls)}
+        if wrong := sorted(names ^ (values.keys() - {"version"})):
+            raise UserError(f"{where}: missing or unknown keys {', '.join(wrong)}; {remedy}")
+        given = {name: values[name] for name in names}
+        try:
+            if given["statistics"] is not None:
+                given["statistics"] = LatentStatistics(**{
+                    name: tuple(map(float, value)) if isinstance(value, (list, tuple)) else value
+                    for name, value in given["statistics"].items()
+                })
+            for name in ("pixel_mean", "pixel_std"):
+                given[name] = tuple(map(float, given[name]))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{where}: a value is of the wrong kind ({error}); {remedy}") from None
+        numbers = [given[name] for name in ("image_size", "patch_size", "latent_channels")]
+        if not isinstance(given["fingerprint"], str) or not all(type(n) is int and n > 0 for n in numbers):
+            raise UserError(f"{where}: fingerprint or a size is of the wrong kind; {remedy}")
+        return cls(**given)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> TokenizerArtifact:
+        """From ``folder/visual_tokenizer.json``. UserError when it is missing or damaged."""
+        path = Path(folder) / FILE
+        remedy = "make it with tools/convert_checkpoint.py (a tokenizer) or tools/extract_latents.py (latents)"
+        return cls.from_dict(read_json_object(path, remedy), str(path))
+
+    def write(self, folder: str | Path) -> None:
+        """To ``folder/visual_tokenizer.json``, whole or not at all. Raises OSError."""
+        write_json(Path(folder) / FILE, self.to_dict(), indent=2)
+
+    def needed_statistics(self, where: str) -> LatentStatistics:
+        """The statistics; UserError when they have not been extracted."""
+        if self.statistics is None:
+            raise UserError(
+                f"{where} has no latent statistics; run tools/extract_latents.py with this tokenizer and use its output"
+            )
+        return self.statistics
+
+
+def check_same_tokenizer(
+    one: TokenizerArtifact, where_one: str, other: TokenizerArtifact, where_other: str
+) -> None:
+    """UserError unless both are of one encoder with the same input, and their statistics, if both have them, agree."""
+    for name, what in (
+        ("fingerprint", "tokenizers"), ("pixel_mean", "pixel normalisations"), ("pixel_std", "pixel normalisations")
+    ):
+        if getattr(one, name) != getattr(other, name):
+            raise UserError(
+                f"{where_one} and {where_other} belong to different {what} ({_short(getattr(one, name))} and "
+                f"{_short(getattr(other, name))}); use the tokenizer that made the latents"
+            )
+    if one.statistics is not None and other.statistics is not None:
+        pairs = ((one.statistics.mean, other.statistics.mean), (one.statistics.std, other.statistics.std))
+        if any(a != b for a, b in pairs):
+            raise UserError(
+                f"{where_one} and {where_other} have different latent statistics; use those the DiT was trained with"
+            )
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else str(value)
