@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,8 @@ class HeadNorm(RMSNorm):
     Every rank holds the whole weight but sees only its heads, so the weight's gradient is summed over tp.
     """
 
-    def __init__(self, head_dim: int, mesh: Mesh):
-        super().__init__(head_dim)
+    def __init__(self, head_dim: int, mesh: Mesh, eps: float = 1e-5):
+        super().__init__(head_dim, eps)
         self.mesh = mesh
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,11 +32,15 @@ class HeadNorm(RMSNorm):
 
 
 class Attention(nn.Module):
-    """Fused q, k, v projection, optional q/k norm, rotary positions, attention, output projection."""
+    """Fused q, k, v projection, optional q/k norm, rotary positions, attention, output projection.
+
+    ``rotation`` applies a table to queries or keys: ``rope.rotate`` turns channel k with k + h/2, other models pair
+    other channels.
+    """
 
     def __init__(
-        self, width: int, heads: int, *, qk_norm: bool = False, causal: bool = False, kernel: Kernel = "auto",
-        mesh: Mesh = SINGLE,
+        self, width: int, heads: int, *, qk_norm: bool = False, norm_eps: float = 1e-5, causal: bool = False,
+        rotation: Callable[[Tensor, Table], Tensor] = rotate, kernel: Kernel = "auto", mesh: Mesh = SINGLE,
     ):
         super().__init__()
         if width % heads:
@@ -44,10 +48,10 @@ class Attention(nn.Module):
         check_kernel(kernel)
         self.local_heads = share(heads, mesh, "the number of attention heads")
         self.head_dim = width // heads
-        self.causal, self.kernel = causal, kernel
+        self.causal, self.kernel, self.rotation = causal, kernel, rotation
         self.qkv = ColumnParallelLinear(width, 3 * width, mesh=mesh, parts=3)
-        self.q_norm = HeadNorm(self.head_dim, mesh) if qk_norm else None
-        self.k_norm = HeadNorm(self.head_dim, mesh) if qk_norm else None
+        self.q_norm = HeadNorm(self.head_dim, mesh, norm_eps) if qk_norm else None
+        self.k_norm = HeadNorm(self.head_dim, mesh, norm_eps) if qk_norm else None
         self.proj = RowParallelLinear(width, width, mesh=mesh)
 
     def forward(self, x: Tensor, segments: Segments, tables: Sequence[Table] | None = None) -> Tensor:
@@ -57,14 +61,16 @@ class Attention(nn.Module):
             # Back to 16 bits where the norm's float32 weights raised them: the fast kernels take nothing else.
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if tables is not None:
-            q, k = _rotate_packed(q, segments, tables), _rotate_packed(k, segments, tables)
+            q, k = (_rotate_packed(y, segments, tables, self.rotation) for y in (q, k))
         return self.proj(attend(q, k, v, segments, self.causal, self.kernel).flatten(1))
 
 
-def _rotate_packed(x: Tensor, segments: Segments, tables: Sequence[Table]) -> Tensor:
+def _rotate_packed(
+    x: Tensor, segments: Segments, tables: Sequence[Table], rotation: Callable[[Tensor, Table], Tensor]
+) -> Tensor:
     pieces, start = [], 0
     for (sequences, length), table in zip(segments, tables):
         end = start + sequences * length
-        pieces.append(rotate(x[start:end].unflatten(0, (sequences, length)), table).flatten(0, 1))
+        pieces.append(rotation(x[start:end].unflatten(0, (sequences, length)), table).flatten(0, 1))
         start = end
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
