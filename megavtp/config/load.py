@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, TypeVar, get_origin
 
 import yaml
 
@@ -14,13 +14,15 @@ from megavtp.config.schema import Config
 from megavtp.config.typed import build, hints, unknown
 from megavtp.errors import UserError
 
+C = TypeVar("C")
 DEMO_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo" / "vtp_emoji.yaml"
 
 
 def load_config(
-    path: str | Path | None, overrides: Sequence[str] = (), deepspeed_config: str | Path | None = None
-) -> Config:
-    """The configuration of a run; ``path`` None is the demo's.
+    path: str | Path | None, overrides: Sequence[str] = (), deepspeed_config: str | Path | None = None,
+    root: type[C] = Config,
+) -> C:
+    """The configuration of a run, a ``root``; ``path`` None is the demo's.
 
     ``overrides``: ``a.b.c=value`` with the value in YAML, applied last. ``deepspeed_config``: a JSON or YAML file
     whose keys are merged over the recipe's ``deepspeed`` section. Only types and key names are checked here; the
@@ -35,13 +37,13 @@ def load_config(
             raise UserError(f"{path or DEMO_CONFIG}: deepspeed: expected a mapping of keys, got {section!r}")
         raw["deepspeed"] = merged(section, read_yaml(Path(deepspeed_config)))
     for override in overrides:
-        _apply(raw, override)
-    return from_dict(raw)
+        _apply(raw, override, root)
+    return from_dict(raw, root)
 
 
-def from_dict(values: Mapping[str, Any]) -> Config:
+def from_dict(values: Mapping[str, Any], root: type[C] = Config) -> C:
     """The inverse of ``to_dict``; keys that are absent take their defaults."""
-    return build(Config, values)
+    return build(root, values)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Any) -> str:
     """The whole configuration, every key written out, as a YAML text that ``load_config`` reads back equal."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
@@ -124,23 +126,23 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def _apply(raw: dict[str, Any], override: str, root: type) -> None:
     """Set one ``a.b.c=value`` in the nested mapping ``raw``."""
     path, equals, text = override.partition("=")
     path = path.strip().removeprefix("--")
     if not equals or not path:
         raise UserError(f"{override!r}: an override is written key=value, for example train.steps=100")
-    kind: Any = Config
+    kind: Any = root
     parts = path.split(".")
     for part in parts:  # sections must exist; inside a free mapping (deepspeed, lr_scale) any name will do
         if is_dataclass(kind):
             if part not in hints(kind):
-                raise unknown(path, Config)
+                raise unknown(path, root)
             kind = hints(kind)[part]
         elif get_origin(kind) is dict:
             break
         else:
-            raise unknown(path, Config)
+            raise unknown(path, root)
     if is_dataclass(kind):
         raise UserError(f"{path}: is a section; set one of its keys: {', '.join(f'{path}.{k}' for k in hints(kind))}")
     try:

@@ -40,7 +40,8 @@ def unknown(path: str, root: type) -> UserError:
 
     best = max(all_keys(root), key=near)
     if near(best) < 0.6:
-        return UserError(f"{path}: unknown key; the keys and their meaning are in megavtp/config/schema.py")
+        file = root.__module__.replace(".", "/") + ".py"
+        return UserError(f"{path}: unknown key; the keys and their meaning are in {file}")
     return UserError(f"{path}: unknown key; did you mean {best}?")
 
 

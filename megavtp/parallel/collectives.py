@@ -76,6 +76,19 @@ class _ScatterToTP(torch.autograd.Function):
         return torch.cat(pieces, -1), None
 
 
+class _GatherFromTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, mesh):
+        ctx.mesh = mesh
+        pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(mesh.tp)]
+        dist.all_gather(pieces, x.contiguous(), group=mesh.tp_group)
+        return torch.cat(pieces, -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.chunk(ctx.mesh.tp, -1)[ctx.mesh.tp_rank].contiguous(), None
+
+
 class _GatherFromDP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, mesh):
@@ -102,6 +115,12 @@ def reduce_from_tp(x: Tensor, mesh: Mesh) -> Tensor:
 def scatter_to_tp(x: Tensor, mesh: Mesh) -> Tensor:
     """Keep this rank's slice of the last dimension; the gradient is gathered."""
     return x if mesh.tp == 1 else _ScatterToTP.apply(x, mesh)
+
+
+def gather_from_tp(x: Tensor, mesh: Mesh) -> Tensor:
+    """The inverse of ``scatter_to_tp``: the ranks' slices joined along the last dimension, for use that is the same on
+    every rank; each keeps its slice of the gradient."""
+    return x if mesh.tp == 1 else _GatherFromTP.apply(x, mesh)
 
 
 def gather_from_dp(x: Tensor, mesh: Mesh) -> Tensor:
