@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -17,8 +17,10 @@ def tower_of(name: str) -> str:
     return _TOWER_OF.get(name.split(".")[0], "text")
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict]:
-    """Groups of the trainable parameters, each of one ``tower`` (of ``config.sizes.TOWERS``).
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, tower_of: Callable[[str], str] = tower_of
+) -> list[dict]:
+    """Groups of the trainable parameters, each of one ``tower`` (in pre-training of ``config.sizes.TOWERS``).
 
     ``prototypes`` marks the DINO head's last layer, which starts frozen.
 
@@ -43,14 +45,15 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
 
 
 def build_optimizer(
-    named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, *, zero_stage: int = 0
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, *, zero_stage: int = 0,
+    tower_of: Callable[[str], str] = tower_of,
 ) -> torch.optim.Optimizer:
     """AdamW over the groups: NVIDIA apex's fused one where it is installed for this GPU, else torch's fused one.
 
     Apex counts updates by group. ZeRO stage 3 steps a large group in parts, which would count each part as an update,
     so there it is always torch's.
     """
-    groups = parameter_groups(named, config)
+    groups = parameter_groups(named, config, tower_of)
     settings = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     on_gpu = groups[0]["params"][0].is_cuda
     fused = _apex_adam() if on_gpu and zero_stage < 3 else None

@@ -28,7 +28,7 @@ from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import Mesh, build_mesh
 from megavtp.training.in_loop import InLoopEvaluation
 from megavtp.training.optimizer import build_optimizer
-from megavtp.training.pretraining import build_passes
+from megavtp.training.pretraining import build_passes, frozen_prototypes, teacher_momentum
 from megavtp.training.telemetry import Telemetry
 from megavtp.training.trainer import Trainer
 
@@ -76,7 +76,10 @@ class PretrainRun:
             (config.telemetry.pictures_every, evaluation.pictures), (config.evaluation.every, evaluation.metrics)
         ]
         pairs = self.model.teacher_pairs() if self.share.self_distillation else []
-        trainer = Trainer(config, self.engine, passes, pairs, telemetry, self.loader, every)
+        trainer = Trainer(
+            config, self.engine, passes, pairs, teacher_momentum(config), telemetry, self.loader, every,
+            frozen=frozen_prototypes(config),
+        )
         start = trainer.resume()
         telemetry.start(start)
         finished = trainer.run(start)
@@ -106,7 +109,7 @@ def build_engine(config: Config, shares: Share, mesh: Mesh, device: torch.device
     objectives = frozenset(shares.passes)
     model = build_vtp(
         config.model, mesh, objectives=objectives, seed=config.seed,
-        recompute=config.parallel.recompute == "full", attention=config.parallel.attention,
+        recompute=config.parallel.recompute, attention=config.parallel.attention,
         max_scale=config.objectives.contrastive.max_scale,
         compute_dtype=torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32,
         device=device,

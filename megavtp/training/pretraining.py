@@ -26,7 +26,7 @@ from megavtp.objectives.siglip import siglip
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.passes import Pass, Runner
 from megavtp.pixels import normalise
-from megavtp.training.schedules import linear_warmup
+from megavtp.training.schedules import cosine, linear_warmup
 
 CONTRASTIVE_LOSSES = {"infonce": info_nce, "siglip": siglip}
 
@@ -203,6 +203,19 @@ class ReconstructionPass(_PretrainingPass):
 
     def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
         return reconstruction_terms(outputs, self._target, self.perceptual, images_total_local=self.share.local)
+
+
+def teacher_momentum(config: Config) -> Callable[[int], float]:
+    """How slowly the teacher follows the student, by step."""
+    settings = config.objectives.self_distillation
+    start, end = settings.teacher_momentum, settings.teacher_momentum_end
+    return lambda step: cosine(step, config.train.steps, start, end)
+
+
+def frozen_prototypes(config: Config) -> Callable[[int, dict], bool]:
+    """Whether a parameter group stands still in a step: the prototypes, at first."""
+    steps = config.objectives.self_distillation.freeze_last_layer * config.train.steps
+    return lambda step, group: group["prototypes"] and step < steps
 
 
 def build_passes(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -20,11 +22,13 @@ _CENTER = Shard(0)  # centres are cut like the prototypes
 
 
 def save(
-    store: CheckpointStore, engine: Engine, config: Config, step: int, centers: dict[str, Tensor]
+    store: CheckpointStore, engine: Engine, config: Config, step: int, centers: dict[str, Tensor],
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Start a background save of the state after ``step`` steps. Collective: every rank writes its part.
 
     Saved are the weights, Adam's moments, the EMA teacher and the centres; the data position is the step itself.
+    ``facts`` go into the meta data.
     """
     mesh = engine.mesh
     tensors = engine.export(wanted=lambda number: number % mesh.world_size == mesh.rank)
@@ -33,7 +37,7 @@ def save(
         tensors |= whole
     meta = None
     if mesh.rank == 0:
-        meta = {"config": to_dict(config), "optimizer_steps": engine.optimizer_steps, "version": __version__}
+        meta = {"config": to_dict(config), "optimizer_steps": engine.optimizer_steps, "version": __version__, **facts}
     store.save(step, tensors, meta, writer=mesh.rank, writers=mesh.world_size)
 
 

@@ -70,8 +70,8 @@ class Telemetry:
         self._waited = 0.0
 
     @classmethod
-    def of_run(cls, config: Config, mesh: Mesh) -> Telemetry:
-        """The telemetry of a pre-training run. Raises UserError if a configured sink is not installed."""
+    def of_run(cls, config: Config, mesh: Mesh, flops: Callable[[Config], dict] = flops_per_step) -> Telemetry:
+        """The telemetry of a run, ``flops`` giving its model FLOPs per step. UserError if a sink is not installed."""
         settings = config.telemetry
         check_sinks(settings)
         device, known_peak = torch.device("cpu"), None
@@ -82,7 +82,7 @@ class Telemetry:
         output_dir = Path(config.output_dir)
         return cls(
             settings, output_dir, is_main=mesh.rank == 0, total_steps=config.train.steps,
-            images_per_step=config.train.batch_size, flops_per_step=flops_per_step(config)["total"],
+            images_per_step=config.train.batch_size, flops_per_step=flops(config)["total"],
             peak_tflops=peak * mesh.world_size if peak else None, device=device,
             reduce=lambda x: all_reduce(x, mesh, "dp") / mesh.dp,
             make_sinks=lambda start: open_sinks(settings, output_dir, start, to_dict(config)),

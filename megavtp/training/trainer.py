@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megavtp.checkpoint.reading import has_checkpoints
-from megavtp.checkpoint.store import CheckpointStore, find_latest, open_checkpoint
+from megavtp.checkpoint.store import Checkpoint, CheckpointStore, find_latest, open_checkpoint
 from megavtp.config.schema import Config
 from megavtp.data.batch import Batch
 from megavtp.data.loader import Loader
@@ -21,32 +23,41 @@ from megavtp.parallel.passes import Pass, execute
 from megavtp.parallel.stop_signal import StopSignal
 from megavtp.training import state
 from megavtp.training.pretraining import SelfDistillationPass
-from megavtp.training.schedules import cosine, warmup_cosine
+from megavtp.training.schedules import warmup_cosine
 from megavtp.training.telemetry import Telemetry
 
 Hook = Callable[[int], None]
+Momentum = Callable[[int], float]  # of the averaged weights, by step
+Frozen = Callable[[int, dict], bool]  # whether a parameter group stands still in a step
 
 
 class Trainer:
     """Runs a recipe from the newest checkpoint, or from the start, to ``train.steps``.
 
     Args:
-        teacher_pairs: (teacher, student) parameters of the EMA; empty without self-distillation.
+        averaged: (average, trained) parameters of the EMA, such as teacher and student; empty where there is none.
+        momentum: how slowly the average follows.
         make_loader: start step -> loader of this rank's share of the following steps.
         every: (interval in steps, hook) pairs; a hook is called on all ranks after each such step.
+        frozen: parameter groups that a step leaves as they are.
+        facts: JSON that is saved with every checkpoint.
+        check: called with the checkpoint to go on from; raises UserError where it does not belong to this run.
     """
 
     def __init__(
-        self, config: Config, engine: Engine, passes: list[Pass], teacher_pairs: list, telemetry: Telemetry,
-        make_loader: Callable[[int], Loader], every: list[tuple[int, Hook]],
+        self, config: Config, engine: Engine, passes: list[Pass], averaged: list, momentum: Momentum,
+        telemetry: Telemetry, make_loader: Callable[[int], Loader], every: list[tuple[int, Hook]], *,
+        frozen: Frozen = lambda step, group: False, facts: Mapping[str, Any] = MappingProxyType({}),
+        check: Callable[[Checkpoint], None] = lambda checkpoint: None,
     ):
         self.config = config
         self.engine = engine
         self.passes = passes
-        self.teacher_pairs = teacher_pairs
+        self.averaged, self.momentum = averaged, momentum
         self.telemetry = telemetry
         self.make_loader = make_loader
         self.every = [(interval, hook) for interval, hook in every if interval > 0]
+        self.frozen, self.facts, self.check = frozen, facts, check
         self.distillation = next((p for p in passes if isinstance(p, SelfDistillationPass)), None)
         token = broadcast_object(secrets.token_hex(8))
         self.store = CheckpointStore(checkpoint_root(config), config.train.keep_last, run_token=token)
@@ -63,6 +74,7 @@ class Trainer:
         if found is None:
             return 0
         with open_checkpoint(found, verify="sizes") as checkpoint:  # rank 0 has checked the hashes
+            self.check(checkpoint)
             step = state.load(checkpoint, self.engine, self.distillation)
             changed = state.changed_data_keys(checkpoint, self.config)
         if changed:
@@ -106,7 +118,7 @@ class Trainer:
 
     def save(self, step: int) -> None:
         centers = self.distillation.centers if self.distillation else {}
-        state.save(self.store, self.engine, self.config, step, centers)
+        state.save(self.store, self.engine, self.config, step, centers, self.facts)
         self.telemetry.event("checkpoint", step=step)
 
     def _step(self, batch: Batch, loader: Loader) -> None:
@@ -119,12 +131,7 @@ class Trainer:
         result = self.engine.step()
         if result.applied:
             self.skipped_in_a_row = 0
-            if self.distillation:
-                settings = self.distillation.settings
-                momentum = cosine(
-                    batch.step, self.config.train.steps, settings.teacher_momentum, settings.teacher_momentum_end
-                )
-                self.engine.lerp(self.teacher_pairs, 1 - momentum)
+            self.engine.lerp(self.averaged, 1 - self.momentum(batch.step))
         else:
             if self.distillation:
                 self.distillation.centers = centers  # they have taken in this step's teacher outputs
@@ -134,10 +141,9 @@ class Trainer:
         )
 
     def _set_lr(self, step: int) -> None:
-        config, settings = self.config.train.optimizer, self.config.objectives.self_distillation
+        config = self.config.train.optimizer
         self.lr = warmup_cosine(step, self.config.train.steps, config.warmup_steps, config.lr, config.min_lr)
-        frozen = step < settings.freeze_last_layer * self.config.train.steps
-        self.engine.set_lr(lambda g: 0.0 if frozen and g["prototypes"] else self.lr * g["lr_scale"])
+        self.engine.set_lr(lambda g: 0.0 if self.frozen(step, g) else self.lr * g["lr_scale"])
 
     def _skipped(self, batch: Batch, terms: dict[str, Tensor]) -> None:
         """A non-finite gradient: nothing was updated. Name the terms and keep the sample ids for a replay."""
