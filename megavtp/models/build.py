@@ -13,14 +13,15 @@ from megavtp.errors import UserError
 from megavtp.models.init import initialise
 from megavtp.models.vtp import OBJECTIVES, VTP
 from megavtp.nn.attention_kernels import Kernel
+from megavtp.nn.block import Recompute
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.sharding import cut, mark, shard_of
 
 
 def build_vtp(
     config: ModelConfig, mesh: Mesh = SINGLE, *, objectives: AbstractSet[str] = OBJECTIVES, seed: int = 0,
-    device: torch.device | str = "cpu", recompute: bool = False, attention: Kernel = "auto", max_scale: float = 100.0,
-    compute_dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu", recompute: Recompute = "none", attention: Kernel = "auto",
+    max_scale: float = 100.0, compute_dtype: torch.dtype = torch.float32,
 ) -> VTP:
     """The model in float32 on ``device``, initialised; the same full weights for every ``mesh``.
 

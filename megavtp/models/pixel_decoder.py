@@ -9,10 +9,11 @@ from megavtp.config.schema import ModelConfig
 from megavtp.config.sizes import DECODER_MLP_RATIO
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Kernel
-from megavtp.nn.block import Block, run_block
+from megavtp.nn.block import Block, Recompute
 from megavtp.nn.feed_forward import feed_forward
 from megavtp.nn.norms import NORMS
 from megavtp.nn.rope import AxialRope
+from megavtp.nn.stack import run_blocks
 from megavtp.parallel.mesh import SINGLE, Mesh
 
 
@@ -20,7 +21,7 @@ class PixelDecoder(nn.Module):
     """(b, bottleneck, h, w) -> (b, 3, h * patch, w * patch) in the space of the encoder's input (normalised)."""
 
     def __init__(
-        self, config: ModelConfig, mesh: Mesh = SINGLE, *, recompute: bool = False, attention: Kernel = "auto"
+        self, config: ModelConfig, mesh: Mesh = SINGLE, *, recompute: Recompute = "none", attention: Kernel = "auto"
     ):
         super().__init__()
         decoder = config.decoder
@@ -46,7 +47,6 @@ class PixelDecoder(nn.Module):
         x = x.flatten(2).transpose(1, 2).flatten(0, 1)
         segments = ((batch, rows * columns),)
         tables = [self.rope_embed.tables(rows, columns)]
-        for index, block in enumerate(self.blocks):
-            x = run_block(block, x, segments, tables, None, index, self.recompute)
+        x = run_blocks(enumerate(self.blocks), x, segments, tables, recompute=self.recompute)
         x = self.norm(x).unflatten(0, (batch, rows, columns)).permute(0, 3, 1, 2)
         return F.pixel_shuffle(self.proj_out(x), self.patch)

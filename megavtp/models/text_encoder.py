@@ -10,10 +10,11 @@ from megavtp.config.schema import TextConfig
 from megavtp.errors import UserError
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Kernel
-from megavtp.nn.block import Block, run_block
+from megavtp.nn.block import Block, Recompute
 from megavtp.nn.feed_forward import MLP, quick_gelu
 from megavtp.nn.norms import LayerNorm
 from megavtp.nn.split import share
+from megavtp.nn.stack import run_blocks
 from megavtp.parallel.layers import RowParallelLinear, VocabParallelEmbedding
 from megavtp.parallel.mesh import SINGLE, Mesh
 
@@ -28,7 +29,9 @@ class TextEncoder(nn.Module):
     There is no padding mask: zeros after the end token are hidden from the pooled position by causality alone.
     """
 
-    def __init__(self, config: TextConfig, mesh: Mesh = SINGLE, *, recompute: bool = False, attention: Kernel = "auto"):
+    def __init__(
+        self, config: TextConfig, mesh: Mesh = SINGLE, *, recompute: Recompute = "none", attention: Kernel = "auto"
+    ):
         super().__init__()
         width = config.width
         self.pool, self.recompute = config.pool, recompute
@@ -60,9 +63,7 @@ class TextEncoder(nn.Module):
             )
         x = self.token_embedding(tokens) + self.positional_embedding
         segments = (tuple(tokens.shape),)
-        x = x.flatten(0, 1)
-        for index, block in enumerate(self.blocks):
-            x = run_block(block, x, segments, None, None, index, self.recompute)
+        x = run_blocks(enumerate(self.blocks), x.flatten(0, 1), segments, recompute=self.recompute)
         x = self._pool(self.norm(x).unflatten(0, segments[0]), tokens)
         return x if self.projection is None else self.projection(x)
 

@@ -14,12 +14,13 @@ from megavtp.config.schema import ModelConfig
 from megavtp.errors import UserError
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Kernel, Segments
-from megavtp.nn.block import Block, run_block
+from megavtp.nn.block import Block, Recompute
 from megavtp.nn.drop_path import DropPlan
 from megavtp.nn.feed_forward import feed_forward
 from megavtp.nn.norms import NORMS
 from megavtp.nn.rope import AxialRope
 from megavtp.nn.split import share
+from megavtp.nn.stack import run_blocks
 from megavtp.parallel.layers import RowParallelLinear
 from megavtp.parallel.mesh import SINGLE, Mesh
 
@@ -45,7 +46,7 @@ class VisionEncoder(nn.Module):
     """Takes crops of several sizes at once; all tokens run through norms and linears as one packed tensor."""
 
     def __init__(
-        self, config: ModelConfig, mesh: Mesh = SINGLE, *, recompute: bool = False, attention: Kernel = "auto"
+        self, config: ModelConfig, mesh: Mesh = SINGLE, *, recompute: Recompute = "none", attention: Kernel = "auto"
     ):
         super().__init__()
         vision = config.vision
@@ -93,11 +94,8 @@ class VisionEncoder(nn.Module):
         tables = [self.rope_embed.tables(x.shape[-2] // self.patch, x.shape[-1] // self.patch, 1) for x in crops]
         x = embedded[0].flatten(0, 1) if len(embedded) == 1 else torch.cat([e.flatten(0, 1) for e in embedded])
         wanted = None if layers is None else [self._block_index(i) for i in layers]
-        taken: dict[int, Tensor] = {}
-        for index, block in enumerate(self.blocks):
-            x = run_block(block, x, segments, tables, drop, index, self.recompute)
-            if wanted is not None and index in wanted:
-                taken[index] = x
+        taken: dict[int, Tensor | None] = dict.fromkeys(wanted or ())
+        x = run_blocks(enumerate(self.blocks), x, segments, tables, drop, self.recompute, taken)
         finish = self.norm if normalise else (lambda tokens: tokens)
         if wanted is None:
             return _unpack(finish(x), segments)

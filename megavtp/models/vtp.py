@@ -22,6 +22,7 @@ from megavtp.models.pixel_decoder import PixelDecoder
 from megavtp.models.text_encoder import TextEncoder
 from megavtp.models.vision_encoder import VisionEncoder
 from megavtp.nn.attention_kernels import Kernel
+from megavtp.nn.block import Recompute
 from megavtp.nn.drop_path import DropPlan
 from megavtp.nn.split import share
 from megavtp.parallel.layers import RowParallelLinear
@@ -51,7 +52,7 @@ class VTP(nn.Module):
         config: with resolved sizes (no None among widths, depths and heads).
         mesh: tensor-parallel layout.
         objectives: subset of ``OBJECTIVES``; the trunk is always there.
-        recompute: make the activations of the trained towers' blocks again in the backward pass.
+        recompute: what the trained towers' blocks make again in the backward pass, see ``nn.block``.
         attention: kernel choice, see ``nn.attention_kernels``.
         max_scale: ceiling of the contrastive temperature, as a factor on the cosine similarities.
         compute_dtype: of the matrix products (autocast); parameters stay float32.
@@ -59,7 +60,7 @@ class VTP(nn.Module):
 
     def __init__(
         self, config: ModelConfig, mesh: Mesh = SINGLE, *, objectives: AbstractSet[str] = OBJECTIVES,
-        recompute: bool = False, attention: Kernel = "auto", max_scale: float = 100.0,
+        recompute: Recompute = "none", attention: Kernel = "auto", max_scale: float = 100.0,
         compute_dtype: torch.dtype = torch.float32,
     ):
         super().__init__()

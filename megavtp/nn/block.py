@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Segments
-from megavtp.nn.drop_path import BranchDrop, DropPlan, add_branch
+from megavtp.nn.drop_path import BranchDrop, add_branch
 from megavtp.nn.rope import Table
+
+# What the backward pass makes again instead of holding it: nothing, or all of a block but its input.
+Recompute = Literal["none", "full"]
 
 
 class LayerScale(nn.Module):
@@ -48,15 +51,3 @@ class Block(nn.Module):
         drop_attention, drop_mlp = drop or (None, None)
         x = add_branch(x, lambda y, s: self.ls1(self.attn(self.norm1(y), s, tables)), segments, drop_attention)
         return add_branch(x, lambda y, _: self.ls2(self.mlp(self.norm2(y))), segments, drop_mlp)
-
-
-def run_block(
-    block: Block, x: Tensor, segments: Segments, tables: Sequence[Table] | None, drop: DropPlan | None, index: int,
-    recompute: bool,
-) -> Tensor:
-    """Block ``index`` of a tower; with ``recompute`` its activations are made again in the backward pass."""
-    arguments = (x, segments, tables, drop.blocks[index] if drop is not None else None)
-    if recompute and torch.is_grad_enabled():
-        # No random state to keep: the only randomness, drop, is an argument.
-        return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return block(*arguments)

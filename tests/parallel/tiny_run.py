@@ -126,7 +126,7 @@ class PlainRunner:
 def build_model(config: Config, mesh: Mesh) -> VTP:
     model = build_vtp(
         config.model, mesh, objectives=frozenset(share(config, mesh.dp).passes), seed=config.seed,
-        recompute=config.parallel.recompute == "full",
+        recompute=config.parallel.recompute,
         compute_dtype=torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32,
     )
     _condition(model)
