@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,11 @@ from megavtp.parallel.sharding import cut, shard_of
 Fill = Callable[[Tensor, torch.Generator], Tensor]
 
 
-def _constant(value: float) -> Fill:
+def constant(value: float) -> Fill:
     return lambda t, g: t.fill_(value)
 
 
-def _normal(std: float) -> Fill:
+def normal(std: float) -> Fill:
     return lambda t, g: t.normal_(0.0, std, generator=g)
 
 
@@ -49,42 +49,48 @@ def _rules(config: ModelConfig) -> list[tuple[str, Fill]]:
     residual = width**-0.5 * (2 * text.depth) ** -0.5
     scale = DEFAULT_LOGIT_SCALE if not config.init_logit_scale else config.init_logit_scale
     return [
-        (r".*norm\w*\.weight", _constant(1.0)),
-        (r".*norm\w*\.bias", _constant(0.0)),
-        (r"trunk\..*\.gamma", _constant(config.vision.layer_scale or 0.0)),
-        (r"pixel_decoder\..*\.gamma", _constant(config.decoder.layer_scale or 0.0)),
-        (r"text\..*\.gamma", _constant(text.layer_scale or 0.0)),
-        (r"trunk\.cls_token", _normal(0.02)),
-        (r"trunk\.mask_token", _constant(0.0)),
+        (r".*norm\w*\.weight", constant(1.0)),
+        (r".*norm\w*\.bias", constant(0.0)),
+        (r"trunk\..*\.gamma", constant(config.vision.layer_scale or 0.0)),
+        (r"pixel_decoder\..*\.gamma", constant(config.decoder.layer_scale or 0.0)),
+        (r"text\..*\.gamma", constant(text.layer_scale or 0.0)),
+        (r"trunk\.cls_token", normal(0.02)),
+        (r"trunk\.mask_token", constant(0.0)),
         (r"trunk\.patch_embed\.proj\.(weight|bias)", _uniform(3 * config.patch_size**2)),
-        (r"text\.token_embedding\.weight", _normal(0.02)),
-        (r"text\.positional_embedding", _normal(0.01)),
-        (r"text\.blocks\.\d+\.attn\.qkv\.weight", _normal(width**-0.5)),
-        (r"text\.blocks\.\d+\.(attn\.proj|mlp\.fc2)\.weight", _normal(residual)),
-        (r"text\.blocks\.\d+\.mlp\.fc1\.weight", _normal((2 * width) ** -0.5)),
-        (r"text\.projection\.weight", _normal(width**-0.5)),
+        (r"text\.token_embedding\.weight", normal(0.02)),
+        (r"text\.positional_embedding", normal(0.01)),
+        (r"text\.blocks\.\d+\.attn\.qkv\.weight", normal(width**-0.5)),
+        (r"text\.blocks\.\d+\.(attn\.proj|mlp\.fc2)\.weight", normal(residual)),
+        (r"text\.blocks\.\d+\.mlp\.fc1\.weight", normal((2 * width) ** -0.5)),
+        (r"text\.projection\.weight", normal(width**-0.5)),
         (r"visual_proj\.weight", _uniform(feature_width(config))),
-        (r"logit_scale", _constant(scale)),
-        (r"logit_bias", _constant(config.init_logit_bias or 0.0)),
-        (r"dino_head\.last_layer\.weight_g", _constant(1.0)),
+        (r"logit_scale", constant(scale)),
+        (r"logit_bias", constant(config.init_logit_bias or 0.0)),
+        (r"dino_head\.last_layer\.weight_g", constant(1.0)),
         (r"dino_head\.last_layer\.weight_v", _uniform(config.dino_head.bottleneck)),
-        (r".*\.bias", _constant(0.0)),
+        (r".*\.bias", constant(0.0)),
         (r"(trunk|pixel_decoder|dino_head)\..*\.weight", _trunc_normal(config.init_std)),
     ]
 
 
 def initialise(model: nn.Module, config: ModelConfig, mesh: Mesh, seed: int) -> None:
     """Fill every parameter of a VTP (or of a part with the same names) but the teacher's, and the RoPE buffers."""
-    rules = [(re.compile(pattern), fill) for pattern, fill in _rules(config)]
-    for name, parameter in model.named_parameters():
-        if name.startswith("teacher."):
-            continue
-        fill = next((fill for pattern, fill in rules if pattern.fullmatch(name)), None)
-        assert fill is not None, f"no initial distribution for {name}"
-        parameter.data.copy_(cut(_draw(name, parameter, fill, mesh, seed), shard_of(parameter), mesh.tp_rank, mesh.tp))
+    student = ((name, p) for name, p in model.named_parameters() if not name.startswith("teacher."))
+    fill_parameters(student, _rules(config), mesh, seed)
     for module in model.modules():
         if isinstance(module, AxialRope):
             module.reset_periods()
+
+
+def fill_parameters(
+    named: Iterable[tuple[str, nn.Parameter]], rules: Sequence[tuple[str, Fill]], mesh: Mesh, seed: int
+) -> None:
+    """Fill parameters by the first of the ``rules`` (pattern of the whole logical name, distribution) that matches."""
+    compiled = [(re.compile(pattern), fill) for pattern, fill in rules]
+    for name, parameter in named:
+        fill = next((fill for pattern, fill in compiled if pattern.fullmatch(name)), None)
+        assert fill is not None, f"no initial distribution for {name}"
+        parameter.data.copy_(cut(_draw(name, parameter, fill, mesh, seed), shard_of(parameter), mesh.tp_rank, mesh.tp))
 
 
 def _draw(name: str, parameter: Tensor, fill: Fill, mesh: Mesh, seed: int) -> Tensor:
