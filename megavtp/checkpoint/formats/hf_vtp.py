@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megavtp.checkpoint.formats.fitting import check
 from megavtp.checkpoint.formats.hf_vtp_config import config_from_official, config_to_official, read_keys
 from megavtp.checkpoint.tensor_file import write_tensors, write_text
 from megavtp.config.schema import ModelConfig
@@ -56,7 +57,8 @@ def _is_transposed(name: str, config: ModelConfig) -> bool:
     return name == "text.projection.weight" and not config.text.projection_bias
 
 
-def _our_shapes(config: ModelConfig, objectives: AbstractSet[str]) -> dict[str, list[int]]:
+def our_shapes(config: ModelConfig, objectives: AbstractSet[str]) -> dict[str, list[int]]:
+    """Our name and shape of every tensor of a tokenizer with the towers of ``objectives``."""
     with torch.device("meta"):
         model = VTP(config, objectives=EXPORTED & objectives)
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -64,7 +66,7 @@ def _our_shapes(config: ModelConfig, objectives: AbstractSet[str]) -> dict[str, 
 
 def official_shapes(config: ModelConfig, objectives: AbstractSet[str] = OBJECTIVES) -> dict[str, list[int]]:
     """Official name and shape of every tensor of ``config``'s model."""
-    return _to_official_shapes(_our_shapes(config, objectives), config)
+    return _to_official_shapes(our_shapes(config, objectives), config)
 
 
 def _to_official_shapes(shapes: Mapping[str, list[int]], config: ModelConfig) -> dict[str, list[int]]:
@@ -91,9 +93,9 @@ def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
     ``state`` may lack the periods (they follow from the config) and may hold the DINO head and the teacher, which
     are left out. UserError lists everything that is missing or of a wrong shape.
     """
-    shapes = _our_shapes(config, objectives_of(state.keys()))
+    shapes = our_shapes(config, objectives_of(state.keys()))
     state = {**_periods(config, shapes), **state}
-    _check({name: tensor for name, tensor in state.items() if name in shapes}, shapes, "the model's weights")
+    check({name: tensor for name, tensor in state.items() if name in shapes}, shapes, "the model's weights")
     result = {}
     for name in shapes:
         tensor = state[name].detach().to("cpu", torch.bfloat16 if name.endswith(PERIODS) else torch.float32)
@@ -110,13 +112,13 @@ def from_official(
     ``objectives``: whose towers must be there, None = those that are. UserError lists every missing, unexpected and
     misshapen tensor.
     """
-    names = _our_shapes(config, objectives_of(tensors.keys()) if objectives is None else objectives)
+    names = our_shapes(config, objectives_of(tensors.keys()) if objectives is None else objectives)
     tensors = {
         # The scale of a config with nonscalar_logit_scale has shape (1,).
         name: tensor.reshape(()) if name in SCALARS and tensor.numel() == 1 else tensor
         for name, tensor in tensors.items()
     }
-    _check(tensors, _to_official_shapes(names, config), "the checkpoint")
+    check(tensors, _to_official_shapes(names, config), "the checkpoint")
     result = {}
     for name in names:
         tensor = tensors[official_name(name, config)]
@@ -129,18 +131,6 @@ def from_official(
 def _periods(config: ModelConfig, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
     dtype = DTYPES[config.rope_dtype]
     return {name: rope_periods(4 * shape[0], dtype) for name, shape in shapes.items() if name.endswith(PERIODS)}
-
-
-def _check(tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]], what: str) -> None:
-    faults = [f"missing {name}" for name in shapes if name not in tensors]
-    faults += [f"unexpected {name}" for name in tensors if name not in shapes]
-    faults += [
-        f"{name} has shape {list(tensors[name].shape)}, not {shape}"
-        for name, shape in shapes.items()
-        if name in tensors and list(tensors[name].shape) != shape
-    ]
-    if faults:
-        raise UserError(f"{what} does not fit its model config: {'; '.join(faults)}")
 
 
 def load_tensors(folder: str | Path) -> dict[str, Tensor]:

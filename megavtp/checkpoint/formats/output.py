@@ -1,0 +1,47 @@
+"""Writing a result whole or not at all: beside its place, then renamed into it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megavtp.errors import UserError
+
+
+@contextmanager
+def new_path(out: str | Path) -> Iterator[Path]:
+    """A path beside ``out`` to make a folder or a file at; it becomes ``out`` when the block ends without an error.
+
+    After an error nothing is left behind. Raises UserError when ``out`` exists (an empty folder is replaced) or cannot
+    be written.
+    """
+    out = Path(out)
+    if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out} exists; choose another --out, or remove it first")
+    partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
+    made = _missing_parents(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        if out.is_dir():
+            out.rmdir()
+        os.replace(partial, out)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.unlink(missing_ok=True)
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise UserError(f"{out} cannot be written ({reason}); choose another --out or free some space") from None
+        raise
+
+
+def _missing_parents(out: Path) -> list[Path]:
+    """Folders above ``out`` that do not exist yet, the innermost first."""
+    return [parent for parent in out.parents if not parent.exists()]

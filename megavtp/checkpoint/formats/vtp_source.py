@@ -1,0 +1,145 @@
+"""A tokenizer on disk, in whichever form: a run's checkpoint or the released models' folder."""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megavtp.checkpoint.formats.fingerprint import encoder_fingerprint
+from megavtp.checkpoint.formats.hf_vtp import PERIODS, load_folder, objectives_of
+from megavtp.checkpoint.reading import INDEX, Checkpoint, open_checkpoint
+from megavtp.config.load import from_dict
+from megavtp.config.schema import Config, ContrastiveConfig, DataConfig, ObjectivesConfig, ReconstructionConfig
+from megavtp.config.schema import ModelConfig, SelfDistillationConfig
+from megavtp.data import artifact as artifact_file
+from megavtp.data.artifact import TokenizerArtifact
+from megavtp.errors import UserError
+from megavtp.models.build import load_full
+from megavtp.models.vtp import VTP
+from megavtp.nn.rope import DTYPES, AxialRope, rope_periods
+
+CAPTION_FILES = ("captions.model", "captions.txt.gz")  # beside the weights: sentencepiece, or CLIP's merges
+TRAINING_ONLY = ("teacher.", "dino_head.")  # no place in the released form
+
+
+@dataclass(frozen=True)
+class VTPSource:
+    """What was read.
+
+    Attributes:
+        config: the run's; of a released model only ``model``, ``data.captions`` and which objectives are on.
+        tensors: whole tensors by our names, on the host, read from disk when used; the teacher included.
+        artifact: the one beside the weights, or made from them.
+        captions: "clip", or the caption tokenizer's file, which need not exist; None = no text encoder.
+        step: of the run.
+    """
+
+    path: Path
+    config: Config
+    tensors: dict[str, Tensor]
+    artifact: TokenizerArtifact
+    captions: str | Path | None
+    step: int = 0
+
+    @property
+    def tokenizer_tensors(self) -> dict[str, Tensor]:
+        """Without what only training needs."""
+        return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(TRAINING_ONLY)}
+
+
+def open_vtp(path: str | Path) -> VTPSource:
+    """Read a tokenizer: a checkpoint of a run (its hashes are compared) or a released model's folder.
+
+    Raises:
+        UserError: it is neither, is damaged, does not fit its own config, or has an artifact of other weights.
+    """
+    path = Path(path)
+    if (path / INDEX).is_file():
+        with open_checkpoint(path) as checkpoint:
+            config, tensors, step = _read_native(checkpoint)
+    elif (path / "config.json").is_file():
+        model, tensors = load_folder(path)
+        config, step = released_config(model, objectives_of(tensors.keys())), 0
+    else:
+        raise UserError(
+            f"{path} is no tokenizer: give the folder with {INDEX} (RUN/checkpoints/latest), or that of a released "
+            "model with config.json and model.safetensors"
+        )
+    captions = find_captions(path, config.data) if "contrastive" in objectives_of(tensors.keys()) else None
+    return VTPSource(path, config, tensors, _artifact(path, config.model, tensors, captions), captions, step)
+
+
+def _read_native(checkpoint: Checkpoint) -> tuple[Config, dict[str, Tensor], int]:
+    names = [name.removeprefix("model/") for name in checkpoint.names if name.startswith("model/")]
+    if "trunk.cls_token" not in names:
+        raise UserError(f"{checkpoint.path} is no tokenizer's checkpoint (it has no trunk); give one of a VTP run")
+    config = from_dict(checkpoint.meta["config"])
+    return config, {name: checkpoint.tensor(f"model/{name}") for name in names}, checkpoint.step
+
+
+def released_config(model: ModelConfig, objectives: AbstractSet[str]) -> Config:
+    """The configuration that says of a model without a run what is known: its towers; and CLIP's captions."""
+    weight = {
+        kind: {} if name in objectives else {"weight": 0.0}
+        for name, kind in (("contrastive", ContrastiveConfig), ("reconstruction", ReconstructionConfig))
+    }
+    return Config(
+        model=model, data=DataConfig(captions="clip"),
+        objectives=ObjectivesConfig(
+            contrastive=ContrastiveConfig(**weight[ContrastiveConfig]),
+            self_distillation=SelfDistillationConfig(weight=0.0),
+            reconstruction=ReconstructionConfig(**weight[ReconstructionConfig]),
+        ),
+    )
+
+
+def find_captions(path: str | Path, data: DataConfig) -> str | Path:
+    """The caption tokenizer of the model at ``path``: the file beside it, else the one its run names."""
+    beside = next((Path(path) / name for name in CAPTION_FILES if (Path(path) / name).is_file()), None)
+    if beside is not None or data.captions == "clip":
+        return beside or "clip"
+    return Path(data.root, "captions.model") if data.captions == "auto" else Path(data.captions)
+
+
+def _artifact(
+    path: Path, model: ModelConfig, tensors: dict[str, Tensor], captions: str | Path | None
+) -> TokenizerArtifact:
+    fingerprint = encoder_fingerprint(model, tensors)
+    if not (path / artifact_file.FILE).is_file():
+        return TokenizerArtifact(
+            fingerprint, model.image_size, model.patch_size, model.bottleneck, captions=captions and Path(captions).name
+        )
+    found = TokenizerArtifact.read(path)
+    if found.fingerprint != fingerprint:
+        raise UserError(
+            f"{path / artifact_file.FILE} belongs to other weights than those beside it (fingerprint "
+            f"{found.fingerprint[:12]}, not {fingerprint[:12]}); convert the tokenizer again, or remove that file"
+        )
+    return replace(found, captions=captions and Path(captions).name)
+
+
+def check_periods(source: VTPSource) -> None:
+    """UserError if a stored RoPE table is not the one that the config gives: a run's checkpoint does not keep it."""
+    dtype = DTYPES[source.config.model.rope_dtype]
+    for name, periods in source.tensors.items():
+        if name.endswith(PERIODS) and not torch.equal(periods, rope_periods(4 * len(periods), dtype)):
+            raise UserError(f"{source.path}: {name} is not the RoPE table of its config; it has no native form")
+
+
+def build_tokenizer(
+    source: VTPSource, device: torch.device | str, compute_dtype: torch.dtype = torch.float32
+) -> VTP:
+    """The tokenizer's towers, filled, in eval mode; memory for nothing else is taken."""
+    tensors = source.tokenizer_tensors
+    with torch.device("meta"):
+        model = VTP(source.config.model, objectives=objectives_of(tensors.keys()), compute_dtype=compute_dtype)
+    model.to_empty(device=device)
+    for module in model.modules():
+        if isinstance(module, AxialRope):
+            module.reset_periods()
+    load_full(model, tensors)
+    return model.eval().requires_grad_(False)
