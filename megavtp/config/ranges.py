@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from megavtp.config.schema import AugmentConfig, Config, SelfDistillationConfig
@@ -42,9 +43,9 @@ def ordered(config: Any, prefix: str, *names: str) -> None:
         need(0 <= low <= high <= 1, f"{prefix}.{name} = [{low:g}, {high:g}]: must have 0 <= low <= high <= 1")
 
 
-def check_numbers(config: Config) -> None:
-    """Each number by itself."""
-    train, data, optimizer, o = config.train, config.data, config.train.optimizer, config.objectives
+def check_run(config: Any, towers: Sequence[str]) -> None:
+    """The numbers that every kind of run has; ``towers``: what a learning rate can be scaled for."""
+    train, data, optimizer = config.train, config.data, config.train.optimizer
     need(0 <= config.seed < 2**63, f"seed = {config.seed}: must be between 0 and 2**63 - 1")
     within(train, "train", 1, INF, "steps", "batch_size", "keep_last")
     within(train, "train", 0, INF, "checkpoint_every", "max_skipped_steps")
@@ -52,10 +53,31 @@ def check_numbers(config: Config) -> None:
     within(optimizer, "train.optimizer", 0, 1, "betas")
     need(max(optimizer.betas) < 1, f"train.optimizer.betas = {list(optimizer.betas)}: each must be below 1")
     need(optimizer.eps > 0, f"train.optimizer.eps = {optimizer.eps}: must be above 0")
-    within(data, "data", 1, INF, "streams", "shuffle_block", "prefetch", "max_pixels")
+    need(
+        optimizer.warmup_steps <= train.steps,
+        f"train.optimizer.warmup_steps = {optimizer.warmup_steps} exceeds train.steps = {train.steps}: shorten it",
+    )
+    need(
+        optimizer.min_lr <= optimizer.lr,
+        f"train.optimizer.min_lr = {optimizer.min_lr} exceeds train.optimizer.lr = {optimizer.lr}: lower min_lr",
+    )
+    for name, scale in optimizer.lr_scale.items():
+        need(name in towers, f"train.optimizer.lr_scale.{name}: no such tower; the towers are {', '.join(towers)}")
+        need(scale >= 0, f"train.optimizer.lr_scale.{name} = {scale}: must be at least 0")
+    within(data, "data", 1, INF, "streams", "shuffle_block", "prefetch")
     within(data, "data", 0, INF, "workers", "max_bad_samples")
     within(config.parallel, "parallel", 1, INF, "tp", "pp")
-    within(config.telemetry, "telemetry", 1, INF, "log_every", "pictures")
+    within(config.telemetry, "telemetry", 1, INF, "log_every")
+    peak = config.telemetry.peak_tflops
+    need(peak is None or peak > 0, f"telemetry.peak_tflops = {peak}: must be above 0, or null")
+
+
+def check_numbers(config: Config) -> None:
+    """Each number of a pre-training run by itself."""
+    check_run(config, TOWERS)
+    data, o = config.data, config.objectives
+    within(data, "data", 1, INF, "max_pixels")
+    within(config.telemetry, "telemetry", 1, INF, "pictures")
     within(config.telemetry, "telemetry", 0, INF, "pictures_every")
     within(config.evaluation, "evaluation", 1, INF, "batch_size", "max_samples", "knn")
     within(config.evaluation, "evaluation", 0, INF, "every")
@@ -71,7 +93,11 @@ def check_numbers(config: Config) -> None:
     within(o.reconstruction, "objectives.reconstruction", 1, INF, "batch")
     _self_distillation(o.self_distillation)
     _augment(data.augment)
-    _between_numbers(config)
+    need(config.model.init_std > 0, f"model.init_std = {config.model.init_std}: must be above 0")
+    templates = config.evaluation.templates
+    need(bool(templates), "evaluation.templates is empty: give at least one, such as ['{}']")
+    for template in templates:
+        need("{}" in template, f"evaluation.templates: {template!r} has no {{}}, the place of the class name")
 
 
 def _self_distillation(ssl: SelfDistillationConfig) -> None:
@@ -93,27 +119,3 @@ def _augment(augment: AugmentConfig) -> None:
     ordered(augment, prefix, "plain_scale", "global_scale", "local_scale")
     for name in ("plain_scale", "global_scale", "local_scale"):
         need(getattr(augment, name)[0] > 0, f"{prefix}.{name} = {list(getattr(augment, name))}: must start above 0")
-
-
-def _between_numbers(config: Config) -> None:
-    train, optimizer = config.train, config.train.optimizer
-    need(config.model.init_std > 0, f"model.init_std = {config.model.init_std}: must be above 0")
-    need(
-        optimizer.warmup_steps <= train.steps,
-        f"train.optimizer.warmup_steps = {optimizer.warmup_steps} exceeds train.steps = {train.steps}: shorten it",
-    )
-    need(
-        optimizer.min_lr <= optimizer.lr,
-        f"train.optimizer.min_lr = {optimizer.min_lr} exceeds train.optimizer.lr = {optimizer.lr}: lower min_lr",
-    )
-    for name, scale in optimizer.lr_scale.items():
-        need(name in TOWERS, f"train.optimizer.lr_scale.{name}: no such tower; the towers are {', '.join(TOWERS)}")
-        need(scale >= 0, f"train.optimizer.lr_scale.{name} = {scale}: must be at least 0")
-    peak = config.telemetry.peak_tflops
-    need(peak is None or peak > 0, f"telemetry.peak_tflops = {peak}: must be above 0, or null")
-    templates = config.evaluation.templates
-    need(bool(templates), "evaluation.templates is empty: give at least one, such as ['{}']")
-    for template in templates:
-        need("{}" in template, f"evaluation.templates: {template!r} has no {{}}, the place of the class name")
-
-

@@ -198,14 +198,18 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class TelemetryConfig:
+class LoggingConfig:
     log_every: int = 20  # steps between two reads of the loss terms from the device
-    pictures_every: int = 1000  # steps between reconstruction grids, and one at the end; 0 = none
-    pictures: int = 8
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "megavtp"
     tensorboard: bool = False
     peak_tflops: float | None = None  # of one device, for MFU; None = known devices' own, else no MFU
+
+
+@dataclass(frozen=True)
+class TelemetryConfig(LoggingConfig):
+    pictures_every: int = 1000  # steps between reconstruction grids, and one at the end; 0 = none
+    pictures: int = 8
 
 
 @dataclass(frozen=True)

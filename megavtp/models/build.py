@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megavtp.config.schema import ModelConfig
 from megavtp.errors import UserError
@@ -33,6 +34,16 @@ def build_vtp(
             config, mesh, objectives=objectives, recompute=recompute, attention=attention, max_scale=max_scale,
             compute_dtype=compute_dtype,
         )
+    with realised(model, device):
+        initialise(model, config, mesh, seed)
+        if "self_distillation" in objectives:
+            model.start_teacher()
+    return model
+
+
+@contextmanager
+def realised(model: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """Give a model from the meta device memory, filled with NaN; the block has to give every parameter a value."""
     shards = {name: shard_of(parameter) for name, parameter in model.named_parameters()}
     model.to_empty(device=device)  # makes new parameter objects, without their attributes
     for name, parameter in model.named_parameters():
@@ -41,12 +52,9 @@ def build_vtp(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
-    initialise(model, config, mesh, seed)
-    if "self_distillation" in objectives:
-        model.start_teacher()
+    yield
     missed = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
     assert not missed, f"not initialised: {missed}"
-    return model
 
 
 def load_full(model: VTP, tensors: Mapping[str, Tensor]) -> None:
