@@ -1,3 +1,16 @@
 """MegaVTP: parallel pre-training of visual tokenizers."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+__all__ = ["Tokenizer", "load_tokenizer"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the parts of the package import this file, too, and most need no tokenizer."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("megavtp.tokenizer"), name)

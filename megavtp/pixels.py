@@ -8,18 +8,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Channels = tuple[float, float, float]
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def normalise(image: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def normalise(
+    image: Tensor, dtype: torch.dtype = torch.float32, mean: Channels = IMAGENET_MEAN, std: Channels = IMAGENET_STD
+) -> Tensor:
     """uint8 (..., 3, H, W) in 0..255 -> ``dtype`` (..., 3, H, W), normalised per channel."""
-    return _per_channel(image.to(dtype), [(1 / (255 * s), -m / s) for m, s in zip(IMAGENET_MEAN, IMAGENET_STD)])
+    return _per_channel(image.to(dtype), [(1 / (255 * s), -m / s) for m, s in zip(mean, std)])
 
 
-def denormalise(image: Tensor) -> Tensor:
+def denormalise(image: Tensor, mean: Channels = IMAGENET_MEAN, std: Channels = IMAGENET_STD) -> Tensor:
     """Normalised float (..., 3, H, W) -> the same dtype with black at 0 and white at 1. Not clamped; differentiable."""
-    return _per_channel(image, list(zip(IMAGENET_STD, IMAGENET_MEAN)))
+    return _per_channel(image, list(zip(std, mean)))
 
 
 def to_uint8(image: Tensor) -> Tensor:

@@ -13,8 +13,15 @@ from megavtp.checkpoint.formats.fingerprint import encoder_fingerprint
 from megavtp.checkpoint.formats.hf_vtp import PERIODS, load_folder, objectives_of
 from megavtp.checkpoint.reading import INDEX, Checkpoint, open_checkpoint
 from megavtp.config.load import from_dict
-from megavtp.config.schema import Config, ContrastiveConfig, DataConfig, ObjectivesConfig, ReconstructionConfig
-from megavtp.config.schema import ModelConfig, SelfDistillationConfig
+from megavtp.config.schema import (
+    Config,
+    ContrastiveConfig,
+    DataConfig,
+    ModelConfig,
+    ObjectivesConfig,
+    ReconstructionConfig,
+    SelfDistillationConfig,
+)
 from megavtp.data import artifact as artifact_file
 from megavtp.data.artifact import TokenizerArtifact
 from megavtp.errors import UserError
@@ -83,16 +90,13 @@ def _read_native(checkpoint: Checkpoint) -> tuple[Config, dict[str, Tensor], int
 
 def released_config(model: ModelConfig, objectives: AbstractSet[str]) -> Config:
     """The configuration that says of a model without a run what is known: its towers; and CLIP's captions."""
-    weight = {
-        kind: {} if name in objectives else {"weight": 0.0}
-        for name, kind in (("contrastive", ContrastiveConfig), ("reconstruction", ReconstructionConfig))
-    }
+    on = ObjectivesConfig()
     return Config(
         model=model, data=DataConfig(captions="clip"),
         objectives=ObjectivesConfig(
-            contrastive=ContrastiveConfig(**weight[ContrastiveConfig]),
+            contrastive=on.contrastive if "contrastive" in objectives else ContrastiveConfig(weight=0.0),
             self_distillation=SelfDistillationConfig(weight=0.0),
-            reconstruction=ReconstructionConfig(**weight[ReconstructionConfig]),
+            reconstruction=on.reconstruction if "reconstruction" in objectives else ReconstructionConfig(weight=0.0),
         ),
     )
 
