@@ -1,0 +1,113 @@
+"""What the ranks really send to each other, counted below all libraries: our collectives, the pipeline, DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megavtp.parallel.mesh import Mesh
+
+# torch.distributed ends in these operators, whichever of its functions was called. Name, and the arguments that hold
+# the whole payload: what is gathered, what is reduced, what is sent. Receiving is the sender's traffic.
+_OPS: dict[str, tuple[str, int]] = {
+    "allreduce_": ("all_reduce", 0),
+    "allreduce_coalesced_": ("all_reduce", 0),
+    "allgather_": ("all_gather", 0),
+    "_allgather_base_": ("all_gather", 0),
+    "allgather_coalesced_": ("all_gather", 0),
+    "allgather_into_tensor_coalesced_": ("all_gather", 0),
+    "reduce_scatter_": ("reduce_scatter", 1),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
+    "broadcast_": ("broadcast", 0),
+    "reduce_": ("reduce", 0),
+    "alltoall_": ("all_to_all", 1),
+    "alltoall_base_": ("all_to_all", 1),
+    "gather_": ("gather", 1),
+    "scatter_": ("scatter", 0),
+    "send": ("send", 0),
+}
+_SILENT = {"recv_", "recv_any_source_", "barrier", "monitored_barrier_"}
+_RING_STEPS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}  # of (n - 1) / n payloads each
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One call of this rank.
+
+    axis: the mesh axis whose group it ran in; "world", or "other" for a group that is neither. op: all_reduce,
+    all_gather, reduce_scatter, broadcast, reduce, all_to_all, gather, scatter or send. bytes: of the payload, which for
+    an all-gather is its whole result and for a reduce-scatter its whole input. ranks: size of the group.
+    """
+
+    axis: str
+    op: str
+    bytes: int
+    ranks: int
+
+    @property
+    def wire_bytes(self) -> float:
+        """What one rank puts on the wire, with ring algorithms; the calls that have none send all of it."""
+        steps = _RING_STEPS.get(self.op)
+        return float(self.bytes) if steps is None else steps * self.bytes * (self.ranks - 1) / self.ranks
+
+
+class Traffic(list[Transfer]):
+    """The transfers of a ``count_traffic`` block, in order."""
+
+    def select(self, axis: str | None = None, op: str | None = None) -> Traffic:
+        return Traffic(t for t in self if axis in (None, t.axis) and op in (None, t.op))
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.bytes for t in self)
+
+    @property
+    def wire_bytes(self) -> float:
+        return sum(t.wire_bytes for t in self)
+
+
+@contextmanager
+def count_traffic(mesh: Mesh) -> Iterator[Traffic]:
+    """Record every transfer that this rank takes part in, the backward pass included. Slow: for tests and planning."""
+    traffic = Traffic()
+    with _Recorder(mesh, traffic):
+        yield traffic
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, mesh: Mesh, traffic: Traffic):
+        super().__init__()
+        self.traffic = traffic
+        axes = [axis for axis in ("tp", "pp", "dp", "mp") if mesh.group(axis) is not None]
+        # Where tp x pp is one of the two alone, that axis gives the name, not mp.
+        self.axes = {mesh.group(axis).group_name: axis for axis in reversed(axes)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::")
+            if name not in _SILENT:
+                self._record(name, args)
+        return func(*args, **(kwargs or {}))
+
+    def _record(self, name: str, args: Sequence[Any]) -> None:
+        assert name in _OPS, f"traffic of c10d::{name} is not counted"
+        op, payload = _OPS[name]
+        group = dist.ProcessGroup.unbox(next(x for x in args if isinstance(x, torch.ScriptObject)))
+        axis = self.axes.get(group.group_name, "world" if group.size() == dist.get_world_size() else "other")
+        self.traffic.append(Transfer(axis, op, sum(x.nbytes for x in _tensors(args[payload])), group.size()))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for item in value:
+            yield from _tensors(item)
