@@ -1,0 +1,86 @@
+"""The settings of a diffusion transformer's training, as frozen dataclasses. A key that is not here is refused.
+
+``None`` means "derived", and the comment says from what. The sections that a DiT shares with pre-training are in
+``schema.py``; the rules between keys are in ``dit_validate.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from megavtp.config.schema import LoggingConfig, ParallelConfig, TrainConfig
+
+DiTSize = Literal["tiny", "b", "l", "xl", "1p0b", "1p6b"]
+Condition = Literal["class", "caption"]
+
+# Width, depth, heads of LightningDiT's models; tiny is for a demonstration on a CPU.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "tiny": (192, 8, 3), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16), "1p0b": (1536, 24, 24),
+    "1p6b": (1792, 28, 28),
+}
+TIME_FREQUENCIES = 256  # channels of the sinusoidal embedding of time
+
+
+@dataclass(frozen=True)
+class DiTModelConfig:
+    """A LightningDiT: RMS norms, SwiGLU, rotary and fixed sine positions, adaptive norms."""
+
+    size: DiTSize = "xl"
+    width: int | None = None  # None = of the size, as depth and heads
+    depth: int | None = None
+    heads: int | None = None
+    patch_size: int = 1  # latent positions of a token's side
+    qk_norm: bool = False
+    latent_size: int | None = None  # positions of the latent map's side; None = that of data.root, as the next
+    latent_channels: int | None = None
+    condition: Condition = "class"
+    num_classes: int | None = None  # None = those of data.root
+    caption_width: int | None = None  # of a caption's feature; None = that of data.root
+
+
+@dataclass(frozen=True)
+class FlowMatchingConfig:
+    """The objective (arXiv 2210.02747) with LightningDiT's times and its cosine term (arXiv 2501.01423)."""
+
+    time_mu: float = 0.0  # t = sigmoid(mu + sigma z): t = 0 is noise, t = 1 data
+    time_sigma: float = 1.0
+    cosine_weight: float = 1.0  # of 1 - cosine similarity of the velocities, beside their squared error
+    condition_dropout: float = 0.1  # share of the samples that train without class or caption, for guidance
+    micro_batch: int | None = None  # latents of one data-parallel rank in one forward; None = all of its share
+
+
+@dataclass(frozen=True)
+class LatentDataConfig:
+    root: str = "data/latents"  # folder of latent shards with the tokenizer's facts and statistics
+    flip: float = 0.5  # probability of the latents of the mirrored image
+    streams: int = 64  # logical streams; every data-parallel size must divide it, it must divide the batch
+    shuffle_block: int = 4096  # samples permuted together inside a stream
+    workers: int = 4  # loader processes of each rank; 0 = read in the training process
+    prefetch: int = 2  # steps each worker prepares ahead
+    max_bad_samples: int = 1000  # in one run of one process; more is an error
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    seed: int = 0
+    output_dir: str = "runs/dit"
+    model: DiTModelConfig = field(default_factory=DiTModelConfig)
+    flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
+    ema_momentum: float = 0.9999  # of the averaged weights, which sampling uses
+    data: LatentDataConfig = field(default_factory=LatentDataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)  # a step's batch counts latents
+    telemetry: LoggingConfig = field(default_factory=LoggingConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed keys, passed through
+
+
+def resolve_dit(model: DiTModelConfig) -> DiTModelConfig:
+    """Fill the width, depth and heads that are None from ``model.size``. Idempotent."""
+    filled = zip(("width", "depth", "heads"), SIZES[model.size])
+    return replace(model, **{name: size for name, size in filled if getattr(model, name) is None})
+
+
+def swiglu_hidden(width: int) -> int:
+    """LightningDiT's hidden width: two thirds of four times the width, rounded down."""
+    return int(2 / 3 * int(4 * width))

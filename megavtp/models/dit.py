@@ -1,0 +1,130 @@
+"""The diffusion transformer that generates latents: LightningDiT (arXiv 2501.01423), as VTP uses it.
+
+Letters: b samples, C channels, H = W latent positions, p patch, N = (H / p)^2 tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megavtp.config.dit import DiTModelConfig
+from megavtp.errors import UserError
+from megavtp.models.dit_block import DiTBlock, FinalLayer
+from megavtp.models.dit_embed import CaptionEmbed, ClassEmbed, LatentEmbed, TimeEmbed
+from megavtp.models.dit_positions import pair_tables, sine_positions
+from megavtp.nn.attention_kernels import Kernel
+from megavtp.nn.block import Recompute
+from megavtp.nn.rope import Table
+from megavtp.parallel.collectives import copy_to_tp
+from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.parallel.striping import Part, Stripe
+
+Flow = tuple[Tensor, Tensor]  # between chunks: tokens (b, N, D), sum of the embeddings (b, D)
+
+
+class PairRope(nn.Module):
+    """The rotary table as LightningDiT's checkpoints hold it."""
+
+    def __init__(self, head_dim: int, side: int):
+        super().__init__()
+        self.head_dim, self.side = head_dim, side
+        self.register_buffer("freqs_cos", torch.empty(side * side, head_dim))
+        self.register_buffer("freqs_sin", torch.empty(side * side, head_dim))
+
+    def reset(self) -> None:
+        """Fill the buffers; needed after a build on the meta device."""
+        for buffer, values in zip(self.table(), pair_tables(self.head_dim, self.side)):
+            buffer.copy_(values)
+
+    def table(self) -> Table:
+        return self.freqs_cos, self.freqs_sin
+
+
+class DiT(nn.Module):
+    """Velocity of noisy latents, given their time and a class or caption. ``state_dict`` has LightningDiT's keys.
+
+    Parameters come uninitialised: use ``models.dit_build.build_dit``.
+
+    Args:
+        config: resolved, with no None among the sizes that its condition needs.
+        mesh: tensor-parallel layout.
+        stripe: the blocks on this rank; None = all.
+        recompute: what blocks make again in the backward pass, see ``nn.block``.
+        attention: kernel choice, see ``nn.attention_kernels``.
+    """
+
+    def __init__(
+        self, config: DiTModelConfig, mesh: Mesh = SINGLE, *, stripe: Stripe | None = None,
+        recompute: Recompute = "none", attention: Kernel = "auto",
+    ):
+        super().__init__()
+        self.config, self.mesh, self.recompute = config, mesh, recompute
+        self.stripe = stripe or Stripe((range(config.depth),))
+        width, patch, channels = config.width, config.patch_size, config.latent_channels
+        self.side = config.latent_size // patch
+        if self.stripe.first:
+            self.register_buffer("pos_embed", torch.empty(1, self.side**2, width))
+            self.x_embedder = LatentEmbed(channels, width, patch)
+            self.t_embedder = TimeEmbed(width, mesh)
+            self.y_embedder = (
+                ClassEmbed(config.num_classes, width) if config.condition == "class"
+                else CaptionEmbed(config.caption_width, width, mesh)
+            )
+        self.feat_rope = PairRope(width // config.heads, self.side)
+        self.blocks = nn.ModuleDict({
+            str(index): DiTBlock(width, config.heads, qk_norm=config.qk_norm, kernel=attention, mesh=mesh)
+            for index in self.stripe.blocks
+        })
+        if self.stripe.last:
+            self.final_layer = FinalLayer(width, patch * patch * channels, mesh)
+
+    def reset_positions(self) -> None:
+        """Fill the buffers; needed after a build on the meta device."""
+        with torch.no_grad():
+            self.feat_rope.reset()
+            if self.stripe.first:
+                self.pos_embed.copy_(sine_positions(self.config.width, self.side))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Velocity (b, C, H, W), from noise to data.
+
+        Args:
+            x: latents (b, C, H, W), normalised by the tokenizer's statistics, between noise (t = 0) and data (t = 1).
+            t: (b,) in [0, 1].
+            y: labels (b,), ``num_classes`` for none; or unit caption features (b, E), zeros for none.
+        """
+        return self.run(self.stripe.part(None), x, t, y)
+
+    def run(self, part: Part, *inputs: Tensor) -> Flow | Tensor:
+        """One chunk: ``inputs`` are the model's for the first, what the chunk before returned for the others; the last
+        returns the velocity."""
+        tokens, embedding = self.embed(*inputs) if part.first else inputs
+        condition = copy_to_tp(F.silu(embedding), self.mesh)
+        table = self.feat_rope.table()
+        for index in part.blocks:
+            tokens = self._block(self.blocks[str(index)], tokens, condition, table)
+        return self._velocity(tokens, condition) if part.last else (tokens, embedding)
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> Flow:
+        """Tokens with positions, and time and condition as one vector."""
+        expected = (self.config.latent_channels, self.config.latent_size, self.config.latent_size)
+        if tuple(x.shape[1:]) != expected:
+            raise UserError(f"latents of shape {tuple(x.shape[1:])} do not fit this DiT, which takes {expected}")
+        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
+
+    def no_condition(self, count: int) -> Tensor:
+        """``y`` of ``count`` samples without class or caption, as guidance needs it."""
+        return self.y_embedder.none(count, self.pos_embed.device)
+
+    def _block(self, block: DiTBlock, tokens: Tensor, condition: Tensor, table: Table) -> Tensor:
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return checkpoint(block, tokens, condition, table, use_reentrant=False, preserve_rng_state=False)
+        return block(tokens, condition, table)
+
+    def _velocity(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        patch, side = self.config.patch_size, self.side
+        patches = self.final_layer(tokens, condition).unflatten(-1, (patch, patch, -1)).unflatten(1, (side, side))
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # channels are innermost in a token
