@@ -15,38 +15,48 @@ from megavtp.nn.norms import NORMS
 from megavtp.nn.rope import AxialRope
 from megavtp.nn.stack import run_blocks
 from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.parallel.striping import Stripe, whole
 
 
 class PixelDecoder(nn.Module):
     """(b, bottleneck, h, w) -> (b, 3, h * patch, w * patch) in the space of the encoder's input (normalised)."""
 
     def __init__(
-        self, config: ModelConfig, mesh: Mesh = SINGLE, *, recompute: Recompute = "none", attention: Kernel = "auto"
+        self, config: ModelConfig, mesh: Mesh = SINGLE, *, stripe: Stripe | None = None,
+        recompute: Recompute = "none", attention: Kernel = "auto",
     ):
         super().__init__()
         decoder = config.decoder
         width, heads = decoder.width, decoder.heads
         self.patch, self.recompute = config.patch_size, recompute
         norm = NORMS[decoder.norm]
-        self.proj_in = nn.Conv2d(config.bottleneck, width, 1)
+        self.stripe = stripe = stripe or whole(decoder.depth)
+        self.proj_in = nn.Conv2d(config.bottleneck, width, 1) if stripe.first else None
         self.rope_embed = AxialRope(width // heads, config.rope_dtype)
-        self.blocks = nn.ModuleList(
-            Block(
+        self.blocks = nn.ModuleDict({
+            str(index): Block(
                 width, Attention(width, heads, qk_norm=decoder.qk_norm, kernel=attention, mesh=mesh),
                 feed_forward(decoder.ffn, width, DECODER_MLP_RATIO, mesh), norm, decoder.layer_scale or None,
             )
-            for _ in range(decoder.depth)
-        )
-        self.norm = norm(width)
-        self.proj_out = nn.Conv2d(width, 3 * config.patch_size**2, 1)
+            for index in stripe.blocks
+        })
+        self.norm = norm(width) if stripe.last else None
+        self.proj_out = nn.Conv2d(width, 3 * config.patch_size**2, 1) if stripe.last else None
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, chunk: int | None = None, x: Tensor | None = None) -> Tensor:
+        """Images; or with ``chunk``, one chunk of the tower: the first takes latents, a later one the packed tokens
+        ``x`` (T, width) and of the latents only the shape, and all but the last return packed tokens."""
+        part = self.stripe.part(chunk)
         batch, _, rows, columns = latents.shape
-        dtype = self.proj_in.weight.dtype
-        x = self.proj_in(latents.to(dtype)).to(dtype)  # under autocast too the residual stream is float32
-        x = x.flatten(2).transpose(1, 2).flatten(0, 1)
+        if part.first:
+            dtype = self.proj_in.weight.dtype
+            x = self.proj_in(latents.to(dtype)).to(dtype)  # under autocast too the residual stream is float32
+            x = x.flatten(2).transpose(1, 2).flatten(0, 1)
         segments = ((batch, rows * columns),)
         tables = [self.rope_embed.tables(rows, columns)]
-        x = run_blocks(enumerate(self.blocks), x, segments, tables, recompute=self.recompute)
+        blocks = [(index, self.blocks[str(index)]) for index in part.blocks]
+        x = run_blocks(blocks, x, segments, tables, recompute=self.recompute)
+        if not part.last:
+            return x
         x = self.norm(x).unflatten(0, (batch, rows, columns)).permute(0, 3, 1, 2)
         return F.pixel_shuffle(self.proj_out(x), self.patch)

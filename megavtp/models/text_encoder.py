@@ -17,6 +17,7 @@ from megavtp.nn.split import share
 from megavtp.nn.stack import run_blocks
 from megavtp.parallel.layers import RowParallelLinear, VocabParallelEmbedding
 from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.parallel.striping import Stripe, whole
 
 
 def _norm(width: int) -> LayerNorm:
@@ -30,40 +31,52 @@ class TextEncoder(nn.Module):
     """
 
     def __init__(
-        self, config: TextConfig, mesh: Mesh = SINGLE, *, recompute: Recompute = "none", attention: Kernel = "auto"
+        self, config: TextConfig, mesh: Mesh = SINGLE, *, stripe: Stripe | None = None,
+        recompute: Recompute = "none", attention: Kernel = "auto",
     ):
         super().__init__()
         width = config.width
         self.pool, self.recompute = config.pool, recompute
         self.context_length = config.context_length
         share(config.vocab_size, mesh, "the vocabulary (model.text.vocab_size)")
-        self.token_embedding = VocabParallelEmbedding(config.vocab_size, width, mesh=mesh)
-        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
+        self.stripe = stripe = stripe or whole(config.depth)
+        if stripe.first:
+            self.token_embedding = VocabParallelEmbedding(config.vocab_size, width, mesh=mesh)
+            self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
         activation = quick_gelu if config.quick_gelu else F.gelu
-        self.blocks = nn.ModuleList(
-            Block(
+        self.blocks = nn.ModuleDict({
+            str(index): Block(
                 width, Attention(width, config.heads, causal=config.causal, kernel=attention, mesh=mesh),
                 MLP(width, int(width * config.mlp_ratio), activation=activation, mesh=mesh), _norm, config.layer_scale,
             )
-            for _ in range(config.depth)
-        )
-        self.norm = _norm(width)
+            for index in stripe.blocks
+        })
+        self.norm = _norm(width) if stripe.last else None
         self.projection = None
-        if config.projection == "linear":
+        if config.projection == "linear" and stripe.last:
             self.projection = RowParallelLinear(
                 width, width, bias=config.projection_bias, mesh=mesh, input_is_parallel=False
             )
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Features (b, width), not normalised. UserError when the captions have another length than the table."""
+    def forward(self, tokens: Tensor, chunk: int | None = None, x: Tensor | None = None) -> Tensor:
+        """Features (b, width), not normalised. UserError when the captions have another length than the table.
+
+        With ``chunk``, one chunk of the tower: a later one than the first takes the packed tokens ``x`` (T, width) as
+        well, and all but the last return packed tokens.
+        """
+        part = self.stripe.part(chunk)
         if tokens.shape[1] != self.context_length:
             raise UserError(
                 f"captions have {tokens.shape[1]} tokens, the text encoder takes {self.context_length}; set "
                 "model.text.context_length to the tokenizer's length"
             )
-        x = self.token_embedding(tokens) + self.positional_embedding
+        if part.first:
+            x = (self.token_embedding(tokens) + self.positional_embedding).flatten(0, 1)
         segments = (tuple(tokens.shape),)
-        x = run_blocks(enumerate(self.blocks), x.flatten(0, 1), segments, recompute=self.recompute)
+        blocks = [(index, self.blocks[str(index)]) for index in part.blocks]
+        x = run_blocks(blocks, x, segments, recompute=self.recompute)
+        if not part.last:
+            return x
         x = self._pool(self.norm(x).unflatten(0, segments[0]), tokens)
         return x if self.projection is None else self.projection(x)
 

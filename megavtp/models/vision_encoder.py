@@ -23,6 +23,7 @@ from megavtp.nn.split import share
 from megavtp.nn.stack import run_blocks
 from megavtp.parallel.layers import RowParallelLinear
 from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.parallel.striping import Stripe, whole
 
 
 class PatchEmbed(nn.Module):
@@ -46,27 +47,30 @@ class VisionEncoder(nn.Module):
     """Takes crops of several sizes at once; all tokens run through norms and linears as one packed tensor."""
 
     def __init__(
-        self, config: ModelConfig, mesh: Mesh = SINGLE, *, recompute: Recompute = "none", attention: Kernel = "auto"
+        self, config: ModelConfig, mesh: Mesh = SINGLE, *, stripe: Stripe | None = None,
+        recompute: Recompute = "none", attention: Kernel = "auto",
     ):
         super().__init__()
         vision = config.vision
         width, heads = vision.width, vision.heads
         self.patch, self.recompute = config.patch_size, recompute
         norm = NORMS[vision.norm]
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.mask_token = nn.Parameter(torch.empty(1, width))
-        self.patch_embed = PatchEmbed(config.patch_size, width)
+        self.stripe = stripe = stripe or whole(vision.depth)
+        if stripe.first:
+            self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+            self.mask_token = nn.Parameter(torch.empty(1, width))
+            self.patch_embed = PatchEmbed(config.patch_size, width)
         self.rope_embed = AxialRope(width // heads, config.rope_dtype)
-        self.blocks = nn.ModuleList(
-            Block(
+        self.blocks = nn.ModuleDict({
+            str(index): Block(
                 width, Attention(width, heads, qk_norm=vision.qk_norm, kernel=attention, mesh=mesh),
                 feed_forward(vision.ffn, width, vision.mlp_ratio, mesh), norm, vision.layer_scale or None,
             )
-            for _ in range(vision.depth)
-        )
-        self.norm = norm(width)
+            for index in stripe.blocks
+        })
+        self.norm = norm(width) if stripe.last else None
         self.feature_bottleneck = None
-        if config.bottleneck != width:
+        if config.bottleneck != width and stripe.last:
             share(width, mesh, "the encoder width")
             self.feature_bottleneck = RowParallelLinear(
                 width, config.bottleneck, bias=False, mesh=mesh, input_is_parallel=False
@@ -74,8 +78,9 @@ class VisionEncoder(nn.Module):
 
     def forward(
         self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None, drop: DropPlan | None = None,
-        layers: Sequence[int] | None = None, normalise: bool = True,
-    ) -> list[Tensor] | list[list[Tensor]]:
+        layers: Sequence[int] | None = None, normalise: bool = True, chunk: int | None = None,
+        x: Tensor | None = None,
+    ) -> list[Tensor] | list[list[Tensor]] | Tensor:
         """Tokens after the final norm, before the bottleneck, per crop size.
 
         Args:
@@ -85,17 +90,25 @@ class VisionEncoder(nn.Module):
             layers: return the tokens after these blocks (negative counts from the end) instead of the last one's,
                 as one list over crop sizes per block.
             normalise: apply the final norm to what is returned.
+            chunk: run one chunk of the tower; None = all of it.
+            x: packed tokens (T, D) that enter a chunk after the first, which reads of crops and masks only the shapes.
 
         Returns:
-            list of (b, 1 + N, D), or with ``layers`` a list of such lists.
+            list of (b, 1 + N, D), or with ``layers`` a list of such lists; from a chunk before the last, packed tokens.
         """
-        embedded = [self._embed(x, m) for x, m in zip(crops, masks or [None] * len(crops), strict=True)]
-        segments: Segments = tuple(tuple(x.shape[:2]) for x in embedded)
-        tables = [self.rope_embed.tables(x.shape[-2] // self.patch, x.shape[-1] // self.patch, 1) for x in crops]
-        x = embedded[0].flatten(0, 1) if len(embedded) == 1 else torch.cat([e.flatten(0, 1) for e in embedded])
+        part = self.stripe.part(chunk)
+        grids = [(crop.shape[-2] // self.patch, crop.shape[-1] // self.patch) for crop in crops]
+        segments: Segments = tuple((len(crop), 1 + rows * columns) for crop, (rows, columns) in zip(crops, grids))
+        tables = [self.rope_embed.tables(rows, columns, 1) for rows, columns in grids]
+        if part.first:
+            embedded = [self._embed(x, m) for x, m in zip(crops, masks or [None] * len(crops), strict=True)]
+            x = embedded[0].flatten(0, 1) if len(embedded) == 1 else torch.cat([e.flatten(0, 1) for e in embedded])
         wanted = None if layers is None else [self._block_index(i) for i in layers]
         taken: dict[int, Tensor | None] = dict.fromkeys(wanted or ())
-        x = run_blocks(enumerate(self.blocks), x, segments, tables, drop, self.recompute, taken)
+        blocks = [(index, self.blocks[str(index)]) for index in part.blocks]
+        x = run_blocks(blocks, x, segments, tables, drop, self.recompute, taken)
+        if not part.last:
+            return x
         finish = self.norm if normalise else (lambda tokens: tokens)
         if wanted is None:
             return _unpack(finish(x), segments)
@@ -115,7 +128,7 @@ class VisionEncoder(nn.Module):
         return torch.cat([cls_token.expand(len(x), -1, -1), x], 1)
 
     def _block_index(self, layer: int) -> int:
-        depth = len(self.blocks)
+        depth = self.stripe.depth
         if not -depth <= layer < depth:
             raise UserError(f"block {layer} was asked for, but the encoder has {depth} blocks")
         return layer % depth

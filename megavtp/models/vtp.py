@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from megavtp.config.schema import ModelConfig
 from megavtp.config.sizes import feature_width
+from megavtp.errors import UserError
+from megavtp.models.cuts import tower_cuts
 from megavtp.models.dino_head import DinoHead
 from megavtp.models.pixel_decoder import PixelDecoder
 from megavtp.models.text_encoder import TextEncoder
@@ -27,15 +29,22 @@ from megavtp.nn.drop_path import DropPlan
 from megavtp.nn.split import share
 from megavtp.parallel.layers import RowParallelLinear
 from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.parallel.striping import FlowSpec, Stripe
 
 OBJECTIVES = frozenset({"contrastive", "self_distillation", "reconstruction"})
 DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
+# Mode -> the method of each leg, the towers it goes through one after another.
+_ROUTES = {
+    "contrastive": ("contrast",), "teacher": ("teach",), "student": ("study",),
+    "reconstruction": ("encode", "decode"), "encode": ("encode",), "decode": ("decode",),
+    "encode_image": ("embed_image",), "encode_text": ("embed_text",), "features": ("features",),
+}
 
 
 class Teacher(nn.Module):
     """Moving average of the student's trunk and head; never trained by gradient."""
 
-    def __init__(self, trunk: VisionEncoder, dino_head: DinoHead):
+    def __init__(self, trunk: VisionEncoder, dino_head: DinoHead | None):
         super().__init__()
         self.trunk = trunk
         self.dino_head = dino_head
@@ -46,11 +55,14 @@ class VTP(nn.Module):
     """All towers that the chosen objectives need. ``forward(mode, ...)`` is the only entry, as sharding engines
     hook the root module's forward.
 
+    Under pipeline parallelism a rank holds its chunks of every tower, under their names in the whole model: the
+    embeddings on the first rank, what comes after the blocks on the last.
+
     Parameters come uninitialised: use ``models.build.build_vtp``.
 
     Args:
         config: with resolved sizes (no None among widths, depths and heads).
-        mesh: tensor-parallel layout.
+        mesh: tensor- and pipeline-parallel layout.
         objectives: subset of ``OBJECTIVES``; the trunk is always there.
         recompute: what the trained towers' blocks make again in the backward pass, see ``nn.block``.
         attention: kernel choice, see ``nn.attention_kernels``.
@@ -68,76 +80,132 @@ class VTP(nn.Module):
         self.config, self.mesh, self.objectives = config, mesh, frozenset(objectives)
         self.max_logit_scale = math.log(max_scale)
         self.compute_dtype = compute_dtype
+        cuts = tower_cuts(config, objectives, mesh.chunks)
+        stripes = {tower: Stripe(chunks, mesh.pp, mesh.pp_rank) for tower, chunks in cuts.items()}
         options: dict[str, Any] = {"recompute": recompute, "attention": attention}
-        self.trunk = VisionEncoder(config, mesh, **options)
-        width = feature_width(config)
+        self.trunk = VisionEncoder(config, mesh, stripe=stripes["trunk"], **options)
         if "contrastive" in objectives:
-            share(width, mesh, "the width of the contrastive image feature")
-            self.visual_proj = RowParallelLinear(
-                width, config.text.width, bias=False, mesh=mesh, input_is_parallel=False
-            )
-            self.text = TextEncoder(config.text, mesh, **options)
-            # Of shape (1,), not (): ZeRO-3 cannot partition a parameter without dimensions.
-            self.logit_scale = nn.Parameter(torch.empty(1))
-            self.logit_bias = nn.Parameter(torch.empty(1)) if config.init_logit_bias is not None else None
+            self.text = TextEncoder(config.text, mesh, stripe=stripes["text"], **options)
+            if mesh.is_last_stage:
+                self._add_contrastive_head()
         if "self_distillation" in objectives:
-            self.dino_head = DinoHead(width, config.dino_head, mesh)
+            heads = [DinoHead(feature_width(config), config.dino_head, mesh) for _ in range(2 * mesh.is_last_stage)]
+            self.dino_head, teacher_head = heads or (None, None)
             self.teacher = Teacher(
-                VisionEncoder(config, mesh, attention=attention), DinoHead(width, config.dino_head, mesh)
+                VisionEncoder(config, mesh, stripe=stripes["trunk"], attention=attention), teacher_head
             )
         if "reconstruction" in objectives:
-            self.pixel_decoder = PixelDecoder(config, mesh, **options)
+            self.pixel_decoder = PixelDecoder(config, mesh, stripe=stripes["pixel_decoder"], **options)
         elif config.bottleneck_reconstruction_only and self.trunk.feature_bottleneck is not None:
             # Nothing reads it: as a trained parameter it would decay under some ZeRO stages and not under others.
             self.trunk.feature_bottleneck.requires_grad_(False)
 
-    def forward(self, mode: str, **inputs: Any) -> Any:
-        """Run one of the methods below by name: contrastive, teacher, student, reconstruction, encode, decode,
-        encode_image, encode_text, features."""
+    def _add_contrastive_head(self) -> None:
+        width = feature_width(self.config)
+        share(width, self.mesh, "the width of the contrastive image feature")
+        self.visual_proj = RowParallelLinear(
+            width, self.config.text.width, bias=False, mesh=self.mesh, input_is_parallel=False
+        )
+        # Of shape (1,), not (): ZeRO-3 cannot partition a parameter without dimensions.
+        self.logit_scale = nn.Parameter(torch.empty(1))
+        self.logit_bias = nn.Parameter(torch.empty(1)) if self.config.init_logit_bias is not None else None
+
+    def forward(self, mode: str, stage: int | None = None, flow: Sequence[Tensor] = (), **inputs: Any) -> Any:
+        """Run the pass ``mode``: contrastive, teacher, student, reconstruction, encode, decode, encode_image,
+        encode_text or features; the methods of those names say what goes in and comes out.
+
+        With ``stage``, only that stage of the pass, which this rank must hold: ``flow`` is what the stage before
+        returned, and of ``inputs`` a stage after the first reads no pixels, only their shape.
+        """
         with self._precision():
-            return getattr(self, f"_{mode}")(**inputs)
+            if stage is not None:
+                leg, chunk = divmod(stage, self.mesh.chunks)
+                return getattr(self, f"_{_ROUTES[mode][leg]}")(chunk, flow, **inputs)
+            for leg in _ROUTES[mode]:
+                result = getattr(self, f"_{leg}")(None, flow, **inputs)
+                flow = (result,)
+            return result
+
+    def legs(self, mode: str) -> int:
+        """How many towers the pass goes through one after another; each is as many stages as it has chunks."""
+        return len(_ROUTES[mode])
+
+    def flow(self, mode: str, stage: int, **inputs: Any) -> list[FlowSpec]:
+        """Shape and dtype of each tensor that enters ``stage`` > 0 of a pass with these inputs (shapes suffice)."""
+        leg, chunk = divmod(stage, self.mesh.chunks)
+        if _ROUTES[mode][leg] == "decode":
+            latents = self._latent_shape(**inputs)
+            if chunk == 0:
+                bottleneck = self.config.bottleneck != self.config.vision.width
+                return [(latents, self.compute_dtype if bottleneck else torch.float32)]
+            return [((latents[0] * latents[2] * latents[3], self.config.decoder.width), torch.float32)]
+        # The residual streams stay in float32, whatever the compute.
+        specs: list[FlowSpec] = []
+        if crops := [inputs[n] for n in ("images", "global_crops", "local_crops") if inputs.get(n) is not None]:
+            patch = self.config.patch_size
+            tokens = sum(len(x) * (1 + x.shape[-2] // patch * (x.shape[-1] // patch)) for x in crops)
+            specs.append(((tokens, self.config.vision.width), torch.float32))
+        if "tokens" in inputs:
+            specs.append(((inputs["tokens"].numel(), self.config.text.width), torch.float32))
+        return specs
+
+    def _latent_shape(self, images: Tensor | None = None, latents: Tensor | None = None, **_: Any) -> tuple[int, ...]:
+        if latents is not None:
+            return tuple(latents.shape)
+        rows, columns = (size // self.config.patch_size for size in images.shape[-2:])
+        return len(images), self.config.bottleneck, rows, columns
 
     def _precision(self) -> AbstractContextManager:
         if self.compute_dtype == torch.float32:
             return nullcontext()
         # A forward reads each weight once. The cache of cast weights would only keep a 16-bit copy of the whole model
         # until its end, also of what ZeRO-3 or recomputation has released.
-        return torch.autocast(self.trunk.cls_token.device.type, dtype=self.compute_dtype, cache_enabled=False)
+        device = self.trunk.rope_embed.periods.device.type
+        return torch.autocast(device, dtype=self.compute_dtype, cache_enabled=False)
 
-    # Training passes
+    # Legs. Each runs one chunk of a tower (None: all of it) and returns the flow to the next, or at its end the result.
+    # What flows goes by position: ZeRO-3 sees from positional tensors when a module's backward is over.
 
-    def _contrastive(
-        self, images: Tensor, tokens: Tensor, drop: DropPlan | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _contrast(
+        self, chunk: int | None, flow: Sequence[Tensor], images: Tensor, tokens: Tensor, drop: DropPlan | None = None
+    ) -> tuple[Tensor, ...]:
         """images (b, 3, H, W) and tokens (b, L) -> unit features (b, E) of both in float32, scale (), bias () or None.
 
         The ceiling of the scale is straight-through: the value is clamped, the gradient is not, so a parameter at
         the ceiling can come down again, and gradients of parts of a batch still add up to the whole's.
         """
-        image_features, text_features = self._encode_image(images, drop), self._encode_text(tokens)
+        image, text = flow or (None, None)
+        image, text = self._run_trunk(chunk, image, [images], drop=drop), self.text(tokens, chunk, text)
+        if not self._ends(chunk):
+            return image, text
         log_scale = self.logit_scale.float().squeeze(0)
         log_scale = log_scale + (log_scale.clamp(max=self.max_logit_scale) - log_scale).detach()
         bias = None if self.logit_bias is None else self.logit_bias.float().squeeze(0)
-        return image_features, text_features, log_scale.exp(), bias
+        return self._image_feature(image[0]), F.normalize(text.float(), dim=-1), log_scale.exp(), bias
 
     @torch.no_grad()
-    def _teacher(self, global_crops: Tensor, masked_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _teach(
+        self, chunk: int | None, flow: Sequence[Tensor], global_crops: Tensor, masked_rows: Tensor
+    ) -> tuple[Tensor, ...]:
         """The teacher's targets, from unmasked crops.
 
         global_crops (c * b, 3, H, W), crop-major; masked_rows (m,): masked patches as indices into (c * b * N).
         Returns unit head features of the class tokens (c * b, bottleneck; in the order of the crops, not swapped)
         and of the masked patches (m, bottleneck), and prototypes (K / tp, bottleneck).
         """
-        (tokens,) = self.teacher.trunk([global_crops])
-        cls, masked = self._wide(self.teacher.trunk, tokens[:, 0]), self._pick(self.teacher.trunk, tokens, masked_rows)
+        trunk = self.teacher.trunk
+        tokens = self._run_trunk(chunk, *(flow or (None,)), [global_crops], trunk=trunk)
+        if not self._ends(chunk):
+            return (tokens,)
+        cls, masked = self._wide(trunk, tokens[0][:, 0]), self._pick(trunk, tokens[0], masked_rows)
         features, prototypes = self.teacher.dino_head(torch.cat([cls, masked]))
         cls, masked = features.split([len(cls), len(masked)])
         return cls, masked, prototypes
 
-    def _student(
-        self, global_crops: Tensor, masks: Tensor, masked_rows: Tensor, local_crops: Tensor | None = None,
-        drop: DropPlan | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _study(
+        self, chunk: int | None, flow: Sequence[Tensor], global_crops: Tensor, masks: Tensor, masked_rows: Tensor,
+        local_crops: Tensor | None = None, drop: DropPlan | None = None,
+    ) -> tuple[Tensor, ...]:
         """The student's side: masked global crops and local crops, one packed pass.
 
         masks (c * b, N) bool; ``drop`` has a segment for the global crops and, if there are any, one for the local
@@ -147,7 +215,9 @@ class VTP(nn.Module):
         crops, crop_masks = [global_crops], [masks]
         if local_crops is not None and len(local_crops):
             crops, crop_masks = [global_crops, local_crops], [masks, None]
-        tokens = self.trunk(crops, crop_masks, drop)
+        tokens = self._run_trunk(chunk, *(flow or (None,)), crops, crop_masks, drop)
+        if not self._ends(chunk):
+            return (tokens,)
         inputs = [self._wide(self.trunk, t[:, 0]) for t in tokens]
         inputs.append(self._pick(self.trunk, tokens[0], masked_rows))
         features, prototypes = self.dino_head(torch.cat(inputs))
@@ -155,40 +225,64 @@ class VTP(nn.Module):
         local_cls = local[0] if local else features[:0]
         return global_cls, local_cls, masked, prototypes, inputs[0]
 
-    def _reconstruction(self, images: Tensor, drop: DropPlan | None = None) -> Tensor:
-        """images (b, 3, H, W), normalised -> their reconstruction, same shape and space."""
-        return self.pixel_decoder(self._encode(images, drop))
+    def _encode(
+        self, chunk: int | None, flow: Sequence[Tensor], images: Tensor, drop: DropPlan | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
+        """images (b, 3, H, W), normalised -> latents (b, bottleneck, H / patch, W / patch)."""
+        tokens = self._run_trunk(chunk, *(flow or (None,)), [images], drop=drop)
+        if not self._ends(chunk):
+            return (tokens,)
+        shape = self._latent_shape(images)
+        return self.trunk.bottleneck(tokens[0][:, 1:]).transpose(1, 2).unflatten(2, shape[2:])
 
-    # Parts, for evaluation
+    def _decode(
+        self, chunk: int | None, flow: Sequence[Tensor], latents: Tensor | None = None, images: Tensor | None = None,
+        drop: DropPlan | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """latents, given or just encoded from ``images`` -> images (b, 3, H, W) in the encoder's normalised space."""
+        if chunk:
+            latents, x = torch.empty(self._latent_shape(images, latents), device="meta"), flow[0]
+        else:
+            latents, x = flow[0] if flow else latents, None
+        x = self.pixel_decoder(latents, chunk, x)
+        return x if self._ends(chunk) else (x,)
 
-    def _encode(self, images: Tensor, drop: DropPlan | None = None) -> Tensor:
-        """Latents (b, bottleneck, H / patch, W / patch)."""
-        (tokens,) = self.trunk([images], drop=drop)
-        rows, columns = (size // self.config.patch_size for size in images.shape[-2:])
-        return self.trunk.bottleneck(tokens[:, 1:]).transpose(1, 2).unflatten(2, (rows, columns))
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        """Images in normalised space from latents."""
-        return self.pixel_decoder(latents)
-
-    def _encode_image(self, images: Tensor, drop: DropPlan | None = None) -> Tensor:
+    def _embed_image(self, chunk: int | None, flow: Sequence[Tensor], images: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Unit image features (b, E), float32."""
-        (tokens,) = self.trunk([images], drop=drop)
-        tokens = self._wide(self.trunk, tokens if self.config.vision.clip_feature == "pooled" else tokens[:, :1])
-        feature = tokens[:, 1:].mean(1) if self.config.vision.clip_feature == "pooled" else tokens[:, 0]
-        return F.normalize(self.visual_proj(feature).float(), dim=-1)
+        tokens = self._run_trunk(chunk, *(flow or (None,)), [images])
+        return self._image_feature(tokens[0]) if self._ends(chunk) else (tokens,)
 
-    def _encode_text(self, tokens: Tensor) -> Tensor:
+    def _embed_text(self, chunk: int | None, flow: Sequence[Tensor], tokens: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Unit text features (b, E), float32."""
-        return F.normalize(self.text(tokens).float(), dim=-1)
+        x = self.text(tokens, chunk, *flow)
+        return F.normalize(x.float(), dim=-1) if self._ends(chunk) else (x,)
 
-    def _features(self, images: Tensor, layers: Sequence[int] | None = None) -> Any:
+    def _features(
+        self, chunk: int | None, flow: Sequence[Tensor], images: Tensor, layers: Sequence[int] | None = None
+    ) -> Any:
         """Class token (b, D) and patch tokens (b, N, D) after the final norm, before the bottleneck; with ``layers``
         (block indices) a list of such pairs, the norm applied to each."""
-        if layers is None:
-            (tokens,) = self.trunk([images])
-            return tokens[:, 0], tokens[:, 1:]
-        return [(tokens[:, 0], tokens[:, 1:]) for (tokens,) in self.trunk([images], layers=layers)]
+        if layers is not None:
+            if chunk is not None:
+                raise UserError("features of inner layers need the whole encoder on one rank: set parallel.pp=1")
+            return [(tokens[:, 0], tokens[:, 1:]) for (tokens,) in self.trunk([images], layers=layers)]
+        tokens = self._run_trunk(chunk, *(flow or (None,)), [images])
+        return (tokens[0][:, 0], tokens[0][:, 1:]) if self._ends(chunk) else (tokens,)
+
+    def _run_trunk(
+        self, chunk: int | None, x: Tensor | None, crops: list[Tensor], masks: list[Tensor | None] | None = None,
+        drop: DropPlan | None = None, trunk: VisionEncoder | None = None,
+    ) -> Any:
+        return (trunk or self.trunk)(crops, masks, drop, None, True, chunk, x)
+
+    def _ends(self, chunk: int | None) -> bool:
+        return chunk is None or chunk == self.mesh.chunks - 1
+
+    def _image_feature(self, tokens: Tensor) -> Tensor:
+        pooled = self.config.vision.clip_feature == "pooled"
+        tokens = self._wide(self.trunk, tokens if pooled else tokens[:, :1])
+        feature = tokens[:, 1:].mean(1) if pooled else tokens[:, 0]
+        return F.normalize(self.visual_proj(feature).float(), dim=-1)
 
     def _wide(self, trunk: VisionEncoder, features: Tensor) -> Tensor:
         """What the contrastive and self-distillation objectives read: full width, or the bottleneck if it is shared."""
@@ -214,4 +308,5 @@ class VTP(nn.Module):
 
     def _distilled(self) -> Iterator[tuple[str, nn.Parameter]]:
         for tower in ("trunk", "dino_head"):
-            yield from getattr(self, tower).named_parameters(prefix=tower)
+            if getattr(self, tower) is not None:  # the head is on the last pipeline rank
+                yield from getattr(self, tower).named_parameters(prefix=tower)

@@ -19,6 +19,10 @@ class Mesh:
 
     ``mp`` is the model-parallel group: the tp x pp ranks that together hold one replica. A group is ``None`` where
     the axis has size 1: collectives over it are then the identity and need no ``torch.distributed``.
+
+    ``pp_down_group``: the pipeline ranks once more, for messages to a lower rank; those to a higher one have
+    ``pp_group``, so that messages of one direction never wait behind the other's. ``virtual_stages``: chunks of each
+    tower on a pipeline rank.
     """
 
     tp: int = 1
@@ -31,6 +35,8 @@ class Mesh:
     pp_group: dist.ProcessGroup | None = None
     dp_group: dist.ProcessGroup | None = None
     mp_group: dist.ProcessGroup | None = None
+    pp_down_group: dist.ProcessGroup | None = None
+    virtual_stages: int = 1
 
     @property
     def world_size(self) -> int:
@@ -39,6 +45,21 @@ class Mesh:
     @property
     def rank(self) -> int:
         return (self.dp_rank * self.pp + self.pp_rank) * self.tp + self.tp_rank
+
+    @property
+    def chunks(self) -> int:
+        """Into how many chunks each tower is cut."""
+        return self.pp * self.virtual_stages
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank has the first chunk of every tower, with the embeddings."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the last chunk of every tower, with the heads and the losses."""
+        return self.pp_rank == self.pp - 1
 
     def size(self, axis: Axis) -> int:
         return self.tp * self.pp if axis == "mp" else getattr(self, axis)
@@ -50,7 +71,7 @@ class Mesh:
 SINGLE = Mesh()
 
 
-def build_mesh(tp: int, pp: int) -> Mesh:
+def build_mesh(tp: int, pp: int, virtual_stages: int = 1) -> Mesh:
     """Split the initialised world into a mesh; every rank must call it. The world size must divide by tp * pp."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     dp = world // (tp * pp)
@@ -61,6 +82,7 @@ def build_mesh(tp: int, pp: int) -> Mesh:
         "dp": [[at(d, p, t) for d in range(dp)] for p in range(pp) for t in range(tp)],
         "mp": [[at(d, p, t) for p in range(pp) for t in range(tp)] for d in range(dp)],
     }
+    lists["pp_down"] = lists["pp"]
     groups: dict[str, dist.ProcessGroup | None] = {}
     for axis, members in lists.items():
         groups[axis] = None
@@ -70,5 +92,5 @@ def build_mesh(tp: int, pp: int) -> Mesh:
                 groups[axis] = group
     return Mesh(
         tp=tp, pp=pp, dp=dp, tp_rank=rank % tp, pp_rank=rank // tp % pp, dp_rank=rank // (tp * pp),
-        **{f"{axis}_group": group for axis, group in groups.items()},
+        virtual_stages=virtual_stages, **{f"{axis}_group": group for axis, group in groups.items()},
     )

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
+import torch
+
+FlowSpec = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor that goes from stage to stage
+
 
 def cut_tower(costs: Sequence[float], chunks: int, *, first: float = 0.0, last: float = 0.0) -> tuple[range, ...]:
     """Cut a tower's blocks into ``chunks`` consecutive ranges of the least possible highest cost.
@@ -103,3 +107,8 @@ class Stripe:
         if chunk is None:
             return Part(range(self.depth), True, True)
         return Part(self.chunks[chunk], chunk == 0, chunk == len(self.chunks) - 1)
+
+
+def whole(depth: int) -> Stripe:
+    """The stripe of a tower that is not cut."""
+    return Stripe((range(depth),))

@@ -101,7 +101,7 @@ def test_text_sees_no_future(model):
     tokens = torch.arange(1, 17)[None].repeat(2, 1)
     tokens[1, 10:] = 100
     x = clone.text.token_embedding(tokens) + clone.text.positional_embedding
-    for block in clone.text.blocks:
+    for block in clone.text.blocks.values():
         x = block(x.view(32, -1), ((2, 16),)).view(2, 16, -1)
     assert torch.equal(x[0, :10], x[1, :10])
     assert not torch.allclose(x[0, 10:], x[1, 10:])
@@ -159,7 +159,7 @@ def test_whole_model_in_bfloat16(model):
 def test_under_bfloat16_residual_streams_stay_float32_and_head_features_do_not():
     model, data, streams = build_vtp(SMALL, seed=1, compute_dtype=torch.bfloat16), batch(), []
     for tower in (model.trunk, model.text, model.pixel_decoder):
-        for block in tower.blocks:
+        for block in tower.blocks.values():
             block.register_forward_hook(lambda _, inputs, output: streams.extend([inputs[0].dtype, output.dtype]))
     model("contrastive", images=data["images"], tokens=data["tokens"])
     model("reconstruction", images=data["images"])

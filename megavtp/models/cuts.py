@@ -1,0 +1,43 @@
+"""Where the towers of a VTP are cut into pipeline chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+
+from megavtp.config.schema import ModelConfig
+from megavtp.config.sizes import DECODER_MLP_RATIO, feature_width, ffn_hidden
+from megavtp.parallel.striping import cut_tower
+
+# How often a row goes through the DINO head, for one time that a token goes through the trunk. Class tokens and masked
+# patches are about a tenth of a self-distillation pass, and that pass is some 40 % of a step's tokens.
+_HEAD_ROWS = 0.04
+
+
+def tower_cuts(config: ModelConfig, objectives: AbstractSet[str], chunks: int) -> dict[str, tuple[range, ...]]:
+    """Block numbers of each chunk of ``trunk``, ``text`` and ``pixel_decoder``; ``config`` has resolved sizes.
+
+    Balanced by weights used per token: a tower's blocks are alike, what else there is stands at its ends.
+    """
+    vision, text, decoder, head = config.vision, config.text, config.decoder, config.dino_head
+    pixels = 3 * config.patch_size**2
+    block = _block(vision.width, vision.ffn, vision.mlp_ratio)
+    widths = [feature_width(config), *[head.hidden] * (head.layers - 1), head.bottleneck, head.prototypes]
+    dino = sum(a * b for a, b in zip(widths, widths[1:])) * _HEAD_ROWS if "self_distillation" in objectives else 0
+    trunk = cut_tower(
+        [1.0] * vision.depth, chunks, first=pixels * vision.width / block,
+        last=(vision.width * config.bottleneck + dino) / block,
+    )
+    of_text = cut_tower(  # the projection is of one token of each caption
+        [1.0] * text.depth, chunks, last=text.width**2 / text.context_length / _block(text.width, "mlp", text.mlp_ratio)
+    )
+    block = _block(decoder.width, decoder.ffn, DECODER_MLP_RATIO)
+    of_decoder = cut_tower(
+        [1.0] * decoder.depth, chunks, first=config.bottleneck * decoder.width / block,
+        last=pixels * decoder.width / block,
+    )
+    return {"trunk": trunk, "text": of_text, "pixel_decoder": of_decoder}
+
+
+def _block(width: int, ffn: str, ratio: float) -> float:
+    """Weights of a block's matrices."""
+    return 4.0 * width * width + (2 if ffn == "mlp" else 3) * width * ffn_hidden(ffn, width, ratio)
