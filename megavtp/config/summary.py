@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megavtp.config.schema import Config, ModelConfig
+from megavtp.config.schema import Config, ModelConfig, ParallelConfig
 from megavtp.config.share import share
 from megavtp.config.sizes import DECODER_MLP_RATIO, GLOBAL_CROPS, feature_width, ffn_hidden
 
@@ -81,11 +81,15 @@ def state_bytes(config: Config, dp: int) -> int:
     Float32 throughout. ZeRO 1 and 2 keep a second, partitioned copy of the weights.
     """
     counts = parameter_counts(config)
-    teacher = 4 * counts.pop("teacher", 0)
-    trained = sum(counts.values())
-    whole, partitioned = {0: (16, 0), 1: (8, 12), 2: (4, 16), 3: (0, 16)}[config.parallel.zero_stage]
-    teacher = teacher / dp if config.parallel.zero_stage == 3 else teacher
-    return int((trained * (whole + partitioned / dp) + teacher) / config.parallel.tp)
+    teacher = counts.pop("teacher", 0)
+    return bytes_of_state(sum(counts.values()), teacher, config.parallel, dp)
+
+
+def bytes_of_state(trained: int, averaged: int, parallel: ParallelConfig, dp: int) -> int:
+    """The same for ``trained`` parameters and ``averaged`` ones that only follow."""
+    whole, partitioned = {0: (16, 0), 1: (8, 12), 2: (4, 16), 3: (0, 16)}[parallel.zero_stage]
+    average = 4 * averaged / (dp if parallel.zero_stage == 3 else 1)
+    return int((trained * (whole + partitioned / dp) + average) / parallel.tp)
 
 
 def _tokens(config: Config, name: str) -> str:
