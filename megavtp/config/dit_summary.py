@@ -1,0 +1,55 @@
+"""What a DiT's run would be, in a page of text. Arithmetic only; nothing is built, no data is read."""
+
+from __future__ import annotations
+
+from megavtp.config.dit import TIME_FREQUENCIES, DiTConfig, DiTModelConfig, swiglu_hidden
+from megavtp.config.dit_validate import flow_share
+from megavtp.config.summary import bytes_of_state
+
+
+def dit_parameters(model: DiTModelConfig) -> int:
+    """Trainable parameters of a resolved model; sizes that only the latents decide count as empty."""
+    width, hidden, values = model.width, swiglu_hidden(model.width), model.patch_size**2 * (model.latent_channels or 0)
+    attention = 4 * width * width + 4 * width + (2 * width // model.heads if model.qk_norm else 0)
+    feed_forward = 3 * width * hidden + 2 * hidden + width
+    block = attention + feed_forward + 6 * width * (width + 1) + 2 * width
+    time = (TIME_FREQUENCIES + 1) * width + (width + 1) * width
+    if model.condition == "class":
+        condition = ((model.num_classes or 0) + 1) * width
+    else:
+        condition = ((model.caption_width or 0) + 1) * width + (width + 1) * width
+    ends = (values + 1) * width + (width + 1) * values + width + 2 * width * (width + 1)
+    return model.depth * block + time + condition + ends
+
+
+def dit_summary(config: DiTConfig, world_size: int) -> str:
+    """The page that ``--dry-run`` prints for a validated ``config`` on ``world_size`` processes."""
+    p, train, data, model, flow = config.parallel, config.train, config.data, config.model, config.flow_matching
+    dp = world_size // (p.tp * p.pp)
+    part, count, optimizer = flow_share(config, dp), dit_parameters(model), train.optimizer
+    shown = lambda value: "those of data.root" if value is None else f"{value}"  # noqa: E731
+    condition = "captions" if model.condition == "caption" else f"classes: {shown(model.num_classes)}"
+    memory = bytes_of_state(count, count, config.parallel, dp) / 2**30
+    return "\n".join([
+        f"model      DiT-{model.size}, {count / 1e6:.1f} M parameters and their average, width {model.width}, depth "
+        f"{model.depth}, heads {model.heads}, patch {model.patch_size}",
+        f"           latent positions of a side: {shown(model.latent_size)}, channels: {shown(model.latent_channels)}, "
+        f"{condition}",
+        f"layout     {world_size} process{'es' if world_size > 1 else ''} = tp {p.tp} x pp {p.pp} x dp {dp}, "
+        f"ZeRO stage {p.zero_stage}, {p.precision}, recompute {p.recompute}, attention {p.attention}",
+        f"           about {memory:.2f} GiB of weights, gradients, moments and average on a rank, plus activations",
+        f"step       {part.batch} latents, {part.local} on a rank in {part.micro_batches} "
+        f"micro-batch{'es' if part.micro_batches > 1 else ''} of {part.micro_batch}",
+        f"objective  flow matching, times sigmoid({flow.time_mu:g} + {flow.time_sigma:g} z), cosine term "
+        f"{flow.cosine_weight:g}, {flow.condition_dropout:.0%} without condition",
+        f"schedule   {train.steps} steps = {train.steps * train.batch_size:,} latents, seed {config.seed}, average "
+        f"{config.ema_momentum:g}",
+        f"optimizer  AdamW, lr {optimizer.lr:g} after {optimizer.warmup_steps} steps, cosine to {optimizer.min_lr:g}, "
+        f"betas {optimizer.betas[0]:g} {optimizer.betas[1]:g}, weight decay {optimizer.weight_decay:g}, "
+        f"clip {optimizer.clip_grad:g}",
+        f"data       {data.root}, flip {data.flip:g}, {data.streams} streams, "
+        f"{data.workers} worker{'' if data.workers == 1 else 's'} a rank",
+        f"output     {config.output_dir}, a checkpoint "
+        + (f"every {train.checkpoint_every} steps and " if train.checkpoint_every else "")
+        + f"at the end, the last {train.keep_last} kept",
+    ])
