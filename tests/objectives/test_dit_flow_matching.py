@@ -1,0 +1,47 @@
+"""Flow matching against the official transport's path, loss and gradients."""
+
+import pytest
+import torch
+from dit_oracle import official_dit, stored
+
+from megavtp.objectives.flow_matching import flow_matching_terms, straight_path
+
+CASES = ("lognorm_cos", "lognorm_mu-0.5_sigma1.25")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_path_and_loss_of_the_official_transport(case):
+    data, model = stored("transport"), official_dit()
+    get = lambda name: data[f"{case}/{name}"]  # noqa: E731
+    points, target = straight_path(data["x1"], get("x0"), get("t"))
+    torch.testing.assert_close(points, get("xt"), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(target, get("ut"), rtol=0, atol=0)
+    with torch.no_grad():
+        velocity = model(points, get("t"), data["y"])
+    torch.testing.assert_close(velocity, get("pred"), rtol=1e-5, atol=1e-5)
+    terms = flow_matching_terms(velocity, target, samples_total_local=len(velocity))
+    expected = {"mse": get("loss").mean(), "cosine": get("cos_loss").mean()}
+    torch.testing.assert_close(terms, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sum(terms.values()), get("total"), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_the_official_loss():
+    data, model, expected = stored("transport"), official_dit(), stored("gradients")
+    points, target = straight_path(data["x1"], data["lognorm_cos/x0"], data["lognorm_cos/t"])
+    velocity = model(points, data["lognorm_cos/t"], data["y"])
+    sum(flow_matching_terms(velocity, target, samples_total_local=len(velocity)).values()).backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if name in expected}
+    assert found.keys() == expected.keys() and len(found) > 20
+    for name, gradient in found.items():
+        scale = expected[name].abs().max()
+        assert (gradient - expected[name]).abs().max() <= 1e-5 * scale + 1e-8, name
+
+
+def test_micro_batches_add_up_and_16_bit_outputs_count_in_float32():
+    target = torch.randn(6, 4, 2, 2)
+    velocity = torch.randn(6, 4, 2, 2).bfloat16()
+    whole = flow_matching_terms(velocity, target, samples_total_local=6)
+    parts = [flow_matching_terms(v, t, samples_total_local=6) for v, t in zip(velocity.split(2), target.split(2))]
+    for name, value in whole.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(sum(part[name] for part in parts), value)
