@@ -66,7 +66,8 @@ def check_run(config: Any, towers: Sequence[str]) -> None:
         need(scale >= 0, f"train.optimizer.lr_scale.{name} = {scale}: must be at least 0")
     within(data, "data", 1, INF, "streams", "shuffle_block", "prefetch")
     within(data, "data", 0, INF, "workers", "max_bad_samples")
-    within(config.parallel, "parallel", 1, INF, "tp", "pp")
+    within(config.parallel, "parallel", 1, INF, "tp", "pp", "virtual_stages")
+    within(config.parallel, "parallel", 0, INF, "timeout")
     within(config.telemetry, "telemetry", 1, INF, "log_every")
     peak = config.telemetry.peak_tflops
     need(peak is None or peak > 0, f"telemetry.peak_tflops = {peak}: must be above 0, or null")

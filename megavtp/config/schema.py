@@ -167,11 +167,14 @@ class DataConfig:
 @dataclass(frozen=True)
 class ParallelConfig:
     tp: int = 1  # tensor-parallel ranks
-    pp: int = 1  # pipeline stages
+    pp: int = 1  # pipeline ranks; each holds a part of every tower
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b"] = "1f1b"  # of the pipeline
+    virtual_stages: int = 1  # parts of each tower on a pipeline rank, for interleaved_1f1b
     zero_stage: Literal[0, 1, 2, 3] = 1
     recompute: Literal["none", "full"] = "none"  # activations of each block again in its backward
     precision: Literal["fp32", "bf16"] = "bf16"  # of the compute; weights, moments and teacher are always float32
     attention: Literal["auto", "flash", "sdpa"] = "auto"
+    timeout: float = 600  # s that a part of a step may take on any rank, start and saves three times that; 0 = no limit
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ def validate(config: Config, world_size: int | None) -> Config:
     _objectives(config)
     _model(config)
     _tensor_parallel(config)
+    _pipeline(config)
     _batches(config)
     deepspeed_keys.check(config.deepspeed)
     if world_size is not None:
@@ -130,6 +131,29 @@ def _tensor_parallel(config: Config) -> None:
         divides(tp, size, "parallel.tp", key, use)
 
 
+def _pipeline(config: Config) -> None:
+    p, depth = config.parallel, config.model.vision.depth
+    need(
+        p.pp > 1 or p.schedule == "1f1b",
+        f"parallel.schedule = {p.schedule}, but parallel.pp = 1 has no pipeline: remove parallel.schedule or raise pp",
+    )
+    need(
+        p.virtual_stages == 1 or p.schedule == "interleaved_1f1b",
+        f"parallel.virtual_stages = {p.virtual_stages}, but parallel.schedule = {p.schedule} has one stage a rank: "
+        "set parallel.schedule=interleaved_1f1b with parallel.pp above 1, or parallel.virtual_stages=1",
+    )
+    need(
+        p.virtual_stages > 1 or p.schedule != "interleaved_1f1b",
+        "parallel.schedule = interleaved_1f1b needs parallel.virtual_stages of 2 or more: raise it, or set "
+        "parallel.schedule=1f1b",
+    )
+    need(
+        p.pp * p.virtual_stages <= depth,
+        f"parallel.pp x parallel.virtual_stages = {p.pp * p.virtual_stages} stages, but model.vision.depth = {depth}: "
+        "every stage needs a block of the encoder; lower one of the two",
+    )
+
+
 def _batches(config: Config) -> None:
     """Every batch is an equal slice of every logical stream, whatever the layout."""
     data, batch, o = config.data, config.train.batch_size, config.objectives
@@ -146,10 +170,6 @@ def _batches(config: Config) -> None:
 
 def _layout(config: Config, world_size: int) -> None:
     p = config.parallel
-    need(
-        p.pp == 1,
-        f"parallel.pp = {p.pp}: only parallel.pp=1 is supported by this version; parallel.zero_stage=3 saves memory",
-    )
     divides(p.tp * p.pp, world_size, "parallel.tp x parallel.pp", "the number of processes", "change the launch or tp")
     dp = world_size // (p.tp * p.pp)
     divides(

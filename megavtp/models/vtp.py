@@ -120,7 +120,8 @@ class VTP(nn.Module):
         with self._precision():
             if stage is not None:
                 leg, chunk = divmod(stage, self.mesh.chunks)
-                return getattr(self, f"_{_ROUTES[mode][leg]}")(chunk, flow, **inputs)
+                result = getattr(self, f"_{_ROUTES[mode][leg]}")(chunk, flow, **inputs)
+                return (result,) if self._ends(chunk) and leg + 1 < self.legs(mode) else result
             for leg in _ROUTES[mode]:
                 result = getattr(self, f"_{leg}")(None, flow, **inputs)
                 flow = (result,)

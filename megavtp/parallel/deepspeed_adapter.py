@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megavtp.config.load import merged
 from megavtp.errors import UserError
+from megavtp.parallel.collectives import all_gather_object
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.mpu import Mpu
 from megavtp.parallel.sharding import shard_of
@@ -100,6 +101,9 @@ def initialize(
     deepspeed = import_deepspeed()
     stage = ds_config["zero_optimization"]["stage"]
     mark_norm_ownership(module, mesh)
+    # Pipeline ranks have different parameter groups: a head is on the last one only.
+    towers = {group["tower"] for group in optimizer.param_groups if "tower" in group}
+    towers = sorted(set().union(*all_gather_object(towers)))
     if stage == 3 and leaf_classes:
         # Gather a transformer block's parameters in one collective instead of one per sub-module.
         deepspeed.utils.set_z3_leaf_modules(module, list(leaf_classes))
@@ -108,10 +112,11 @@ def initialize(
         # At every root forward ZeRO-3 compares its trace of module calls over the *world*: pipeline stages would
         # deadlock, and our passes call different towers. Without the hook each module gathers its own on demand.
         engine.optimizer.parameter_offload.fwd_pre_hook.remove()
+    engine.megavtp_towers, engine.megavtp_tower_norms = towers, []
     if stage == 0:
         _own_stage0_norm(engine, mesh)
     else:
-        _keep_group_norms(engine)
+        _norm_by_tower(engine, mesh)
     return engine
 
 
@@ -122,14 +127,12 @@ def _own_stage0_norm(engine: Any, mesh: Mesh) -> None:
 
     def clip(max_norm: float) -> None:
         groups = [[p for p in group["params"] if p.grad is not None] for group in engine.optimizer.param_groups]
-        squares = torch.zeros(len(groups), dtype=torch.float32, device=engine.device)
-        for index, group in enumerate(groups):
-            if owned := [p.grad for p in group if p.model_parallel]:
-                squares[index] = torch.stack(torch._foreach_norm(owned)).square().sum()
-        if mesh.mp_group is not None:
-            dist.all_reduce(squares, group=mesh.mp_group)
-        engine.megavtp_group_norms = list(squares.sqrt().unbind())
-        norm = squares.sum().sqrt()
+        norms = []
+        for group in groups:
+            owned = [p.grad for p in group if p.model_parallel]
+            zero = torch.zeros((), device=engine.device)
+            norms.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(owned))) if owned else zero)
+        norm = _total_norm(engine, mesh, norms, range(len(groups)))
         gradients = [p.grad for group in groups for p in group]
         engine.optimizer._global_grad_norm = norm
         engine.optimizer.overflow = not bool(torch.isfinite(norm))  # one host read, as in the other stages
@@ -144,19 +147,57 @@ def _own_stage0_norm(engine: Any, mesh: Mesh) -> None:
     engine.clip_fp32_gradients = lambda: clip(engine.megavtp_clip_grad)
 
 
-def _keep_group_norms(engine: Any) -> None:
-    """Keep the norms by parameter group that stages 1 to 3 compute, and drop, on the way to the global norm."""
-    engine.megavtp_group_norms = []
+def _norm_by_tower(engine: Any, mesh: Mesh) -> None:
+    """Sum the squares of stages 1 to 3 over the model-parallel ranks by tower, in one call.
 
-    def keep(inner):
+    DeepSpeed does it group by group, but pipeline ranks have different parameter groups: one's sum would meet another
+    group's, or nobody's. And it drops the parts on the way to the total.
+    """
+    optimizer, found = engine.optimizer, []
+
+    def noted(inner):
         def norm(*args, **kwargs):
-            engine.megavtp_group_norms.append(inner(*args, **kwargs))
-            return engine.megavtp_group_norms[-1]
+            found.append(inner(*args, **kwargs))
+            return found[-1]
 
         return norm
 
     for name in ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload"):
-        setattr(engine.optimizer, name, keep(getattr(engine.optimizer, name)))
+        setattr(optimizer, name, noted(getattr(optimizer, name)))
+    stage3 = hasattr(optimizer, "_get_norm_groups")
+    name = "_get_norm_groups" if stage3 else "scaled_global_norm"
+    over_groups = getattr(optimizer, name)
+
+    def total(*args, **kwargs):
+        found.clear()
+        over_ranks = optimizer._model_parallel_all_reduce
+        optimizer._model_parallel_all_reduce = lambda tensor, op: None
+        try:
+            over_groups(*args, **kwargs)
+        finally:
+            optimizer._model_parallel_all_reduce = over_ranks
+        of_group = getattr(optimizer, "sub_group_to_group_id", None) or range(len(found))  # stage 3 splits groups
+        norm = _total_norm(engine, mesh, found, of_group)
+        return [norm] if stage3 else norm
+
+    setattr(optimizer, name, total)
+
+
+def _total_norm(engine: Any, mesh: Mesh, norms: list[Any], of_group: Mapping[int, int] | range) -> Tensor:
+    """The norm over all model-parallel ranks of this rank's group norms, infinite if it is not finite; the towers'
+    are kept. ``of_group``: norm -> parameter group."""
+    groups, towers = engine.optimizer.param_groups, engine.megavtp_towers
+    squares = torch.zeros(len(towers) + 1, dtype=torch.float32, device=engine.device)  # the last: of no tower
+    for index, norm in enumerate(norms):
+        tower = groups[of_group[index]].get("tower")
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=engine.device)
+        norm = torch.where(norm < 0, torch.nan, norm)  # DeepSpeed writes -1 for what is not finite
+        squares[len(towers) if tower is None else towers.index(tower)] += norm.square()
+    if mesh.mp_group is not None:
+        dist.all_reduce(squares, group=mesh.mp_group)
+    engine.megavtp_tower_norms = list(squares[:-1].sqrt().unbind())
+    norm = squares.sum().sqrt()
+    return torch.where(norm.isfinite(), norm, torch.inf)
 
 
 def before_step(engine: Any) -> None:
@@ -165,7 +206,7 @@ def before_step(engine: Any) -> None:
     ZeRO-3 never clears its partitioned gradient buffer: a parameter whose gradient is missing, or does not arrive in
     the first backward of the step, would get the last step's gradient again.
     """
-    engine.megavtp_group_norms = []
+    engine.megavtp_tower_norms = []
     buffer = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
     if buffer is not None:
         buffer.zero_()
@@ -196,19 +237,11 @@ def grad_norm(engine: Any) -> Tensor | float:
     return engine.optimizer._global_grad_norm
 
 
-def group_norms(engine: Any) -> list[Tensor]:
-    """Gradient norm of each parameter group in the last step, before clipping; NaN where it was not finite."""
-    groups = engine.optimizer.param_groups
-    squares = [torch.zeros((), device=engine.device) for _ in groups]
-    found = engine.megavtp_group_norms
-    if not found:  # the step was given up before the norms
-        return [square + torch.nan for square in squares]
-    of_group = getattr(engine.optimizer, "sub_group_to_group_id", None) or range(len(groups))  # stage 3 splits groups
-    for index, norm in enumerate(found):
-        norm = torch.as_tensor(norm, dtype=torch.float32, device=engine.device)
-        norm = torch.where(norm < 0, torch.nan, norm)  # DeepSpeed writes -1 for what is not finite
-        squares[of_group[index]] = squares[of_group[index]] + norm.square()
-    return [square.sqrt() for square in squares]
+def tower_norms(engine: Any) -> dict[str, Tensor]:
+    """Gradient norm of the parameter groups of each ``tower`` in the last step, before clipping, over all ranks; NaN
+    where it was not finite, or where the step was given up before."""
+    nothing = torch.full((), torch.nan, device=engine.device)
+    return dict(zip(engine.megavtp_towers, engine.megavtp_tower_norms or [nothing] * len(engine.megavtp_towers)))
 
 
 def shards(parameters: list[nn.Parameter]) -> list[Tensor]:

@@ -11,8 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megavtp.parallel import deepspeed_adapter as adapter
+from megavtp.parallel import pipeline
 from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.orders import Schedule
 from megavtp.parallel.sharding import cut, merge, shard_of
+from megavtp.parallel.striping import FlowSpec
 
 
 @dataclass(frozen=True)
@@ -32,18 +35,22 @@ class Engine:
     """One DeepSpeed engine around everything this rank owns.
 
     Args:
-        module: its root forward runs every pass; parameters that do not train (the teacher) are frozen in it.
+        module: its root forward runs every pass; parameters that do not train (the teacher) are frozen in it. Under
+            pipeline parallelism it also has ``legs`` and ``flow``, and takes ``stage`` and ``flow`` (see
+            ``pipeline.Runner``).
         optimizer: over the trainable parameters; its groups may carry ``lr_scale`` and ``tower``.
         clip_grad: global-norm ceiling, 0 = none.
         extra: further DeepSpeed keys of the user.
         leaf_classes: modules whose parameters ZeRO-3 gathers together (transformer blocks).
+        schedule: order of the pipeline's work.
     """
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, *, zero_stage: int,
         clip_grad: float, extra: Mapping[str, Any] | None = None, leaf_classes: tuple[type[nn.Module], ...] = (),
+        schedule: Schedule = "1f1b",
     ):
-        self.mesh = mesh
+        self.mesh, self.schedule = mesh, schedule
         self.module = module
         self.names = {parameter: name for name, parameter in module.named_parameters()}
         numel = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -54,6 +61,16 @@ class Engine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
+
+    def infer(self, mode: str, **inputs: Any) -> Any:
+        """The result of a forward without gradient on every rank, whatever the layout."""
+        return pipeline.infer(self, mode, **inputs)
+
+    def legs(self, mode: str) -> int:
+        return self.module.legs(mode)
+
+    def flow(self, mode: str, stage: int, **inputs: Any) -> list[FlowSpec]:
+        return self.module.flow(mode, stage, **inputs)
 
     def begin_step(self) -> None:
         """Before the first backward of an optimizer step."""
@@ -68,14 +85,7 @@ class Engine:
         """Clip by the global norm and update, or skip on every rank when that norm is not finite."""
         self._engine.step()
         skipped = adapter.step_was_skipped(self._engine)
-        return StepResult(not skipped, adapter.grad_norm(self._engine), self._tower_norms())
-
-    def _tower_norms(self) -> dict[str, Tensor]:
-        norms: dict[str, list[Tensor]] = {}
-        for group, norm in zip(self._engine.optimizer.param_groups, adapter.group_norms(self._engine)):
-            if "tower" in group:
-                norms.setdefault(group["tower"], []).append(norm)
-        return {tower: torch.linalg.vector_norm(torch.stack(parts)) for tower, parts in norms.items()}
+        return StepResult(not skipped, adapter.grad_norm(self._engine), adapter.tower_norms(self._engine))
 
     def set_lr(self, lr_of: Callable[[dict[str, Any]], float]) -> None:
         """Set the learning rate of every parameter group."""
@@ -91,8 +101,8 @@ class Engine:
     def export(self, wanted: Callable[[int], bool]) -> dict[str, Tensor]:
         """Whole (not tensor-parallel) tensors by logical name: ``model/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME``.
 
-        Collective over the world. Only tensors whose running number is ``wanted`` are kept, so that many writers
-        share the memory and the work.
+        Collective over the world. A pipeline rank has the names of its own stages; of these, only tensors whose
+        running number is ``wanted`` are kept, so that its tp x dp writers share the memory and the work.
         """
         adapter.ensure_optimizer_state(self._engine)
         kept: dict[str, Tensor] = {}

@@ -22,7 +22,7 @@ class Mesh:
 
     ``pp_down_group``: the pipeline ranks once more, for messages to a lower rank; those to a higher one have
     ``pp_group``, so that messages of one direction never wait behind the other's. ``virtual_stages``: chunks of each
-    tower on a pipeline rank.
+    tower on a pipeline rank. ``sequence_parallel``: the tp ranks share the tokens of a tower's blocks as well.
     """
 
     tp: int = 1
@@ -37,6 +37,7 @@ class Mesh:
     mp_group: dist.ProcessGroup | None = None
     pp_down_group: dist.ProcessGroup | None = None
     virtual_stages: int = 1
+    sequence_parallel: bool = False
 
     @property
     def world_size(self) -> int:
@@ -71,7 +72,7 @@ class Mesh:
 SINGLE = Mesh()
 
 
-def build_mesh(tp: int, pp: int, virtual_stages: int = 1) -> Mesh:
+def build_mesh(tp: int, pp: int, virtual_stages: int = 1, sequence_parallel: bool = False) -> Mesh:
     """Split the initialised world into a mesh; every rank must call it. The world size must divide by tp * pp."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     dp = world // (tp * pp)
@@ -92,5 +93,6 @@ def build_mesh(tp: int, pp: int, virtual_stages: int = 1) -> Mesh:
                 groups[axis] = group
     return Mesh(
         tp=tp, pp=pp, dp=dp, tp_rank=rank % tp, pp_rank=rank // tp % pp, dp_rank=rank // (tp * pp),
-        virtual_stages=virtual_stages, **{f"{axis}_group": group for axis, group in groups.items()},
+        virtual_stages=virtual_stages, sequence_parallel=sequence_parallel,
+        **{f"{axis}_group": group for axis, group in groups.items()},
     )

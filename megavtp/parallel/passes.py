@@ -6,31 +6,28 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class Runner(Protocol):
-    """What executes a pass: an ``Engine``, or in tests a plain module."""
-
-    def __call__(self, mode: str, **inputs: Any) -> Any: ...
-
-    def backward(self, loss: Tensor) -> None: ...
+from megavtp.parallel.messages import broadcast_last_stage, broadcast_last_stage_object
+from megavtp.parallel.pipeline import Runner, forward, train
 
 
 class Pass(ABC):
     """One objective. Subclasses say what flows in, what comes out, and which loss closes it.
 
     Loss terms are local values whose mean over data-parallel ranks is the global term, summed over micro-batches.
+    Under pipeline parallelism every rank prepares and gives inputs, but only the last one has outputs and terms.
 
     Attributes:
         name: prefix of its terms.
-        mode: which forward of the model it calls.
+        mode: which forward of the model it calls, and so which route through the towers.
         weight: of the objective in the total loss.
         term_weights: of its terms inside the objective; 1 where none is given.
         over_batch: whether it has terms over the whole batch (``global_terms``).
+        term_names: filled in by the first execution.
     """
 
     name: str
@@ -38,6 +35,7 @@ class Pass(ABC):
     weight: float
     term_weights: Mapping[str, float] = MappingProxyType({})
     over_batch: bool = False
+    term_names: tuple[str, ...] | None = None
 
     @abstractmethod
     def prepare(self, run: Runner, batch: Any) -> int:
@@ -46,6 +44,10 @@ class Pass(ABC):
     @abstractmethod
     def inputs(self, micro: int) -> dict[str, Any]:
         """Keyword inputs of the forward of one micro-batch."""
+
+    def later_inputs(self, micro: int) -> dict[str, Any]:
+        """The same for a pipeline stage after the first. Of what only the first reads, shapes (meta tensors) do."""
+        return self.inputs(micro)
 
     def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
         """Loss terms that need only this micro-batch, unweighted."""
@@ -62,10 +64,6 @@ class Pass(ABC):
         """Loss terms over the whole batch, unweighted."""
         return {}
 
-    def first_pass_inputs(self, micro: int) -> dict[str, Any]:
-        """Inputs of a forward that only has to give ``global_inputs``; by default the full forward's."""
-        return self.inputs(micro)
-
     def weighted(self, terms: dict[str, Tensor]) -> list[Tensor]:
         return [value * self.term_weights.get(name, 1.0) for name, value in terms.items()]
 
@@ -78,12 +76,15 @@ def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
     forward is seeded with these. Random choices are inputs, so both forwards agree.
     """
     count = objective.prepare(run, batch)
+    inputs = lambda micro, first: objective.inputs(micro) if first else objective.later_inputs(micro)  # noqa: E731
     terms: dict[str, Tensor] = {}
     seeds: _Seeds | None = None
     if count > 1 and objective.over_batch:
-        seeds, terms = _first_pass(objective, run, count)
-    for micro in range(count):
-        outputs = run(objective.mode, **objective.inputs(micro))
+        outputs = forward(run, objective.mode, inputs, count)
+        if outputs:  # on the last pipeline rank
+            seeds, terms = _first_pass(objective, outputs)
+
+    def loss(outputs: Any, micro: int) -> Tensor:
         parts = objective.local_terms(outputs, micro)
         for name, value in parts.items():
             terms[name] = terms[name] + value.detach() if name in terms else value.detach()
@@ -92,10 +93,24 @@ def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
             total += seeds.surrogates(objective.global_inputs(outputs), micro)
         elif objective.over_batch:
             whole = objective.global_terms(*objective.global_inputs(outputs))
-            terms |= {name: value.detach() for name, value in whole.items()}
+            terms.update({name: value.detach() for name, value in whole.items()})
             total += objective.weighted(whole)
-        run.backward(sum(total) * objective.weight)
-    return {f"{objective.name}/{name}": value for name, value in terms.items()}
+        return sum(total) * objective.weight
+
+    train(run, objective.mode, inputs, count, loss)
+    return {f"{objective.name}/{name}": value for name, value in _on_all_stages(objective, run, terms).items()}
+
+
+def _on_all_stages(objective: Pass, run: Runner, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The last pipeline rank's terms on every one, as float32, without waiting for the device."""
+    if run.mesh.pp == 1:
+        return terms
+    if objective.term_names is None:  # once a run: which terms there are depends on the settings alone
+        objective.term_names = broadcast_last_stage_object(tuple(terms), run.mesh)
+    values = torch.empty(len(objective.term_names), device=run.device)
+    if run.mesh.is_last_stage:
+        values = torch.stack([terms[name].float() for name in objective.term_names])
+    return dict(zip(objective.term_names, broadcast_last_stage(values, run.mesh).unbind()))
 
 
 @dataclass(frozen=True)
@@ -114,11 +129,9 @@ class _Seeds:
         return scalars
 
 
-def _first_pass(objective: Pass, run: Runner, count: int) -> tuple[_Seeds, dict[str, Tensor]]:
-    with torch.no_grad():
-        collected = [
-            objective.global_inputs(run(objective.mode, **objective.first_pass_inputs(micro))) for micro in range(count)
-        ]
+def _first_pass(objective: Pass, outputs: list[Any]) -> tuple[_Seeds, dict[str, Tensor]]:
+    """Gradients and values of the whole-batch terms from the micro-batches' outputs."""
+    collected = [objective.global_inputs(output) for output in outputs]
     sizes = [rows[0].shape[0] for rows, _ in collected]
     rows = [torch.cat(parts).requires_grad_() for parts in zip(*(rows for rows, _ in collected))]
     shared = [value.detach().requires_grad_() for value in collected[0][1]]

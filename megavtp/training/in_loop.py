@@ -52,7 +52,7 @@ class InLoopEvaluation:
         with self.telemetry.paused():
             images = self._picture_images()
             path = self.output_dir / "pictures" / f"step-{step:06d}.png"
-            reconstructions = self.engine("reconstruction", images=normalise(images.to(self.engine.device)))
+            reconstructions = self.engine.infer("reconstruction", images=normalise(images.to(self.engine.device)))
             if self.mesh.rank == 0:
                 reconstruction_grid(images, to_uint8(reconstructions).cpu(), path)
                 self.telemetry.picture(step, "reconstructions", path)
@@ -67,7 +67,7 @@ class InLoopEvaluation:
         """Evaluate on the test split; written to ``evaluation.json`` and the log."""
         if self.test_set is None:
             return {}
-        model = VTPEvaluated(self.engine, self.engine.module.objectives)
+        model = VTPEvaluated(self.engine.infer, self.engine.module.objectives)
         with self.telemetry.paused():
             found = evaluate(
                 model, self.test_set, self.train_set, self.config.evaluation, self.mesh, tokenizer=self.tokenizer,

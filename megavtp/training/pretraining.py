@@ -24,7 +24,8 @@ from megavtp.objectives.reconstruction import reconstruction_terms
 from megavtp.objectives.self_distillation import StudentOutput, TeacherBias, TeacherOutput, self_distillation_loss
 from megavtp.objectives.siglip import siglip
 from megavtp.parallel.mesh import Mesh
-from megavtp.parallel.passes import Pass, Runner
+from megavtp.parallel.passes import Pass
+from megavtp.parallel.pipeline import Runner, forward
 from megavtp.pixels import normalise
 from megavtp.training.schedules import cosine, linear_warmup
 
@@ -56,7 +57,8 @@ class _PretrainingPass(Pass):
         return x.to(self.device, non_blocking=True)
 
     def pixels(self, x: Tensor) -> Tensor:
-        return normalise(self.to_device(x))
+        """Normalised and on the device; of a meta tensor, a meta tensor."""
+        return normalise(x) if x.is_meta else normalise(self.to_device(x))
 
     def drop_plan(self, micro: int, crops: list[int]) -> DropPlan | None:
         """The stochastic depth of one micro-batch; ``crops``: per crop size, how many crops of each image there are.
@@ -83,9 +85,15 @@ class ContrastivePass(_PretrainingPass):
     over_batch = True
 
     def inputs(self, micro: int) -> dict[str, Any]:
+        return self._inputs(micro, self.batch.images)
+
+    def later_inputs(self, micro: int) -> dict[str, Any]:
+        return self._inputs(micro, self.batch.images.to("meta"))
+
+    def _inputs(self, micro: int, images: Tensor) -> dict[str, Any]:
         rows = self.rows(micro)
         return {
-            "images": self.pixels(self.batch.images[rows]), "tokens": self.to_device(self.batch.tokens[rows]),
+            "images": self.pixels(images[rows]), "tokens": self.to_device(self.batch.tokens[rows]),
             "drop": self.drop_plan(micro, [1]),
         }
 
@@ -132,13 +140,15 @@ class SelfDistillationPass(_PretrainingPass):
             [self.to_device(x) for x in column] for column in zip(*rows_and_weights)
         )
         self._masks = [self.to_device(mask.flatten(0, 1)) for mask in masks]
-        with torch.no_grad():
-            self.teacher = [
-                TeacherOutput(*run("teacher", global_crops=self._global_crops(micro), masked_rows=rows))
-                for micro, rows in enumerate(self._masked_rows)
-            ]
-            self.bias = self._teacher_bias()
+        self.teacher = [TeacherOutput(*out) for out in forward(run, "teacher", self._teacher_inputs, count)]
+        if self.teacher:  # on the last pipeline rank
+            with torch.no_grad():
+                self.bias = self._teacher_bias()
         return count
+
+    def _teacher_inputs(self, micro: int, first: bool) -> dict[str, Any]:
+        crops = self.batch.global_crops if first else self.batch.global_crops.to("meta")
+        return {"global_crops": self._crops(crops, micro), "masked_rows": self._masked_rows[micro]}
 
     def _teacher_bias(self) -> TeacherBias:
         """The centering of this step's targets, over the class tokens and the masked patches of all ranks."""
@@ -157,15 +167,20 @@ class SelfDistillationPass(_PretrainingPass):
                 )
         return TeacherBias(**biases)
 
-    def _global_crops(self, micro: int) -> Tensor:
-        return self.pixels(self.batch.global_crops[:, self.rows(micro)].flatten(0, 1))
+    def _crops(self, crops: Tensor, micro: int) -> Tensor:
+        return self.pixels(crops[:, self.rows(micro)].flatten(0, 1))
 
     def inputs(self, micro: int) -> dict[str, Any]:
-        local = self.batch.local_crops[:, self.rows(micro)]
-        crops = [self.batch.global_crops.shape[0]] + [local.shape[0]] * (local.shape[0] > 0)
+        return self._inputs(micro, self.batch.global_crops, self.batch.local_crops)
+
+    def later_inputs(self, micro: int) -> dict[str, Any]:
+        return self._inputs(micro, self.batch.global_crops.to("meta"), self.batch.local_crops.to("meta"))
+
+    def _inputs(self, micro: int, global_crops: Tensor, local_crops: Tensor) -> dict[str, Any]:
+        crops = [len(global_crops)] + [len(local_crops)] * (len(local_crops) > 0)
         return {
-            "global_crops": self._global_crops(micro),
-            "local_crops": self.pixels(local.flatten(0, 1)) if local.shape[0] else None,
+            "global_crops": self._crops(global_crops, micro),
+            "local_crops": self._crops(local_crops, micro) if len(local_crops) else None,
             "masks": self._masks[micro], "masked_rows": self._masked_rows[micro],
             "drop": self.drop_plan(micro, crops),
         }
@@ -196,13 +211,27 @@ class ReconstructionPass(_PretrainingPass):
         super().__init__(config, share, mesh, device)
         self.term_weights = {"l1": self.settings.l1_weight, "perceptual": self.settings.perceptual_weight}
         self.perceptual = perceptual
+        self._last: tuple[int, Tensor] | None = None  # the micro-batch that came to the device last, and its images
+
+    def prepare(self, run: Runner, batch: Batch) -> int:
+        self._last = None
+        return super().prepare(run, batch)
+
+    def _images(self, micro: int) -> Tensor:
+        if self._last is None or self._last[0] != micro:
+            self._last = micro, self.pixels(self.batch.images[self.batch.rec_rows[self.rows(micro)]])
+        return self._last[1]
 
     def inputs(self, micro: int) -> dict[str, Any]:
-        self._target = self.pixels(self.batch.images[self.batch.rec_rows[self.rows(micro)]])
-        return {"images": self._target, "drop": self.drop_plan(micro, [1])}
+        return {"images": self._images(micro), "drop": self.drop_plan(micro, [1])}
+
+    def later_inputs(self, micro: int) -> dict[str, Any]:
+        shape = (self.share.micro_batch, *self.batch.images.shape[1:])
+        return {"images": torch.empty(shape, device="meta"), "drop": self.drop_plan(micro, [1])}
 
     def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
-        return reconstruction_terms(outputs, self._target, self.perceptual, images_total_local=self.share.local)
+        target = self._images(micro)
+        return reconstruction_terms(outputs, target, self.perceptual, images_total_local=self.share.local)
 
 
 def teacher_momentum(config: Config) -> Callable[[int], float]:

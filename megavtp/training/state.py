@@ -31,9 +31,10 @@ def save(
     ``facts`` go into the meta data.
     """
     mesh = engine.mesh
-    tensors = engine.export(wanted=lambda number: number % mesh.world_size == mesh.rank)
+    writers, own = mesh.tp * mesh.dp, mesh.dp_rank * mesh.tp + mesh.tp_rank  # of a pipeline stage's tensors
+    tensors = engine.export(wanted=lambda number: number % writers == own)
     whole = {f"center/{name}": all_gather(value, mesh, "tp") for name, value in centers.items()}
-    if mesh.rank == 0:
+    if mesh.is_last_stage and own == 0:  # the only stage that knows the centres
         tensors |= whole
     meta = None
     if mesh.rank == 0:

@@ -72,7 +72,10 @@ CROSS_RULES = [
     (1, "data.augment.local_size=40", "data.augment.local_size = 40 is not a multiple of model.patch_size"),
     (2, "parallel.tp=2", "model.vision.heads = 3 is not a multiple of parallel.tp = 2"),
     (3, "parallel.tp=3", "feed-forward width = .* is not a multiple of parallel.tp = 3|vocab_size = 512 is not"),
-    (2, "parallel.pp=2", "parallel.pp = 2: only parallel.pp=1 is supported"),
+    (3, "parallel.pp=2", "number of processes = 3 is not a multiple of parallel.tp x parallel.pp = 2"),
+    (1, "parallel.schedule=gpipe", "parallel.schedule = gpipe, but parallel.pp = 1"),
+    (1, "parallel.virtual_stages=2", "parallel.virtual_stages = 2, but parallel.schedule = 1f1b"),
+    (16, "parallel.pp=16", "parallel.pp x parallel.virtual_stages = 16 stages, but model.vision.depth = 6"),
     (3, "data.streams=8", "data.streams = 8 is not a multiple of the data-parallel size .* = 3"),
     (1, "train.batch_size=36", "train.batch_size = 36 is not a multiple of data.streams = 8"),
     (1, "objectives.self_distillation.batch=12", "objectives.self_distillation.batch = 12 is not a multiple of data.s"),
@@ -122,6 +125,12 @@ def test_a_broken_rule_names_its_keys(check, world, overrides, match):
     with pytest.raises(UserError, match=match) as error:
         check(world, *parts)
     assert "\n" not in str(error.value)
+
+
+def test_interleaving_needs_virtual_stages(check):
+    with pytest.raises(UserError, match="parallel.schedule = interleaved_1f1b needs parallel.virtual_stages of 2"):
+        check(2, "parallel.pp=2", "parallel.schedule=interleaved_1f1b")
+    check(2, "parallel.pp=2", "parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=3")
 
 
 def test_rules_of_an_objective_that_is_off_do_not_bind(check):

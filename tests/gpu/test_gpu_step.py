@@ -24,7 +24,7 @@ CUDA = torch.device("cuda")
 
 class Runner:
     def __init__(self, model):
-        self.model = model
+        self.model, self.mesh = model, SINGLE
 
     def __call__(self, mode: str, **inputs):
         return self.model(mode, **inputs)

@@ -61,7 +61,7 @@ class Run:
 
     def __init__(self, config: Config):
         self.config = config
-        self.mesh = build_mesh(config.parallel.tp, config.parallel.pp)
+        self.mesh = build_mesh(config.parallel.tp, config.parallel.pp, config.parallel.virtual_stages)
         self.engine, self.model = build_engine(config, self.mesh)
         self.data, self.passes = data_of(config, self.mesh), passes_of(config, self.mesh)
         self.terms: list[dict[str, float]] = []

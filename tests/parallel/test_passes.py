@@ -78,10 +78,6 @@ class Toy(Pass):
         self.asked.append(("inputs", micro, torch.is_grad_enabled()))
         return {"x": self.batch[micro]}
 
-    def first_pass_inputs(self, micro: int) -> dict[str, Tensor]:
-        self.asked.append(("first", micro, torch.is_grad_enabled()))
-        return {"x": self.batch[micro]}
-
     def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
         return {"square": outputs[0].square().sum()}
 
@@ -94,6 +90,8 @@ class Toy(Pass):
 
 class Line:
     """The runner of the toy pass."""
+
+    mesh = SINGLE
 
     def __init__(self) -> None:
         self.w, self.c = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (1.5, 0.25))
@@ -131,7 +129,7 @@ def test_forwards_and_backwards_are_no_more_than_needed() -> None:
     """The first forward of all, without graph, only where a term spans micro-batches."""
     second = [("inputs", micro, True) for micro in range(2)]
     for over_batch, count, asked in (
-        (True, 2, [("first", 0, False), ("first", 1, False), *second]), (True, 1, second[:1]), (False, 2, second),
+        (True, 2, [("inputs", 0, False), ("inputs", 1, False), *second]), (True, 1, second[:1]), (False, 2, second),
     ):  # fmt: skip
         objective, run = Toy(count, over_batch), Line()
         terms = execute(objective, run, torch.ones(4, dtype=torch.float64))

@@ -16,7 +16,7 @@ SMALL_SUB_GROUPS = {"zero_optimization": {"sub_group_size": 2000}}
 
 class _Plain:
     def __init__(self, model):
-        self.model = model
+        self.model, self.mesh = model, SINGLE
 
     def __call__(self, mode, **inputs):
         return self.model(mode, **inputs)

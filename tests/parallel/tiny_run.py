@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from megavtp.config.load import from_dict
-from megavtp.config.schema import Config
+from megavtp.config.schema import Config, ParallelConfig
 from megavtp.config.share import share
 from megavtp.config.validate import validate
 from megavtp.data.batch import Batch, StepDataset
@@ -101,7 +101,7 @@ class PlainRunner:
     """The single-process reference: torch alone, no engine."""
 
     def __init__(self, module: VTP, optimizer: torch.optim.Optimizer, clip_grad: float):
-        self.module, self.optimizer, self.clip_grad = module, optimizer, clip_grad
+        self.module, self.optimizer, self.clip_grad, self.mesh = module, optimizer, clip_grad, SINGLE
 
     def __call__(self, mode: str, **inputs):
         return self.module(mode, **inputs)
@@ -154,7 +154,7 @@ def build_engine(config: Config, mesh: Mesh) -> tuple[Engine, VTP]:
     optimizer = build_optimizer(model.named_parameters(), config.train.optimizer)
     engine = Engine(
         model, optimizer, mesh, zero_stage=config.parallel.zero_stage, clip_grad=config.train.optimizer.clip_grad,
-        extra=config.deepspeed, leaf_classes=(Block,),
+        extra=config.deepspeed, leaf_classes=(Block,), schedule=config.parallel.schedule,
     )
     return engine, model
 
@@ -212,5 +212,5 @@ def plain_layout(config: Config) -> Config:
         name: replace(getattr(objectives, name), micro_batch=None)
         for name in ("contrastive", "self_distillation", "reconstruction")
     }
-    parallel = replace(config.parallel, tp=1, pp=1, zero_stage=0, recompute="none")
+    parallel = ParallelConfig(precision=config.parallel.precision)
     return replace(config, parallel=parallel, objectives=replace(objectives, **whole))

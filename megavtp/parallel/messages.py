@@ -1,0 +1,113 @@
+"""Messages between pipeline ranks during one pass: activations to the next stage, gradients to the one before."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.orders import Op
+from megavtp.parallel.striping import FlowSpec
+
+
+class Messages:
+    """The point-to-point traffic of one pass on this rank. A message is known by the operation that needs it.
+
+    Each ordered pair of ranks is a channel of its own on which messages come in the order in which the sender's order
+    of operations makes them; so both sides agree on the sequence without a word, and a rank never waits for a send
+    while computing. No order of operations can block that could run at all.
+
+    Args:
+        orders: of every pipeline rank.
+        stages: of the pass.
+        flow: what enters a stage.
+    """
+
+    def __init__(
+        self, mesh: Mesh, device: torch.device, orders: Sequence[Sequence[Op]], stages: int,
+        flow: Callable[[int], list[FlowSpec]],
+    ):
+        self._mesh, self._device, self._stages, self._flow = mesh, device, stages, flow
+        self._expected = {
+            source: deque(need for op in order if (need := self._enables(op)) and need.stage % mesh.pp == mesh.pp_rank)
+            for source, order in enumerate(orders) if source != mesh.pp_rank
+        }
+        self._coming: dict[Op, tuple[list[Tensor], list[Any]]] = {}
+        self._sent: deque[tuple[list[Tensor], list[Any]]] = deque()
+
+    def _enables(self, op: Op) -> Op | None:
+        """The operation that gets a message when ``op`` is done."""
+        stage = op.stage + (1 if op.kind == "F" else -1)
+        return Op(op.kind, stage, op.micro) if 0 <= stage < self._stages else None
+
+    def _source(self, op: Op) -> int | None:
+        """The rank whose message ``op`` needs."""
+        stage = op.stage - (1 if op.kind == "F" else -1)
+        return stage % self._mesh.pp if 0 <= stage < self._stages else None
+
+    def _group(self, source: int, target: int) -> dist.ProcessGroup:
+        return self._mesh.pp_group if source < target else self._mesh.pp_down_group
+
+    def post(self, op: Op) -> None:
+        """Begin to receive what ``op`` needs, and what its sender sends before."""
+        source = self._source(op)
+        if source is None:
+            return
+        group = self._group(source, self._mesh.pp_rank)
+        while op not in self._coming:
+            message = self._expected[source].popleft()
+            specs = self._flow(message.stage if message.kind == "F" else message.stage + 1)
+            tensors = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in specs]
+            work = [dist.irecv(tensor, group=group, group_src=source) for tensor in tensors]
+            self._coming[message] = tensors, work
+
+    def take(self, op: Op) -> list[Tensor]:
+        """What ``op`` needs; on a GPU only its stream waits."""
+        if self._source(op) is None:
+            return []
+        self.post(op)
+        tensors, work = self._coming.pop(op)
+        for one in work:
+            one.wait()
+        return tensors
+
+    def send(self, op: Op, tensors: Sequence[Tensor]) -> None:
+        """Send on what ``op`` has made, without waiting; it must be as ``flow`` says."""
+        target = self._enables(op)
+        specs = self._flow(target.stage if op.kind == "F" else op.stage)
+        made = [(tuple(x.shape), x.dtype) for x in tensors]
+        assert made == list(specs), f"{op} makes {made}, its receiver expects {specs}"
+        rank = target.stage % self._mesh.pp
+        group = self._group(self._mesh.pp_rank, rank)
+        tensors = [x.detach().contiguous() for x in tensors]
+        self._sent.append((tensors, [dist.isend(x, group=group, group_dst=rank) for x in tensors]))
+        while self._sent and all(one.is_completed() for one in self._sent[0][1]):
+            self._sent.popleft()  # its tensors may be freed
+
+    def finish(self) -> None:
+        """Wait until everything is sent."""
+        for _, work in self._sent:
+            for one in work:
+                one.wait()
+        self._sent.clear()
+
+
+def broadcast_last_stage(x: Tensor, mesh: Mesh) -> Tensor:
+    """The last pipeline rank's ``x`` on all; elsewhere ``x`` is overwritten."""
+    if mesh.pp_group is not None:
+        dist.broadcast(x, group=mesh.pp_group, group_src=mesh.pp - 1)
+    return x
+
+
+def broadcast_last_stage_object(value: Any, mesh: Mesh) -> Any:
+    """The last pipeline rank's ``value`` (small, picklable) on all."""
+    if mesh.pp_group is None:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, group=mesh.pp_group, group_src=mesh.pp - 1)
+    return holder[0]

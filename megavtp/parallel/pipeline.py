@@ -1,0 +1,157 @@
+"""How a pass runs over the pipeline ranks: each does its operations in its order and passes on what flows.
+
+With one pipeline rank the whole pass is one stage, and the same loop is a plain forward and backward per micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.messages import Messages, broadcast_last_stage, broadcast_last_stage_object
+from megavtp.parallel.orders import Op, Schedule, forward_order, train_order
+from megavtp.parallel.striping import FlowSpec
+
+Inputs = Callable[[int, bool], dict[str, Any]]
+"""(micro-batch, whether for the first stage) -> keyword inputs of a stage; later ones read no pixels, only shapes."""
+
+
+class Runner(Protocol):
+    """What executes a pass: an ``Engine``, or in tests a plain module. With one pipeline rank only ``mesh``, the call
+    and ``backward`` are used; with more, the call takes ``stage`` and ``flow`` too."""
+
+    mesh: Mesh
+    schedule: Schedule
+    device: torch.device
+
+    def __call__(self, mode: str, **inputs: Any) -> Any: ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def legs(self, mode: str) -> int: ...
+
+    def flow(self, mode: str, stage: int, **inputs: Any) -> list[FlowSpec]: ...
+
+
+class _Seed(torch.autograd.Function):
+    """A scalar whose backward puts given gradients on tensors: a stage's part of the backward of a later loss."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        ctx.gradients = tensors[count:]
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None, *(gradient.mul_(upstream) for gradient in ctx.gradients), *(None for _ in ctx.gradients)
+
+
+def seed(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """A scalar zero; its backward is that of ``outputs`` with ``gradients``, which it uses up."""
+    return _Seed.apply(len(outputs), *outputs, *gradients)
+
+
+@dataclass
+class _Trip:
+    """A pass under way on this rank."""
+
+    run: Runner
+    mode: str
+    inputs: Inputs
+    orders: list[list[Op]]
+    held: dict[tuple[int, int], tuple[list[Tensor], Any]] = field(default_factory=dict)  # graphs waiting for a backward
+    specs: dict[int, list[FlowSpec]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        mesh = self.run.mesh
+        self.single = mesh.pp == 1
+        self.stages = 1 if self.single else self.run.legs(self.mode) * mesh.chunks
+        self.order = self.orders[mesh.pp_rank]
+        self.messages = Messages(mesh, None if self.single else self.run.device, self.orders, self.stages, self._flow)
+
+    def _flow(self, stage: int) -> list[FlowSpec]:
+        if stage not in self.specs:  # the micro-batches of a pass are alike
+            self.specs[stage] = self.run.flow(self.mode, stage, **self.inputs(0, False))
+        return self.specs[stage]
+
+    def operations(self) -> Any:
+        """This rank's operations in order; what the next one needs begins to arrive before it is asked for."""
+        for op, following in zip(self.order, [*self.order[1:], None]):
+            self.messages.post(op)
+            if following is not None:
+                self.messages.post(following)
+            yield op
+        self.messages.finish()
+
+    def forward(self, op: Op) -> tuple[list[Tensor], Any, bool]:
+        """What flowed in, what came out, and whether that is the result of the pass."""
+        flow = self.messages.take(op)
+        if torch.is_grad_enabled():
+            flow = [x.requires_grad_() for x in flow]
+        inputs = self.inputs(op.micro, op.stage == 0)
+        if not self.single:
+            inputs |= {"stage": op.stage, "flow": flow}
+        out = self.run(self.mode, **inputs)
+        is_last = op.stage == self.stages - 1
+        if not is_last:
+            self.messages.send(op, out)
+        return flow, out, is_last
+
+    def backward(self, op: Op) -> None:
+        flow, out = self.held.pop((op.stage, op.micro))
+        self.run.backward(out if op.stage == self.stages - 1 else seed(out, self.messages.take(op)))
+        if flow:
+            self.messages.send(op, [x.grad for x in flow])
+
+
+def _orders(run: Runner, mode: str, make: Callable[[int, int, int], list[Op]]) -> list[list[Op]]:
+    """Of every pipeline rank; ``make``: (ranks, rank, chunks of the pass on a rank) -> its order."""
+    p = run.mesh.pp
+    chunks = 1 if p == 1 else run.legs(mode) * run.mesh.virtual_stages
+    return [make(p, rank, chunks) for rank in range(p)]
+
+
+@torch.no_grad()
+def forward(run: Runner, mode: str, inputs: Inputs, micro_batches: int) -> list[Any]:
+    """Forwards without graph; the results by micro-batch on the last pipeline rank, nothing on the others."""
+    trip = _Trip(run, mode, inputs, _orders(run, mode, lambda *place: forward_order(*place, micro_batches)))
+    results = []
+    for op in trip.operations():
+        _, out, is_last = trip.forward(op)
+        if is_last:
+            results.append(out)
+    return results
+
+
+def train(run: Runner, mode: str, inputs: Inputs, micro_batches: int, loss: Callable[[Any, int], Tensor]) -> None:
+    """Forwards and backwards of all micro-batches; ``loss``: (result, micro-batch) -> scalar, on the last rank."""
+    schedule = run.schedule if run.mesh.pp > 1 else "1f1b"
+    orders = _orders(run, mode, lambda *place: train_order(schedule, *place, micro_batches))
+    trip = _Trip(run, mode, inputs, orders)
+    for op in trip.operations():
+        if op.kind == "F":
+            flow, out, is_last = trip.forward(op)
+            trip.held[op.stage, op.micro] = flow, loss(out, op.micro) if is_last else out
+        else:
+            trip.backward(op)
+
+
+def infer(run: Runner, mode: str, **inputs: Any) -> Any:
+    """The result of a forward-only pass, a tensor or several, on every pipeline rank. For evaluation: it waits."""
+    results = forward(run, mode, lambda micro, first: dict(inputs), 1)
+    if run.mesh.pp == 1:
+        return results[0]
+    result = results[0] if results else ()
+    alone = isinstance(result, Tensor)
+    tensors = [result] if alone else list(result)
+    specs = [(x.shape, x.dtype) for x in tensors]
+    alone, specs = broadcast_last_stage_object((alone, specs), run.mesh)
+    if not run.mesh.is_last_stage:
+        tensors = [torch.empty(shape, dtype=dtype, device=run.device) for shape, dtype in specs]
+    tensors = [broadcast_last_stage(x.contiguous(), run.mesh) for x in tensors]
+    return tensors[0] if alone else tuple(tensors)
