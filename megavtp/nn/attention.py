@@ -15,6 +15,7 @@ from megavtp.nn.split import share
 from megavtp.parallel.collectives import copy_to_tp
 from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.parallel.sequence import TokenCut
 
 
 class HeadNorm(RMSNorm):
@@ -46,6 +47,7 @@ class Attention(nn.Module):
         if width % heads:
             raise UserError(f"width {width} is not a multiple of heads {heads}; change one of them")
         check_kernel(kernel)
+        self.mesh = mesh
         self.local_heads = share(heads, mesh, "the number of attention heads")
         self.head_dim = width // heads
         self.causal, self.kernel, self.rotation = causal, kernel, rotation
@@ -56,13 +58,23 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, segments: Segments, tables: Sequence[Table] | None = None) -> Tensor:
         """x (T, width), packed as ``segments`` says; ``tables``: rotary table of each segment -> (T, width)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.local_heads, self.head_dim)).unbind(1)
+        return self.contract(self.expand(x), None, segments, tables)
+
+    def expand(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
+        """The first matrix product: q, k, v of this rank's heads, (T, 3 * width / tp)."""
+        return self.qkv(x, cut)
+
+    def contract(
+        self, qkv: Tensor, cut: TokenCut | None, segments: Segments, tables: Sequence[Table] | None = None
+    ) -> Tensor:
+        """All that follows it."""
+        q, k, v = qkv.unflatten(-1, (3, self.local_heads, self.head_dim)).unbind(1)
         if self.q_norm is not None:
             # Back to 16 bits where the norm's float32 weights raised them: the fast kernels take nothing else.
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if tables is not None:
             q, k = (_rotate_packed(y, segments, tables, self.rotation) for y in (q, k))
-        return self.proj(attend(q, k, v, segments, self.causal, self.kernel).flatten(1))
+        return self.proj(attend(q, k, v, segments, self.causal, self.kernel).flatten(1), cut)
 
 
 def _rotate_packed(

@@ -1,20 +1,24 @@
-"""The pre-norm transformer block that all towers are made of."""
+"""The pre-norm transformer block that all towers are made of, and what of it the backward pass makes again.
+
+DOC
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Segments
 from megavtp.nn.drop_path import BranchDrop, add_branch
 from megavtp.nn.rope import Table
+from megavtp.parallel.sequence import TokenCut
 
-# What the backward pass makes again instead of holding it: nothing, or all of a block but its input.
-Recompute = Literal["none", "full"]
+Recompute = Literal["none", "selective", "full"]
 
 
 class LayerScale(nn.Module):
@@ -25,8 +29,8 @@ class LayerScale(nn.Module):
         self.init = init
         self.gamma = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
+    def forward(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
+        return x * (self.gamma if cut is None else cut.share(self.gamma))
 
 
 class Block(nn.Module):
@@ -37,17 +41,54 @@ class Block(nn.Module):
         layer_scale: float | None = None,
     ):
         super().__init__()
+        self.mesh = attention.mesh
         self.norm1 = norm(width)
         self.attn = attention
-        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.ls1 = None if layer_scale is None else LayerScale(width, layer_scale)
         self.norm2 = norm(width)
         self.mlp = mlp
-        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.ls2 = None if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(
         self, x: Tensor, segments: Segments, tables: Sequence[Table] | None = None,
-        drop: tuple[BranchDrop, BranchDrop] | None = None,
+        drop: tuple[BranchDrop, BranchDrop] | None = None, cut: TokenCut | None = None, recompute: Recompute = "none",
     ) -> Tensor:
+        """With ``cut``, x is this rank's rows of the tokens, (n, width) -> (n, width). "full" recomputation is the
+        caller's to do."""
         drop_attention, drop_mlp = drop or (None, None)
-        x = add_branch(x, lambda y, s: self.ls1(self.attn(self.norm1(y), s, tables)), segments, drop_attention)
-        return add_branch(x, lambda y, _: self.ls2(self.mlp(self.norm2(y))), segments, drop_mlp)
+
+        def attention(y: Tensor, kept: Segments, cut: TokenCut | None) -> Tensor:
+            return _branch(y, self.norm1, self.attn, self.ls1, cut, recompute, kept, tables)
+
+        def mlp(y: Tensor, _: Segments, cut: TokenCut | None) -> Tensor:
+            return _branch(y, self.norm2, self.mlp, self.ls2, cut, recompute)
+
+        x = add_branch(x, attention, segments, drop_attention, cut)
+        return add_branch(x, mlp, segments, drop_mlp, cut)
+
+
+def _branch(
+    x: Tensor, norm: nn.Module, net: nn.Module, scale: LayerScale | None, cut: TokenCut | None, recompute: Recompute,
+    *more: Any,
+) -> Tensor:
+    """scale(net(norm x)); ``more`` goes to the net's second half."""
+    if recompute == "selective":
+        hidden = redo(lambda y: net.expand(norm(y, cut), cut), x)
+        y = redo(net.contract, hidden, cut, *more)
+    else:
+        y = norm(x, cut)
+        # Gathered tokens are never held, only own rows: they are gathered again (section 4.2.2 of the paper).
+        hidden = net.expand(y, cut) if cut is None or recompute == "full" else redo(net.expand, y, cut)
+        y = net.contract(hidden, cut, *more)
+    return y if scale is None else scale(y, cut)
+
+
+def redo(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """``function(*arguments)``, made again in the backward pass up to its last saved tensor.
+
+    A product at the end of ``function`` is thus not made again, only what leads to it.
+    """
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    # No random state to keep: the only randomness, the drop plan, is an argument.
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)

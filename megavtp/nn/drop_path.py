@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megavtp.nn.attention_kernels import Segments
 from megavtp.nn.seeded import named_generator
+from megavtp.parallel.sequence import TokenCut
 
 
 @dataclass(frozen=True)
@@ -79,18 +80,37 @@ def _global_choice(
     return [[draw(size) for size in sizes] for _ in range(2 * depth)]
 
 
+Branch = Callable[[Tensor, Segments, TokenCut | None], Tensor]
+
+
 def add_branch(
-    x: Tensor, branch: Callable[[Tensor, Segments], Tensor], segments: Segments, drop: BranchDrop | None
+    x: Tensor, branch: Branch, segments: Segments, drop: BranchDrop | None, cut: TokenCut | None = None
 ) -> Tensor:
-    """x + branch(x), (T, width), on the sequences that ``drop`` keeps, scaled; on all of them without ``drop``."""
+    """x + branch(x), (T, width), on the sequences that ``drop`` keeps, scaled; on all of them without ``drop``.
+
+    The branch is given the kept tokens and their segments. With ``cut``, x is this rank's rows (n, width), and so is
+    what the branch takes and returns; which of the tokens are kept is then said by the cut that it is given.
+    """
     if drop is None:
-        return x + branch(x, segments)
-    rows, scales, start = [], [], 0
-    for (sequences, length), kept, scale in zip(segments, drop.rows, drop.scales, strict=True):
-        rows.append((kept[:, None] * length + torch.arange(start, start + length, device=x.device)).flatten())
-        scales.append(torch.full((len(rows[-1]), 1), scale, dtype=x.dtype, device=x.device))
-        start += sequences * length
-    tokens = torch.cat(rows)
+        return x + branch(x, segments, cut)
+    tokens = _kept_tokens(segments, drop, x.device)
     kept_segments = tuple((len(kept), length) for (_, length), kept in zip(segments, drop.rows))
-    y = branch(x.index_select(0, tokens), kept_segments)
-    return x.index_add(0, tokens, y.to(x.dtype) * torch.cat(scales))
+    scales = torch.cat([
+        torch.full((sequences * length, 1), scale, dtype=x.dtype, device=x.device)
+        for (sequences, length), scale in zip(kept_segments, drop.scales, strict=True)
+    ])
+    if cut is None:
+        y = branch(x.index_select(0, tokens), kept_segments, None)
+        return x.index_add(0, tokens, y.to(x.dtype) * scales)
+    y = branch(x, kept_segments, cut.keeping(tokens))
+    scales = cut.own_rows(scales.new_zeros(cut.total, 1).index_copy_(0, tokens, scales))
+    return x + y.to(x.dtype) * scales  # what is dropped has scale 0
+
+
+def _kept_tokens(segments: Segments, drop: BranchDrop, device: torch.device) -> Tensor:
+    """Positions of the kept sequences' tokens among all tokens."""
+    rows, start = [], 0
+    for (sequences, length), kept in zip(segments, drop.rows, strict=True):
+        rows.append((kept[:, None] * length + torch.arange(start, start + length, device=device)).flatten())
+        start += sequences * length
+    return torch.cat(rows)

@@ -1,4 +1,7 @@
-"""The two feed-forward networks: a gated one (SwiGLU, arXiv 2002.05202) and a plain MLP."""
+"""The two feed-forward networks: a gated one (SwiGLU, arXiv 2002.05202) and a plain MLP.
+
+``expand`` is the first matrix product, ``contract`` all that follows it; see ``nn.block`` for ``cut``.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from torch import Tensor, nn
 
 from megavtp.config.sizes import ffn_hidden
 from megavtp.nn.split import share
-from megavtp.parallel.collectives import copy_to_tp
-from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear, enter, joint_linear
 from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.parallel.sequence import TokenCut
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -32,10 +35,14 @@ class SwiGLU(nn.Module):
         self.w3 = RowParallelLinear(hidden, width, mesh=mesh)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):  # once: each linear would make, and keep, a copy of its own
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = copy_to_tp(x, self.mesh)
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+        return self.contract(self.expand(x))
+
+    def expand(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
+        return joint_linear(enter(x, self.mesh, cut), self.w1, self.w2)
+
+    def contract(self, hidden: Tensor, cut: TokenCut | None = None) -> Tensor:
+        gate, value = hidden.chunk(2, -1)
+        return self.w3(F.silu(gate) * value, cut)
 
 
 class MLP(nn.Module):
@@ -51,7 +58,13 @@ class MLP(nn.Module):
         self.fc2 = RowParallelLinear(hidden, width, mesh=mesh)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        return self.contract(self.expand(x))
+
+    def expand(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
+        return self.fc1(x, cut)
+
+    def contract(self, hidden: Tensor, cut: TokenCut | None = None) -> Tensor:
+        return self.fc2(self.activation(hidden), cut)
 
 
 def feed_forward(kind: str, width: int, ratio: float, mesh: Mesh) -> nn.Module:

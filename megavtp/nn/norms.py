@@ -1,4 +1,7 @@
-"""Normalisation layers. Apex's fused kernels serve on CUDA where apex is installed; torch's own otherwise."""
+"""Normalisation layers. Apex's fused kernels serve on CUDA where apex is installed; torch's own otherwise.
+
+With ``cut`` (sequence parallelism) the input is this rank's rows of the tokens.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from megavtp.parallel.sequence import TokenCut
 
 
 @cache
@@ -37,8 +42,8 @@ class RMSNorm(nn.Module):
         self.width, self.eps = width, eps
         self.weight = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
+        return rms_norm(x, self.weight if cut is None else cut.share(self.weight), self.eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -59,10 +64,13 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if _fusable(x, self.weight):
-            return _apex().fused_layer_norm_affine(x, self.weight, self.bias, (self.width,), self.eps)
-        return F.layer_norm(x, (self.width,), self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if cut is not None:
+            weight, bias = cut.share(weight), cut.share(bias)
+        if _fusable(x, weight):
+            return _apex().fused_layer_norm_affine(x, weight, bias, (self.width,), self.eps)
+        return F.layer_norm(x, (self.width,), weight, bias, self.eps)
 
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {

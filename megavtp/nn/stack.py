@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from megavtp.nn.attention_kernels import Segments
-from megavtp.nn.block import Block, Recompute
+from megavtp.nn.block import Block, Recompute, redo
 from megavtp.nn.drop_path import DropPlan
 from megavtp.nn.rope import Table
+from megavtp.parallel.sequence import TokenCut
 
 
 def run_blocks(
@@ -20,20 +19,25 @@ def run_blocks(
 ) -> Tensor:
     """Packed tokens (T, width) through ``blocks`` -> (T, width).
 
+    Under sequence parallelism the tokens are cut over the tensor-parallel ranks from here to the end of the function;
+    what comes in and goes out is whole, and the same on each of them.
+
     Args:
         blocks: (number in the whole tower, block) pairs in order; none at all give x back.
         segments, tables: how x is packed, and the rotary table of each segment.
         drop: of the whole tower.
-        recompute: see ``Recompute``.
+        recompute: what the backward pass makes again, see ``nn.block``.
         taken: its keys name blocks; the output (T, width) of each that is among ``blocks`` becomes its value.
     """
+    blocks = list(blocks)
+    cut = TokenCut(blocks[0][1].mesh, len(x)) if blocks and blocks[0][1].mesh.sequence_parallel else None
+    x = x if cut is None else cut.split(x)
     for index, block in blocks:
         choice = None if drop is None else drop.blocks[index]
-        if recompute == "full" and torch.is_grad_enabled():
-            # No random state to keep: the only randomness, the drop plan, is an argument.
-            x = checkpoint(block, x, segments, tables, choice, use_reentrant=False, preserve_rng_state=False)
+        if recompute == "full":
+            x = redo(block, x, segments, tables, choice, cut, recompute)
         else:
-            x = block(x, segments, tables, choice)
+            x = block(x, segments, tables, choice, cut, recompute)
         if taken is not None and index in taken:
-            taken[index] = x
-    return x
+            taken[index] = x if cut is None else cut.join(x)
+    return x if cut is None else cut.join(x)

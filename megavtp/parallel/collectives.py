@@ -13,6 +13,9 @@ from megavtp.errors import UserError
 from megavtp.parallel.mesh import Axis, Mesh
 
 T = TypeVar("T")
+# One tensor in, one out: what NCCL does without copies. They have new names since torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -33,9 +36,20 @@ def all_gather(x: Tensor, mesh: Mesh, axis: Axis) -> Tensor:
     x = x.detach()
     if group is None:
         return x
-    pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(mesh.size(axis))]
-    dist.all_gather(pieces, x.contiguous(), group=group)
-    return torch.cat(pieces)
+    whole = x.new_empty(mesh.size(axis) * x.shape[0], *x.shape[1:])
+    _all_gather(whole, x.contiguous(), group=group)
+    return whole
+
+
+def reduce_scatter(x: Tensor, mesh: Mesh, axis: Axis) -> Tensor:
+    """Sum ``x`` (size * n, ...) over ``axis`` and keep this rank's (n, ...) of it; no gradient flows."""
+    group = mesh.group(axis)
+    x = x.detach()
+    if group is None:
+        return x
+    own = x.new_empty(x.shape[0] // mesh.size(axis), *x.shape[1:])
+    _reduce_scatter(own, x.contiguous(), group=group)
+    return own
 
 
 class _CopyToTP(torch.autograd.Function):
@@ -97,9 +111,7 @@ class _GatherFromDP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.mesh.dp_group)  # gloo has no reduce-scatter of every dtype; rows are few
-        return grad.chunk(ctx.mesh.dp)[ctx.mesh.dp_rank], None
+        return reduce_scatter(grad, ctx.mesh, "dp"), None
 
 
 def copy_to_tp(x: Tensor, mesh: Mesh) -> Tensor:

@@ -86,9 +86,11 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, mesh: Mesh, traffic: Traffic):
         super().__init__()
         self.traffic = traffic
-        axes = [axis for axis in ("tp", "pp", "dp", "mp") if mesh.group(axis) is not None]
-        # Where tp x pp is one of the two alone, that axis gives the name, not mp.
-        self.axes = {mesh.group(axis).group_name: axis for axis in reversed(axes)}
+        named = [
+            (mesh.tp_group, "tp"), (mesh.pp_group, "pp"), (mesh.pp_down_group, "pp"), (mesh.dp_group, "dp"),
+            (mesh.mp_group, "mp"),
+        ]
+        self.axes = {group.group_name: axis for group, axis in named if group is not None}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":

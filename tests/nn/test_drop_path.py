@@ -70,7 +70,7 @@ def test_branch_runs_on_kept_sequences_and_is_scaled():
     drop = BranchDrop((torch.tensor([2, 0]), torch.tensor([1])), (1.5, 2.0))
     seen = []
 
-    def branch(y, kept):
+    def branch(y, kept, _):
         seen.append((y, kept))
         return (y @ weight).to(torch.bfloat16)
 
@@ -86,7 +86,7 @@ def test_branch_runs_on_kept_sequences_and_is_scaled():
 def test_nothing_kept_is_the_identity_with_zero_gradients():
     layer, x = torch.nn.Linear(5, 5), torch.randn(6, 5, requires_grad=True)
     none = BranchDrop((torch.tensor([], dtype=torch.long),), (2.0,))
-    out = add_branch(x, lambda y, _: layer(y), ((3, 2),), none)
+    out = add_branch(x, lambda y, *_: layer(y), ((3, 2),), none)
     out.sum().backward()
     assert torch.equal(out, x)
     assert torch.equal(x.grad, torch.ones(6, 5))
@@ -99,6 +99,6 @@ def test_expectation_is_the_full_branch():
         plan = draw_drop_plan(
             seed=0, step=step, tag="t", depth=1, rate=0.5, global_sizes=[40], local_rows=[torch.arange(40)]
         )
-        total += add_branch(x, lambda y, _: y, ((40, 1),), plan.blocks[0][0]) - x
+        total += add_branch(x, lambda y, *_: y, ((40, 1),), plan.blocks[0][0]) - x
     assert abs((total / 400).mean() - 1) < 1e-5
     assert (total / 400 - 1).abs().max() < 0.25
