@@ -20,7 +20,7 @@ from megavtp.nn.block import Recompute
 from megavtp.nn.rope import Table
 from megavtp.parallel.collectives import copy_to_tp
 from megavtp.parallel.mesh import SINGLE, Mesh
-from megavtp.parallel.striping import Part, Stripe
+from megavtp.parallel.striping import Stripe, whole
 
 Flow = tuple[Tensor, Tensor]  # between chunks: tokens (b, N, D), sum of the embeddings (b, D)
 
@@ -62,7 +62,7 @@ class DiT(nn.Module):
     ):
         super().__init__()
         self.config, self.mesh, self.recompute = config, mesh, recompute
-        self.stripe = stripe or Stripe((range(config.depth),))
+        self.stripe = stripe or whole(config.depth)
         width, patch, channels = config.width, config.patch_size, config.latent_channels
         self.side = config.latent_size // patch
         if self.stripe.first:
@@ -88,20 +88,20 @@ class DiT(nn.Module):
             if self.stripe.first:
                 self.pos_embed.copy_(sine_positions(self.config.width, self.side))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor | None, t: Tensor | None, y: Tensor | None, chunk: int | None = None, *flow: Tensor
+    ) -> Tensor | Flow:
         """Velocity (b, C, H, W), from noise to data.
 
         Args:
             x: latents (b, C, H, W), normalised by the tokenizer's statistics, between noise (t = 0) and data (t = 1).
             t: (b,) in [0, 1].
             y: labels (b,), ``num_classes`` for none; or unit caption features (b, E), zeros for none.
+            chunk: run only that chunk: a later one than the first takes ``flow``, which the chunk before returned, and
+                not x, t and y; all but the last return such a flow.
         """
-        return self.run(self.stripe.part(None), x, t, y)
-
-    def run(self, part: Part, *inputs: Tensor) -> Flow | Tensor:
-        """One chunk: ``inputs`` are the model's for the first, what the chunk before returned for the others; the last
-        returns the velocity."""
-        tokens, embedding = self.embed(*inputs) if part.first else inputs
+        part = self.stripe.part(chunk)
+        tokens, embedding = self.embed(x, t, y) if part.first else flow
         condition = copy_to_tp(F.silu(embedding), self.mesh)
         table = self.feat_rope.table()
         for index in part.blocks:
@@ -113,7 +113,8 @@ class DiT(nn.Module):
         expected = (self.config.latent_channels, self.config.latent_size, self.config.latent_size)
         if tuple(x.shape[1:]) != expected:
             raise UserError(f"latents of shape {tuple(x.shape[1:])} do not fit this DiT, which takes {expected}")
-        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
+        # Both stay in float32 through all blocks, whatever the compute.
+        return self.x_embedder(x) + self.pos_embed, (self.t_embedder(t) + self.y_embedder(y)).float()
 
     def no_condition(self, count: int) -> Tensor:
         """``y`` of ``count`` samples without class or caption, as guidance needs it."""

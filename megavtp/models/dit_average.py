@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megavtp.config.dit import DiTModelConfig, resolve_dit
+from megavtp.config.dit import DiTModelConfig, resolve_dit, swiglu_hidden
 from megavtp.models.build import realised
-from megavtp.models.dit import DiT
+from megavtp.models.dit import DiT, Flow
 from megavtp.models.dit_build import initialise_dit
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute
 from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.parallel.striping import FlowSpec, Stripe, cut_tower
 
 
 class AveragedDiT(nn.Module):
     """``dit`` learns, ``ema`` follows it. ``forward(mode, ...)`` is the only entry, as sharding engines hook the root
     module's forward.
 
-    compute_dtype: of the matrix products (autocast); parameters stay float32.
+    Under pipeline parallelism both hold this rank's chunks only.
+
+    Args:
+        config: resolved, with no None among the sizes that its condition needs.
+        compute_dtype: of the matrix products (autocast); parameters stay float32.
     """
 
     def __init__(
@@ -28,19 +35,36 @@ class AveragedDiT(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        self.compute_dtype = compute_dtype
-        self.dit = DiT(config, mesh, recompute=recompute, attention=attention)
-        self.ema = DiT(config, mesh, attention=attention).requires_grad_(False)
+        self.config, self.mesh, self.compute_dtype = config, mesh, compute_dtype
+        stripe = Stripe(dit_cuts(config, mesh.chunks), mesh.pp, mesh.pp_rank)
+        self.dit = DiT(config, mesh, stripe=stripe, recompute=recompute, attention=attention)
+        self.ema = DiT(config, mesh, stripe=stripe, attention=attention).requires_grad_(False)
 
-    def forward(self, mode: str, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Velocities, see ``DiT.forward``: ``mode`` "velocity" of the trained weights, "average" of the averaged."""
-        with self._precision(x.device.type):
-            return (self.dit if mode == "velocity" else self.ema)(x, t, y)
+    def forward(
+        self, mode: str, stage: int | None = None, flow: Sequence[Tensor] = (), *, x: Tensor, t: Tensor, y: Tensor
+    ) -> Tensor | Flow:
+        """Velocities, see ``DiT.forward``: ``mode`` "velocity" of the trained weights, "average" of the averaged.
 
-    def _precision(self, device: str) -> AbstractContextManager:
+        With ``stage``, only that chunk, which this rank must hold; one after the first reads ``flow`` alone.
+        """
+        with self._precision():
+            return (self.dit if mode == "velocity" else self.ema)(x, t, y, stage, *flow)
+
+    def legs(self, mode: str) -> int:
+        """How many towers a pass goes through one after another."""
+        return 1
+
+    def flow(self, mode: str, stage: int, *, x: Tensor, **_: Any) -> list[FlowSpec]:
+        """Shape and dtype of each tensor that enters ``stage`` > 0 of a pass with these inputs (shapes suffice)."""
+        tokens = (self.config.latent_size // self.config.patch_size) ** 2
+        shapes = (len(x), tokens, self.config.width), (len(x), self.config.width)
+        return [(shape, torch.float32) for shape in shapes]
+
+    def _precision(self) -> AbstractContextManager:
         if self.compute_dtype == torch.float32:
             return nullcontext()
         # A forward reads each weight once: a cache of cast weights would only hold a 16-bit copy of the model.
+        device = self.dit.feat_rope.freqs_cos.device.type
         return torch.autocast(device, dtype=self.compute_dtype, cache_enabled=False)
 
     def averaged(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -52,6 +76,13 @@ class AveragedDiT(nn.Module):
         with torch.no_grad():
             for average, trained in self.averaged():
                 average.copy_(trained)
+
+
+def dit_cuts(config: DiTModelConfig, chunks: int) -> tuple[range, ...]:
+    """Block numbers of each pipeline chunk, balanced by weights used per token; ``config`` is resolved."""
+    block = 4 * config.width + 3 * swiglu_hidden(config.width)
+    ends = config.patch_size**2 * (config.latent_channels or 0) / block
+    return cut_tower([1.0] * config.depth, chunks, first=ends, last=ends)
 
 
 def build_averaged_dit(
