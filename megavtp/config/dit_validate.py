@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from megavtp.config import deepspeed_keys
 from megavtp.config.dit import DiTConfig, resolve_dit, swiglu_hidden
+from megavtp.config.layout import check_pipeline, data_parallel_size
 from megavtp.config.ranges import INF, check_run, divides, need, within
 from megavtp.config.share import PassShare
 
@@ -22,6 +23,7 @@ def validate_dit(config: DiTConfig, world_size: int | None) -> DiTConfig:
     _numbers(config)
     _model(config)
     _tensor_parallel(config)
+    check_pipeline(config.parallel, config.model.depth, "model.depth", "DiT")
     divides(
         config.data.streams, config.train.batch_size, "data.streams", "train.batch_size",
         "every batch is an equal slice of every stream; change one of them",
@@ -127,14 +129,7 @@ def _tensor_parallel(config: DiTConfig) -> None:
 
 
 def _layout(config: DiTConfig, world_size: int) -> None:
-    p = config.parallel
-    need(p.pp == 1, f"parallel.pp = {p.pp}: a DiT trains with parallel.pp=1; parallel.zero_stage=3 saves memory")
-    divides(p.tp * p.pp, world_size, "parallel.tp x parallel.pp", "the number of processes", "change the launch or tp")
-    dp = world_size // (p.tp * p.pp)
-    divides(
-        dp, config.data.streams, "the data-parallel size (processes / parallel.tp)", "data.streams",
-        "set data.streams to a multiple of every data-parallel size you mean to use",
-    )
+    dp = data_parallel_size(config, world_size)
     part = flow_share(config, dp)
     divides(
         part.micro_batch, part.local, "flow_matching.micro_batch", "a rank's share of the batch",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megavtp.config import deepspeed_keys
+from megavtp.config.layout import check_pipeline, data_parallel_size
 from megavtp.config.ranges import check_numbers, divides, need, within
 from megavtp.config.schema import Config, ModelConfig
 from megavtp.config.share import Share, share
@@ -23,7 +24,7 @@ def validate(config: Config, world_size: int | None) -> Config:
     _objectives(config)
     _model(config)
     _tensor_parallel(config)
-    _pipeline(config)
+    check_pipeline(config.parallel, config.model.vision.depth, "model.vision.depth", "encoder")
     _batches(config)
     deepspeed_keys.check(config.deepspeed)
     if world_size is not None:
@@ -129,28 +130,10 @@ def _tensor_parallel(config: Config) -> None:
         sizes["model.dino_head.hidden"] = model.dino_head.hidden
     for key, size in sizes.items():
         divides(tp, size, "parallel.tp", key, use)
-
-
-def _pipeline(config: Config) -> None:
-    p, depth = config.parallel, config.model.vision.depth
     need(
-        p.pp > 1 or p.schedule == "1f1b",
-        f"parallel.schedule = {p.schedule}, but parallel.pp = 1 has no pipeline: remove parallel.schedule or raise pp",
-    )
-    need(
-        p.virtual_stages == 1 or p.schedule == "interleaved_1f1b",
-        f"parallel.virtual_stages = {p.virtual_stages}, but parallel.schedule = {p.schedule} has one stage a rank: "
-        "set parallel.schedule=interleaved_1f1b with parallel.pp above 1, or parallel.virtual_stages=1",
-    )
-    need(
-        p.virtual_stages > 1 or p.schedule != "interleaved_1f1b",
-        "parallel.schedule = interleaved_1f1b needs parallel.virtual_stages of 2 or more: raise it, or set "
-        "parallel.schedule=1f1b",
-    )
-    need(
-        p.pp * p.virtual_stages <= depth,
-        f"parallel.pp x parallel.virtual_stages = {p.pp * p.virtual_stages} stages, but model.vision.depth = {depth}: "
-        "every stage needs a block of the encoder; lower one of the two",
+        tp > 1 or not config.parallel.sequence_parallel,
+        "parallel.sequence_parallel = true shares the tokens over tensor-parallel ranks, but parallel.tp = 1: raise "
+        "parallel.tp, or set parallel.sequence_parallel=false",
     )
 
 
@@ -169,13 +152,7 @@ def _batches(config: Config) -> None:
 
 
 def _layout(config: Config, world_size: int) -> None:
-    p = config.parallel
-    divides(p.tp * p.pp, world_size, "parallel.tp x parallel.pp", "the number of processes", "change the launch or tp")
-    dp = world_size // (p.tp * p.pp)
-    divides(
-        dp, config.data.streams, "the data-parallel size (processes / parallel.tp)", "data.streams",
-        "set data.streams to a multiple of every data-parallel size you mean to use",
-    )
+    dp = data_parallel_size(config, world_size)
     for name, part in share(config, dp).passes.items():
         divides(
             part.micro_batch, part.local, f"objectives.{name}.micro_batch", f"a rank's share of the {name} batch",

@@ -1,0 +1,43 @@
+"""The rules of a layout that every kind of run has. Each error names the keys in question and the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megavtp.config.ranges import divides, need
+from megavtp.config.schema import ParallelConfig
+
+
+def check_pipeline(p: ParallelConfig, depth: int, depth_key: str, tower: str) -> None:
+    """Schedule, virtual stages and pipeline size; ``tower``, of ``depth`` blocks, must have one on every stage."""
+    need(
+        p.pp > 1 or p.schedule == "1f1b",
+        f"parallel.schedule = {p.schedule}, but parallel.pp = 1 has no pipeline: remove parallel.schedule or raise pp",
+    )
+    need(
+        p.virtual_stages == 1 or p.schedule == "interleaved_1f1b",
+        f"parallel.virtual_stages = {p.virtual_stages}, but parallel.schedule = {p.schedule} has one stage a rank: "
+        "set parallel.schedule=interleaved_1f1b with parallel.pp above 1, or parallel.virtual_stages=1",
+    )
+    need(
+        p.virtual_stages > 1 or p.schedule != "interleaved_1f1b",
+        "parallel.schedule = interleaved_1f1b needs parallel.virtual_stages of 2 or more: raise it, or set "
+        "parallel.schedule=1f1b",
+    )
+    need(
+        p.pp * p.virtual_stages <= depth,
+        f"parallel.pp x parallel.virtual_stages = {p.pp * p.virtual_stages} stages, but {depth_key} = {depth}: "
+        f"every stage needs a block of the {tower}; lower one of the two",
+    )
+
+
+def data_parallel_size(config: Any, world_size: int) -> int:
+    """Of ``world_size`` processes, which it must divide into, as it must the streams."""
+    p = config.parallel
+    divides(p.tp * p.pp, world_size, "parallel.tp x parallel.pp", "the number of processes", "change the launch or tp")
+    dp = world_size // (p.tp * p.pp)
+    divides(
+        dp, config.data.streams, "the data-parallel size (processes / parallel.tp)", "data.streams",
+        "set data.streams to a multiple of every data-parallel size you mean to use",
+    )
+    return dp
