@@ -58,17 +58,19 @@ class VTPSource:
         return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(TRAINING_ONLY)}
 
 
-def open_vtp(path: str | Path) -> VTPSource:
+def open_vtp(path: str | Path, form: str | None = None) -> VTPSource:
     """Read a tokenizer: a checkpoint of a run (its hashes are compared) or a released model's folder.
+
+    ``form``: "native" or "hf-vtp", where a folder has the files of both; None = native, if it is one.
 
     Raises:
         UserError: it is neither, is damaged, does not fit its own config, or has an artifact of other weights.
     """
     path = Path(path)
-    if (path / INDEX).is_file():
+    if form == "native" or (form is None and (path / INDEX).is_file()):
         with open_checkpoint(path) as checkpoint:
             config, tensors, step = _read_native(checkpoint)
-    elif (path / "config.json").is_file():
+    elif form == "hf-vtp" or (path / "config.json").is_file():
         model, tensors = load_folder(path)
         config, step = released_config(model, objectives_of(tensors.keys())), 0
     else:

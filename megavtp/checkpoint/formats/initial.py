@@ -1,0 +1,141 @@
+"""Initial weights from elsewhere (``model.init_from``): of a tokenizer, an OpenCLIP model or a timm ViT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megavtp.checkpoint.formats.fitting import misshapen
+from megavtp.checkpoint.formats.foreign import ForeignWeights, unwrapped
+from megavtp.checkpoint.formats.hf_vtp import PERIODS
+from megavtp.checkpoint.formats.openclip import from_openclip, is_openclip
+from megavtp.checkpoint.formats.timm_vit import from_timm, is_timm_vit
+from megavtp.checkpoint.formats.vtp_source import check_periods, open_vtp
+from megavtp.config.schema import ModelConfig
+from megavtp.data.torch_file import read_torch_file
+from megavtp.errors import UserError
+from megavtp.models.vtp import VTP
+from megavtp.parallel.sharding import cut, shard_of
+
+_REMEDY = "model.init_from takes a checkpoint folder, a released folder, or an OpenCLIP or timm ViT weights file"
+_HIDDEN = ("heads", "norm", "ffn", "clip_feature", "causal", "pool", "quick_gelu")
+
+
+def read_initial(spec: str, config: ModelConfig, objectives: AbstractSet[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """Whole tensors by our names, checked against the whole model, and notes for the user.
+
+    Args:
+        spec: one path, or several with commas; a later one replaces what an earlier one gave.
+        config: resolved; with the vocabulary.
+
+    Raises:
+        UserError: a source cannot be read or does not fit; every missing, unexpected and misshapen tensor is listed.
+    """
+    shapes = _whole_shapes(config, objectives)
+    tensors: dict[str, Tensor] = {}
+    notes: list[str] = []
+    for path in (part.strip() for part in spec.split(",")):
+        found = _read(Path(path), config, shapes)
+        _check(found, shapes, path)
+        tensors |= found.tensors
+        towers = sorted({_tower(name) for name in found.tensors})
+        notes += [f"initial weights from {path}: {', '.join(towers)}", *(f"{path}: {note}" for note in found.notes())]
+    if rest := sorted({_tower(name) for name in shapes if name not in tensors and _tower(name) != "teacher"}):
+        notes.append(f"drawn anew, at least in part: {', '.join(rest)}")
+    return tensors, notes
+
+
+def fill(model: VTP, tensors: Mapping[str, Tensor]) -> None:
+    """Copy into what this rank holds of the model; a teacher that ``tensors`` lacks becomes a copy of the student."""
+    mesh = model.mesh
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in tensors:
+                parameter.copy_(cut(tensors[name], shard_of(parameter), mesh.tp_rank, mesh.tp))
+    if "self_distillation" in model.objectives and not any(name.startswith("teacher.") for name in tensors):
+        model.start_teacher()
+
+
+def _whole_shapes(config: ModelConfig, objectives: AbstractSet[str]) -> dict[str, list[int]]:
+    with torch.device("meta"):
+        model = VTP(config, objectives=objectives)
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _tower(name: str) -> str:
+    return name.split(".")[0]
+
+
+def _read(path: Path, config: ModelConfig, shapes: Mapping[str, list[int]]) -> ForeignWeights:
+    if path.is_dir():
+        return _read_vtp(path, config, shapes)
+    state = unwrapped(_read_file(path))
+    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if is_openclip(state):
+        found = from_openclip(state, config, shapes)
+    elif is_timm_vit(state):
+        found = from_timm(state)
+    else:
+        raise UserError(f"{path} is neither of OpenCLIP nor a timm ViT; {_REMEDY}")
+    found.tensors = {name: tensor.float() for name, tensor in found.tensors.items()}
+    return found
+
+
+def _read_vtp(path: Path, config: ModelConfig, shapes: Mapping[str, list[int]]) -> ForeignWeights:
+    source = open_vtp(path)
+    check_periods(source)
+    towers = {_tower(name) for name in shapes}
+    found = ForeignWeights()
+    for name, tensor in source.tensors.items():
+        if _tower(name) not in towers:
+            found.left_out[_tower(name)] = "the objective that needs it is off"
+        elif not name.endswith(PERIODS):
+            found.tensors[name] = tensor
+    if other := _other_settings(source.config.model, config, {_tower(name) for name in found.tensors}):
+        raise UserError(f"{path} was trained as another model: {'; '.join(other)}; set these keys as there")
+    return found
+
+
+def _other_settings(there: ModelConfig, here: ModelConfig, towers: AbstractSet[str]) -> list[str]:
+    """Settings that change what the weights compute and that their shapes do not show."""
+    sections = {"trunk": "vision", "text": "text", "pixel_decoder": "decoder"}
+    found = [] if there.rope_dtype == here.rope_dtype else [f"model.rope_dtype is {there.rope_dtype} there"]
+    for section in (section for tower, section in sections.items() if tower in towers):
+        one, other = getattr(there, section), getattr(here, section)
+        found += [
+            f"model.{section}.{name} is {getattr(one, name)} there"
+            for name in _HIDDEN if hasattr(one, name) and getattr(one, name) != getattr(other, name)
+        ]
+    return found
+
+
+def _read_file(path: Path) -> dict:
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} is not a whole safetensors file ({error}); {_REMEDY}") from None
+    tree = read_torch_file(path, _REMEDY)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds a {type(tree).__name__}, no weights; {_REMEDY}")
+    return tree
+
+
+def _check(found: ForeignWeights, shapes: Mapping[str, list[int]], path: str) -> None:
+    towers = {_tower(name) for name in found.tensors}
+    if not towers:
+        raise UserError(f"{path} has nothing for this model: {'; '.join(found.notes()) or 'no weights'}")
+    faults = [
+        f"missing {name}" for name in shapes
+        if _tower(name) in towers and name not in found.tensors and name not in found.fresh
+    ]
+    faults += [f"unexpected {name}" for name in found.tensors if name not in shapes]
+    faults += [f"unexpected {name}" for name in found.unknown] + misshapen(found.tensors, shapes)
+    if faults:
+        raise UserError(f"{path} does not fit this model; change its model keys or leave it out: {'; '.join(faults)}")

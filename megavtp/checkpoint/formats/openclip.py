@@ -1,0 +1,126 @@
+"""Weights of OpenCLIP models as the text encoder's, and their ViT as the image encoder's where the shapes fit.
+
+The number of heads and QuickGELU do not show in the weights: set ``model.text.heads`` (OpenCLIP: width / 64) and, for
+OpenAI's models, ``model.text.quick_gelu=true``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megavtp.checkpoint.formats.fitting import misshapen
+from megavtp.checkpoint.formats.foreign import ForeignWeights
+from megavtp.checkpoint.formats.hf_vtp import official_name
+from megavtp.checkpoint.formats.timm_vit import from_timm
+from megavtp.config.schema import ModelConfig
+
+Shapes = Mapping[str, Sequence[int]]
+
+_TEXT = re.compile(r"(transformer|token_embedding|ln_final|text_projection)(\..*)?|positional_embedding")
+_SCALARS = ("logit_scale", "logit_bias")
+_BLOCK = {
+    "ln_1": "norm1", "ln_2": "norm2", "attn.in_proj_": "attn.qkv.", "attn.out_proj": "attn.proj",
+    "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "ls_1": "ls1", "ls_2": "ls2",
+}
+
+
+def is_openclip(names: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith("visual.") for name in names) and _plain_text(names).keys() >= {"token_embedding.weight"}
+
+
+def from_openclip(state: Mapping[str, Tensor], config: ModelConfig, shapes: Shapes) -> ForeignWeights:
+    """Tensors for the towers of a model with ``shapes``, by our names.
+
+    The text encoder must fit (what does not is for the caller to find); the image encoder is taken whole or not at
+    all.
+    """
+    found = ForeignWeights()
+    visual = {n.removeprefix("visual."): t for n, t in state.items() if n.startswith("visual.")}
+    rest = _plain_text({n: t for n, t in state.items() if not n.startswith("visual.")})
+    _text(rest, config, shapes, found)
+    _visual(visual, shapes, found)
+    return found
+
+
+def _plain_text(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The text tower's names as in the CLIP class; the newer class has them below ``text.``."""
+    return {name.removeprefix("text."): tensor for name, tensor in state.items()}
+
+
+def _text(state: Mapping[str, Tensor], config: ModelConfig, shapes: Shapes, found: ForeignWeights) -> None:
+    theirs = {
+        official_name(name, config).replace("text_transformer.", "transformer."): name
+        for name in shapes if name.startswith("text.")
+    }
+    for name, tensor in state.items():
+        if name in _SCALARS and name in shapes and tensor.numel() == 1:
+            found.tensors[name] = tensor.reshape(1)
+        elif name in _SCALARS:
+            found.left_out[name] = "this model has no such parameter"
+        elif name == "attn_mask":
+            found.left_out[name] = "the causal mask is not stored here"
+        elif name in theirs:
+            found.tensors[theirs[name]] = tensor.t() if name == "text_projection" else tensor
+        elif _TEXT.fullmatch(name) and not theirs:
+            found.left_out[name] = "the contrastive objective is off"
+        else:
+            found.unknown.append(name)
+    projection = "text.projection.weight"
+    if projection in found.tensors and misshapen(found.tensors, {projection: shapes[projection]}):
+        del found.tensors[projection]
+        found.fresh |= {projection, "text.projection.bias"}
+        found.left_out["text_projection"] = "the image features here have the text encoder's width, there another"
+
+
+def _visual(state: Mapping[str, Tensor], shapes: Shapes, found: ForeignWeights) -> None:
+    if any(name.startswith("trunk.") for name in state):
+        trunk = from_timm({n.removeprefix("trunk."): t for n, t in state.items() if n.startswith("trunk.")})
+        trunk.left_out = {f"trunk.{name}": reason for name, reason in trunk.left_out.items()}
+        trunk.left_out |= {n: "projection of the file" for n in state if n.startswith("head.")}
+    else:
+        trunk = _vit(state, shapes)
+    wanted = {name: shape for name, shape in shapes.items() if name.startswith("trunk.") and name not in trunk.fresh}
+    faults = [f"missing {name}" for name in wanted if name not in trunk.tensors]
+    faults += [f"unexpected {name}" for name in trunk.tensors if name not in shapes]
+    faults += [f"unknown visual.{name}" for name in trunk.unknown] + misshapen(trunk.tensors, shapes)
+    if faults:
+        reason = "the image encoder does not fit: " + "; ".join(faults)
+        found.left_out |= {"visual.*": reason}
+        return
+    found.tensors |= trunk.tensors
+    found.fresh |= trunk.fresh
+    found.left_out |= {f"visual.{name}": reason for name, reason in trunk.left_out.items()}
+
+
+def _vit(state: Mapping[str, Tensor], shapes: Shapes) -> ForeignWeights:
+    """OpenCLIP's own ViT. Its patch embedding has no bias: zeros."""
+    trunk = ForeignWeights(fresh={"trunk.mask_token", "trunk.feature_bottleneck.weight"})
+    for name, tensor in state.items():
+        block = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name)
+        if block:
+            own = block[2]
+            for theirs, ours in _BLOCK.items():
+                own = re.sub(f"^{re.escape(theirs)}", ours, own)
+            trunk.tensors[f"trunk.blocks.{block[1]}.{own}"] = tensor
+        elif name == "conv1.weight":
+            trunk.tensors["trunk.patch_embed.proj.weight"] = tensor
+            trunk.tensors["trunk.patch_embed.proj.bias"] = torch.zeros(len(tensor))
+        elif name == "class_embedding":
+            trunk.tensors["trunk.cls_token"] = tensor.reshape(1, 1, -1)
+        elif name.startswith("ln_post."):
+            trunk.tensors[f"trunk.norm.{name.removeprefix('ln_post.')}"] = tensor
+        elif name == "proj" and list(tensor.t().shape) == list(shapes.get("visual_proj.weight", ())):
+            trunk.tensors["visual_proj.weight"] = tensor.t()
+        elif name == "proj":
+            trunk.left_out[name] = "the image features here have the text encoder's width, there another"
+        elif name == "positional_embedding":
+            trunk.left_out[name] = "this encoder's positions are rotary only"
+        elif name.startswith("ln_pre."):
+            trunk.left_out[name] = "this encoder has no norm before its blocks"
+        else:
+            trunk.unknown.append(name)
+    return trunk

@@ -1,0 +1,94 @@
+"""Weights of timm's ViTs as the encoder's: ``Eva`` (EVA-02, DINOv3) and ``VisionTransformer`` (DINOv2, supervised).
+
+The block stack computes the same where the settings agree: ``model.vision.norm`` layernormbf16 (timm's 1e-5) or
+layernorm (1e-6), ``ffn`` mlp or swiglu with the ``mlp_ratio`` that gives the file's hidden width, ``layer_scale`` set
+when the file has one, and for DINOv3 ``model.rope_dtype=float32``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megavtp.checkpoint.formats.foreign import ForeignWeights
+
+_NO_PLACE = {
+    r"pos_embed": "this encoder's positions are rotary only",
+    r"(reg|storage)_tokens?|dist_token": "this encoder has no register tokens",
+    r"(head|head_drop|head_dist|fc_norm|attn_pool)\..*": "classifier and pooling of the file",
+    r"norm_pre\..*": "this encoder has no norm before its blocks",
+    r"rope(_embed)?\..*": "the rotary table follows from the config",
+}
+_SAME = re.compile(
+    r"cls_token|mask_token|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)|"
+    r"blocks\.\d+\.(norm[12]\.(weight|bias)|attn\.(qkv|proj)\.(weight|bias)|attn\.[qk]_norm\.weight|"
+    r"ls[12]\.gamma|mlp\.(fc[12]|w[123])\.(weight|bias))"
+)
+_PART = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
+_GATED = {"fc1_g": "w1", "fc1_x": "w2", "fc2": "w3"}
+
+
+def is_timm_vit(names: Mapping[str, Tensor]) -> bool:
+    return "patch_embed.proj.weight" in names and "blocks.0.attn.proj.weight" in names
+
+
+def from_timm(state: Mapping[str, Tensor]) -> ForeignWeights:
+    """The trunk's tensors of a timm ViT's state dict."""
+    found = ForeignWeights(fresh={"trunk.mask_token", "trunk.feature_bottleneck.weight"})
+    blocks: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        reason = next((why for pattern, why in _NO_PLACE.items() if re.fullmatch(pattern, name)), None)
+        block = re.fullmatch(r"(blocks\.\d+)\.(.+)", name)
+        if reason:
+            found.left_out[name] = reason
+        elif block:
+            blocks.setdefault(block[1], {})[block[2]] = tensor
+        elif _SAME.fullmatch(name):
+            found.tensors[f"trunk.{name}"] = tensor
+        else:
+            found.unknown.append(name)
+    for prefix, own in blocks.items():
+        for name, tensor in _block(own).items():
+            if _SAME.fullmatch(f"{prefix}.{name}"):
+                found.tensors[f"trunk.{prefix}.{name}"] = tensor
+            else:
+                found.unknown.append(f"{prefix}.{name}")
+    if "norm.weight" not in state:  # a model that pools has its norm behind the pooling
+        found.fresh |= {"trunk.norm.weight", "trunk.norm.bias"}
+    return found
+
+
+def _block(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One block's tensors by our names; what is not known keeps its name."""
+    own = {_PART.get(name, name): tensor for name, tensor in own.items()}
+    return _feed_forward(_attention(own))
+
+
+def _attention(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One fused projection with a bias; keys without one get zeros, which attention cannot tell from none."""
+    own = dict(own)
+    split = [own.pop(f"attn.{part}_proj.weight", None) for part in "qkv"]
+    if all(weight is not None for weight in split):
+        own["attn.qkv.weight"] = torch.cat(split)
+    weight = own.get("attn.qkv.weight")
+    if weight is not None and "attn.qkv.bias" not in own:
+        zeros = weight.new_zeros(len(weight) // 3)
+        own["attn.qkv.bias"] = torch.cat([
+            own.pop(f"attn.{part}_bias", own.pop(f"attn.{part}_proj.bias", zeros)) for part in "qkv"
+        ])
+    return own
+
+
+def _feed_forward(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's gated networks as w1 (gate), w2, w3; a plain one as it is."""
+    first, last = own.get("mlp.fc1.weight"), own.get("mlp.fc2.weight")
+    if first is not None and last is not None and len(first) == 2 * last.shape[1]:  # gate and value in one linear
+        for kind in ("weight", "bias"):
+            gate, value = own.pop(f"mlp.fc1.{kind}").chunk(2)
+            own |= {f"mlp.fc1_g.{kind}": gate, f"mlp.fc1_x.{kind}": value}
+    if "mlp.fc1_g.weight" not in own:
+        return own
+    return {re.sub(r"^mlp\.(fc1_g|fc1_x|fc2)\.", lambda m: f"mlp.{_GATED[m[1]]}.", name): t for name, t in own.items()}

@@ -1,0 +1,49 @@
+"""Convert a checkpoint: a tokenizer between a run's form and the released models', a DiT to and from LightningDiT's.
+
+    python tools/convert_checkpoint.py --from runs/vtp/checkpoints/latest --to hf-vtp --out vtp-hf
+    python tools/convert_checkpoint.py --from VTP-Large-f16d64 --to native --out ckpt
+    python tools/convert_checkpoint.py --from runs/dit/checkpoints/latest --to lightningdit --out dit.pt
+    python tools/convert_checkpoint.py --from lightningdit.pt --to native --out dit-ckpt
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
+
+from megavtp.cli import run  # noqa: E402
+
+
+def parse() -> argparse.Namespace:
+    formats = ("native", "hf-vtp", "lightningdit")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="source", type=Path, required=True, metavar="PATH", help="checkpoint to read")
+    parser.add_argument("--to", required=True, choices=formats, help="form to write")
+    parser.add_argument("--out", type=Path, required=True, help="new folder (lightningdit: a .pt file)")
+    parser.add_argument("--from-format", choices=formats, help="form of --from (default: found out)")
+    parser.add_argument("--captions", help='caption tokenizer: "clip", a file, or "none" (default: the model\'s own)')
+    parser.add_argument("--statistics", type=Path, help="latents_stats.pt of a tokenizer, to carry along with it")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, or latents, that a DiT belongs to")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    from megavtp.checkpoint.formats.convert import convert
+
+    notes = convert(
+        options.source, options.to, options.out, source_format=options.from_format, captions=options.captions,
+        statistics=options.statistics, tokenizer=options.tokenizer,
+    )
+    for note in notes:
+        print(f"note: {note}")
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    run(main)
