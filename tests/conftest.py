@@ -15,6 +15,8 @@ torch.set_num_threads(1)
 # `from distributed import run_ranks`, `from tiny_run import tiny_config`
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parallel")]
 
+pytest_plugins = ["run_fixtures"]
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():

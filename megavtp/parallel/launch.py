@@ -1,10 +1,11 @@
-"""Process start-up and shutdown under the deepspeed launcher, torchrun, or alone."""
+"""Process start-up and shutdown under the deepspeed launcher, torchrun, srun, or alone."""
 
 from __future__ import annotations
 
 import faulthandler
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -16,58 +17,72 @@ import torch
 import torch.distributed as dist
 
 from megavtp.errors import UserError
+from megavtp.parallel import phase
 from megavtp.parallel.deepspeed_adapter import import_deepspeed
+from megavtp.parallel.meeting import meet
+from megavtp.parallel.rendezvous import Place, detect, gloo_interface
+from megavtp.parallel.verdict import limit_of
+from megavtp.parallel.watchdog import Watchdog
 
 STOPPED = 143  # exit status after a signal (128 + SIGTERM): the state is saved, the same command goes on
 # Seconds that rank 0 has to tell of an error that all ranks find. A rank that left before it would have the launcher
 # end rank 0 in silence; one that is still here afterwards (no launcher ends it) tells its own.
 _PATIENCE = 5.0
+_VERDICT_PATIENCE = 15.0  # seconds until it is known which rank's end broke a connection
+_TERM_PATIENCE = 8.0  # the same, for a rank whose launcher ends it because of that rank; launchers kill after 30 s
+_NO_LIMIT = timedelta(days=30)  # of the process group, when the watch has none
 # What gloo, NCCL and the rendezvous store say when another process has gone.
 _PEER_GONE = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was likely closed",
-    "ncclRemoteError",
+    "ncclRemoteError", "Failed to recv", "failed to recv",
 )
+_watchdog: Watchdog | None = None
 
 
-def environment_rank() -> tuple[int, int, int]:
-    """(rank, local rank, world size) as the launcher set them; (0, 0, 1) when there was none."""
-    read = lambda name, default: int(os.environ.get(name, default))  # noqa: E731
-    return read("RANK", 0), read("LOCAL_RANK", 0), read("WORLD_SIZE", 1)
+class _Terminated(BaseException):
+    """SIGTERM while nothing is to be saved: before the first step, or after the last."""
 
 
-def start(timeout_minutes: float = 30) -> torch.device:
-    """Initialise torch.distributed (NCCL with GPUs, else gloo) and return this rank's device.
+def _on_sigterm(signum, frame) -> None:
+    raise _Terminated
+
+
+def start(timeout: float = 600) -> torch.device:
+    """Initialise torch.distributed (NCCL with GPUs, else gloo), watch over the ranks, and return this rank's device.
+
+    Args:
+        timeout: seconds that all ranks have to arrive, and that a part of a step may take; 0 = no limit.
 
     Raises:
         UserError: more local ranks than GPUs, or the rendezvous fails.
     """
-    rank, local_rank, world = environment_rank()
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; start at most that "
-                "many processes (deepspeed --num_accelerators N)"
-            )
-        device, backend = torch.device("cuda", local_rank), "nccl"
-        torch.cuda.set_device(device)
-    else:
-        device, backend = torch.device("cpu"), "gloo"
-        if "OMP_NUM_THREADS" not in os.environ:
-            local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+    global _watchdog
+    place = detect()
+    device, backend = _device(place)
     import_deepspeed()
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if world == 1:
-        os.environ.setdefault("MASTER_PORT", "0")
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world))
+    os.environ.update(
+        RANK=str(place.rank), LOCAL_RANK=str(place.local_rank), WORLD_SIZE=str(place.world),
+        MASTER_ADDR=place.master_addr, MASTER_PORT=str(place.master_port),
+    )
+    if backend == "gloo" and (interface := gloo_interface(place)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if not dist.is_initialized():
+        store = meet(place, timeout)
+        limit = timedelta(seconds=limit_of(timeout, True) + 60) if timeout else _NO_LIMIT  # the watch comes first
         try:
-            dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(minutes=timeout_minutes))
+            dist.init_process_group(
+                backend, store=dist.PrefixStore("group", store), rank=place.rank, world_size=place.world, timeout=limit
+            )
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"rank {rank} of {world} could not join the others at {os.environ['MASTER_ADDR']}:"
-                f"{os.environ.get('MASTER_PORT')}: {str(error).splitlines()[0]}"
+                f"rank {place.rank} of {place.world} could not join the others at {place.master_addr}:"
+                f"{place.master_port}: {str(error).splitlines()[0]}; python launchers/doctor.py looks for the reason"
             ) from None
+        if place.world > 1:
+            _watchdog = Watchdog(store, place.rank, place.world, socket.gethostname(), timeout)
+            dist.barrier()  # all have told of themselves
+            _watchdog.start()
+            signal.signal(signal.SIGTERM, _on_sigterm)
     import deepspeed
 
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
@@ -75,43 +90,108 @@ def start(timeout_minutes: float = 30) -> torch.device:
     return device
 
 
+def _device(place: Place) -> tuple[torch.device, str]:
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        # srun can show each task one GPU alone, which is number 0 in all of them.
+        index = 0 if place.launcher == "srun" and count == 1 else place.local_rank
+        if index >= count:
+            raise UserError(
+                f"local rank {index} has no GPU: this machine has {count}; start at most that many processes on it "
+                "(deepspeed --num_accelerators N, srun --ntasks-per-node N)"
+            )
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index), "nccl"
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world))
+    return torch.device("cpu"), "gloo"
+
+
 def stop() -> None:
     """Leave the process group in step: without it gloo's threads sometimes abort the exit."""
+    global _watchdog
     if dist.is_initialized():
+        phase.enter("leaving")
         dist.barrier()
+        if _watchdog is not None:
+            _watchdog.close()
+            _watchdog = None
         dist.destroy_process_group()
 
 
 def run_ranks(main: Callable[[], int | None]) -> NoReturn:
     """Run a launcher's ``main`` on this rank and exit with its status: 0 finished, ``STOPPED`` saved its state and can
-    be started again, 2 an error of the user's (one line), 1 a bug, or other ranks that are gone.
+    be started again, 2 an error of the user's (one line), 1 a bug, or other ranks that failed, are lost or hang.
 
     Before the ranks are joined every rank finds the same error, so rank 0 speaks for all; afterwards the rank that
-    raises does. A rank that has spoken leaves at once: the launcher ends the others, none waits in a collective.
+    raises does, and the others are told and end within seconds. See ``watchdog`` for those that cannot speak.
     """
-    rank, _, world = environment_rank()
     try:
         status = main() or 0
         stop()
-    except UserError as error:
-        if rank > 0 and not dist.is_initialized():
-            time.sleep(_PATIENCE)
-        where = f"[rank {rank}] " if rank > 0 or (dist.is_initialized() and world > 1) else ""
-        print(f"{where}error: {error}", file=sys.stderr, flush=True)
-        status = 2
-    except KeyboardInterrupt:
-        status = 130
     except BaseException as error:
-        if _lost_others(error):
-            reason = str(error).splitlines()[0]
-            text = f"ended because other ranks did; if they left no message they were killed (memory?) [{reason}]"
-        else:
-            text = f"failed:\n{traceback.format_exc()}"
-        print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
-        status = 1
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows takes seconds
+        status = _tell_all(error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _tell_all(error: BaseException) -> int:
+    """Say on this rank's stderr, and to the other ranks, why it ends; returns the exit status."""
+    if isinstance(error, UserError):
+        return _user_error(error)
+    if isinstance(error, _Terminated):
+        return _terminated()
+    if isinstance(error, KeyboardInterrupt):
+        _tell("was interrupted")
+        return 130
+    where = phase.current().name
+    if _lost_others(error):
+        text = f"ended because other ranks did: {_reason(error)} (this rank: {where})"
+    else:
+        trace = "".join(traceback.format_exception(error))
+        text = f"failed in {where}:\n{trace}"
+        _tell(f"failed, {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+    print(f"[rank {_rank()}] {text}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def _user_error(error: UserError) -> int:
+    try:
+        place = detect()
+    except UserError:  # it is what the launcher set that is wrong
+        place = None
+    joined = dist.is_initialized() and dist.get_world_size() > 1
+    if place is not None and place.rank > 0 and not joined:
+        time.sleep(_PATIENCE)
+    where = f"[rank {place.rank}] " if place is not None and (place.rank > 0 or joined) else ""
+    print(f"{where}error: {error}", file=sys.stderr, flush=True)
+    _tell(f"met an error: {error}")
+    return 2
+
+
+def _terminated() -> int:
+    """Either somebody ends the job, or the launcher does because another rank has gone; that takes a moment to know."""
+    known = _watchdog.reason(_TERM_PATIENCE) if _watchdog is not None else None
+    text = f"ended because other ranks did: {known}" if known else "was told to end (SIGTERM)"
+    print(f"[rank {_rank()}] {text} (this rank: {phase.current().name})", file=sys.stderr, flush=True)
+    return 1 if known else STOPPED
+
+
+def _tell(text: str) -> None:
+    """Let the other ranks know why this one ends, and where it was."""
+    if _watchdog is not None:
+        _watchdog.tell(f"rank {_rank()} ({socket.gethostname()}) in {phase.current().name} {text}")
+
+
+def _reason(error: BaseException) -> str:
+    known = _watchdog.reason(_VERDICT_PATIENCE) if _watchdog is not None else None
+    return known or f"if they left no message they were killed (memory?) [{str(error).splitlines()[0]}]"
 
 
 def _lost_others(error: BaseException) -> bool:

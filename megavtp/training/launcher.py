@@ -17,8 +17,9 @@ from megavtp.config.summary import layout_summary
 from megavtp.config.validate import validate
 from megavtp.data.sources.emoji import prepare_emoji
 from megavtp.errors import UserError
-from megavtp.parallel import launch
+from megavtp.parallel import launch, phase
 from megavtp.parallel.collectives import together
+from megavtp.parallel.rendezvous import detect
 from megavtp.training.pretrain_run import PretrainRun
 
 
@@ -38,8 +39,9 @@ def _own_arguments() -> list[str]:
 
 def _alone_on_a_cpu_without_being_told() -> bool:
     """Whether the deepspeed launcher chose a single process by itself because there is no accelerator."""
-    _, _, world = launch.environment_rank()
-    if world != 1 or "RANK" not in os.environ or "CROSS_SIZE" not in os.environ or torch.cuda.is_available():
+    if not {"RANK", "CROSS_SIZE"} <= os.environ.keys() or os.environ.get("WORLD_SIZE") != "1":
+        return False
+    if torch.cuda.is_available():
         return False
     told = ("--num_accelerators", "--num_gpus", "--include", "--hostfile", "--num_nodes", "-H", "-i")
     above = [argument for parent in psutil.Process().parents()[:3] for argument in _command(parent)]
@@ -69,16 +71,17 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def _main() -> int:
     arguments = parse_arguments(sys.argv[1:])
-    rank, _, world = launch.environment_rank()
+    place = detect()
     config = load_config(arguments.config, arguments.overrides, arguments.deepspeed_config)
-    config = validate(config, world)
+    config = validate(config, place.world)
     if arguments.dry_run:
-        if rank == 0:
-            print(layout_summary(config, world))
+        if place.rank == 0:
+            print(layout_summary(config, place.world))
         return 0
-    device = launch.start()
+    device = launch.start(config.parallel.timeout)
+    phase.enter("preparing data", slow=True)
     if arguments.config is None or arguments.config.resolve() == DEMO_CONFIG.resolve():
-        _prepare_demo_data(config, rank)
+        _prepare_demo_data(config, place.rank)
     run = PretrainRun(config, device)
     return 0 if run.train() else launch.STOPPED
 

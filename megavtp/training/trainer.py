@@ -17,6 +17,7 @@ from megavtp.config.schema import Config
 from megavtp.data.batch import Batch
 from megavtp.data.loader import Loader
 from megavtp.errors import UserError
+from megavtp.parallel import phase
 from megavtp.parallel.collectives import all_gather_object, all_reduce, broadcast_object
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.passes import Pass, execute
@@ -86,6 +87,7 @@ class Trainer:
         """Train to the end; False if a signal stopped the run early (its state is saved)."""
         steps, saved = self.config.train.steps, start
         signal = StopSignal(self.engine.device)
+        phase.enter("loading the first batch", slow=True)
         loader = self.make_loader(start)
         stopped = False
         try:
@@ -97,11 +99,13 @@ class Trainer:
                     saved = done
                 for interval, hook in self.every:
                     if self._due(interval, done) and done < steps:
+                        phase.enter(f"step {done}, pictures or evaluation", slow=True)
                         hook(done)
                 if signal.agreed() and done < steps:
                     stopped = True
                     self.telemetry.event("stopped_by_signal", step=done)
                     break
+                phase.enter(f"step {done + 1}, data")
             else:
                 done = steps
             if saved < done:
@@ -117,6 +121,7 @@ class Trainer:
         return interval > 0 and done % interval == 0
 
     def save(self, step: int) -> None:
+        phase.enter(f"step {step}, checkpoint", slow=True)
         centers = self.distillation.centers if self.distillation else {}
         state.save(self.store, self.engine, self.config, step, centers, self.facts)
         self.telemetry.event("checkpoint", step=step)
@@ -127,7 +132,9 @@ class Trainer:
         terms: dict[str, Tensor] = {}
         centers = dict(self.distillation.centers) if self.distillation else {}
         for objective in self.passes:
+            phase.enter(f"step {batch.step + 1}, pass {objective.name}")
             terms |= execute(objective, self.engine, batch)
+        phase.enter(f"step {batch.step + 1}, update")
         result = self.engine.step()
         if result.applied:
             self.skipped_in_a_row = 0

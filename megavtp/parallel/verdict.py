@@ -1,0 +1,138 @@
+"""From what the ranks report of themselves: which one is lost or hangs, in words."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+SLOW = 3  # times the limits, in phases that read or write much
+SILENCE = 60.0  # seconds without a sign of life, at most; less if the limit for hangs is less
+SILENCE_AFTER_LOSS = 5.0  # the same, once a rank has noticed that a connection broke
+_MUTE = 3.0  # seconds; a rank that hangs and is silent for longer cannot even report: not just its main thread is stuck
+LOST = "no sign of life: killed (out of memory?), crashed, stuck in C code, or the machine is lost"
+# What is called from here waits for other ranks.
+_COLLECTIVE = ("/torch/distributed/", "/deepspeed/comm/", "megavtp/parallel/collectives.py")
+_OURS = str(Path(__file__).resolve().parents[1])
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank tells of itself, about once a second.
+
+    phase, number, slow: see ``phase.Phase``. age: seconds since it began. broken: a connection to another rank broke.
+    at: "file:line in function" of the innermost own code. in_collective: whether that is in a collective operation.
+    """
+
+    host: str
+    phase: str
+    number: int
+    slow: bool
+    age: float
+    broken: bool
+    at: str
+    in_collective: bool
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def load_report(text: bytes | str) -> Report:
+    return Report(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why all ranks end. ``ranks`` are those to blame, ``text`` says so."""
+
+    text: str
+    ranks: tuple[int, ...]
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def load_verdict(text: bytes | str) -> Verdict:
+    fields = json.loads(text)
+    return Verdict(fields["text"], tuple(fields["ranks"]))
+
+
+def limit_of(timeout: float, slow: bool) -> float:
+    """Seconds that a phase may take; ``timeout`` 0 = no limit."""
+    return (timeout or float("inf")) * (SLOW if slow else 1)
+
+
+def silence_of(timeout: float, slow: bool) -> float:
+    return min(SILENCE, timeout or SILENCE) * (SLOW if slow else 1)
+
+
+def judge(
+    reports: Mapping[int, Report], silent: Mapping[int, float], timeout: float, broken: bool = False
+) -> Verdict | None:
+    """The verdict on all ranks, None if there is nothing to say.
+
+    Args:
+        silent: seconds since each rank's last sign of life.
+        timeout: seconds a phase may take on any rank, 0 = no limit.
+        broken: whether the judge's own connection to another rank broke.
+    """
+    broken = broken or any(report.broken for report in reports.values())
+    gone = [
+        rank for rank, report in reports.items()
+        if silent[rank] > (SILENCE_AFTER_LOSS if broken else silence_of(timeout, report.slow))
+    ]
+    if gone:
+        return _lost(gone, reports)
+    # A rank whose connection broke waits for the verdict on that.
+    ages = {rank: report.age + silent[rank] for rank, report in reports.items()}
+    if not any(ages[rank] > limit_of(timeout, r.slow) for rank, r in reports.items() if not r.broken):
+        return None
+    # Who waits for another has come as far as the other, or farther.
+    first = min(report.number for report in reports.values())
+    behind = [rank for rank, report in reports.items() if report.number == first]
+    behind = [rank for rank in behind if not reports[rank].in_collective] or behind
+    if all(silent[rank] > _MUTE for rank in behind):
+        return _lost(behind, reports)
+    age = max(ages[rank] for rank in behind)
+    return Verdict(
+        f"{_those(behind, reports)} {_verb(behind, 'hangs', 'hang')}: no progress for {age:.0f} s (limit: "
+        f"parallel.timeout = {timeout:g} s), {_where(behind, reports)}", tuple(behind),
+    )
+
+
+def _lost(ranks: Sequence[int], reports: Mapping[int, Report]) -> Verdict:
+    return Verdict(f"{_those(ranks, reports)}: {LOST}; last seen {_where(ranks, reports)}", tuple(ranks))
+
+
+def _those(ranks: Sequence[int], reports: Mapping[int, Report]) -> str:
+    named = [f"{rank} ({reports[rank].host})" for rank in ranks[:8]]
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return _verb(ranks, "rank ", "ranks ") + ", ".join(named) + more
+
+
+def _verb(ranks: Sequence[int], one: str, several: str) -> str:
+    return one if len(ranks) == 1 else several
+
+
+def _where(ranks: Sequence[int], reports: Mapping[int, Report]) -> str:
+    """The different places of at most a few ranks."""
+    places = {f"{reports[r].phase}" + (f" at {reports[r].at}" if reports[r].at else ""): r for r in reversed(ranks)}
+    if len(places) == 1:
+        return f"in {next(iter(places))}"
+    return "; ".join(f"rank {rank} in {place}" for place, rank in sorted(places.items(), key=lambda x: x[1])[:8])
+
+
+def main_thread_position() -> tuple[str, bool]:
+    """("file:line in function" of the main thread's innermost own code, whether it waits in a collective there)."""
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    waits = frame is not None and frame.f_code.co_name in ("wait", "synchronize")
+    while frame is not None:
+        file = frame.f_code.co_filename
+        waits = waits or any(part in file for part in _COLLECTIVE)
+        if file.startswith(_OURS):
+            return f"{Path(file).name}:{frame.f_lineno} in {frame.f_code.co_name}", waits
+        frame = frame.f_back
+    return "", waits
