@@ -23,6 +23,7 @@ from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS
 from megavtp.models.lpips_weights import load_lpips_weights
 from megavtp.models.vtp import VTP
 from megavtp.nn.block import Block
+from megavtp.parallel import phase
 from megavtp.parallel.collectives import together
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import Mesh, build_mesh
@@ -41,6 +42,7 @@ class PretrainRun:
     """
 
     def __init__(self, config: Config, device: torch.device):
+        phase.enter("opening data and building the model", slow=True)
         self.device = device
         self.mesh = build_mesh(config.parallel.tp, config.parallel.pp)
         self.share = share(config, self.mesh.dp)
@@ -80,10 +82,12 @@ class PretrainRun:
             config, self.engine, passes, pairs, teacher_momentum(config), telemetry, self.loader, every,
             frozen=frozen_prototypes(config),
         )
+        phase.enter("reading the checkpoint", slow=True)
         start = trainer.resume()
         telemetry.start(start)
         finished = trainer.run(start)
         if finished:
+            phase.enter("the last evaluation", slow=True)
             evaluation.finish(config.train.steps)
         telemetry.close()
         self.engine.close()
