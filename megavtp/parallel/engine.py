@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megavtp.parallel import deepspeed_adapter as adapter
 from megavtp.parallel import pipeline
 from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.messages import connect
 from megavtp.parallel.orders import Schedule
 from megavtp.parallel.sharding import cut, merge, shard_of
 from megavtp.parallel.striping import FlowSpec
@@ -58,6 +59,7 @@ class Engine:
         self._engine = adapter.initialize(module, optimizer, ds_config, mesh, leaf_classes)
         self._engine.megavtp_clip_grad = clip_grad
         self.device = self._engine.device
+        connect(mesh, self.device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)

@@ -97,6 +97,22 @@ class Messages:
         self._sent.clear()
 
 
+def connect(mesh: Mesh, device: torch.device) -> None:
+    """One message between all neighbours of the ring of pipeline ranks, in one order everywhere.
+
+    NCCL makes the communicator of a pair of ranks at their first message, and there each waits for the other. In the
+    middle of a schedule that could be for ever: a rank asks for a message long before the other can send it.
+    """
+    x = torch.zeros(1, device=device)
+    for source in range(mesh.pp if mesh.pp > 1 else 0):
+        for target in sorted({(source + 1) % mesh.pp, (source - 1) % mesh.pp}):
+            group = mesh.pp_group if source < target else mesh.pp_down_group
+            if mesh.pp_rank == source:
+                dist.send(x, group=group, group_dst=target)
+            elif mesh.pp_rank == target:
+                dist.recv(x, group=group, group_src=source)
+
+
 def broadcast_last_stage(x: Tensor, mesh: Mesh) -> Tensor:
     """The last pipeline rank's ``x`` on all; elsewhere ``x`` is overwritten."""
     if mesh.pp_group is not None:
