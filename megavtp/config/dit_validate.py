@@ -126,6 +126,15 @@ def _tensor_parallel(config: DiTConfig) -> None:
     }
     for key, size in sizes.items():
         divides(tp, size, "parallel.tp", key, "use a tp that divides it")
+    need(
+        not config.parallel.sequence_parallel,
+        "parallel.sequence_parallel = true: a DiT, whose norms are modulated sample by sample, trains without; set "
+        "parallel.sequence_parallel=false",
+    )
+    need(
+        config.parallel.recompute != "selective",
+        "parallel.recompute = selective: a DiT takes parallel.recompute=none or full",
+    )
 
 
 def _layout(config: DiTConfig, world_size: int) -> None:

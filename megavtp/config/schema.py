@@ -75,6 +75,7 @@ class ModelConfig:
     bottleneck_reconstruction_only: bool = True  # CLIP and DINO read the full-width features
     rope_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # bfloat16 = the released models' rounding
     init_std: float = 0.02  # of the initial ViT linears; the released models' value, small for a width below 300
+    init_from: str | None = None  # weights to start from: a checkpoint, OpenCLIP's or a timm ViT's; several with commas
     init_logit_scale: float | None = None  # log of the scale; None = ln(1/0.07)
     init_logit_bias: float | None = None  # None = no bias (InfoNCE); SigLIP wants -10
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -171,7 +172,8 @@ class ParallelConfig:
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b"] = "1f1b"  # of the pipeline
     virtual_stages: int = 1  # parts of each tower on a pipeline rank, for interleaved_1f1b
     zero_stage: Literal[0, 1, 2, 3] = 1
-    recompute: Literal["none", "full"] = "none"  # activations of each block again in its backward
+    sequence_parallel: bool = False  # the tp ranks share the tokens between a block's matrix products, too
+    recompute: Literal["none", "selective", "full"] = "none"  # in the backward: what is cheap, or each block, again
     precision: Literal["fp32", "bf16"] = "bf16"  # of the compute; weights, moments and teacher are always float32
     attention: Literal["auto", "flash", "sdpa"] = "auto"
     timeout: float = 600  # s that a part of a step may take on any rank, start and saves three times that; 0 = no limit

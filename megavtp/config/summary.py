@@ -119,7 +119,8 @@ def layout_summary(config: Config, world_size: int) -> str:
         f"model      VTP-{model.size}, {model.image_size} px, patch {model.patch_size}, {model.bottleneck} channels",
         f"           {million}{note}",
         f"layout     {world_size} process{'es' if world_size > 1 else ''} = tp {p.tp} x pp {p.pp} x dp {dp}, "
-        f"ZeRO stage {p.zero_stage}, {p.precision}, recompute {p.recompute}, attention {p.attention}",
+        f"ZeRO stage {p.zero_stage}, {p.precision}, recompute {p.recompute}, "
+        f"sequence parallelism {'on' if p.sequence_parallel else 'off'}, attention {p.attention}",
         f"           about {state_bytes(config, dp) / 2**30:.2f} GiB of weights, gradients, moments and teacher on a "
         "rank, plus activations",
         f"step       {train.batch_size} image-text pairs, {part.images} on a rank",

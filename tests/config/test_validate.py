@@ -63,6 +63,7 @@ def test_feed_forward_widths():
 
 
 CROSS_RULES = [
+    (1, "parallel.sequence_parallel=true", "but parallel.tp = 1: raise parallel.tp, or set parallel.sequence_parallel"),
     (1, "model.vision.heads=5", "model.vision.width = 192 is not a multiple of model.vision.heads = 5"),
     (1, "model.vision.heads=32", "model.vision.width = 192 over model.vision.heads = 32 gives heads of 6 channels"),
     (1, "model.decoder.heads=96", "model.decoder.heads"),

@@ -61,7 +61,8 @@ class Run:
 
     def __init__(self, config: Config):
         self.config = config
-        self.mesh = build_mesh(config.parallel.tp, config.parallel.pp, config.parallel.virtual_stages)
+        p = config.parallel
+        self.mesh = build_mesh(p.tp, p.pp, p.virtual_stages, p.sequence_parallel)
         self.engine, self.model = build_engine(config, self.mesh)
         self.data, self.passes = data_of(config, self.mesh), passes_of(config, self.mesh)
         self.terms: list[dict[str, float]] = []
