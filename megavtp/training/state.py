@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megavtp import __version__
@@ -13,7 +14,8 @@ from megavtp.checkpoint.store import Checkpoint, CheckpointStore
 from megavtp.config.load import to_dict
 from megavtp.config.schema import Config
 from megavtp.errors import UserError
-from megavtp.parallel.collectives import all_gather
+from megavtp.parallel.collectives import all_gather, together
+from megavtp.parallel.deepspeed_adapter import MOMENTS
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.sharding import Shard, cut
 from megavtp.training.pretraining import SelfDistillationPass
@@ -45,30 +47,40 @@ def save(
 def load(checkpoint: Checkpoint, engine: Engine, distillation: SelfDistillationPass | None) -> int:
     """Fill engine and centres from a checkpoint of any layout; returns the step to go on with.
 
+    A converted checkpoint has weights only: the optimizer and the centres then start anew.
+
     Raises:
         UserError: a tensor is missing or has another shape.
     """
     names = set(checkpoint.names)
+    weights_only = all(name.startswith("model/") for name in names)
 
     def tensor(name: str) -> Tensor:
-        if name not in names:
-            raise UserError(
-                f"{checkpoint.path} has no tensor {name}: it was trained with other objectives or another model; "
-                "set the same model and objectives, or another output_dir"
-            )
-        return checkpoint.tensor(name)
+        kind, _, parameter = name.partition("/")
+        if weights_only and kind in MOMENTS and f"model/{parameter}" in names:
+            return torch.zeros(checkpoint.shape(f"model/{parameter}"))
+        return checkpoint.tensor(_known(checkpoint, names, name))
 
-    _check_shapes(checkpoint, engine)
+    together(lambda: _check_names_and_shapes(checkpoint, engine))  # what one pipeline rank lacks, others may not
     engine.load(tensor, int(checkpoint.meta["optimizer_steps"]))
-    for name, center in (distillation.centers if distillation else {}).items():
+    for name, center in (distillation.centers if distillation and not weights_only else {}).items():
         center.copy_(cut(tensor(f"center/{name}"), _CENTER, engine.mesh.tp_rank, engine.mesh.tp))
     return checkpoint.step
 
 
-def _check_shapes(checkpoint: Checkpoint, engine: Engine) -> None:
+def _known(checkpoint: Checkpoint, names: set[str], name: str) -> str:
+    if name not in names:
+        raise UserError(
+            f"{checkpoint.path} has no tensor {name}: it was trained with other objectives or another model; "
+            "set the same model and objectives, or another output_dir"
+        )
+    return name
+
+
+def _check_names_and_shapes(checkpoint: Checkpoint, engine: Engine) -> None:
     names = set(checkpoint.names)
     for name, shape in engine.logical_shapes().items():
-        if f"model/{name}" in names and tuple(checkpoint.shape(f"model/{name}")) != shape:
+        if tuple(checkpoint.shape(_known(checkpoint, names, f"model/{name}"))) != shape:
             raise UserError(
                 f"{checkpoint.path}: {name} has shape {tuple(checkpoint.shape(f'model/{name}'))}, this model has "
                 f"{shape}: set the model keys of the run that wrote it, or another output_dir"
