@@ -9,7 +9,13 @@ from megavtp.config.schema import ParallelConfig
 
 
 def check_pipeline(p: ParallelConfig, depth: int, depth_key: str, tower: str) -> None:
-    """Schedule, virtual stages and pipeline size; ``tower``, of ``depth`` blocks, must have one on every stage."""
+    """Schedule, virtual stages, pipeline size and ZeRO-3's gathers; ``tower``, of ``depth`` blocks, must have one on
+    every stage."""
+    need(
+        p.zero3_gather == "block" or p.zero_stage == 3,
+        f"parallel.zero3_gather = {p.zero3_gather}, but parallel.zero_stage = {p.zero_stage} gathers nothing: set "
+        "parallel.zero_stage=3 or remove parallel.zero3_gather",
+    )
     need(
         p.pp > 1 or p.schedule == "1f1b",
         f"parallel.schedule = {p.schedule}, but parallel.pp = 1 has no pipeline: remove parallel.schedule or raise pp",
@@ -37,7 +43,7 @@ def data_parallel_size(config: Any, world_size: int) -> int:
     divides(p.tp * p.pp, world_size, "parallel.tp x parallel.pp", "the number of processes", "change the launch or tp")
     dp = world_size // (p.tp * p.pp)
     divides(
-        dp, config.data.streams, "the data-parallel size (processes / parallel.tp)", "data.streams",
+        dp, config.data.streams, "the data-parallel size (processes / parallel.tp / parallel.pp)", "data.streams",
         "set data.streams to a multiple of every data-parallel size you mean to use",
     )
     return dp

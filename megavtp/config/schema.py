@@ -172,6 +172,7 @@ class ParallelConfig:
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b"] = "1f1b"  # of the pipeline
     virtual_stages: int = 1  # parts of each tower on a pipeline rank, for interleaved_1f1b
     zero_stage: Literal[0, 1, 2, 3] = 1
+    zero3_gather: Literal["block", "step"] = "block"  # step: all of a rank's weights stay gathered for the step
     sequence_parallel: bool = False  # the tp ranks share the tokens between a block's matrix products, too
     recompute: Literal["none", "selective", "full"] = "none"  # in the backward: what is cheap, or each block, again
     precision: Literal["fp32", "bf16"] = "bf16"  # of the compute; weights, moments and teacher are always float32

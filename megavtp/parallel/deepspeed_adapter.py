@@ -95,9 +95,12 @@ def mark_norm_ownership(module: nn.Module, mesh: Mesh) -> None:
 
 def initialize(
     module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], mesh: Mesh,
-    leaf_classes: tuple[type[nn.Module], ...] = (),
+    leaf_classes: tuple[type[nn.Module], ...] = (), hold: bool = False,
 ) -> Any:
-    """One DeepSpeed engine around everything this rank owns, with the guards that hold for the whole run."""
+    """One DeepSpeed engine around everything this rank owns, with the guards that hold for the whole run.
+
+    ``hold``: ZeRO-3 gathers all parameters once a step instead of a block's whenever it runs.
+    """
     deepspeed = import_deepspeed()
     stage = ds_config["zero_optimization"]["stage"]
     mark_norm_ownership(module, mesh)
@@ -112,6 +115,7 @@ def initialize(
         # At every root forward ZeRO-3 compares its trace of module calls over the *world*: pipeline stages would
         # deadlock, and our passes call different towers. Without the hook each module gathers its own on demand.
         engine.optimizer.parameter_offload.fwd_pre_hook.remove()
+    engine.megavtp_hold = hold and stage == 3
     engine.megavtp_towers, engine.megavtp_tower_norms = towers, []
     if stage == 0:
         _own_stage0_norm(engine, mesh)
@@ -210,6 +214,18 @@ def before_step(engine: Any) -> None:
     buffer = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
     if buffer is not None:
         buffer.zero_()
+    if engine.megavtp_hold:
+        _gather_all(engine)
+
+
+def _gather_all(engine: Any) -> None:
+    """Gather every parameter in one collective, and keep it until ``engine.step()``, which lets go of all."""
+    parameters = list(engine.module.parameters())
+    absent = [p for p in parameters if p.ds_status.name == "NOT_AVAILABLE"]
+    if absent:
+        absent[0].all_gather_coalesced(absent).wait()
+    for parameter in parameters:
+        parameter.ds_active_sub_modules.add(-1)  # a user that no module is: a module that is done does not release it
 
 
 def before_backward(engine: Any) -> None:

@@ -44,19 +44,20 @@ class Engine:
         extra: further DeepSpeed keys of the user.
         leaf_classes: modules whose parameters ZeRO-3 gathers together (transformer blocks).
         schedule: order of the pipeline's work.
+        hold: ZeRO-3 keeps all parameters of the rank gathered for a step.
     """
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, *, zero_stage: int,
         clip_grad: float, extra: Mapping[str, Any] | None = None, leaf_classes: tuple[type[nn.Module], ...] = (),
-        schedule: Schedule = "1f1b",
+        schedule: Schedule = "1f1b", hold: bool = False,
     ):
         self.mesh, self.schedule = mesh, schedule
         self.module = module
         self.names = {parameter: name for name, parameter in module.named_parameters()}
         numel = sum(p.numel() for p in module.parameters() if p.requires_grad)
         ds_config = adapter.build_config(zero_stage, clip_grad, numel, extra or {})
-        self._engine = adapter.initialize(module, optimizer, ds_config, mesh, leaf_classes)
+        self._engine = adapter.initialize(module, optimizer, ds_config, mesh, leaf_classes, hold)
         self._engine.megavtp_clip_grad = clip_grad
         self.device = self._engine.device
         connect(mesh, self.device)

@@ -74,6 +74,7 @@ CROSS_RULES = [
     (2, "parallel.tp=2", "model.vision.heads = 3 is not a multiple of parallel.tp = 2"),
     (3, "parallel.tp=3", "feed-forward width = .* is not a multiple of parallel.tp = 3|vocab_size = 512 is not"),
     (3, "parallel.pp=2", "number of processes = 3 is not a multiple of parallel.tp x parallel.pp = 2"),
+    (1, "parallel.zero3_gather=step", "parallel.zero3_gather = step, but parallel.zero_stage = 1 gathers nothing"),
     (1, "parallel.schedule=gpipe", "parallel.schedule = gpipe, but parallel.pp = 1"),
     (1, "parallel.virtual_stages=2", "parallel.virtual_stages = 2, but parallel.schedule = 1f1b"),
     (16, "parallel.pp=16", "parallel.pp x parallel.virtual_stages = 16 stages, but model.vision.depth = 6"),

@@ -155,6 +155,7 @@ def build_engine(config: Config, mesh: Mesh) -> tuple[Engine, VTP]:
     engine = Engine(
         model, optimizer, mesh, zero_stage=config.parallel.zero_stage, clip_grad=config.train.optimizer.clip_grad,
         extra=config.deepspeed, leaf_classes=(Block,), schedule=config.parallel.schedule,
+        hold=config.parallel.zero3_gather == "step",
     )
     return engine, model
 
