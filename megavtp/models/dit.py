@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megavtp.config.dit import DiTModelConfig
 from megavtp.errors import UserError
@@ -16,7 +15,7 @@ from megavtp.models.dit_block import DiTBlock, FinalLayer
 from megavtp.models.dit_embed import CaptionEmbed, ClassEmbed, LatentEmbed, TimeEmbed
 from megavtp.models.dit_positions import pair_tables, sine_positions
 from megavtp.nn.attention_kernels import Kernel
-from megavtp.nn.block import Recompute
+from megavtp.nn.block import Recompute, redo
 from megavtp.nn.rope import Table
 from megavtp.parallel.collectives import copy_to_tp
 from megavtp.parallel.mesh import SINGLE, Mesh
@@ -121,9 +120,9 @@ class DiT(nn.Module):
         return self.y_embedder.none(count, self.pos_embed.device)
 
     def _block(self, block: DiTBlock, tokens: Tensor, condition: Tensor, table: Table) -> Tensor:
-        if self.recompute == "full" and torch.is_grad_enabled():
-            return checkpoint(block, tokens, condition, table, use_reentrant=False, preserve_rng_state=False)
-        return block(tokens, condition, table)
+        if self.recompute == "full":
+            return redo(block, tokens, condition, table)
+        return block(tokens, condition, table, self.recompute)
 
     def _velocity(self, tokens: Tensor, condition: Tensor) -> Tensor:
         patch, side = self.config.patch_size, self.side

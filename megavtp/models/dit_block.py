@@ -13,6 +13,7 @@ from megavtp.config.dit import swiglu_hidden
 from megavtp.models.dit_positions import rotate_pairs
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Kernel
+from megavtp.nn.block import Recompute, redo
 from megavtp.nn.norms import RMSNorm
 from megavtp.nn.rope import Table
 from megavtp.nn.split import share
@@ -34,7 +35,15 @@ class FusedSwiGLU(nn.Module):
         self.w3 = RowParallelLinear(hidden, width, mesh=mesh)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.w12(x).chunk(2, -1)
+        return self.contract(self.expand(x))
+
+    def expand(self, x: Tensor) -> Tensor:
+        """The first matrix product: a and b side by side."""
+        return self.w12(x)
+
+    def contract(self, hidden: Tensor) -> Tensor:
+        """All that follows it."""
+        a, b = hidden.chunk(2, -1)
         return self.w3(F.silu(a) * b)
 
 
@@ -74,12 +83,15 @@ class DiTBlock(nn.Module):
         self.mlp = FusedSwiGLU(width, mesh)
         self.adaLN_modulation = Modulation(width, 6, mesh)
 
-    def forward(self, x: Tensor, condition: Tensor, table: Table) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, table: Table, recompute: Recompute = "none") -> Tensor:
+        """``recompute``: see ``nn.block``; "full" is the caller's to do."""
+        run = redo if recompute == "selective" else lambda function, *arguments: function(*arguments)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition)
-        tokens = modulate(self.norm1(x), shift_a, scale_a).flatten(0, 1)
         segment = tuple(x.shape[:2])
-        x = x + gate_a * self.attn(tokens, (segment,), (table,)).unflatten(0, segment)
-        return x + gate_m * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        qkv = run(lambda y: self.attn.expand(modulate(self.norm1(y), shift_a, scale_a).flatten(0, 1)), x)
+        x = x + gate_a * run(self.attn.contract, qkv, None, (segment,), (table,)).unflatten(0, segment)
+        hidden = run(lambda y: self.mlp.expand(modulate(self.norm2(y), shift_m, scale_m)), x)
+        return x + gate_m * run(self.mlp.contract, hidden)
 
 
 class FinalLayer(nn.Module):

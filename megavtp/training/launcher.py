@@ -56,17 +56,25 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="deepspeed launchers/pretrain.py", description="Pre-train a visual tokenizer.",
-        epilog="example: deepspeed --num_accelerators 2 launchers/pretrain.py parallel.zero_stage=3 train.steps=200",
+    parser = launcher_parser(
+        "pretrain.py", "Pre-train a visual tokenizer.", "recipe (YAML); default: the demo's",
+        "deepspeed --num_accelerators 2 launchers/pretrain.py parallel.zero_stage=3 train.steps=200",
     )
-    parser.add_argument("--config", type=Path, help="recipe (YAML); default: the demo's")
+    return parser.parse_intermixed_args(arguments)
+
+
+def launcher_parser(name: str, description: str, recipe: str, example: str) -> argparse.ArgumentParser:
+    """The arguments of every launcher that trains; ``recipe`` says of --config what is special here."""
+    parser = argparse.ArgumentParser(
+        prog=f"deepspeed launchers/{name}", description=description, epilog=f"example: {example}"
+    )
+    parser.add_argument("--config", type=Path, help=recipe)
     parser.add_argument("--deepspeed_config", type=Path, help="JSON with further DeepSpeed keys")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # habit of DeepSpeed scripts
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as in train.steps=200")
-    return parser.parse_intermixed_args(arguments)
+    return parser
 
 
 def _main() -> int:

@@ -1,0 +1,11 @@
+"""Train a DiT on latents: `deepspeed launchers/train_dit.py --config FILE [key=value ...]`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
+
+from megavtp.training.dit_launcher import train_dit  # noqa: E402
+
+if __name__ == "__main__":
+    train_dit()

@@ -1,0 +1,41 @@
+"""What `launchers/train_dit.py` does on each rank: read the command line, join the others, build, train."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+from megavtp.config.dit import DiTConfig
+from megavtp.config.dit_summary import dit_summary
+from megavtp.config.dit_validate import validate_dit
+from megavtp.config.load import load_config
+from megavtp.errors import UserError
+from megavtp.parallel import launch
+from megavtp.parallel.rendezvous import detect
+from megavtp.training.dit_run import DiTRun
+from megavtp.training.launcher import launcher_parser
+
+
+def train_dit() -> NoReturn:
+    """Entry point; never returns."""
+    launch.run_ranks(_main)
+
+
+def _main() -> int:
+    parser = launcher_parser(
+        "train_dit.py", "Train a diffusion transformer on the latents of a tokenizer.",
+        "recipe (YAML), such as configs/dit/dit_xl.yaml",
+        "deepspeed --num_gpus 8 launchers/train_dit.py --config configs/dit/dit_xl.yaml data.root=data/latents",
+    )
+    arguments = parser.parse_intermixed_args(sys.argv[1:])
+    if arguments.config is None:
+        raise UserError("name a recipe with --config; those for a DiT are under configs/dit")
+    place = detect()
+    config = load_config(arguments.config, arguments.overrides, arguments.deepspeed_config, DiTConfig)
+    config = validate_dit(config, place.world)
+    if arguments.dry_run:
+        if place.rank == 0:
+            print(dit_summary(config, place.world))
+        return 0
+    device = launch.start(config.parallel.timeout)
+    return 0 if DiTRun(config, device).train() else launch.STOPPED

@@ -1,0 +1,112 @@
+"""The training of a DiT put together: latents, model, engine, the one pass, telemetry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megavtp.checkpoint.native_dit import FACTS, artifact_of
+from megavtp.checkpoint.store import Checkpoint
+from megavtp.config.dit import DiTConfig
+from megavtp.config.dit_validate import TOWER, flow_share, with_latents
+from megavtp.data.artifact import check_same_tokenizer
+from megavtp.data.latent_batch import LatentStepDataset
+from megavtp.data.latents import LatentFolder
+from megavtp.data.loader import Loader
+from megavtp.models.dit_average import AveragedDiT, build_averaged_dit
+from megavtp.models.dit_block import DiTBlock
+from megavtp.parallel import phase
+from megavtp.parallel.collectives import together
+from megavtp.parallel.engine import Engine
+from megavtp.parallel.mesh import Mesh, build_mesh
+from megavtp.planning.dit_flops import dit_flops_per_step
+from megavtp.training.dit_flow import FlowMatchingPass
+from megavtp.training.optimizer import build_optimizer
+from megavtp.training.output_dir import open_output_dir
+from megavtp.training.pictures import loss_curves
+from megavtp.training.telemetry import METRICS_FILE, Telemetry
+from megavtp.training.trainer import Trainer
+
+
+class DiTRun:
+    """Everything of one run on this rank.
+
+    Attributes:
+        config: with the sizes of the latents filled in.
+    """
+
+    def __init__(self, config: DiTConfig, device: torch.device):
+        phase.enter("opening latents and building the model", slow=True)
+        self.device = device
+        self.mesh = build_mesh(config.parallel.tp, config.parallel.pp, config.parallel.virtual_stages)
+        together(lambda: self._open(config))
+        self.engine, self.model = build_dit_engine(self.config, self.mesh, device)
+
+    def _open(self, config: DiTConfig) -> None:
+        """All that reads or writes files, any of which may be missing on one machine only."""
+        self.folder = LatentFolder(config.data.root)
+        self.config = with_sizes_of(self.folder, config)
+        open_output_dir(self.config, self.mesh.rank == 0)
+
+    def train(self) -> bool:
+        """Resume or start, and train; False if a signal stopped the run early (its state is saved)."""
+        config, mesh = self.config, self.mesh
+        telemetry = Telemetry.of_run(config, mesh, dit_flops_per_step)
+        flow = FlowMatchingPass(config, flow_share(config, mesh.dp), self.device)
+        trainer = Trainer(
+            config, self.engine, [flow], self.model.averaged(), lambda step: config.ema_momentum, telemetry,
+            self.loader, [], facts=facts_of(self.folder), check=self._check,
+        )
+        phase.enter("reading the checkpoint", slow=True)
+        start = trainer.resume()
+        telemetry.start(start)
+        finished = trainer.run(start)
+        if finished and mesh.rank == 0:
+            output = Path(config.output_dir)
+            loss_curves(output / METRICS_FILE, output / "loss_curves.png")
+        telemetry.close()
+        self.engine.close()
+        return finished
+
+    def loader(self, start: int) -> Loader:
+        """This rank's share of the steps from ``start`` on."""
+        dataset = LatentStepDataset(self.folder, self.config, self.mesh.dp_rank, self.mesh.dp)
+        return Loader(dataset, start, self.config.train.steps, pin=self.device.type == "cuda")
+
+    def _check(self, checkpoint: Checkpoint) -> None:
+        """Weights that were trained on another tokenizer's latents, or on others' statistics, are of no use here."""
+        trained_on = artifact_of(checkpoint)
+        if trained_on is not None:
+            check_same_tokenizer(trained_on, str(checkpoint.path), self.folder.artifact, str(self.folder.folder))
+
+
+def with_sizes_of(folder: LatentFolder, config: DiTConfig) -> DiTConfig:
+    """``config`` with what the latents decide."""
+    channels, size, _ = folder.shape
+    return with_latents(
+        config, latent_size=size, latent_channels=channels, num_classes=folder.num_classes,
+        caption_width=folder.caption_width, has_flips=folder.has_flips,
+    )
+
+
+def facts_of(folder: LatentFolder) -> dict:
+    """What a checkpoint states besides its weights: which latents they are for."""
+    return {FACTS: {"visual_tokenizer": folder.artifact.to_dict(), "classes": folder.classes}}
+
+
+def build_dit_engine(config: DiTConfig, mesh: Mesh, device: torch.device) -> tuple[Engine, AveragedDiT]:
+    """The DiT, its average a copy of it, inside an engine."""
+    p = config.parallel
+    model = build_averaged_dit(
+        config.model, mesh, seed=config.seed, device=device, recompute=p.recompute, attention=p.attention,
+        compute_dtype=torch.bfloat16 if p.precision == "bf16" else torch.float32,
+    )
+    optimizer = build_optimizer(
+        model.named_parameters(), config.train.optimizer, zero_stage=p.zero_stage, tower_of=lambda name: TOWER
+    )
+    engine = Engine(
+        model, optimizer, mesh, zero_stage=p.zero_stage, clip_grad=config.train.optimizer.clip_grad,
+        extra=config.deepspeed, leaf_classes=(DiTBlock,), schedule=p.schedule,
+    )
+    return engine, model
