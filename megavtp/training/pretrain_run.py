@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from megavtp.checkpoint.formats.initial import fill, read_initial
+from megavtp.checkpoint.reading import has_checkpoints
 from megavtp.config.load import to_yaml
 from megavtp.config.schema import Config
 from megavtp.config.share import Share, share
@@ -31,7 +34,7 @@ from megavtp.training.in_loop import InLoopEvaluation
 from megavtp.training.optimizer import build_optimizer
 from megavtp.training.pretraining import build_passes, frozen_prototypes, teacher_momentum
 from megavtp.training.telemetry import Telemetry
-from megavtp.training.trainer import Trainer
+from megavtp.training.trainer import Trainer, checkpoint_root
 
 
 class PretrainRun:
@@ -44,10 +47,12 @@ class PretrainRun:
     def __init__(self, config: Config, device: torch.device):
         phase.enter("opening data and building the model", slow=True)
         self.device = device
-        self.mesh = build_mesh(config.parallel.tp, config.parallel.pp)
+        p = config.parallel
+        self.mesh = build_mesh(p.tp, p.pp, p.virtual_stages, p.sequence_parallel)
         self.share = share(config, self.mesh.dp)
         together(lambda: self._open(config))
-        self.engine, self.model = build_engine(self.config, self.share, self.mesh, device)
+        self.engine, self.model = build_engine(self.config, self.share, self.mesh, device, self._initial)
+        del self._initial
 
     def _open(self, config: Config) -> None:
         """All that reads or writes files, any of which may be missing on one machine only."""
@@ -57,6 +62,15 @@ class PretrainRun:
         self.config = with_vocabulary(config, self.tokenizer.vocab_size)
         self._open_output_dir()
         self.perceptual = build_perceptual(config, self.device)
+        self._initial, self._notes = self._read_initial()
+
+    def _read_initial(self) -> tuple[dict[str, Tensor], list[str]]:
+        """What ``model.init_from`` gives, unless there is a checkpoint to go on from."""
+        config = self.config
+        goes_on = config.train.resume == "auto" and has_checkpoints(checkpoint_root(config))
+        if config.model.init_from is None or goes_on:
+            return {}, []
+        return read_initial(config.model.init_from, config.model, frozenset(self.share.passes))
 
     def _open_output_dir(self) -> None:
         """Make ``output_dir`` and write ``config.yaml``; before the model, so that a bad path is found early."""
@@ -83,6 +97,8 @@ class PretrainRun:
             frozen=frozen_prototypes(config),
         )
         phase.enter("reading the checkpoint", slow=True)
+        for note in self._notes:
+            telemetry.event("initial_weights", step=0, note=note)
         start = trainer.resume()
         telemetry.start(start)
         finished = trainer.run(start)
@@ -108,8 +124,14 @@ def build_perceptual(config: Config, device: torch.device) -> Callable[[Tensor, 
     return LPIPS(net, load_lpips_weights(net, settings.perceptual_weights)).to(device)
 
 
-def build_engine(config: Config, shares: Share, mesh: Mesh, device: torch.device) -> tuple[Engine, VTP]:
-    """The model of the objectives that are on, its teacher a copy of the student, inside an engine."""
+def build_engine(
+    config: Config, shares: Share, mesh: Mesh, device: torch.device,
+    initial: Mapping[str, Tensor] = MappingProxyType({}),
+) -> tuple[Engine, VTP]:
+    """The model of the objectives that are on, its teacher a copy of the student, inside an engine.
+
+    ``initial``: whole tensors in place of the drawn values.
+    """
     objectives = frozenset(shares.passes)
     model = build_vtp(
         config.model, mesh, objectives=objectives, seed=config.seed,
@@ -118,11 +140,13 @@ def build_engine(config: Config, shares: Share, mesh: Mesh, device: torch.device
         compute_dtype=torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32,
         device=device,
     )
+    if initial:
+        fill(model, initial)
     optimizer = build_optimizer(
         model.named_parameters(), config.train.optimizer, zero_stage=config.parallel.zero_stage
     )
     engine = Engine(
         model, optimizer, mesh, zero_stage=config.parallel.zero_stage, clip_grad=config.train.optimizer.clip_grad,
-        extra=config.deepspeed, leaf_classes=(Block,),
+        extra=config.deepspeed, leaf_classes=(Block,), schedule=config.parallel.schedule,
     )
     return engine, model
