@@ -1,6 +1,17 @@
 """The pre-norm transformer block that all towers are made of, and what of it the backward pass makes again.
 
-DOC
+``parallel.recompute``, by what is held between forward and backward, in bytes per token and block for a width D and a
+SwiGLU hidden width H, under bfloat16 autocast with a float32 residual stream (two float32 tensors of it count):
+
+none        32 D + 8 H   (with SDPA on CPU; fused norm kernels hold 8 D less)
+selective   14 D + 4 H   the residual stream and the outputs of the first products (q, k, v; gate and value)
+full         4 D         a block's input
+
+"selective" makes again what is large for its work: norms, casts, rotation, gating, and attention between its two
+products. (Megatron-LM, arXiv 2205.05198, section 5, holds all but the softmax part. Today's kernels do not hold that;
+with the short sequences of a ViT, elementwise results are most of what a block holds.) No weight's product is made
+again, so it costs L / (6 D) of a forward for sequences of length L; "full" costs a whole one.
+With sequence parallelism the residual stream is this rank's rows: its D terms are over tp, as all others are anyway.
 """
 
 from __future__ import annotations
@@ -16,6 +27,7 @@ from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Segments
 from megavtp.nn.drop_path import BranchDrop, add_branch
 from megavtp.nn.rope import Table
+from megavtp.parallel.layers import to_compute_dtype
 from megavtp.parallel.sequence import TokenCut
 
 Recompute = Literal["none", "selective", "full"]
@@ -76,8 +88,8 @@ def _branch(
         hidden = redo(lambda y: net.expand(norm(y, cut), cut), x)
         y = redo(net.contract, hidden, cut, *more)
     else:
-        y = norm(x, cut)
-        # Gathered tokens are never held, only own rows: they are gathered again (section 4.2.2 of the paper).
+        y = to_compute_dtype(norm(x, cut))
+        # Of the gathered tokens only own rows are held, and gathered again (arXiv 2205.05198, section 4.2.2).
         hidden = net.expand(y, cut) if cut is None or recompute == "full" else redo(net.expand, y, cut)
         y = net.contract(hidden, cut, *more)
     return y if scale is None else scale(y, cut)

@@ -48,9 +48,13 @@ class ColumnParallelLinear(nn.Module):
 
 def enter(x: Tensor, mesh: Mesh, cut: TokenCut | None) -> Tensor:
     """Input of column-parallel layers, whose gradient is summed over tp; with ``cut``, the tokens of all ranks."""
-    if torch.is_autocast_enabled(x.device.type):  # once, and before it is sent: the product would do it after
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = to_compute_dtype(x)  # once, and before it is sent: the product would do it after
     return copy_to_tp(x, mesh) if cut is None else cut.gather(x)
+
+
+def to_compute_dtype(x: Tensor) -> Tensor:
+    """x as a matrix product under the present autocast would take it."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
 def joint_linear(x: Tensor, *layers: ColumnParallelLinear) -> Tensor:
