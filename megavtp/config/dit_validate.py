@@ -128,17 +128,8 @@ def _tensor_parallel(config: DiTConfig) -> None:
         divides(tp, size, "parallel.tp", key, "use a tp that divides it")
     need(
         not config.parallel.sequence_parallel,
-        "parallel.sequence_parallel = true, but a DiT's model has adaptive norms, which cut tokens do not: set "
-        "parallel.sequence_parallel=false; parallel.recompute saves memory, too",
-    )
-    need(
-        not config.parallel.sequence_parallel,
         "parallel.sequence_parallel = true: a DiT, whose norms are modulated sample by sample, trains without; set "
         "parallel.sequence_parallel=false",
-    )
-    need(
-        config.parallel.recompute != "selective",
-        "parallel.recompute = selective: a DiT takes parallel.recompute=none or full",
     )
 
 

@@ -8,7 +8,7 @@ from megavtp.config.sizes import ffn_hidden, resolve_model
 from megavtp.config.validate import share, validate, with_vocabulary
 from megavtp.errors import UserError
 
-RECIPES = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "configs").rglob("vtp_*.yaml"))
 BASE = """
 model: {size: tiny, image_size: 64, text: {vocab_size: 512}, dino_head: {prototypes: 64, hidden: 32, bottleneck: 8}}
 objectives: {self_distillation: {batch: 16}, reconstruction: {batch: 8}}
