@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megavtp.checkpoint.formats.hf_vtp import load_folder, objectives_of
+from megavtp.checkpoint.formats.vtp_source import captions_beside
 from megavtp.checkpoint.native import load_model
 from megavtp.config.schema import Config, DataConfig
 from megavtp.data.captions import CaptionTokenizer, load_tokenizer
@@ -39,9 +40,16 @@ def choose_device(name: str) -> torch.device:
 def open_model(path: str | Path, device: torch.device) -> tuple[VTP, Config]:
     """A model and its config from a run's checkpoint folder or from the folder of a released model.
 
-    A released model brings only its model config; its captions are CLIP's. Raises ``UserError``.
+    A released model brings only its model config; its captions are CLIP's. A caption tokenizer beside the weights, as
+    a conversion puts it there, goes before both. Raises ``UserError``.
     """
-    path = Path(path)
+    model, config = _open_either(Path(path), device)
+    if beside := captions_beside(path):
+        config = replace(config, data=replace(config.data, captions=str(beside)))
+    return model, config
+
+
+def _open_either(path: Path, device: torch.device) -> tuple[VTP, Config]:
     if (path / "checkpoint.json").is_file():
         return load_model(path, device)
     if not (path / "config.json").is_file():

@@ -3,8 +3,8 @@
 import json
 import os
 import pickle
+import runpy
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from megavtp.data.artifact import LatentStatistics, TokenizerArtifact, check_sam
 from megavtp.data.captions import load_tokenizer as load_captions
 from megavtp.data.captions import train_sentencepiece
 from megavtp.errors import UserError
+from megavtp.evaluation.checkpoint import find_tokenizer, open_model
 from megavtp.models.build import build_vtp
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +81,14 @@ def test_native_to_official_and_back_keeps_every_bit(trained, tmp_path):
         assert (folder / "captions.model").read_bytes() == (trained.parent / "captions.model").read_bytes()
     native = load_model(tmp_path / "native")[0]
     assert native.objectives == {"contrastive", "reconstruction"}
+
+
+def test_evaluation_finds_the_captions_that_came_along(trained, tmp_path):
+    for form in ("hf-vtp", "native"):
+        convert(trained, form, tmp_path / form)
+        model, config = open_model(tmp_path / form, torch.device("cpu"))
+        tokenizer = find_tokenizer(model, config, tmp_path, None)
+        assert tokenizer.vocab_size == model.config.text.vocab_size
 
 
 def test_native_to_native_keeps_the_teacher(trained, tmp_path):
@@ -314,13 +323,19 @@ def test_what_does_not_go_together(trained, official_dit, tmp_path):
         (tmp_path / "moved.model").rename(trained.parent / "captions.model")
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
     def command(*arguments):
-        return subprocess.run(
-            [sys.executable, ROOT / "tools/convert_checkpoint.py", *map(str, arguments)], capture_output=True, text=True
-        )
+        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "tools/convert_checkpoint.py"), run_name="__main__")
+        return end.value.code, capsys.readouterr()
 
-    done = command("--from", DATA / "default", "--to", "native", "--out", tmp_path / "ckpt")
-    assert done.returncode == 0 and f"wrote {tmp_path / 'ckpt'}" in done.stdout, done.stderr
-    failed = command("--from", tmp_path / "none", "--to", "native", "--out", tmp_path / "x")
-    assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+    status, said = command("--from", DATA / "default", "--to", "native", "--out", tmp_path / "ckpt")
+    assert status == 0 and f"wrote {tmp_path / 'ckpt'}" in said.out and "note: weights only" in said.out
+    status, said = command("--from", tmp_path / "none", "--to", "native", "--out", tmp_path / "x")
+    assert status == 2 and said.err.startswith("error: ") and said.err.count("\n") == 1
+    (tmp_path / "ckpt/config.json").write_text("{}")  # a folder with the files of two forms
+    status, said = command(
+        "--from", tmp_path / "ckpt", "--from-format", "hf-vtp", "--to", "native", "--out", tmp_path / "x"
+    )
+    assert status == 2 and "model_type" in said.err

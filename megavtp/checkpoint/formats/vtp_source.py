@@ -103,9 +103,14 @@ def released_config(model: ModelConfig, objectives: AbstractSet[str]) -> Config:
     )
 
 
+def captions_beside(path: str | Path) -> Path | None:
+    """The caption tokenizer's file that a converted tokenizer carries along, if it has one of its own."""
+    return next((Path(path) / name for name in CAPTION_FILES if (Path(path) / name).is_file()), None)
+
+
 def find_captions(path: str | Path, data: DataConfig) -> str | Path:
     """The caption tokenizer of the model at ``path``: the file beside it, else the one its run names."""
-    beside = next((Path(path) / name for name in CAPTION_FILES if (Path(path) / name).is_file()), None)
+    beside = captions_beside(path)
     if beside is not None or data.captions == "clip":
         return beside or "clip"
     return Path(data.root, "captions.model") if data.captions == "auto" else Path(data.captions)
