@@ -44,13 +44,19 @@ def outputs_and_grads(mesh):
 
 
 def on_two_ranks(rank):
-    return outputs_and_grads(build_mesh(2, 1))
+    return [outputs_and_grads(build_mesh(2, 1, sequence_parallel=shared)) for shared in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def both_ranks():
+    return run_ranks(2, on_two_ranks)
 
 
 @pytest.mark.timeout(120)
-def test_two_ranks_equal_one():
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_two_ranks_equal_one(sequence_parallel, both_ranks):
     outputs, grads = outputs_and_grads(SINGLE)
-    ranks = run_ranks(2, on_two_ranks)
+    ranks = [results[sequence_parallel] for results in both_ranks]
     for rank_outputs, _ in ranks:
         for x, expected in zip(rank_outputs, outputs, strict=True):
             assert torch.allclose(x, expected, atol=1e-5)

@@ -7,9 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from watch import Watch
 
 from megavtp.nn.attention import Attention
 from megavtp.nn.block import Block
@@ -23,28 +21,6 @@ from megavtp.parallel.mesh import SINGLE
 WIDTH, HEADS, HIDDEN, SIDE = 64, 4, 96, 4
 LENGTH = SIDE**2 + 1
 MODES = ("none", "selective", "full")
-
-
-class Watch(TorchDispatchMode):
-    """Every storage made inside, by weak reference, and how often each operator ran."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.calls[func._schema.name.removeprefix("aten::")] += 1
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                reference = StorageWeakRef(tensor.untyped_storage())
-                self.storages.setdefault(reference.cdata, (reference, tensor.untyped_storage().nbytes()))
-        return result
-
-    @property
-    def live_bytes(self) -> int:
-        return sum(size for reference, size in self.storages.values() if not reference.expired())
 
 
 def stack(net: str, layer_scale: float | None = None, depth: int = 1) -> nn.ModuleList:
