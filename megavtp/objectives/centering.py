@@ -19,7 +19,7 @@ from megavtp.parallel.mesh import SINGLE, Mesh
 
 # Logits up to this many elements (256 MiB of float32) are kept over the iterations. Beyond it they are made anew each
 # time: a product over d = 256 costs a GPU about as long as reading its result back from memory.
-_KEEP_ELEMENTS = 2**26
+KEEP_ELEMENTS = 2**26
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def sinkhorn_bias(
     """
     with torch.autocast(W.device.type, enabled=False):
         blocks = [block for part in features if part.shape[0] for block in part.split(chunk)]
-        keep = sum(block.shape[0] for block in blocks) * W.shape[0] <= _KEEP_ELEMENTS
+        keep = sum(block.shape[0] for block in blocks) * W.shape[0] <= KEEP_ELEMENTS
         kept = [prototype_logits(block, W, temperature) for block in blocks] if keep else None
         bias = torch.zeros(W.shape[0], dtype=torch.promote_types(W.dtype, torch.float32), device=W.device)
         for iteration in range(iterations):
