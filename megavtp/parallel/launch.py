@@ -56,8 +56,13 @@ def start(timeout: float = 600) -> torch.device:
     Raises:
         UserError: more local ranks than GPUs, or the rendezvous fails.
     """
-    global _watchdog
     place = detect()
+    return join(place, meet(place, timeout), timeout)
+
+
+def join(place: Place, store: dist.Store, timeout: float) -> torch.device:
+    """The second half of ``start``, of ranks that have met at ``store``."""
+    global _watchdog
     device, backend = _device(place)
     import_deepspeed()
     os.environ.update(
@@ -67,7 +72,6 @@ def start(timeout: float = 600) -> torch.device:
     if backend == "gloo" and (interface := gloo_interface(place)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if not dist.is_initialized():
-        store = meet(place, timeout)
         limit = timedelta(seconds=limit_of(timeout, True) + 60) if timeout else _NO_LIMIT  # the watch comes first
         try:
             dist.init_process_group(

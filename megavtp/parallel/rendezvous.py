@@ -186,11 +186,17 @@ def gloo_interface(place: Place) -> str | None:
     gloo takes the address that the machine's own name resolves to. On many systems that is 127.0.0.1, which the other
     machines would then be told to connect to.
     """
+    own = own_address(place)
+    addresses = psutil.net_if_addrs().items() if own else ()
+    return next((name for name, found in addresses if any(address.address == own for address in found)), None)
+
+
+def own_address(place: Place) -> str | None:
+    """The address at which other machines reach this one; None if there is one machine only, or no route."""
     own = _address_towards(place.master_addr)
     if own is None or own.startswith("127."):  # on the master itself its name may be a loopback address, too
         own = _address_towards(_ELSEWHERE) if place.several_machines else None
-    addresses = psutil.net_if_addrs().items() if own else ()
-    return next((name for name, found in addresses if any(address.address == own for address in found)), None)
+    return own
 
 
 def _address_towards(host: str) -> str | None:

@@ -1,0 +1,11 @@
+"""Look for what is wrong before a long run: `deepspeed --hostfile hosts launchers/doctor.py [--shared DIR]`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
+
+from megavtp.parallel.doctor import doctor  # noqa: E402
+
+if __name__ == "__main__":
+    doctor()
