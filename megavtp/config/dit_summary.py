@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megavtp.config.dit import TIME_FREQUENCIES, DiTConfig, DiTModelConfig, swiglu_hidden
 from megavtp.config.dit_validate import flow_share
-from megavtp.config.summary import bytes_of_state
+from megavtp.config.summary import bytes_of_state, optimizer_line
 
 
 def dit_parameters(model: DiTModelConfig) -> int:
@@ -26,7 +26,7 @@ def dit_summary(config: DiTConfig, world_size: int) -> str:
     """The page that ``--dry-run`` prints for a validated ``config`` on ``world_size`` processes."""
     p, train, data, model, flow = config.parallel, config.train, config.data, config.model, config.flow_matching
     dp = world_size // (p.tp * p.pp)
-    part, count, optimizer = flow_share(config, dp), dit_parameters(model), train.optimizer
+    part, count = flow_share(config, dp), dit_parameters(model)
     shown = lambda value: "those of data.root" if value is None else f"{value}"  # noqa: E731
     condition = "captions" if model.condition == "caption" else f"classes: {shown(model.num_classes)}"
     memory = bytes_of_state(count, count, config.parallel, dp) / 2**30
@@ -44,9 +44,7 @@ def dit_summary(config: DiTConfig, world_size: int) -> str:
         f"{flow.cosine_weight:g}, {flow.condition_dropout:.0%} without condition",
         f"schedule   {train.steps} steps = {train.steps * train.batch_size:,} latents, seed {config.seed}, average "
         f"{config.ema_momentum:g}",
-        f"optimizer  AdamW, lr {optimizer.lr:g} after {optimizer.warmup_steps} steps, cosine to {optimizer.min_lr:g}, "
-        f"betas {optimizer.betas[0]:g} {optimizer.betas[1]:g}, weight decay {optimizer.weight_decay:g}, "
-        f"clip {optimizer.clip_grad:g}",
+        optimizer_line(train.optimizer),
         f"data       {data.root}, flip {data.flip:g}, {data.streams} streams, "
         f"{data.workers} worker{'' if data.workers == 1 else 's'} a rank",
         f"output     {config.output_dir}, a checkpoint "

@@ -61,6 +61,10 @@ def check_run(config: Any, towers: Sequence[str]) -> None:
         optimizer.min_lr <= optimizer.lr,
         f"train.optimizer.min_lr = {optimizer.min_lr} exceeds train.optimizer.lr = {optimizer.lr}: lower min_lr",
     )
+    need(
+        optimizer.cooldown is None or 0 <= optimizer.cooldown <= 1,
+        f"train.optimizer.cooldown = {optimizer.cooldown}: must be a fraction of the steps, between 0 and 1, or null",
+    )
     for name, scale in optimizer.lr_scale.items():
         need(name in towers, f"train.optimizer.lr_scale.{name}: no such tower; the towers are {', '.join(towers)}")
         need(scale >= 0, f"train.optimizer.lr_scale.{name} = {scale}: must be at least 0")

@@ -185,6 +185,7 @@ class OptimizerConfig:
     lr: float = 1e-3  # peak
     min_lr: float = 0.0
     warmup_steps: int = 2000
+    cooldown: float | None = None  # last fraction of the steps, in which a held rate falls to min_lr; None = cosine
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1  # parameters of two or more dimensions only

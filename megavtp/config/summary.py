@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megavtp.config.schema import Config, ModelConfig, ParallelConfig
+from megavtp.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megavtp.config.share import share
 from megavtp.config.sizes import DECODER_MLP_RATIO, GLOBAL_CROPS, feature_width, ffn_hidden
 
@@ -114,7 +114,6 @@ def layout_summary(config: Config, world_size: int) -> str:
     counts = parameter_counts(config)
     million = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in counts.items())
     note = " (without the token embedding)" if "text" in counts and model.text.vocab_size is None else ""
-    optimizer = train.optimizer
     lines = [
         f"model      VTP-{model.size}, {model.image_size} px, patch {model.patch_size}, {model.bottleneck} channels",
         f"           {million}{note}",
@@ -134,9 +133,7 @@ def layout_summary(config: Config, world_size: int) -> str:
         )
     lines += [
         f"schedule   {train.steps} steps = {train.steps * train.batch_size:,} samples, seed {config.seed}",
-        f"optimizer  AdamW, lr {optimizer.lr:g} after {optimizer.warmup_steps} steps, cosine to {optimizer.min_lr:g}, "
-        f"betas {optimizer.betas[0]:g} {optimizer.betas[1]:g}, weight decay {optimizer.weight_decay:g}, "
-        f"clip {optimizer.clip_grad:g}",
+        optimizer_line(train.optimizer),
         f"data       {data.root}, captions {data.captions}, {data.streams} streams, "
         f"{data.workers} worker{'' if data.workers == 1 else 's'} a rank",
         f"output     {config.output_dir}, a checkpoint "
@@ -144,3 +141,16 @@ def layout_summary(config: Config, world_size: int) -> str:
         + f"at the end, the last {train.keep_last} kept",
     ]
     return "\n".join(lines)
+
+
+def optimizer_line(optimizer: OptimizerConfig) -> str:
+    """The optimizer and its learning rate over a run, in a line."""
+    if optimizer.cooldown is None:
+        course = f"cosine to {optimizer.min_lr:g}"
+    else:
+        course = f"held, in the last {optimizer.cooldown:.0%} down to {optimizer.min_lr:g}"
+    return (
+        f"optimizer  AdamW, lr {optimizer.lr:g} after {optimizer.warmup_steps} steps, {course}, "
+        f"betas {optimizer.betas[0]:g} {optimizer.betas[1]:g}, weight decay {optimizer.weight_decay:g}, "
+        f"clip {optimizer.clip_grad:g}"
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from megavtp.config.schema import OptimizerConfig
+
 
 def cosine(step: int, steps: int, start: float, end: float) -> float:
     """Half a cosine from ``start`` at step 0 to ``end`` at step ``steps`` and after (teacher momentum)."""
@@ -28,3 +30,19 @@ def warmup_cosine(step: int, steps: int, warmup: int, peak: float, floor: float)
     if step < warmup:
         return peak * (step + 1) / warmup
     return cosine(step - warmup, steps - warmup, peak, floor)
+
+
+def warmup_hold(step: int, steps: int, warmup: int, peak: float, floor: float, cooldown: float) -> float:
+    """Learning rate: linear over ``warmup`` steps to ``peak``, held, then a straight line to ``floor`` at ``steps``
+    over the last ``cooldown`` (a fraction of ``steps``); warmup-stable-decay (MiniCPM, arXiv 2404.06395).
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    left = (steps - step) / (cooldown * steps) if cooldown else 1.0
+    return floor + (peak - floor) * min(1.0, max(0.0, left))
+
+
+def learning_rate(step: int, steps: int, settings: OptimizerConfig) -> float:
+    """The rate of a 0-based step: held and cooled down if ``settings.cooldown`` is given, else a cosine."""
+    shape = (step, steps, settings.warmup_steps, settings.lr, settings.min_lr)
+    return warmup_cosine(*shape) if settings.cooldown is None else warmup_hold(*shape, settings.cooldown)

@@ -24,7 +24,7 @@ from megavtp.parallel.passes import Pass, execute
 from megavtp.parallel.stop_signal import StopSignal
 from megavtp.training import state
 from megavtp.training.pretraining import SelfDistillationPass
-from megavtp.training.schedules import warmup_cosine
+from megavtp.training.schedules import learning_rate
 from megavtp.training.telemetry import Telemetry
 
 Hook = Callable[[int], None]
@@ -148,8 +148,7 @@ class Trainer:
         )
 
     def _set_lr(self, step: int) -> None:
-        config = self.config.train.optimizer
-        self.lr = warmup_cosine(step, self.config.train.steps, config.warmup_steps, config.lr, config.min_lr)
+        self.lr = learning_rate(step, self.config.train.steps, self.config.train.optimizer)
         self.engine.set_lr(lambda g: 0.0 if self.frozen(step, g) else self.lr * g["lr_scale"])
 
     def _skipped(self, batch: Batch, terms: dict[str, Tensor]) -> None:

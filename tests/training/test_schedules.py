@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from megavtp.training.schedules import cosine, linear_warmup, warmup_cosine
+from megavtp.config.schema import OptimizerConfig
+from megavtp.training.schedules import cosine, learning_rate, linear_warmup, warmup_cosine, warmup_hold
 
 
 def test_cosine_ends_middle_and_beyond():
@@ -44,3 +45,22 @@ def test_warmup_cosine_shape():
 )
 def test_warmup_cosine_edges(steps, warmup, expected):
     assert [warmup_cosine(step, steps, warmup, 2.0, 0.0) for step in range(steps)] == pytest.approx(expected)
+
+
+def test_warmup_hold_shape():
+    values = [warmup_hold(step, 20, 5, 1.0, 0.1, 0.25) for step in range(25)]
+    assert values[:16] == pytest.approx([0.2, 0.4, 0.6, 0.8] + [1.0] * 12)
+    assert values[16:20] == pytest.approx([0.82, 0.64, 0.46, 0.28])  # a straight line that would reach 0.1 at step 20
+    assert values[20:] == pytest.approx([0.1] * 5)
+
+
+@pytest.mark.parametrize("cooldown,last", [(0.0, 2.0), (1.0, 0.5)])
+def test_warmup_hold_edges(cooldown, last):
+    assert warmup_hold(0, 4, 0, 2.0, 0.0, cooldown) == 2.0
+    assert warmup_hold(3, 4, 0, 2.0, 0.0, cooldown) == pytest.approx(last)
+
+
+def test_cooldown_chooses_the_schedule():
+    held = OptimizerConfig(lr=1.0, warmup_steps=0, cooldown=0.2)
+    assert learning_rate(50, 100, held) == 1.0
+    assert learning_rate(50, 100, OptimizerConfig(lr=1.0, warmup_steps=0)) == pytest.approx(0.5)
