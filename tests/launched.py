@@ -32,15 +32,18 @@ class Ranks:
     """The ranks of one start of the launcher, one process each, with what they printed.
 
     ``arguments``: of the launcher. ``hook``: top-level function, called as hook(rank) in each rank before it starts, to
-    observe it or to make it fail.
+    observe it or to make it fail. ``entry``: what the launcher calls, ``pretrain`` if not given.
     """
 
-    def __init__(self, arguments: list[str], world: int, folder: Path, hook: Hook | None = None):
+    def __init__(
+        self, arguments: list[str], world: int, folder: Path, hook: Hook | None = None,
+        entry: Callable[[], None] | None = None,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"{uuid.uuid4().hex[:8]}-rank{rank}.log" for rank in range(world)]
         port = free_port()
         self.processes = [
-            _context.Process(target=_rank, args=(rank, world, port, arguments, self.logs[rank], hook))
+            _context.Process(target=_rank, args=(rank, world, port, arguments, self.logs[rank], hook, entry))
             for rank in range(world)
         ]
         for process in self.processes:
@@ -85,7 +88,10 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _rank(rank: int, world: int, port: int, arguments: list[str], log: Path, hook: Hook | None) -> None:
+def _rank(
+    rank: int, world: int, port: int, arguments: list[str], log: Path, hook: Hook | None,
+    entry: Callable[[], None] | None,
+) -> None:
     _end_with_parent()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -101,7 +107,7 @@ def _rank(rank: int, world: int, port: int, arguments: list[str], log: Path, hoo
 
     if hook is not None:
         hook(rank)
-    pretrain()
+    (entry or pretrain)()
 
 
 def run(arguments: list[str], world: int, folder: Path, hook: Hook | None = None, timeout: float = 240) -> Ranks:
