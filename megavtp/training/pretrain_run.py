@@ -11,16 +11,13 @@ from torch import Tensor
 
 from megavtp.checkpoint.formats.initial import fill, read_initial
 from megavtp.checkpoint.reading import has_checkpoints
-from megavtp.config.load import to_yaml
 from megavtp.config.schema import Config
 from megavtp.config.share import Share, share
 from megavtp.config.validate import with_vocabulary
 from megavtp.data.batch import StepDataset
 from megavtp.data.captions import load_tokenizer
-from megavtp.data.files import write_atomic
 from megavtp.data.loader import Loader
 from megavtp.data.shards import open_dataset
-from megavtp.errors import UserError
 from megavtp.models.build import build_vtp
 from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS
 from megavtp.models.lpips_weights import load_lpips_weights
@@ -32,6 +29,7 @@ from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import Mesh, build_mesh
 from megavtp.training.in_loop import InLoopEvaluation
 from megavtp.training.optimizer import build_optimizer
+from megavtp.training.output_dir import open_output_dir
 from megavtp.training.pretraining import build_passes, frozen_prototypes, teacher_momentum
 from megavtp.training.telemetry import Telemetry
 from megavtp.training.trainer import Trainer, checkpoint_root
@@ -60,7 +58,7 @@ class PretrainRun:
         self.train_set = open_dataset(root / "train")
         self.tokenizer = load_tokenizer(config.data.captions, root, config.model.text.context_length)
         self.config = with_vocabulary(config, self.tokenizer.vocab_size)
-        self._open_output_dir()
+        open_output_dir(self.config, self.mesh.rank == 0)
         self.perceptual = build_perceptual(config, self.device)
         self._initial, self._notes = self._read_initial()
 
@@ -71,16 +69,6 @@ class PretrainRun:
         if config.model.init_from is None or goes_on:
             return {}, []
         return read_initial(config.model.init_from, config.model, frozenset(self.share.passes))
-
-    def _open_output_dir(self) -> None:
-        """Make ``output_dir`` and write ``config.yaml``; before the model, so that a bad path is found early."""
-        folder = Path(self.config.output_dir)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if self.mesh.rank == 0:
-                write_atomic(folder / "config.yaml", to_yaml(self.config).encode())
-        except OSError as error:
-            raise UserError(f"output_dir = {folder} cannot be written ({error.strerror}); set another one") from None
 
     def train(self) -> bool:
         """Resume or start, train, evaluate; False if a signal stopped the run early (its state is saved)."""
