@@ -1,6 +1,7 @@
 """Initial weights from timm and OpenCLIP, against these libraries' own outputs (tests/data/init_from/make.py)."""
 
 import importlib.util
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from megavtp.config.schema import DecoderConfig, ModelConfig, TextConfig, Vision
 from megavtp.errors import UserError
 from megavtp.models.build import build_vtp
 from megavtp.models.vtp import OBJECTIVES
+from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.sharding import cut, shard_of
 
 DATA = Path(__file__).parents[1] / "data" / "init_from"
 CONFIG = ModelConfig(
@@ -156,6 +159,22 @@ def test_a_tokenizer_as_the_start_of_training(tmp_path):
         assert any("drawn anew" in note and "dino_head" in note for note in notes)
     tensors, notes = read_initial(str(source), TINY, {"reconstruction"})
     assert any("the objective that needs it is off" in note and "text" in note for note in notes)
+
+
+def test_every_rank_takes_its_part():
+    config = config_for("openclip")
+    tensors, _ = read_initial(str(DATA / "openclip.safetensors"), config, OBJECTIVES)
+    seen = set()
+    for tp_rank, pp_rank in itertools.product(range(2), range(2)):
+        mesh = Mesh(tp=2, pp=2, tp_rank=tp_rank, pp_rank=pp_rank)
+        model = build_vtp(config, mesh, seed=1)
+        fill(model, tensors)
+        for name, parameter in model.named_parameters():
+            if name in tensors:
+                assert torch.equal(parameter, cut(tensors[name], shard_of(parameter), tp_rank, 2)), name
+                seen.add(name)
+        assert all(torch.equal(teacher, student) for teacher, student in model.teacher_pairs())
+    assert seen == tensors.keys()
 
 
 @pytest.mark.parametrize("change, message", [
