@@ -1,8 +1,11 @@
-"""What known devices can do at most."""
+"""What known devices can do at most, and how fast they are joined."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+
+from megavtp.errors import UserError
 
 # Dense bf16 TFLOP/s of one device with float32 accumulation, from the makers' data sheets (half of what they print
 # with sparsity). A key applies when all its words are in the device's name; the key with most words wins.
@@ -21,3 +24,47 @@ def device_peak_tflops(name: str) -> float | None:
     words = set(re.findall(r"[a-z0-9]+", name.lower()))
     matches = [key for key in _PEAK_BF16 if words.issuperset(key.split())]
     return _PEAK_BF16[max(matches, key=lambda key: len(key.split()))] if matches else None
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator in its usual machine.
+
+    Attributes:
+        memory: GiB.
+        memory_bandwidth: GB/s.
+        inside: GB/s in one direction to the other devices of its node.
+        between: GB/s in one direction to other nodes, of each device's share of the network.
+        peak_tflops: dense bf16.
+    """
+
+    name: str
+    memory: float
+    memory_bandwidth: float
+    inside: float
+    between: float
+
+    @property
+    def peak_tflops(self) -> float:
+        return _PEAK_BF16[self.name]
+
+
+# Memory and links from the makers' data sheets of the SXM (OAM, PCIe) modules: half of the two-way NVLink figure. The
+# network is that of the makers' reference systems: DGX A100 200 Gbit/s a device, DGX H100 and B200 and MI300X 400; a
+# PCIe card as one 200 Gbit/s port.
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("a100", 80, 2039, 300, 25), Device("a800", 80, 2039, 200, 25), Device("h100", 80, 3350, 450, 50),
+        Device("h800", 80, 3350, 200, 50), Device("h200", 141, 4800, 450, 50), Device("h20", 96, 4000, 450, 50),
+        Device("b200", 180, 8000, 900, 50), Device("mi300x", 192, 5300, 448, 50), Device("l40s", 48, 864, 32, 25),
+        Device("rtx 4090", 24, 1008, 32, 25),
+    )
+}
+
+
+def find_device(name: str) -> Device:
+    """The device of that name, in any case. UserError names those there are."""
+    if name.lower() not in DEVICES:
+        raise UserError(f"device {name}: not known to the planner; choose one of {', '.join(DEVICES)}")
+    return DEVICES[name.lower()]

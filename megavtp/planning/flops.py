@@ -114,7 +114,7 @@ def _contrastive(config: Config) -> float:
 def _self_distillation(config: Config) -> float:
     """One image: student (3 forwards) on global and local crops, teacher (1) on global crops, heads of both."""
     model, augment, settings = config.model, config.data.augment, config.objectives.self_distillation
-    kept, masked = 1 - settings.drop_path, _masked_patches(config)
+    kept, masked = 1 - settings.drop_path, expected_masked_patches(config)
     student = GLOBAL_CROPS * vision_flops(model, augment.global_size, kept)
     student += augment.local_crops * vision_flops(model, augment.local_size, kept)
     teacher = GLOBAL_CROPS * vision_flops(model, augment.global_size)
@@ -132,7 +132,7 @@ def _reconstruction(config: Config) -> float:
     return 3 * (encoder + decoder_flops(model, size) + perceptual_flops(settings.perceptual, size))
 
 
-def _masked_patches(config: Config) -> float:
+def expected_masked_patches(config: Config) -> float:
     """Expected masked patches of an image's global crops."""
     settings = config.objectives.self_distillation
     if settings.ibot_weight == 0:

@@ -1,0 +1,359 @@
+"""What the parts of each objective hold, need and send on one rank, counted on the real modules (``rehearsal``).
+
+A pass is made of *ends* (embeddings, norms, heads and the loss: a model of depth 0) and of stacks of blocks. Both are
+rehearsed once for a micro-batch size and a tensor-parallel layout; every pipeline layout is put together from them.
+
+Letters: m images of a micro-batch, N patches, T packed tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megavtp.config.schema import Config
+from megavtp.config.share import share
+from megavtp.config.sizes import GLOBAL_CROPS, feature_width
+from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS, weight_shapes
+from megavtp.models.vtp import VTP
+from megavtp.nn.attention_kernels import Segments
+from megavtp.nn.block import Recompute
+from megavtp.nn.drop_path import BranchDrop, DropPlan
+from megavtp.nn.stack import run_blocks
+from megavtp.objectives.centering import KEEP_ELEMENTS, sinkhorn_bias
+from megavtp.objectives.contrastive import info_nce
+from megavtp.objectives.koleo import koleo
+from megavtp.objectives.reconstruction import reconstruction_terms
+from megavtp.objectives.self_distillation import StudentOutput, TeacherBias, TeacherOutput, self_distillation_loss
+from megavtp.objectives.siglip import siglip
+from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.rehearsal import Rehearsed, rehearsal, rehearse
+from megavtp.parallel.traffic import Transfer
+from megavtp.pixels import normalise
+from megavtp.planning.flops import expected_masked_patches, patches_of
+
+MODES = {"contrastive": "contrastive", "self_distillation": "student", "reconstruction": "reconstruction"}
+# Which towers the stages of a pass run through, leg by leg: blocks of these kinds, side by side.
+LEGS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "contrastive": (("image", "text"),), "student": (("crops",),), "teacher": (("global",),),
+    "reconstruction": (("image",), ("decoder",)),
+}
+TOWER_OF = {"image": "trunk", "crops": "trunk", "global": "trunk", "text": "text", "decoder": "pixel_decoder"}
+
+_SIZES = (64, 128)  # images: so many that roundings do not show
+_ENOUGH_CHUNKS = 4
+
+Sent = Counter  # (axis, operation) -> payload bytes of one rank
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of one micro-batch on one rank.
+
+    Attributes:
+        held: from the end of its forward to its backward.
+        peak: most at one time while it runs alone, ``held`` included.
+        forward, backward: what is sent in each direction, by (axis, operation).
+    """
+
+    held: float = 0
+    peak: float = 0
+    forward: Sent = field(default_factory=Sent)
+    backward: Sent = field(default_factory=Sent)
+
+    @property
+    def extra(self) -> float:
+        """What is needed beyond ``held`` while it runs."""
+        return self.peak - self.held
+
+
+def as_cost(counted: Rehearsed) -> Cost:
+    return Cost(counted.held, counted.peak, _sum(counted.forward), _sum(counted.backward))
+
+
+def _sum(transfers: Iterable[Transfer]) -> Sent:
+    sent = Sent()
+    for transfer in transfers:
+        sent[transfer.axis, transfer.op] += transfer.bytes
+    return sent
+
+
+def _as_it_is(outputs: Any) -> Any:
+    return outputs
+
+
+def _line(a: Cost, b: Cost, t: float) -> Cost:
+    """On the line through ``a`` (t = 0) and ``b`` (t = 1)."""
+    at = lambda x, y: x + t * (y - x)  # noqa: E731
+    sent = [
+        Sent({k: round(at(x[k], y[k])) for k in x.keys() | y.keys()})
+        for x, y in ((a.forward, b.forward), (a.backward, b.backward))
+    ]
+    held = at(a.held, b.held)
+    return Cost(held, held + at(a.extra, b.extra), *sent)
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """What of a layout changes a rank's part of a block: tensor and sequence parallelism."""
+
+    tp: int = 1
+    sequence_parallel: bool = False
+
+
+class Parts:
+    """Rehearsals of a configuration's parts, each made once.
+
+    ``config`` has resolved sizes; of its ``parallel`` section only the precision counts here. ``fused_norms``: as
+    ``rehearsal``'s, for runs on GPUs.
+    """
+
+    def __init__(self, config: Config, *, fused_norms: bool):
+        self.config, self.fused_norms = config, fused_norms
+        self.dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+        self.objectives = frozenset(share(config, 1).passes)
+        self._known: dict[tuple, Any] = {}
+
+    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
+    # Blocks
+
+    def stack(self, kind: str, blocks: int, m: int, layout: TensorLayout, recompute: Recompute) -> Cost:
+        """``blocks`` consecutive blocks of a tower on the tokens of ``m`` images, their input not counted.
+
+        Linear in ``blocks``, as each adds the same, and in ``m``, as only copies of weights do not grow with it: four
+        rehearsals give all.
+        """
+        if blocks == 0:
+            return Cost()
+        if kind == "global":  # without a backward there is nothing to make again
+            recompute = "none"
+        pairs = self._once(
+            ("stacks", kind, layout, recompute),
+            lambda: [self._rehearse_stacks(kind, size, layout, recompute) for size in _SIZES],
+        )
+        place = (m - _SIZES[0]) / (_SIZES[1] - _SIZES[0])
+        return self._once(
+            ("stack", kind, blocks, m, layout, recompute),
+            lambda: _line(*(_line(*pair, blocks - 1) for pair in pairs), place),
+        )
+
+    def _rehearse_stacks(self, kind: str, m: int, layout: TensorLayout, recompute: Recompute) -> tuple[Cost, Cost]:
+        fields = {"tp": layout.tp, "sequence_parallel": layout.sequence_parallel, "fused_norms": self.fused_norms}
+        with rehearsal(**fields) as mesh:
+            model = self._model(mesh, depth=1)
+            tower = getattr(model, TOWER_OF[kind])
+            (block,) = tower.blocks.children()
+            segments = self.segments(kind, m)
+            tokens = sum(count * length for count, length in segments)
+            x = torch.empty(tokens, block.norm1.width, requires_grad=kind != "global")
+            tables = None if kind == "text" else [self._table(tower, length) for _, length in segments]
+            drop = self._drop(segments) if kind == "crops" else None
+            costs = []
+            for count in (1, 2):
+
+                def forward(count: int = count) -> Tensor:
+                    with model._precision(), torch.set_grad_enabled(kind != "global"):
+                        pairs = [(index, block) for index in range(count)]
+                        return run_blocks(pairs, x, segments, tables, drop, recompute)
+
+                costs.append(as_cost(rehearse(mesh, forward, list(block.parameters()), inputs=[x])))
+        return costs[0], costs[1]
+
+    def segments(self, kind: str, m: int) -> Segments:
+        """(sequences, length) of each crop size in a tower, as the blocks see them."""
+        model, augment = self.config.model, self.config.data.augment
+        if kind == "text":
+            return ((m, model.text.context_length),)
+        if kind == "decoder":
+            return ((m, patches_of(model, model.image_size)),)
+        if kind == "image":
+            return ((m, patches_of(model, model.image_size) + 1),)
+        packed = [(GLOBAL_CROPS * m, patches_of(model, augment.global_size) + 1)]
+        if kind == "crops" and augment.local_crops:
+            packed.append((augment.local_crops * m, patches_of(model, augment.local_size) + 1))
+        return tuple(packed)
+
+    def _table(self, tower: Any, length: int) -> tuple[Tensor, Tensor]:
+        table = torch.empty(length, tower.rope_embed.head_dim, dtype=tower.rope_embed.dtype)
+        return table, table
+
+    def _drop(self, segments: Segments) -> DropPlan | None:
+        """A plan that keeps as many sequences as are kept on average."""
+        rate = self.config.objectives.self_distillation.drop_path
+        if rate == 0:
+            return None
+        rows = tuple(torch.empty(max(round(count * (1 - rate)), 1), dtype=torch.long) for count, _ in segments)
+        branch = BranchDrop(rows, (1 / (1 - rate),) * len(rows))
+        return DropPlan(((branch, branch),) * 2)
+
+    def _model(self, mesh: Mesh, depth: int) -> VTP:
+        model = self.config.model
+        towers = {name: replace(getattr(model, name), depth=depth) for name in ("vision", "text", "decoder")}
+        return VTP(replace(model, **towers), mesh, objectives=self.objectives, compute_dtype=self.dtype)
+
+    # Ends
+
+    def end(self, mode: str, leg: int, is_last: bool, m: int, tp: int, *, loss: bool = True) -> Cost:
+        """The embedding in front of a leg's blocks, or what comes after them; the pass's last end has the losses.
+
+        What the towers' blocks take in is counted here where it is made; what they give out is not.
+        """
+        chunked = mode == "student" and is_last and loss  # its logits are made in chunks: not linear
+        sizes = (m,) if chunked else _SIZES
+        where = (mode, leg, is_last, sizes, tp, loss)
+        costs = self._once(("end", *where), lambda: self._rehearse_end(*where))
+        return costs[0] if chunked else _line(*costs, (m - _SIZES[0]) / (_SIZES[1] - _SIZES[0]))
+
+    def _rehearse_end(
+        self, mode: str, leg: int, is_last: bool, sizes: Sequence[int], tp: int, loss: bool
+    ) -> list[Cost]:
+        costs, stage = [], 2 * leg + is_last
+        closes = loss and stage == 2 * len(LEGS[mode]) - 1
+        with rehearsal(tp=tp, fused_norms=self.fused_norms, pp=2, pp_rank=int(is_last)) as mesh:
+            model = self._model(mesh, depth=0)
+            for m in sizes:
+                inputs = self._inputs(mode, m)
+                specs = model.flow(mode, stage, **inputs) if stage else []
+                flow = [torch.empty(shape, dtype=dtype, requires_grad=mode != "teacher") for shape, dtype in specs]
+                close = self._closing(mode, m, mesh) if closes else _as_it_is
+                forward = partial(self._run_end, model, mode, stage, flow, inputs, close)
+                costs.append(as_cost(rehearse(mesh, forward, list(model.parameters()), inputs=flow)))
+        return costs
+
+    @staticmethod
+    def _run_end(
+        model: VTP, mode: str, stage: int, flow: list[Tensor], inputs: dict[str, Tensor], close: Callable[[Any], Any]
+    ) -> Any:
+        pictures = {name: normalise(x) if x.dtype == torch.uint8 else x for name, x in inputs.items()}
+        return close(model(mode, stage=stage, flow=flow, **pictures))
+
+    def flow_bytes(self, mode: str, leg: int, is_first: bool, m: int) -> int:
+        """What one micro-batch brings to a stage of ``leg``, the leg's first one or a later one."""
+        return m * self._once(("flow", mode, leg, is_first), lambda: self._flow_bytes(mode, leg, is_first))
+
+    def _flow_bytes(self, mode: str, leg: int, is_first: bool) -> int:
+        if leg == 0 and is_first:
+            return 0
+        with torch.device("meta"):
+            model = self._model(Mesh(pp=2), depth=0)
+            specs = model.flow(mode, 2 * leg + (not is_first), **self._inputs(mode, 1))
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs)
+
+    def _inputs(self, mode: str, m: int) -> dict[str, Tensor]:
+        """A micro-batch as it comes from the loader."""
+        model, augment = self.config.model, self.config.data.augment
+        picture = lambda count, size: torch.empty(count, 3, size, size, dtype=torch.uint8)  # noqa: E731
+        if mode == "contrastive":
+            tokens = torch.empty(m, model.text.context_length, dtype=torch.long)
+            return {"images": picture(m, model.image_size), "tokens": tokens}
+        if mode == "reconstruction":
+            return {"images": picture(m, model.image_size)}
+        crops, patches = GLOBAL_CROPS * m, patches_of(model, augment.global_size)
+        inputs = {
+            "global_crops": picture(crops, augment.global_size),
+            "masked_rows": torch.empty(self._masked(m), dtype=torch.long),
+        }
+        if mode == "student":
+            inputs["masks"] = torch.empty(crops, patches, dtype=torch.bool)
+            if augment.local_crops:
+                inputs["local_crops"] = picture(augment.local_crops * m, augment.local_size)
+        return inputs
+
+    def _masked(self, m: int) -> int:
+        return round(m * expected_masked_patches(self.config))
+
+    def _closing(self, mode: str, m: int, mesh: Mesh) -> Callable[[Any], Any]:
+        """From a pass's outputs to its loss terms of one micro-batch."""
+        if mode == "reconstruction":
+            size = self.config.model.image_size
+            target, perceptual = torch.empty(m, 3, size, size), self._perceptual()
+            return lambda outputs: list(
+                reconstruction_terms(outputs, target, perceptual, images_total_local=m).values()
+            )
+        if mode == "student":
+            return self._distillation(m, mesh)
+        return _as_it_is
+
+    def _perceptual(self) -> LPIPS | None:
+        kind = self.config.objectives.reconstruction.perceptual
+        if kind == "none":
+            return None
+        net = PERCEPTUAL_NETS[kind]
+        return LPIPS(net, {name: torch.empty(shape) for name, shape in weight_shapes(net).items()})
+
+    def _distillation(self, m: int, mesh: Mesh) -> Callable[[Any], Any]:
+        head = self.config.model.dino_head
+        local = head.prototypes // mesh.tp
+        rows = [GLOBAL_CROPS * m, self._masked(m)]
+        cls, patches = (torch.empty(count, head.bottleneck, dtype=self.dtype) for count in rows)
+        teacher = TeacherOutput(cls, patches, torch.empty(local, head.bottleneck))
+        bias, weights = TeacherBias(torch.empty(local), torch.empty(local)), torch.empty(rows[1])
+
+        def close(outputs: Any) -> list[Tensor]:
+            student = StudentOutput(*outputs)
+            terms = self_distillation_loss(
+                student, teacher, bias, weights, self.config.objectives.self_distillation,
+                teacher_temperature=0.07, images_total_local=m, mesh=mesh,
+            )
+            return [*terms.values(), student.backbone_cls]
+
+        return close
+
+    # Terms over the whole batch
+
+    def over_batch(self, mode: str, images: int, dp: int) -> Cost:
+        """The terms over all micro-batches of a rank with ``images``, from their features to their gradients."""
+        return self._once(("over_batch", mode, images, dp), lambda: self._rehearse_over_batch(mode, images, dp))
+
+    def _rehearse_over_batch(self, mode: str, images: int, dp: int) -> Cost:
+        model, objectives = self.config.model, self.config.objectives
+        with rehearsal(dp=dp) as mesh:
+            if mode == "contrastive":
+                rows = [torch.empty(images, model.text.width, requires_grad=True) for _ in range(2)]
+                scale = torch.empty((), requires_grad=True)
+                loss = info_nce if objectives.contrastive.loss == "infonce" else siglip
+                return as_cost(rehearse(mesh, lambda: loss(*rows, scale, None, mesh), inputs=rows))
+            if mode == "student" and objectives.self_distillation.koleo_weight > 0:
+                features = torch.empty(GLOBAL_CROPS, images, feature_width(model), requires_grad=True)
+                return as_cost(rehearse(mesh, lambda: koleo(features, mesh), inputs=[features]))
+        return Cost()
+
+    def centering(self, images: int, tp: int, dp: int) -> Cost:
+        """Sinkhorn-Knopp over the teacher's outputs of a rank with ``images``."""
+        return self._once(("centering", images, tp, dp), lambda: self._rehearse_centering(images, tp, dp))
+
+    def _rehearse_centering(self, images: int, tp: int, dp: int) -> Cost:
+        settings, head = self.config.objectives.self_distillation, self.config.model.dino_head
+        if settings.centering != "sinkhorn":
+            return Cost()
+        rows = [GLOBAL_CROPS * images, self._masked(images)]
+        most = max(_ENOUGH_CHUNKS * settings.chunk, KEEP_ELEMENTS * tp // head.prototypes + settings.chunk)
+        with rehearsal(tp=tp, dp=dp) as mesh:
+            prototypes = torch.empty(head.prototypes // tp, head.bottleneck)
+            groups = [torch.empty(min(count, most), head.bottleneck, dtype=self.dtype) for count in rows]
+
+            def forward() -> list[Tensor]:
+                return [
+                    sinkhorn_bias(
+                        [group], prototypes, 0.07, iterations=settings.sinkhorn_iterations, chunk=settings.chunk,
+                        mesh=mesh,
+                    )
+                    for group in groups
+                ]
+
+            cost = as_cost(rehearse(mesh, forward))
+        # Further chunks need no more memory; over tp each row sends alike.
+        ratio = sum(rows) / sum(len(group) for group in groups)
+        sent = Sent({key: round(count * ratio) if key[0] == "tp" else count for key, count in cost.forward.items()})
+        return replace(cost, forward=sent)

@@ -1,0 +1,218 @@
+"""What the passes of a step need and send on one pipeline rank, put together from the rehearsed parts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from megavtp.config.schema import Config
+from megavtp.config.share import PassShare, share
+from megavtp.models.cuts import tower_cuts
+from megavtp.nn.block import Recompute
+from megavtp.parallel.orders import Schedule, bubble, train_order
+from megavtp.planning.parts import LEGS, MODES, TOWER_OF, Cost, Parts, Sent, TensorLayout
+from megavtp.planning.zero import Calls
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layout, but for ZeRO, with one pipeline rank in it."""
+
+    tensor: TensorLayout
+    dp: int
+    pp: int
+    pp_rank: int
+    virtual_stages: int
+    schedule: Schedule
+    recompute: Recompute
+
+    @property
+    def chunks(self) -> int:
+        return self.pp * self.virtual_stages
+
+    @property
+    def is_last(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """One objective on one rank.
+
+    Attributes:
+        peak: activation bytes, at most.
+        activity: bytes that its training forwards hold in all, each micro-batch counted: a measure of the traffic to
+            memory beside the products.
+        sent: payload bytes by (axis, operation).
+        bubble: idle time over busy time in the pipeline.
+        calls: of the forwards, for ZeRO.
+        forwards: each sample's, in units of a forward; 3 is a plain training pass.
+    """
+
+    peak: float
+    activity: float
+    sent: Sent
+    bubble: float
+    calls: list[Calls] = field(default_factory=list)
+    forwards: float = 3.0
+
+
+def place_of(config: Config, world_size: int, pp_rank: int) -> Place:
+    p = config.parallel
+    layout = TensorLayout(p.tp, p.sequence_parallel)
+    return Place(
+        layout, world_size // (p.tp * p.pp), p.pp, pp_rank, p.virtual_stages, p.schedule, p.recompute
+    )
+
+
+def pass_costs(parts: Parts, config: Config, place: Place) -> dict[str, PassCost]:
+    """Of each objective that is on; ``config`` is validated."""
+    shares = share(config, place.dp).passes
+    return {name: pass_cost(parts, config, place, name, part) for name, part in shares.items()}
+
+
+def pass_cost(parts: Parts, config: Config, place: Place, name: str, part: PassShare) -> PassCost:
+    """One objective with the micro-batches of ``part``."""
+    mode, m, count = MODES[name], part.micro_batch, part.micro_batches
+    chains = _chains(parts, config, place, mode, m)
+    batch_terms = parts.over_batch(mode, part.local, place.dp) if place.is_last else Cost()
+    over_batch = mode == "contrastive" or (
+        mode == "student" and config.objectives.self_distillation.koleo_weight > 0
+    )
+    twice = over_batch and count > 1
+    if batch_terms.peak and not twice:
+        chains[-1].segments.append(batch_terms)
+    base, peak, sent = 0.0, batch_terms.peak, _times(batch_terms.forward, 1) + _times(batch_terms.backward, 1)
+    calls = [Calls(mode, count if twice else 0, count, _embeddings(config, mode))]
+    if mode == "student":
+        teacher = _chains(parts, config, place, "teacher", m)
+        base = count * teacher[-1].segments[-1].held if place.is_last else 0.0
+        center = parts.centering(part.local, place.tensor.tp, place.dp) if place.is_last else Cost()
+        peak = max(peak, base + center.peak, base + max(chain.forward_peak for chain in teacher))
+        sent += _times(center.forward, 1)
+        sent += _forward_traffic(parts, place, "teacher", m, count, teacher)
+        calls.append(Calls("teacher", count, 0))
+    if twice:
+        silent = _chains(parts, config, place, mode, m, loss=False)
+        sent += _forward_traffic(parts, place, mode, m, count, silent)
+    for chain in chains:
+        own = [s for s in chain.segments if s is not batch_terms]
+        for segment in own:
+            sent += _times(segment.forward, count) + _times(segment.backward, count)
+        sent += _sends(parts, place, mode, chain.stage, m, count, back=True)
+    V = len(chains)
+    peak = max(peak, base + _in_flight(chains, place, count))
+    plain = chains if place.recompute == "none" else _chains(parts, config, place, mode, m, redo=False)
+    activity = count * sum(chain.held for chain in plain)
+    idle = 0.0 if place.pp == 1 else _bubble(place.schedule, place.pp, V, count)
+    return PassCost(peak, activity, +sent, idle, calls, 3.0 + twice + (place.recompute == "full"))
+
+
+@lru_cache(maxsize=1024)
+def _bubble(schedule: Schedule, p: int, V: int, m: int) -> float:
+    return (p - 1) / (V * m) if m % p == 0 or V == 1 else bubble(schedule, p, V, m)
+
+
+@dataclass
+class _Chain:
+    """The parts of one stage on this rank, in the order of the forward."""
+
+    stage: int
+    segments: list[Cost]
+
+    @property
+    def held(self) -> float:
+        return sum(segment.held for segment in self.segments)
+
+    @property
+    def peak(self) -> float:
+        """While a part runs backward, what the parts before it hold is still there, and nothing of those after it."""
+        before, most = 0.0, 0.0
+        for segment in self.segments:
+            most = max(most, before + segment.peak)
+            before += segment.held
+        return max(most, before)
+
+    @property
+    def forward_peak(self) -> float:
+        """Without graph: one part, and what the one before it gave out."""
+        pairs = zip([Cost(), *self.segments], self.segments)
+        return max((before.held + segment.peak for before, segment in pairs), default=0.0)
+
+
+def _chains(
+    parts: Parts, config: Config, place: Place, mode: str, m: int, *, loss: bool = True, redo: bool = True
+) -> list[_Chain]:
+    """Stage by stage what this rank runs of a pass; with one rank everything is one stage."""
+    cuts = tower_cuts(config.model, parts.objectives, place.chunks)
+    recompute = place.recompute if redo else "none"
+    chains = []
+    for leg, kinds in enumerate(LEGS[mode]):
+        for chunk in range(place.pp_rank, place.chunks, place.pp):
+            segments = []
+            if chunk == 0:
+                segments.append(parts.end(mode, leg, False, m, place.tensor.tp, loss=loss))
+            if place.pp > 1 and (leg or chunk):  # what came in from the rank before
+                flow = parts.flow_bytes(mode, leg, chunk == 0, m)
+                segments.append(Cost(flow, flow))
+            for kind in kinds:
+                blocks = len(cuts[TOWER_OF[kind]][chunk])
+                segments.append(parts.stack(kind, blocks, m, place.tensor, recompute))
+            if chunk == place.chunks - 1:
+                segments.append(parts.end(mode, leg, True, m, place.tensor.tp, loss=loss))
+            chains.append(_Chain(leg * place.chunks + chunk, segments))
+    if place.pp == 1:
+        return [_Chain(0, [segment for chain in chains for segment in chain.segments])]
+    return chains
+
+
+def _in_flight(chains: Sequence[_Chain], place: Place, count: int) -> float:
+    """Most bytes at one time when the rank's operations run in the schedule's order."""
+    of_stage = {chain.stage: chain for chain in chains}
+    V = len(chains)
+    schedule = place.schedule if place.pp > 1 else "1f1b"
+    now = most = 0.0
+    for op in train_order(schedule, place.pp, place.pp_rank, V, count):
+        chain = of_stage[op.stage]
+        if op.kind == "F":
+            most = max(most, now + chain.peak)
+            now += chain.held
+        else:
+            now -= chain.held
+            most = max(most, now + chain.peak)
+    return most
+
+
+def _forward_traffic(
+    parts: Parts, place: Place, mode: str, m: int, count: int, chains: Sequence[_Chain]
+) -> Sent:
+    sent = Sent()
+    for chain in chains:
+        for segment in chain.segments:
+            sent += _times(segment.forward, count)
+        sent += _sends(parts, place, mode, chain.stage, m, count, back=False)
+    return sent
+
+
+def _sends(parts: Parts, place: Place, mode: str, stage: int, m: int, count: int, *, back: bool) -> Sent:
+    """What goes to the ranks of the next stage and, as gradients, of the one before."""
+    sent = Sent()
+    if place.pp == 1:
+        return sent
+    of = lambda s: parts.flow_bytes(mode, s // place.chunks, s % place.chunks == 0, m)  # noqa: E731
+    if stage < len(LEGS[mode]) * place.chunks - 1:
+        sent["pp", "send"] += count * of(stage + 1)
+    if back and stage > 0:
+        sent["pp", "send"] += count * of(stage)
+    return sent
+
+
+def _times(sent: Sent, count: float) -> Sent:
+    return Counter({key: round(value * count) for key, value in sent.items()})
+
+
+def _embeddings(config: Config, mode: str) -> int:
+    return 2 if mode == "student" and config.data.augment.local_crops else 1
+

@@ -1,0 +1,222 @@
+"""What ZeRO's stages keep on a rank and send over the data-parallel group, as DeepSpeed 0.19.8 does under MegaVTP.
+
+Everything of the state is float32. Counts are of this rank's tensor- and pipeline-parallel part: n is a parameter's
+local numel, dp the data-parallel size. Sources: arXiv 1910.02054 for the idea; the exact paddings, buckets and the
+number of gathers are DeepSpeed's, checked in ``tests/planning``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from megavtp.config.schema import ModelConfig
+from megavtp.models.cuts import tower_cuts
+from megavtp.models.vtp import VTP
+from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.sharding import shard_of
+
+FLOAT = 4  # bytes
+_BUCKET = 50_000_000  # elements, at most: ``deepspeed_adapter.build_config``
+_FLAT_BUCKET = 500_000_000  # elements that stage 0 flattens at once
+_ALIGN = 2  # elements of each partition's end, times dp, in stages 1 and 2
+
+Groups = Callable[[Iterable[tuple[str, nn.Parameter]]], list[dict]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One parameter on one rank; ``group``: its optimizer group, None where it is frozen."""
+
+    name: str
+    numel: int
+    group: int | None
+
+    @property
+    def trained(self) -> bool:
+        return self.group is not None
+
+
+class Inventory:
+    """Every parameter of a model and where it lies, read off the model itself on the meta device.
+
+    ``groups`` is the optimizer's grouping.
+    """
+
+    def __init__(self, model: ModelConfig, objectives: frozenset[str], groups: Groups):
+        self._model, self._objectives = model, objectives
+        with torch.device("meta"):
+            named = list(VTP(model, objectives=objectives).named_parameters())
+            self._first = {n for n, _ in VTP(model, Mesh(pp=2), objectives=objectives).named_parameters()}
+        group_of = {id(p): index for index, group in enumerate(groups(named)) for p in group["params"]}
+        self._rows = [(n, p.numel(), shard_of(p) is not None, group_of.get(id(p))) for n, p in named]
+
+    def rank(self, tp: int, pp: int, pp_rank: int, virtual_stages: int) -> list[Piece]:
+        """What a rank holds. Chunk c of a tower is on rank c mod pp, what is before the blocks on the first rank, what
+        comes after them on the last."""
+        cuts = tower_cuts(self._model, self._objectives, pp * virtual_stages)
+        return [
+            Piece(name, numel // tp if cut else numel, group)
+            for name, numel, cut, group in self._rows
+            if self._rank_of(name, pp, cuts) == pp_rank
+        ]
+
+    def _rank_of(self, name: str, pp: int, cuts: Mapping[str, Sequence[range]]) -> int:
+        head, inside, rest = name.partition(".blocks.")
+        if not inside:
+            return 0 if name in self._first else pp - 1
+        block = int(rest.partition(".")[0])
+        return next(c for c, blocks in enumerate(cuts[head.removeprefix("teacher.")]) if block in blocks) % pp
+
+
+def touched(name: str, mode: str, shared_bottleneck: bool) -> bool:
+    """Whether the forward ``mode`` reads a parameter."""
+    tower, _, rest = name.partition(".")
+    if mode == "teacher":
+        return tower == "teacher" and (shared_bottleneck or not rest.startswith("trunk.feature_bottleneck"))
+    if tower == "trunk":
+        return mode == "reconstruction" or shared_bottleneck or not rest.startswith("feature_bottleneck")
+    towers = {
+        "contrastive": ("visual_proj", "text", "logit_scale", "logit_bias"), "student": ("dino_head",),
+        "reconstruction": ("pixel_decoder",),
+    }
+    return tower in towers[mode]
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes on a rank between steps and, for ``gradients`` and ``buffers``, during one.
+
+    Attributes:
+        optimizer: moments, and in stages 1 to 3 the weights' master partition.
+        buffers: communication buckets, and in stage 3 what is gathered at one time.
+        step: more than that is needed for a moment when the step is made, after the last backward.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    teacher: int
+    buffers: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """Beside the activations."""
+        return self.weights + self.gradients + self.optimizer + self.teacher + self.buffers
+
+
+def state(pieces: Sequence[Piece], stage: int, dp: int, first_mode: str | None = None) -> State:
+    """``first_mode``: the forward whose backward comes first in a step; what it does not reach is zeroed in stage 2."""
+    trained = sum(p.numel for p in pieces if p.trained)
+    frozen = sum(p.numel for p in pieces if not p.trained)
+    bucket = bucket_elements(trained) * FLOAT
+    if stage == 0:
+        step = min(trained, _FLAT_BUCKET)
+        return State(FLOAT * trained, FLOAT * trained, 2 * FLOAT * trained, FLOAT * frozen, 0, FLOAT * step)
+    if stage == 3:
+        own = sum(shard(p.numel, dp) for p in pieces if p.trained)
+        others = sum(shard(p.numel, dp) for p in pieces if not p.trained)
+        largest = max(_sizes(pieces, lambda p: shard(p.numel, dp)).values(), default=0)
+        gathered = FLOAT * max(_modules(pieces).values(), default=0)
+        return State(FLOAT * own, FLOAT * own, 3 * FLOAT * own, FLOAT * others, bucket + gathered, FLOAT * largest)
+    flat = flat_elements(pieces, dp)
+    owned, unreached = _partition_gradients(pieces, dp, first_mode)
+    gradients = FLOAT * (trained if stage == 1 else owned + unreached)
+    step = FLOAT * owned
+    return State(FLOAT * flat, gradients, 3 * FLOAT * flat // dp, FLOAT * frozen, bucket, step)
+
+
+def shard(numel: int, dp: int) -> int:
+    """Stage 3 cuts each parameter on its own."""
+    return -(-numel // dp)
+
+
+def bucket_elements(trained: int) -> int:
+    return -(-min(trained, _BUCKET) // 1024) * 1024
+
+
+def _sizes(pieces: Sequence[Piece], size: Callable[[Piece], int]) -> Counter[int]:
+    """Elements of each optimizer group."""
+    sizes: Counter[int] = Counter()
+    for piece in pieces:
+        if piece.group is not None:
+            sizes[piece.group] += size(piece)
+    return sizes
+
+
+def flat_elements(pieces: Sequence[Piece], dp: int) -> int:
+    """Stages 1 and 2 flatten each group, padded."""
+    align = _ALIGN * dp
+    return sum(-(-size // align) * align for size in _sizes(pieces, lambda p: p.numel).values())
+
+
+def _partition_gradients(pieces: Sequence[Piece], dp: int, first_mode: str | None) -> tuple[int, int]:
+    """Whole parameters that reach into a data-parallel rank's partition, of the rank that has most; and those of them
+    that the first pass of a step does not reach."""
+    owned, unreached = [0] * dp, [0] * dp
+    for group, size in _sizes(pieces, lambda p: p.numel).items():
+        partition, start = -(-size // (_ALIGN * dp)) * _ALIGN, 0
+        for piece in (p for p in pieces if p.group == group):
+            for rank in range(start // partition, (start + piece.numel - 1) // partition + 1):
+                owned[rank] += piece.numel
+                if first_mode is not None and not touched(piece.name, first_mode, False):
+                    unreached[rank] += piece.numel
+            start += piece.numel
+    most = max(range(dp), key=lambda rank: owned[rank] + unreached[rank])
+    return owned[most], unreached[most]
+
+
+def _modules(pieces: Sequence[Piece]) -> Counter[str]:
+    """Elements that stage 3 gathers together: a block at a time, else a module at a time."""
+    sizes: Counter[str] = Counter()
+    for piece in pieces:
+        head, found, rest = piece.name.partition("blocks.")
+        sizes[f"{head}{rest.split('.')[0]}" if found else piece.name.rpartition(".")[0]] += piece.numel
+    return sizes
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How often a pass runs in a step: forwards without gradient, and forwards with a backward; crop sizes embedded."""
+
+    mode: str
+    forward_only: int
+    trained: int
+    embeddings: int = 1
+
+
+def traffic(
+    pieces: Sequence[Piece], stage: int, dp: int, calls: Sequence[Calls], shared_bottleneck: bool
+) -> Counter[tuple[str, str]]:
+    """Payload bytes that a rank takes part in over dp in one step, by ("dp", operation)."""
+    sent: Counter[tuple[str, str]] = Counter()
+    if dp == 1:
+        return sent
+    trained = sum(p.numel for p in pieces if p.trained)
+    groups = len({p.group for p in pieces if p.trained})
+    if stage in (0, 1):
+        sent["dp", "all_reduce"] += FLOAT * trained
+    if stage in (1, 2):
+        sent["dp", "all_gather"] += FLOAT * flat_elements(pieces, dp)
+        sent["dp", "all_reduce"] += FLOAT * groups  # the norm
+    for call in calls:
+        reached = [p for p in pieces if touched(p.name, call.mode, shared_bottleneck)]
+        if stage == 2:
+            sent["dp", "all_reduce"] += FLOAT * call.trained * sum(p.numel for p in reached if p.trained)
+        if stage == 3:
+            padded = lambda these: FLOAT * dp * sum(shard(p.numel, dp) for p in these)  # noqa: E731
+            of_root = padded([p for p in pieces if "." not in p.name and p not in reached])
+            again = padded([p for p in reached if "patch_embed" in p.name]) * (call.embeddings - 1)
+            forwards = call.forward_only + call.trained
+            sent["dp", "all_gather"] += forwards * (padded(reached) + of_root + again)
+            sent["dp", "all_gather"] += call.trained * (padded(reached) + of_root)
+            sent["dp", "reduce_scatter"] += call.trained * padded([p for p in reached if p.trained])
+    if stage == 3:
+        sent["dp", "all_reduce"] += 2 * FLOAT * groups
+    return sent
+

@@ -1,0 +1,89 @@
+"""Choose a layout: what a recipe needs on a number of GPUs, and the fastest ways to lay it out that fit.
+
+    python tools/plan.py --config configs/pretrain/vtp_g.yaml --gpus 256 --memory 80
+    python tools/plan.py --config configs/pretrain/vtp_l.yaml --gpus 8 --device a100 --top 3 train.batch_size=4096
+
+Nothing is trained and no GPU is needed. Memory and traffic are counted on the real model without its data; times are
+bounds from the device's data sheet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
+
+from megavtp.cli import run  # noqa: E402
+
+CLIP_VOCABULARY = 49_408
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="YAML recipe (default: the demo's)")
+    parser.add_argument("--gpus", type=int, required=True, help="how many, over all nodes")
+    parser.add_argument("--device", default="h100", help="a100, h100, h200, ... (default: h100)")
+    parser.add_argument("--memory", type=float, help="GiB of one (default: the device's)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="(default: 8)")
+    parser.add_argument(
+        "--margin", type=float, default=0.1,
+        help="part of the memory left to the context, the communication library and gaps (default: 0.1)",
+    )
+    parser.add_argument("--top", type=int, default=5, help="layouts to print (default: 5)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the recipe's")
+    options = parser.parse_args()
+    return options, options.overrides
+
+
+def main() -> int:
+    options, overrides = parse()
+    from megavtp.config.load import load_config
+    from megavtp.config.ranges import need
+    from megavtp.config.summary import parameter_counts
+    from megavtp.config.validate import validate, with_vocabulary
+    from megavtp.planning import report
+    from megavtp.planning.devices import find_device
+    from megavtp.planning.plan import GIB, Planner
+    from megavtp.planning.search import search
+    from megavtp.training.optimizer import parameter_groups
+
+    need(options.gpus >= 1, f"--gpus {options.gpus}: must be at least 1")
+    need(options.gpus_per_node >= 1, f"--gpus-per-node {options.gpus_per_node}: must be at least 1")
+    need(options.top >= 1, f"--top {options.top}: must be at least 1")
+    need(0 <= options.margin < 1, f"--margin {options.margin:g}: must be from 0 to below 1")
+    device = find_device(options.device)
+    memory = device.memory if options.memory is None else options.memory
+    config = load_config(options.config, overrides)
+    config = validate(replace(config, parallel=replace(config.parallel, tp=1, **ALONE)), None)
+    if config.model.text.vocab_size is None:
+        config = with_vocabulary(config, CLIP_VOCABULARY)
+        print(f"vocabulary  taken as CLIP's {CLIP_VOCABULARY:,}; set model.text.vocab_size for your tokenizer's")
+    groups = lambda named: parameter_groups(named, config.train.optimizer)  # noqa: E731
+    planner = Planner(config, groups, device, options.gpus_per_node)
+    budget = memory * (1 - options.margin) * GIB
+    print("\n".join(report.model_lines(config, parameter_counts(config))))
+    print(f"device      {device.name}, {memory:g} GiB of which {budget / GIB:.1f} for the run, {options.gpus} of them, "
+          f"{options.gpus_per_node} in a node\n")
+    print("looking at layouts ...", file=sys.stderr, flush=True)
+    found = search(planner, config, options.gpus, budget, options.top)
+    if not found.fitting:
+        print(report.nothing_fits(found, memory, budget))
+        if found.closest is not None:
+            print("\n" + report.table([found.closest]) + "\n\n" + report.details(found.closest))
+        return 1
+    print(f"{found.count} layouts fit; the fastest {len(found.fitting)}:\n\n{report.table(found.fitting)}\n")
+    print("the first of them\n\n" + report.details(found.fitting[0]) + "\n")
+    print("# to paste into the recipe\n" + report.yaml_lines(found.fitting[0]))
+    return 0
+
+
+# Of the recipe's layout only precision and kernels count: the rest is what is sought.
+ALONE = {
+    "pp": 1, "schedule": "1f1b", "virtual_stages": 1, "sequence_parallel": False, "recompute": "none", "zero_stage": 1,
+}
+
+if __name__ == "__main__":
+    run(main)
