@@ -1,6 +1,7 @@
 """Writing one safetensors file: streamed, hashed while it is written, and on the disk when the call returns.
 
-The library's own writer is not used because it neither hashes nor flushes: the file would be read once more.
+The library's own writer is not used because it neither hashes nor flushes: the file would be read once more. It also
+writes several entries of metadata in an order that changes from run to run.
 Format: https://github.com/huggingface/safetensors#format (length of the header, JSON header, raw little-endian data).
 """
 
@@ -12,6 +13,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -23,13 +25,15 @@ DTYPE_NAMES = {
 _BLOCK = 8 << 20  # bytes hashed and written at a time: small enough that the second reading hits the cache
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Write host ``tensors`` to ``path`` and flush it to the disk.
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({})
+) -> tuple[int, str]:
+    """Write host ``tensors``, and ``metadata`` into the header, to ``path`` and flush it to the disk.
 
     Returns the file's size in bytes and its SHA-256. Raises OSError.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for name in names:
         tensor = tensors[name]

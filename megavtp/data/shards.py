@@ -112,13 +112,19 @@ class ShardDataset:
         Raises ``BadSample`` if its bytes are not there any more, ``UserError`` if the side-car does not fit the tar.
         """
         opened = self._shard(shard)
-        image_at, image_size, caption_at, caption_size, meta_at, meta_size = opened.spans[row].tolist()
-        key = opened.keys[row]
-        meta = parse_meta(opened.pread(meta_at, meta_size)) if meta_size else {}
-        if meta is None:
-            raise BadSample("metadata is no JSON object")
+        image_at, image_size, caption_at, caption_size, _, _ = opened.spans[row].tolist()
+        key, meta = opened.keys[row], self.meta(shard, row)
         caption = decode_text(opened.pread(caption_at, caption_size)) if caption_size else caption_of(meta)
         return RawSample(key, opened.pread(image_at, image_size), caption, meta, self.name(shard, row))
+
+    def meta(self, shard: int, row: int) -> dict[str, Any]:
+        """Only the metadata of a sample, without reading its image. Raises as ``read``."""
+        opened = self._shard(shard)
+        at, size = opened.spans[row, 4:].tolist()
+        meta = parse_meta(opened.pread(at, size)) if size else {}
+        if meta is None:
+            raise BadSample("metadata is no JSON object")
+        return meta
 
 
 def open_dataset(folder: str | Path) -> ShardDataset:
