@@ -76,12 +76,12 @@ class Cell:
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
 
 
-def cells(every: bool = False) -> list[Cell]:
+def cells() -> list[Cell]:
     """Every tp, pp and dp of 1 and 2 with two of the ZeRO stages, so that each pair of these settings occurs, and the
-    other settings in turn; or with ``every`` ZeRO stage."""
+    other settings in turn."""
     found = []
     for tp, pp, dp in itertools.product((1, 2), repeat=3):
-        for zero in range(4) if every else ((0, 3), (1, 2))[(tp + pp + dp) % 2]:
+        for zero in ((0, 3), (1, 2))[(tp + pp + dp) % 2]:
             turn = len(found)
             found.append(Cell(
                 tp, pp, dp, zero, micro_batches=(4, 2, 1)[turn % 3],
