@@ -1,22 +1,28 @@
 """Every objective on 4 processes, as dp4, tp2 x dp2 and tp4, gives the values and gradients of one process."""
 
 import functools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from distributed import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from megavtp.config.schema import SelfDistillationConfig
+from megavtp.config.schema import DinoHeadConfig, SelfDistillationConfig
+from megavtp.models.dino_head import DinoHead
 from megavtp.objectives.centering import sinkhorn_bias, update_center
 from megavtp.objectives.contrastive import info_nce
 from megavtp.objectives.koleo import koleo
+from megavtp.objectives.prototypes import prototype_cross_entropy
 from megavtp.objectives.self_distillation import StudentOutput, TeacherBias, TeacherOutput, self_distillation_loss
 from megavtp.objectives.siglip import siglip
 from megavtp.parallel.collectives import all_gather, all_reduce
 from megavtp.parallel.mesh import SINGLE, build_mesh
 
 B, D, K, L = 8, 6, 16, 3
+ROWS, PROTOTYPES, CHUNK = 21, 4 * 31, 8  # 31 and its multiples are sizes of nothing else
 OWNER = torch.tensor([3, 6, 6, 7, 2, 3, 3, 6, 7, 7, 2])  # image of each masked patch; images 0 and 1 have none
 
 
@@ -61,8 +67,40 @@ def evaluate(mesh):
     return results
 
 
+class Shapes(TorchDispatchMode):
+    """Of every tensor made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(x.shape) for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
+        return out
+
+
+def shapes_made(mesh):
+    """By the head, the centering and the loss on ROWS views with PROTOTYPES prototypes, forward and backward."""
+    student, teacher = (DinoHead(D, DinoHeadConfig(PROTOTYPES, hidden=8, bottleneck=4), mesh) for _ in range(2))
+    for parameter in (*student.parameters(), *teacher.parameters()):
+        parameter.data.normal_()
+    x = torch.randn(ROWS, D, requires_grad=True)
+    with Shapes() as shapes:
+        with torch.no_grad():
+            targets, target_W = teacher(x)
+            bias = sinkhorn_bias([targets], target_W, 0.07, iterations=3, chunk=CHUNK, mesh=mesh)
+        features, W = student(x)
+        prototype_cross_entropy(
+            features, W, targets, target_W, student_temperature=0.1, teacher_temperature=0.07, teacher_bias=bias,
+            chunk=CHUNK, mesh=mesh,
+        ).backward()
+    return shapes.seen
+
+
 def on_rank(rank):
-    return {tp: evaluate(build_mesh(tp, 1)) for tp in (1, 2, 4)}
+    meshes = {tp: build_mesh(tp, 1) for tp in (1, 2, 4)}
+    return {tp: evaluate(mesh) for tp, mesh in meshes.items()}, {tp: shapes_made(meshes[tp]) for tp in (1, 2, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +113,18 @@ def test_every_layout_equals_one_process(everywhere, tp):
     expected = evaluate(SINGLE)
     assert len(expected) == 6 + 2 * 2 + 1 + 3 * 2 + 1 + 4
     for rank in range(4):
-        got = everywhere[rank][tp]
+        got = everywhere[rank][0][tp]
         assert set(got) == set(expected)
         for name, value in expected.items():
             torch.testing.assert_close(got[name], value, rtol=3e-6, atol=3e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_no_rank_holds_all_logits(everywhere, tp):
+    """Whatever has a dimension over prototypes has it over this rank's alone, for a chunk of rows at most."""
+    own = PROTOTYPES // tp
+    for _, shapes in everywhere:
+        over_prototypes = {shape for shape in shapes[tp] if own in shape}
+        assert (CHUNK, own) in over_prototypes
+        assert max(size for shape in shapes[tp] for size in shape) == own
+        assert all(math.prod(shape) <= CHUNK * own for shape in over_prototypes)
