@@ -16,7 +16,8 @@ from megavtp.data.captions import CaptionTokenizer, load_tokenizer
 from megavtp.data.loader import EvalDataset
 from megavtp.data.shards import open_dataset
 from megavtp.errors import UserError
-from megavtp.evaluation.interface import Perceptual, VTPEvaluated
+from megavtp.evaluation.features_network import FeatureNetwork
+from megavtp.evaluation.interface import NoCaptions, Perceptual, VTPEvaluated
 from megavtp.evaluation.suite import evaluate
 from megavtp.models.build import build_vtp, load_full
 from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS
@@ -68,20 +69,13 @@ def untrained_like(model: VTP, seed: int, device: torch.device) -> VTP:
     return build_vtp(model.config, objectives=model.objectives - {"self_distillation"}, seed=seed, device=device)
 
 
-class _NoCaptions:
-    """Stands in for the tokenizer of a model without a text tower."""
-
-    def encode(self, captions: list[str]) -> Tensor:
-        return torch.zeros(len(captions), 1, dtype=torch.long)
-
-
-def find_tokenizer(model: VTP, config: Config, data: Path, spec: str | None) -> CaptionTokenizer | _NoCaptions:
+def find_tokenizer(model: VTP, config: Config, data: Path, spec: str | None) -> CaptionTokenizer | NoCaptions:
     """The tokenizer the model was trained with: ``spec``, else the run's, whose data set may lie elsewhere now.
 
     Raises ``UserError`` when its vocabulary is not the model's.
     """
     if "contrastive" not in model.objectives:
-        return _NoCaptions()
+        return NoCaptions()
     spec = spec or config.data.captions
     trained_on = Path(config.data.root)
     root = trained_on if (trained_on / "captions.model").is_file() else data
@@ -112,7 +106,7 @@ class CheckpointEvaluation:
     """A checkpoint, a data set with splits, and the metrics of one on the other.
 
     ``captions``: a caption tokenizer in place of the run's. ``max_samples``, ``batch_size``: in place of the run's
-    ``evaluation`` settings.
+    ``evaluation`` settings. ``frechet``: network for the Frechet distance of reconstructions, which takes time.
     """
 
     checkpoint: Path
@@ -122,6 +116,7 @@ class CheckpointEvaluation:
     captions: str | None = None
     max_samples: int | None = None
     batch_size: int | None = None
+    frechet: FeatureNetwork | None = None
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -150,6 +145,7 @@ class CheckpointEvaluation:
         return evaluate(
             VTPEvaluated(model, model.objectives), self.test_set, self.train_set, self.settings,
             tokenizer=self.tokenizer, device=self.device, perceptual=self._perceptual, skipped=self.skipped,
+            frechet=self.frechet,
         )
 
     def untrained(self) -> VTP:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -40,6 +41,13 @@ class EvaluationSet(Protocol):
 class CaptionEncoder(Protocol):
     def encode(self, captions: list[str]) -> Tensor:
         """-> ids (n, T)."""
+
+
+class NoCaptions:
+    """Stands in for the tokenizer where no model reads captions."""
+
+    def encode(self, captions: list[str]) -> Tensor:
+        return torch.zeros(len(captions), 1, dtype=torch.long)
 
 
 class VTPEvaluated:

@@ -12,6 +12,7 @@ from typing import Any
 from megavtp.errors import UserError
 
 _CHANCE = "chance/"
+_NUMBERS = ("reconstruction/", "generation/")  # the others are shares of all samples, shown in percent
 
 
 def format_table(metrics: Mapping[str, float], compare: Mapping[str, Mapping[str, float]] | None = None) -> str:
@@ -33,11 +34,11 @@ def format_table(metrics: Mapping[str, float], compare: Mapping[str, Mapping[str
 def _show(name: str, value: float | None) -> str:
     if value is None:
         return ""
-    if name == "samples":
+    if name.endswith("samples"):
         return str(int(value))
     if name.endswith("psnr"):
         return f"{value:.2f} dB"
-    return f"{value:.4f}" if name.startswith("reconstruction/") else f"{100 * value:.1f} %"
+    return f"{value:.4f}" if name.startswith(_NUMBERS) else f"{100 * value:.1f} %"
 
 
 def write_metrics(path: str | Path, content: Mapping[str, Any]) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from megavtp.config.schema import EvaluationConfig
 from megavtp.evaluation.collect import Table, collect
+from megavtp.evaluation.features_network import FeatureNetwork, metric_name
+from megavtp.evaluation.frechet import few_samples_warning, frechet_distance, statistics_of
 from megavtp.evaluation.interface import CaptionEncoder, Evaluated, EvaluationSet, Perceptual, Probe
 from megavtp.evaluation.knn import knn_accuracy
 from megavtp.evaluation.reconstruction import flat_psnr, psnr, ssim
@@ -21,6 +23,7 @@ from megavtp.pixels import denormalise, normalise
 
 logger = logging.getLogger(__name__)
 
+_REAL, _SHOWN = "frechet/real", "frechet/shown"  # columns of features
 LABEL_FIELDS = ("label", "subgroup", "group")  # of the samples' metadata; the ones that occur are used
 
 
@@ -28,7 +31,7 @@ def evaluate(
     model: Evaluated, test_set: EvaluationSet, train_set: EvaluationSet | None, config: EvaluationConfig,
     mesh: Mesh = SINGLE, *, tokenizer: CaptionEncoder, device: torch.device | str = "cpu",
     perceptual: Mapping[str, Perceptual] | None = None, label_fields: Sequence[str] = LABEL_FIELDS,
-    skipped: dict[str, str] | None = None,
+    skipped: dict[str, str] | None = None, frechet: FeatureNetwork | None = None,
 ) -> dict[str, float]:
     """Every metric the model and the data allow; a collective call, with the same result on every rank.
 
@@ -40,11 +43,12 @@ def evaluate(
         train_set: its features vote in the k-NN classification; without it the other test samples do.
         perceptual: distances by the name of their metric, say ``{"lpips_vgg": lpips}``.
         skipped: filled with the metrics that were left out and why; a reason already there stays.
+        frechet: the network for the Frechet distance of the reconstructions to the images; None = leave it out.
     """
     device = torch.device(device)
     skipped = {} if skipped is None else skipped
     options = {"batch_size": config.batch_size, "mesh": mesh, "device": device}
-    table = collect(test_set, _probe(model, perceptual or {}), **options)
+    table = collect(test_set, _probe(model, perceptual or {}, frechet), **options)
     metrics: dict[str, float] = {"samples": float(len(table))}
     if "contrastive" in model.objectives:
         images = table.columns["image"].to(device)
@@ -54,6 +58,8 @@ def evaluate(
         metrics |= cross_style_retrieval(images, table.meta, "retrieval/cross_style")
     metrics |= _frozen(model, table, train_set, config, label_fields, options)
     metrics |= {name: x.double().mean().item() for name, x in table.columns.items() if "reconstruction/" in name}
+    if frechet is not None and _REAL in table.columns:
+        metrics |= _frechet(table, frechet, device, skipped)
     for name, reason in _left_out(model, metrics, label_fields, perceptual).items():
         skipped.setdefault(name, reason)
     if mesh.rank == 0:
@@ -79,7 +85,19 @@ def _frozen(
     return metrics | cross_style_retrieval(features, table.meta, "knn/cross_style")
 
 
-def _probe(model: Evaluated, perceptual: Mapping[str, Perceptual]) -> Probe:
+def _frechet(table: Table, network: FeatureNetwork, device: torch.device, skipped: dict[str, str]) -> dict[str, float]:
+    """rFID with Inception, FD-EfficientNet with EfficientNet; none of fewer than two images."""
+    name = metric_name("frechet", network.name, "reconstruction")
+    if len(table) < 2:
+        skipped[name] = "one image has no covariance"
+        return {}
+    real, shown = (statistics_of(table.columns[column].to(device)) for column in (_REAL, _SHOWN))
+    if real.too_few:
+        logger.warning("%s", few_samples_warning(name, "images", real))
+    return {name: frechet_distance(shown, real)}
+
+
+def _probe(model: Evaluated, perceptual: Mapping[str, Perceptual], frechet: FeatureNetwork | None) -> Probe:
     """Features of both towers, frozen features and reconstruction errors, as far as the model has them."""
 
     def probe(images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
@@ -91,6 +109,9 @@ def _probe(model: Evaluated, perceptual: Mapping[str, Perceptual]) -> Probe:
         if "reconstruction" in model.objectives:
             shown = denormalise(model.reconstruct(pixels).float()).clamp(0, 1)
             values |= _reconstruction_errors(shown, images.float() / 255, perceptual)
+            if frechet is not None:
+                values[_REAL] = frechet(images)
+                values[_SHOWN] = frechet(shown.mul(255).round_().to(torch.uint8))  # as an image file would hold it
         return values
 
     return probe

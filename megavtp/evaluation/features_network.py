@@ -1,0 +1,42 @@
+"""What a network is, for the distances that compare images by its features."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+INCEPTION = "inception"
+
+
+class FeatureNetwork:
+    """Frozen; images of any size in, a vector each out. Only Inception's distances bear the names of the papers."""
+
+    name: ClassVar[str]  # in the names of metrics
+    title: ClassVar[str]  # for people
+    dims: ClassVar[int]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (b, 3, H, W) on the network's device -> (b, dims), float32.
+
+        In whole float32 also inside autocast: TF32 would move a Frechet distance by more than models differ.
+        """
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False), exact:
+            return self._features(images).float()
+
+    def _features(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+MetricKind = Literal["frechet", "kernel", "kernel_std", "precision", "recall"]
+
+
+def metric_name(kind: MetricKind, network: str, of: Literal["generation", "reconstruction"]) -> str:
+    """The metric's key: "generation/gfid", "generation/kid", "reconstruction/rfid", "generation/fd_efficientnet", ..."""
+    if network == INCEPTION:
+        fid = {"generation": "gfid", "reconstruction": "rfid"}[of]
+        return f"{of}/" + {"frechet": fid, "kernel": "kid", "kernel_std": "kid_std"}.get(kind, kind)
+    short = {"frechet": "fd", "kernel": "kd", "kernel_std": "kd_std"}.get(kind, kind)
+    return f"{of}/{short}_{network}"

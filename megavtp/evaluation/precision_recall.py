@@ -1,0 +1,58 @@
+"""Improved precision and recall of generated images (Kynkaanniemi et al., arXiv 1904.06991)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megavtp.errors import UserError
+from megavtp.evaluation.ranking import row_blocks
+
+# Of squared distances, relative to the longest vector: two equal images are 0 apart, whatever a product rounds to.
+_ROUNDING = 1e-12
+
+
+def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
+    """Shares of ``generated`` (m, d) in the manifold of ``real`` (n, d), and of ``real`` in that of ``generated``.
+
+    The manifold of a set is the union of balls about its members that reach to their ``k``-th nearest other member.
+    Computed in float64, in blocks. Raises ``UserError`` for sets of no more than ``k`` rows.
+    """
+    for name, features in (("reference", real), ("generated", generated)):
+        if len(features) <= k:
+            raise UserError(f"precision and recall of {len(features)} {name} images: use more than {k}, better 10,000")
+    real, generated = real.double(), generated.double()
+    return _covered(generated, real, k), _covered(real, generated, k)
+
+
+def _covered(points: Tensor, members: Tensor, k: int) -> float:
+    """The share of ``points`` that lie in the manifold of ``members``."""
+    reach = _reach(members, k)
+    slack = _ROUNDING * torch.maximum(_squares(points).max(), _squares(members).max())
+    inside = [
+        (_distances(points[rows], members) <= reach + slack).any(1)
+        for rows in row_blocks(len(points), len(members))
+    ]
+    return float(torch.cat(inside).double().mean())
+
+
+def _reach(members: Tensor, k: int) -> Tensor:
+    """The squared distance (n,) of each to its k-th nearest other."""
+    reach = torch.empty(len(members), dtype=members.dtype, device=members.device)
+    for rows in row_blocks(len(members), len(members)):
+        distances = _distances(members[rows], members)
+        own = torch.arange(len(members), device=members.device)[rows]
+        distances[torch.arange(len(own), device=own.device), own] = -math.inf  # itself, in front of all others
+        reach[rows] = distances.kthvalue(k + 1, dim=1).values
+    return reach
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """Squared, (rows of x, rows of y)."""
+    return (_squares(x)[:, None] + _squares(y) - 2 * x @ y.T).clamp_min_(0)
+
+
+def _squares(x: Tensor) -> Tensor:
+    return x.square().sum(1)
