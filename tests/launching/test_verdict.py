@@ -1,0 +1,72 @@
+"""Which rank is to blame, from what all say of themselves."""
+
+from __future__ import annotations
+
+import pytest
+
+from megavtp.parallel import phase
+from megavtp.parallel.verdict import Report, judge, load_report, load_verdict, main_thread_position
+
+WAITS = dict(at="engine.py:7 in step", in_collective=True)
+
+
+def report(number: int = 10, age: float = 1.0, **fields) -> Report:
+    given = dict(
+        host="node", phase=f"step {number}, update", slow=False, broken=False, at="trainer.py:9 in _step",
+        in_collective=False,
+    )
+    return Report(number=number, age=age, **(given | fields))
+
+
+CASES = {
+    "all well": ([report(), report(9, 599.0)], {}, None),
+    "one is behind, the others wait for it": (
+        [report(10, 601.0, **WAITS), report(9, 603.0), report(11, 590.0, **WAITS)], {},
+        "rank 1 (node) hangs: no progress for 603 s (limit: parallel.timeout = 600 s), in step 9, update at "
+        "trainer.py:9 in _step",
+    ),
+    "in the same phase, one does not wait": (
+        [report(10, 601.0, **WAITS), report(10, 601.0)], {}, "rank 1 (node) hangs",
+    ),
+    "all wait for each other": (
+        [report(10, 601.0, **WAITS), report(10, 602.0, **WAITS | {"at": "engine.py:9 in step"})], {},
+        "ranks 0 (node), 1 (node) hang: no progress for 602 s (limit: parallel.timeout = 600 s), rank 0 in step 10, "
+        "update at engine.py:7 in step; rank 1 in step 10, update at engine.py:9 in step",
+    ),
+    "reading and writing take three times as long": ([report(10, 1799.0, slow=True)], {}, None),
+    "until they do not": ([report(10, 1801.0, slow=True)], {}, "rank 0 (node) hangs"),
+    "silent, but not for long": ([report(), report()], {1: 59.0}, None),
+    "silent for long": (
+        [report(), report(8)], {1: 61.0}, "rank 1 (node): no sign of life: killed (out of memory?), crashed, stuck in "
+        "C code, or the machine is lost; last seen in step 8, update at trainer.py:9 in _step",
+    ),
+    "silent while it reads": ([report(), report(slow=True)], {1: 61.0}, None),
+    "a connection broke, and one is silent": ([report(broken=True), report()], {1: 6.0}, "rank 1 (node): no sign of"),
+    "a connection broke, it is not yet known to whom": ([report(broken=True, age=601.0), report()], {1: 4.0}, None),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_verdict(name):
+    reports, silent, text = CASES[name]
+    found = judge(dict(enumerate(reports)), {rank: silent.get(rank, 0.0) for rank in range(len(reports))}, 600)
+    assert (found is None) if text is None else found.text.startswith(text), found
+    assert found is None or load_verdict(found.dump()) == found
+    assert load_report(reports[0].dump()) == reports[0]
+
+
+def test_no_limit_for_hangs():
+    assert judge({0: report(age=1e9)}, {0: 0.5}, 0) is None
+    assert judge({0: report()}, {0: 61.0}, 0) is not None
+
+
+def test_phases_are_counted():
+    before = phase.current().number
+    phase.enter("step 3, pass contrastive")
+    now = phase.current()
+    assert (now.number, now.name, now.slow) == (before + 1, "step 3, pass contrastive", False)
+
+
+def test_where_the_main_thread_is():
+    at, in_collective = main_thread_position()
+    assert at.startswith("verdict.py:") and at.endswith(" in main_thread_position") and not in_collective
