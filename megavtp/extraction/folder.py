@@ -1,0 +1,141 @@
+"""The folder of latents while it is being made: what it will hold, which shards are there, how it is finished.
+
+The format is that of ``data.latents``. Besides, while shards are missing and afterwards:
+
+    FOLDER/extraction.json    what decides the latents; work that goes on in the folder must have the same
+
+A shard is renamed into place when it is whole, with its sums in its header, so that nothing is read twice; the
+tokenizer's facts, without which nobody opens the folder, come last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megavtp.checkpoint.tensor_file import flush_folder, write_tensors
+from megavtp.data.artifact import FILE, STATISTICS_FILE, TokenizerArtifact, check_same_tokenizer
+from megavtp.data.files import read_json_object, refuse_remote, write_json
+from megavtp.data.latents import CLASSES_FILE
+from megavtp.errors import UserError
+from megavtp.extraction.moments import Moments, join_all
+
+SETTINGS_FILE = "extraction.json"
+
+
+class UnfinishedLatents:
+    """A folder that is filled with ``shards`` files.
+
+    Args:
+        artifact: of the tokenizer; if it has statistics already, the folder takes those.
+        settings: JSON values that decide what the files hold, ``artifact`` aside.
+    """
+
+    def __init__(self, folder: str | Path, artifact: TokenizerArtifact, settings: Mapping[str, Any], shards: int):
+        self.folder, self.artifact, self.shards = refuse_remote(folder), artifact, shards
+        tokenizer = replace(artifact, statistics=None).to_dict()
+        self.settings = json.loads(json.dumps({"tokenizer": tokenizer, **settings}))
+
+    def claim(self) -> None:
+        """Make the folder, or see that it was begun with the same settings. UserError if it was not, or was finished
+        with other statistics."""
+        path = self.folder / SETTINGS_FILE
+        if path.exists():
+            remedy = "remove that folder, or choose another --out"
+            begun = read_json_object(path, remedy)
+            names = begun.keys() | self.settings.keys()
+            if differing := sorted(name for name in names if begun.get(name) != self.settings.get(name)):
+                raise UserError(
+                    f"{self.folder} was begun with another {' and '.join(differing)}; give the same options, {remedy}"
+                )
+            if (self.folder / FILE).exists():
+                done = TokenizerArtifact.read(self.folder)
+                check_same_tokenizer(done, str(self.folder), self.artifact, "the given tokenizer")
+            return
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UserError(f"{self.folder} exists and was not made by an extraction; choose another --out")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, self.settings, indent=1)
+        except OSError as error:
+            raise self._cannot_write(error) from None
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not there, or not whole."""
+        return [shard for shard in range(self.shards) if self._header(shard) is None]
+
+    def path(self, shard: int) -> Path:
+        """LightningDiT's name; as many digits in all names, so that their order is that of the numbers."""
+        digits = max(3, len(str(self.shards - 1)))
+        return self.folder / f"latents_rank00_shard{shard:0{digits}d}.safetensors"
+
+    def write(self, shard: int, tensors: Mapping[str, Tensor], moments: Moments | None) -> None:
+        """Write a shard's tensors, see ``data.latents``; ``moments`` None and no tensors: none of its images can be
+        read, and only that is noted."""
+        path = self.path(shard)
+        if moments is None:
+            path = self._empty(shard)
+        metadata = {
+            "total_size": str(moments.images if moments else 0), "dtype": "torch.float32", "device": "cpu",
+            "tokenizer": self.artifact.fingerprint, "moments": moments.dump() if moments else "",
+        }
+        partial = path.with_name(path.name + ".partial")
+        try:
+            write_tensors(partial, tensors, metadata)
+            os.replace(partial, path)
+            flush_folder(self.folder)
+        except OSError as error:
+            raise self._cannot_write(error) from None
+
+    def finish(self, classes: list[str] | None) -> TokenizerArtifact:
+        """Write what belongs to all shards; returns the tokenizer's facts with the statistics.
+
+        Raises:
+            UserError: shards are missing, none holds an image, or a channel never changes.
+        """
+        headers = [self._header(shard) for shard in range(self.shards)]
+        if None in headers:
+            raise UserError(
+                f"{self.path(headers.index(None))} is not to be seen here: --out must be on a file system that all "
+                "machines share; start again, what is there is kept"
+            )
+        parts = [Moments.load(text) for text in headers if text]
+        if not parts:
+            raise UserError(f"{self.folder}: not one image of the data set can be read")
+        own = join_all(parts).statistics()
+        finished = replace(self.artifact, statistics=self.artifact.statistics or own)
+        try:
+            if classes is not None:
+                write_json(self.folder / CLASSES_FILE, classes, indent=1)
+            finished.statistics.write(self.folder / STATISTICS_FILE)
+            finished.write(self.folder)
+        except OSError as error:
+            raise self._cannot_write(error) from None
+        return finished
+
+    def _empty(self, shard: int) -> Path:
+        """Stands for a shard without images, which readers of latents must not see."""
+        return self.path(shard).with_suffix(".empty")
+
+    def _header(self, shard: int) -> str | None:
+        """The moments in the header of a whole file, "" if it is empty, None if it is not there."""
+        for path in (self.path(shard), self._empty(shard)):
+            try:
+                with safe_open(path, framework="pt") as file:  # compares the file's length with its header
+                    return (file.metadata() or {}).get("moments")
+            except (OSError, SafetensorError):
+                continue
+        return None
+
+    def _cannot_write(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.folder} cannot be written ({error.strerror or error}); choose another --out or free some space: what "
+            "is there is kept"
+        )

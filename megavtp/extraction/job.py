@@ -1,0 +1,199 @@
+"""Latents of a whole data set, by all processes together: resumable, and the same bytes for any number of processes.
+
+The data set is cut into shards of consecutive samples, whose number depends on its size alone, and each shard into
+batches. A process takes every n-th of the shards that are missing, so nothing that it computes depends on how many
+others there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megavtp.checkpoint.background import BackgroundTask
+from megavtp.data.artifact import TokenizerArtifact
+from megavtp.data.loader import Loader
+from megavtp.data.shards import ShardDataset, open_dataset
+from megavtp.errors import UserError
+from megavtp.extraction.folder import UnfinishedLatents
+from megavtp.extraction.images import ImageBatch, ImageBatches
+from megavtp.extraction.labels import Labels, find_labels
+from megavtp.extraction.moments import Moments, channel_moments, join_all
+from megavtp.parallel import phase
+from megavtp.parallel.collectives import all_gather_object, broadcast_object, together
+from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+_SHARDS = 512  # to share out evenly, also among many processes
+_SHARD_IMAGES = 128, 4096  # of one shard, at least and at most: what a kill may cost, and the host's memory
+
+
+@dataclass(frozen=True)
+class ExtractionSettings:
+    """What decides the latents, besides data set and tokenizer.
+
+    Attributes:
+        label: key of the samples' metadata with their class; None = all labels are 0.
+        flip: also the latents of the mirrored images.
+        captions: also the tokenizer's caption features.
+        batch_size: images at a time; it may change the last bits.
+        precision: of the tokenizer's matrix products, see ``load_tokenizer``.
+    """
+
+    label: str | None = None
+    flip: bool = True
+    captions: bool = False
+    batch_size: int = 32
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size}: must be at least 1")
+
+
+class Extraction:
+    """The work of one process.
+
+    Args:
+        tokenizer: computes in ``settings.precision``.
+        data: a folder of indexed shards.
+        out: folder to make, or to go on with.
+        max_bad: so many samples that cannot be read may be left out by a process.
+        on_shard: called with a shard's number after it has been written.
+
+    Raises:
+        UserError: see ``labels``, ``folder``; ``settings.captions`` without a text encoder.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, data: str | Path, out: str | Path, settings: ExtractionSettings,
+        mesh: Mesh = SINGLE, *, workers: int = 0, max_bad: int = 1000, quiet: bool = True,
+        on_shard: Callable[[int], None] = lambda shard: None,
+    ):
+        self.tokenizer, self.settings, self.mesh = tokenizer, settings, mesh
+        self.workers, self.max_bad, self.quiet, self.on_shard = workers, max_bad, quiet, on_shard
+        if settings.captions and "contrastive" not in tokenizer.model.objectives:
+            raise UserError(f"--captions: {tokenizer.path} has no text encoder")
+        self.data: ShardDataset = together(lambda: open_dataset(data))
+        self.images_per_shard = shard_size(len(self.data), settings.batch_size)
+        index = hashlib.sha256((self.data.folder / "index.json").read_bytes()).hexdigest()
+        decisive = {"data": index, "images_per_shard": self.images_per_shard, **asdict(settings)}
+        self.folder = UnfinishedLatents(
+            out, tokenizer.artifact, decisive, -(-len(self.data) // self.images_per_shard)
+        )
+        self.left_out = 0
+
+    def run(self) -> tuple[TokenizerArtifact, int]:
+        """Do what is missing; returns the tokenizer's facts with statistics, and how many samples this start left out.
+        A collective call."""
+        phase.enter("preparing the extraction", slow=True)
+        labels = find_labels(self.data, self.settings.label, self.mesh)  # a wrong key leaves nothing behind
+        together(lambda: self.folder.claim() if self.mesh.rank == 0 else None)
+        # As one process sees the folder: others may see an older state of a network's file system.
+        missing = together(lambda: self.folder.missing() if self.mesh.rank == 0 else None)
+        own = broadcast_object(missing)[self.mesh.dp_rank :: self.mesh.dp]
+        phase.enter("extracting latents", slow=True)
+        with torch.no_grad(), one_thread(self.tokenizer.device):
+            self._extract(own, labels)
+        phase.enter("finishing the latents", slow=True)
+        left_out = sum(all_gather_object(self.left_out))
+        finished = together(lambda: self.folder.finish(labels.names) if self.mesh.rank == 0 else None)
+        return broadcast_object(finished), left_out
+
+    def _extract(self, shards: list[int], labels: Labels) -> None:
+        ranges = [self._batches(shard) for shard in shards]
+        source = ImageBatches(
+            self.data, [batch for part in ranges for batch in part], self.tokenizer.artifact.image_size, labels
+        )
+        background = BackgroundTask()
+        total = sum(map(len, source.ranges))
+        with (
+            Loader(source, 0, len(source.ranges), self.workers, pin=self.tokenizer.device.type == "cuda") as batches,
+            tqdm(total=total, desc="images", disable=self.quiet) as bar,
+        ):
+            for shard, parts in zip(shards, ranges, strict=True):
+                encoded = [self._encode(next(batches), len(part), bar) for part in parts]
+                background.start(self._writer(shard, *self._whole(shard, encoded)), "latents")
+            background.wait()
+
+    def _batches(self, shard: int) -> list[range]:
+        start, size = shard * self.images_per_shard, self.settings.batch_size
+        end = min(start + self.images_per_shard, len(self.data))
+        return [range(first, min(first + size, end)) for first in range(start, end, size)]
+
+    def _encode(self, batch: ImageBatch, samples: int, bar: tqdm) -> dict[str, Tensor] | None:
+        """Latents and moments stay on the device: nothing waits for it before the shard is complete."""
+        self._count(batch.left_out)
+        bar.update(samples)
+        if not len(batch.images):
+            return None
+        images = batch.images.to(self.tokenizer.device, non_blocking=True)
+        latents = self.tokenizer.encode(images)
+        tensors = {"latents": latents, "moments": channel_moments(latents), "labels": batch.labels}
+        if self.settings.flip:
+            tensors["latents_flip"] = self.tokenizer.encode(images.flip(-1))
+        if self.settings.captions:
+            tensors["captions"] = self.tokenizer.encode_text(batch.captions)
+        return tensors
+
+    def _whole(self, shard: int, encoded: list[dict[str, Tensor] | None]) -> tuple[dict[str, Tensor], Moments | None]:
+        """A shard's tensors on the host, and its moments."""
+        parts = [part for part in encoded if part is not None]
+        if not parts:
+            return {}, None
+        moments = join_all(Moments.of(part["latents"].shape, part.pop("moments").cpu()) for part in parts)
+        whole = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+        if not all(bool(tensor.isfinite().all()) for tensor in whole.values()):
+            first = shard * self.images_per_shard
+            raise UserError(
+                f"{self.tokenizer.path} makes latents that are not finite of the samples {first} to "
+                f"{first + self.images_per_shard - 1}; use --precision fp32, or another checkpoint"
+            )
+        return whole, moments
+
+    def _writer(self, shard: int, tensors: dict[str, Tensor], moments: Moments | None) -> Callable[[], None]:
+        def write() -> None:
+            self.folder.write(shard, tensors, moments)
+            self.on_shard(shard)
+
+        return write
+
+    def _count(self, left_out: list[str]) -> None:
+        for entry in left_out:
+            log.warning("left out: %s", entry)
+            self.left_out += 1
+            if self.left_out > self.max_bad:
+                raise UserError(
+                    f"{self.left_out} samples cannot be read, last: {entry}; list them with `python "
+                    "tools/prepare_data.py check FOLDER`, or allow more with --max-bad"
+                )
+
+
+def shard_size(samples: int, batch_size: int) -> int:
+    """Images of one shard: whole batches, by the size of the data set alone."""
+    low, high = _SHARD_IMAGES
+    wanted = min(max(-(-samples // _SHARDS), low), high)
+    return -(-wanted // batch_size) * batch_size
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU, torch on one thread: how a product is shared among threads may change its last bits, and how many a
+    process has depends on the number of processes."""
+    threads = torch.get_num_threads()
+    try:
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,108 @@
+"""Class labels of the samples of shards, from a key of their metadata."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from megavtp.data.decode import BadSample
+from megavtp.data.shards import ShardDataset
+from megavtp.errors import UserError
+from megavtp.parallel.collectives import all_gather_object
+from megavtp.parallel.mesh import Mesh
+
+_MOST_NAMES = 100_000  # more different values are no classes, but names of samples
+_KEYS_TOLD = 20
+
+
+@dataclass(frozen=True)
+class Labels:
+    """``key``: of the metadata; None = all labels are 0. ``names``: of the labels 0, 1, ...; None = the values of the
+    key are numbers, which are the labels."""
+
+    key: str | None = None
+    names: list[str] | None = None
+
+    def of(self, meta: dict[str, Any]) -> int:
+        if self.key is None:
+            return 0
+        value = meta[self.key]
+        return value if self.names is None else self._number[value]
+
+    @cached_property
+    def _number(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.names or ())}
+
+
+@dataclass
+class _Found:
+    """What one process saw."""
+
+    names: set[str] = field(default_factory=set)
+    numbers: bool = False
+    lacking: int = 0
+    first_lacking: str = ""
+    keys: Counter[str] = field(default_factory=Counter)
+
+    def see(self, meta: dict[str, Any], key: str, name: str) -> None:
+        value = meta.get(key)
+        if isinstance(value, str) and value:
+            self.names.add(value)
+        elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            self.numbers = True
+        else:
+            self.lacking += 1
+            self.first_lacking = self.first_lacking or name
+            self.keys.update(k for k, v in meta.items() if isinstance(v, str | int))
+
+
+def find_labels(folder: ShardDataset, key: str | None, mesh: Mesh) -> Labels:
+    """Read the metadata of all samples, each process its share; a collective call.
+
+    Names are numbered in alphabetical order, so the labels do not depend on the order of the samples.
+
+    Raises:
+        UserError: samples without ``key``, values that are neither all names nor all numbers from 0, or too many.
+    """
+    if key is None:
+        return Labels()
+    found = [_Found(**values) for values in all_gather_object(vars(_scan(folder, key, mesh)))]
+    names = set().union(*(part.names for part in found))
+    lacking = sum(part.lacking for part in found)
+    if lacking:
+        first = next(part.first_lacking for part in found if part.lacking)
+        keys = Counter()
+        for part in found:
+            keys += part.keys
+        others = ", ".join(k for k, _ in keys.most_common(_KEYS_TOLD)) or "none"
+        raise UserError(
+            f"--label {key}: {lacking} of {len(folder)} samples in {folder.folder} have no such name or number (first: "
+            f"{first}); keys of theirs: {others}"
+        )
+    if names and any(part.numbers for part in found):
+        raise UserError(f"--label {key}: some of its values are names, some numbers; make them all one or the other")
+    if len(names) > _MOST_NAMES:
+        raise UserError(f"--label {key} has {len(names)} different values; choose a key that names classes")
+    return Labels(key, sorted(names) if names else None)
+
+
+def _scan(folder: ShardDataset, key: str, mesh: Mesh) -> _Found:
+    found = _Found()
+    for shard, row in _share(folder.shard_counts, mesh):
+        try:
+            meta = folder.meta(shard, row)
+        except BadSample:
+            continue  # left out later
+        found.see(meta, key, folder.name(shard, row))
+    return found
+
+
+def _share(counts: Iterable[int], mesh: Mesh) -> Iterable[tuple[int, int]]:
+    """Neighbours to one process each: the same file is read by few."""
+    return (
+        (shard, row) for shard, count in enumerate(counts)
+        for row in range(count * mesh.dp_rank // mesh.dp, count * (mesh.dp_rank + 1) // mesh.dp)
+    )

@@ -1,0 +1,87 @@
+"""Which samples are wanted, and the noise that each begins with: functions of the seed, the condition and a number."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megavtp.data.randomness import generator
+from megavtp.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image to draw: its label or caption, and which of those with the same condition it is (from 0)."""
+
+    condition: int | str
+    index: int
+
+
+def each(conditions: Sequence[int | str], count: int) -> list[Sample]:
+    """``count`` samples of each condition, condition by condition."""
+    return [Sample(condition, index) for condition in conditions for index in range(count)]
+
+
+def in_proportion(weights: Sequence[float], count: int) -> list[Sample]:
+    """``count`` samples of the labels 0, 1, ... in the given proportions, by the largest remainders.
+
+    With the numbers of a data set's images: as many of each class as a random draw from it has on average. Equal
+    weights give each class as many as another, one more for the first ones.
+    """
+    shares = np.asarray(weights, dtype=np.float64)
+    shares = shares * (count / shares.sum())
+    counts = np.floor(shares).astype(int)
+    first = np.argsort(counts - shares, kind="stable")[: count - int(counts.sum())]
+    counts[first] += 1
+    return [Sample(label, index) for label, number in enumerate(counts.tolist()) for index in range(number)]
+
+
+def parse_classes(text: str, num_classes: int, names: Sequence[str] | None) -> list[int]:
+    """Labels from "3,7", "Flags,Symbols" or "all". UserError for a label or name that the DiT does not know."""
+    if text.strip() == "all":
+        return list(range(num_classes))
+    return [_label(part.strip(), num_classes, names) for part in text.split(",")]
+
+
+def _label(part: str, num_classes: int, names: Sequence[str] | None) -> int:
+    if part.isdecimal():
+        if int(part) >= num_classes:
+            raise UserError(f"--classes {part}: the DiT has {num_classes}, 0 to {num_classes - 1}{_list(names)}")
+        return int(part)
+    if not names:
+        raise UserError(
+            f"--classes {part!r}: this DiT does not know its classes' names; give numbers, 0 to {num_classes - 1}"
+        )
+    lower = [name.lower() for name in names]
+    if part.lower() not in lower:
+        near = difflib.get_close_matches(part.lower(), lower, 1)
+        hint = f"; the nearest is {names[lower.index(near[0])]!r}" if near else _list(names)
+        raise UserError(f"--classes {part!r}: this DiT has no class of that name{hint}")
+    return lower.index(part.lower())
+
+
+def _list(names: Sequence[str] | None) -> str:
+    if not names:
+        return ""
+    return ": " + ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+
+
+class SampleNoise:
+    """Unit normal values for a batch, a new draw at each call.
+
+    A sample's sequence of draws depends on (seed, condition, index) alone: not on the batch, the process or the device.
+    """
+
+    def __init__(self, seed: int, samples: Sequence[Sample], shape: tuple[int, ...], device: torch.device | str):
+        self.shape, self.device = shape, device
+        self._generators = [generator(seed, "sample", sample.condition, sample.index) for sample in samples]
+
+    def __call__(self) -> Tensor:
+        """(b, *shape) float32 on the device."""
+        draws = [g.standard_normal(self.shape, dtype=np.float32) for g in self._generators]
+        return torch.from_numpy(np.stack(draws)).to(self.device, non_blocking=True)
