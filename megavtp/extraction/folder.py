@@ -136,6 +136,6 @@ class UnfinishedLatents:
 
     def _cannot_write(self, error: OSError) -> UserError:
         return UserError(
-            f"{self.folder} cannot be written ({error.strerror or error}); choose another --out or free some space: what "
-            "is there is kept"
+            f"{self.folder} cannot be written ({error.strerror or error}); choose another --out or free some space; "
+            "what is there is kept"
         )
