@@ -133,6 +133,8 @@ def run_ranks(main: Callable[[], int | None]) -> NoReturn:
     try:
         status = main() or 0
         stop()
+    except SystemExit as told:  # argparse: --help, or a usage error that it has explained
+        status = told.code if isinstance(told.code, int) else 1
     except BaseException as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows takes seconds
         status = _tell_all(error)
