@@ -17,6 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
+from megavtp.sampling.options import add_sampling_options  # noqa: E402
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -26,16 +28,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--caption", action="append", help="of a DiT that takes captions; may be given several times")
     parser.add_argument("--per-class", type=int, default=8, help="images of each class or caption (default: 8)")
     parser.add_argument("--out", type=Path, required=True, help="sheet.png, file.npz (ADM's form) or a new folder")
-    parser.add_argument("--method", default="euler", help="euler (default), heun, dopri5 or sde")
-    parser.add_argument("--steps", type=int, help="of the method (default: 250); LightningDiT's num_steps - 1")
-    parser.add_argument("--shift", type=float, default=1.0, help="of the times; below 1: more steps near the noise")
-    parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free; 1 = off (default)")
-    parser.add_argument("--interval", default="0,1", help="times of guidance, from noise 0 to data 1 (default: 0,1)")
-    parser.add_argument("--guided-channels", type=int, help="guide the first ones only; LightningDiT: 3 (default: all)")
-    parser.add_argument("--diffusion", type=float, default=1.0, help="strength of the noise of sde (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    parser.add_argument("--weights", choices=("average", "trained"), default="average", help="(default: average)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the DiT (default: fp32)")
+    add_sampling_options(parser)
     parser.add_argument("--batch-size", type=int, default=32, help="images at a time on each process (default: 32)")
     parser.add_argument("--device", default="auto", help="of a single process: auto, cpu, cuda or cuda:N")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
@@ -48,18 +41,13 @@ def main(options: argparse.Namespace) -> None:
 
     from megavtp.evaluation.checkpoint import choose_device
     from megavtp.parallel.tool import join_others
-    from megavtp.sampling.command import interval_of, names_of, samples_of
+    from megavtp.sampling.command import names_of, samples_of, settings_of
     from megavtp.sampling.output import open_output
     from megavtp.sampling.sampler import all_images, open_sampler
-    from megavtp.sampling.settings import SamplingSettings
 
-    settings = SamplingSettings(
-        options.method, options.steps, options.shift, options.guidance, interval_of(options.interval),
-        options.guided_channels, options.diffusion, seed=options.seed,
-    )
     device, mesh = join_others(options.device, choose_device)
     sampler = open_sampler(
-        options.dit, options.tokenizer, settings, device, average=options.weights == "average",
+        options.dit, options.tokenizer, settings_of(options), device, average=options.weights == "average",
         dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32,
     )
     samples = samples_of(sampler.dit, options.classes, options.caption, options.per_class, options.batch_size)

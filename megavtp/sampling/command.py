@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from megavtp.checkpoint.native_dit import StoredDiT
 from megavtp.errors import UserError
 from megavtp.sampling.samples import Sample, each, parse_classes
+from megavtp.sampling.settings import SamplingSettings
 
 
 def interval_of(text: str) -> tuple[float, float]:
@@ -16,6 +18,14 @@ def interval_of(text: str) -> tuple[float, float]:
     except ValueError:
         raise UserError(f"--interval {text}: give two times from 0 (noise) to 1 (data), such as 0.1,1") from None
     return low, high
+
+
+def settings_of(options: argparse.Namespace) -> SamplingSettings:
+    """Of ``options.add_sampling_options``."""
+    return SamplingSettings(
+        options.method, options.steps, options.shift, options.guidance, interval_of(options.interval),
+        options.guided_channels, options.diffusion, seed=options.seed,
+    )
 
 
 def samples_of(
