@@ -107,6 +107,6 @@ def build_dit_engine(config: DiTConfig, mesh: Mesh, device: torch.device) -> tup
     )
     engine = Engine(
         model, optimizer, mesh, zero_stage=p.zero_stage, clip_grad=config.train.optimizer.clip_grad,
-        extra=config.deepspeed, leaf_classes=(DiTBlock,), schedule=p.schedule,
+        extra=config.deepspeed, leaf_classes=(DiTBlock,), schedule=p.schedule, hold=p.zero3_gather == "step",
     )
     return engine, model

@@ -136,5 +136,6 @@ def build_engine(
     engine = Engine(
         model, optimizer, mesh, zero_stage=config.parallel.zero_stage, clip_grad=config.train.optimizer.clip_grad,
         extra=config.deepspeed, leaf_classes=(Block,), schedule=config.parallel.schedule,
+        hold=config.parallel.zero3_gather == "step",
     )
     return engine, model
