@@ -2,6 +2,8 @@
 
     python tools/evaluate.py --checkpoint runs/demo/checkpoints/latest --data data/emoji --untrained
     python tools/evaluate.py --checkpoint VTP-Large-f16d64 --data data/own --split test --out metrics.json
+
+Distances of generated images to a reference: python tools/evaluate.py generation --help
 """
 
 from __future__ import annotations
@@ -13,7 +15,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
-from megavtp.cli import run  # noqa: E402
+from megavtp.sampling.options import add_sampling_options  # noqa: E402
+
+GENERATION = """Distances of generated images to a reference: gFID, KID, precision and recall with the weights of
+Inception, FD-EfficientNet and its like without. docs/metrics.md says which numbers can be compared.
+
+    python tools/evaluate.py generation --samples-from samples.npz --reference data/emoji/train
+    python tools/evaluate.py generation --samples-from samples/ --reference VIRTUAL_imagenet256_labeled.npz \\
+        --inception weights-inception-2015-12-05-6726825d.pth
+    deepspeed tools/evaluate.py generation --dit runs/dit/checkpoints/latest --tokenizer vtp-hf \\
+        --reference data/imagenet/train --samples 10000 --out generation.json
+"""
 
 
 def parse() -> argparse.Namespace:
@@ -26,21 +38,51 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-samples", type=int, help="of each split (default: the run's evaluation.max_samples)")
     parser.add_argument("--batch-size", type=int, help="images at a time (default: the run's evaluation.batch_size)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--frechet", action="store_true", help="also FD-EfficientNet of the reconstructions")
+    parser.add_argument("--inception", type=Path, help="file of FID's Inception weights: also rFID, instead of that")
     parser.add_argument("--out", type=Path, help="write all metrics to this JSON file")
     parser.add_argument("--pictures", type=Path, help="write a grid of inputs and reconstructions to this PNG file")
     return parser.parse_args()
 
 
-def main() -> None:
-    options = parse()
+def parse_generation() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "evaluate.py generation", description=GENERATION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--samples-from", type=Path, help="folder of images, or .npz of ADM's form")
+    source.add_argument("--dit", type=Path, help="checkpoint of a DiT, which draws the samples")
+    parser.add_argument("--tokenizer", type=Path, help="with --dit: folder of the tokenizer whose latents it makes")
+    parser.add_argument(
+        "--reference", type=Path, required=True,
+        help="folder of shards (or with train/), folder of images, or .npz with images, statistics or both",
+    )
+    parser.add_argument("--samples", type=int, help="how many (default: all there are; with --dit 10000)")
+    parser.add_argument("--reference-samples", type=int, help="at most so many images (default: all)")
+    parser.add_argument("--size", type=int, help="crop and resize to this many pixels (default: the samples' own)")
+    parser.add_argument("--inception", type=Path, help="file of FID's Inception weights (default: EfficientNet-Lite0)")
+    parser.add_argument("--label", help="with --dit: classes as often as in this key of the reference's metadata")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time on each process (default: 64)")
+    parser.add_argument("--device", default="auto", help="of a single process: auto, cpu, cuda or cuda:N")
+    parser.add_argument("--out", type=Path, help="write everything to this JSON file")
+    parser.add_argument("--save-reference", type=Path, help="write the reference's statistics to this .npz file")
+    add_sampling_options(parser.add_argument_group("with --dit, how samples are drawn"))
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
+    return parser.parse_args(sys.argv[2:])
+
+
+def checkpoint(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from megavtp.evaluation import format_table, write_metrics
     from megavtp.evaluation.checkpoint import CheckpointEvaluation, choose_device
+    from megavtp.evaluation.features import load_network
     from megavtp.training.pictures import reconstruction_grid
 
+    device = choose_device(options.device)
+    frechet = load_network(options.inception, device) if options.frechet or options.inception else None
     job = CheckpointEvaluation(
-        options.checkpoint, options.data, options.split, choose_device(options.device), options.captions,
-        options.max_samples, options.batch_size,
+        options.checkpoint, options.data, options.split, device, options.captions, options.max_samples,
+        options.batch_size, frechet,
     )
     print(f"evaluating on {len(job.test_set)} samples of {options.data / options.split}, {job.device}", file=sys.stderr)
     metrics = job.metrics(job.model)
@@ -55,5 +97,20 @@ def main() -> None:
         reconstruction_grid(*job.reconstructions(16), options.pictures)
 
 
+def generation(options: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    from megavtp.evaluation.checkpoint import choose_device
+    from megavtp.evaluation.generation_job import run_generation
+    from megavtp.parallel.tool import join_others
+
+    device, mesh = join_others(options.device, choose_device)
+    for line in run_generation(options, device, mesh):
+        print(line)
+
+
 if __name__ == "__main__":
-    run(main)
+    # parsed before the imports, which take seconds
+    main, told = (generation, parse_generation()) if sys.argv[1:2] == ["generation"] else (checkpoint, parse())
+    from megavtp.parallel.tool import run_tool
+
+    run_tool(lambda: main(told))

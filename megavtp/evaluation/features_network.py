@@ -34,7 +34,7 @@ MetricKind = Literal["frechet", "kernel", "kernel_std", "precision", "recall"]
 
 
 def metric_name(kind: MetricKind, network: str, of: Literal["generation", "reconstruction"]) -> str:
-    """The metric's key: "generation/gfid", "generation/kid", "reconstruction/rfid", "generation/fd_efficientnet", ..."""
+    """The metric's key: "generation/gfid", "generation/kid", "reconstruction/fd_efficientnet", ..."""
     if network == INCEPTION:
         fid = {"generation": "gfid", "reconstruction": "rfid"}[of]
         return f"{of}/" + {"frechet": fid, "kernel": "kid", "kernel_std": "kid_std"}.get(kind, kind)

@@ -21,6 +21,7 @@ from megavtp.data.shards import open_dataset
 from megavtp.errors import UserError
 from megavtp.evaluation.interface import NoCaptions
 from megavtp.evaluation.npz_images import NpzImages
+from megavtp.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, mesh: Mesh) -> Iterator[Batch]:
         """This process's share: over all ranks, each number below ``len`` at most once."""
 
 
@@ -60,14 +61,14 @@ def open_images(path: str | Path, size: int | None = None, limit: int | None = N
         return _Cropped(NpzImages(path, limit), size)
     if not path.is_dir():
         raise UserError(f"{path} is neither a folder nor an .npz file; give one of these")
-    if folder := _shards(path):
+    if folder := shards_at(path):
         if size is None:
             raise UserError(f"{path} holds shards, whose images may have any size: say which by --size")
         return _ShardImages(folder, size, limit)
     return _FolderImages(path, size, limit)
 
 
-def _shards(path: Path) -> Path | None:
+def shards_at(path: Path) -> Path | None:
     """``path`` itself, or its train split; a generator is measured against the images it learnt from."""
     return next((p for p in (path, path / "train") if (p / "index.json").exists() or any(p.glob("*.tar"))), None)
 
@@ -83,8 +84,8 @@ class _ShardImages:
     def __len__(self) -> int:
         return len(self._samples)
 
-    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[Batch]:
-        for batch in self._samples.batches(batch_size, rank, world):
+    def batches(self, batch_size: int, mesh: Mesh) -> Iterator[Batch]:
+        for batch in self._samples.batches(batch_size, mesh.dp_rank, mesh.dp):
             yield batch["index"], batch["image"]
 
 
@@ -103,10 +104,10 @@ class _FolderImages:
     def __len__(self) -> int:
         return len(self._files)
 
-    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, mesh: Mesh) -> Iterator[Batch]:
         numbers: list[int] = []
         images: list[Tensor] = []
-        for number in range(rank, len(self._files), world):
+        for number in range(mesh.dp_rank, len(self._files), mesh.dp):
             image = _read(self._files[number])
             if image is None:
                 continue
@@ -146,8 +147,8 @@ class _Cropped:
     def __len__(self) -> int:
         return len(self._images)
 
-    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[Batch]:
-        for numbers, images in self._images.batches(batch_size, rank, world):
+    def batches(self, batch_size: int, mesh: Mesh) -> Iterator[Batch]:
+        for numbers, images in self._images.batches(batch_size, mesh.dp_rank, mesh.dp):
             crop = self._size is not None
             yield numbers, torch.stack([fit(image, self.size, crop, self._images.path) for image in images])
 

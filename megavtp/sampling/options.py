@@ -1,11 +1,11 @@
-"""The options by which tools let a user say how images are drawn. Light to import: a tool parses before it loads torch."""
+"""How images are drawn, as options of tools. Light to import: a tool parses before it loads torch."""
 
 from __future__ import annotations
 
 import argparse
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+def add_sampling_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Those that ``command.settings_of`` reads, ``--weights`` and ``--precision``."""
     parser.add_argument("--method", default="euler", help="euler (default), heun, dopri5 or sde")
     parser.add_argument("--steps", type=int, help="of the method (default: 250); LightningDiT's num_steps - 1")
