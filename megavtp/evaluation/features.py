@@ -68,6 +68,6 @@ def _shown(source: ImageSource, batch_size: int, mesh: Mesh, title: str) -> Iter
     """The batches of this rank; the first rank shows a bar, if anybody can see it."""
     hidden = True if mesh.rank or not title else None
     with tqdm(total=len(source), desc=title, unit="img", disable=hidden) as bar:
-        for index, images in source.batches(batch_size, mesh):
+        for index, images in source.batches(batch_size, mesh.dp_rank, mesh.dp):
             yield index, images
             bar.update(min(len(index) * mesh.dp, bar.total - bar.n))

@@ -11,14 +11,14 @@ from megavtp.errors import UserError
 from megavtp.evaluation.features import load_network
 from megavtp.evaluation.features_network import FeatureNetwork
 from megavtp.evaluation.frechet_reference import write_statistics
-from megavtp.evaluation.generated_images import GeneratedImages, samples_like
 from megavtp.evaluation.generation import GenerationResult, measure_generation, open_reference
+from megavtp.evaluation.generation_samples import samples_like
 from megavtp.evaluation.image_sources import ImageSource, open_images
 from megavtp.evaluation.report import format_table, write_metrics
 from megavtp.parallel.collectives import together
 from megavtp.parallel.mesh import Mesh
 from megavtp.sampling.command import settings_of
-from megavtp.sampling.sampler import open_sampler
+from megavtp.sampling.sampler import GeneratedImages, open_sampler
 
 _DRAWN = 10_000  # samples that a DiT draws if nothing is said: FID-10k, as the paper's studies
 

@@ -1,6 +1,6 @@
 """Where the images of a comparison come from: a folder, an .npz of ADM's form, or shards.
 
-Every source is a fixed sequence of square images of one size, dealt to processes by their number.
+A DiT that draws them is ``sampling.sampler.GeneratedImages``. Every source is a fixed sequence of square images of one size, dealt to processes by their number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from megavtp.data.shards import open_dataset
 from megavtp.errors import UserError
 from megavtp.evaluation.interface import NoCaptions
 from megavtp.evaluation.npz_images import NpzImages
-from megavtp.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batches(self, batch_size: int, mesh: Mesh) -> Iterator[Batch]:
+    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[Batch]:
         """This process's share: over all ranks, each number below ``len`` at most once."""
 
 
@@ -84,8 +83,8 @@ class _ShardImages:
     def __len__(self) -> int:
         return len(self._samples)
 
-    def batches(self, batch_size: int, mesh: Mesh) -> Iterator[Batch]:
-        for batch in self._samples.batches(batch_size, mesh.dp_rank, mesh.dp):
+    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[Batch]:
+        for batch in self._samples.batches(batch_size, rank, world):
             yield batch["index"], batch["image"]
 
 
@@ -104,10 +103,10 @@ class _FolderImages:
     def __len__(self) -> int:
         return len(self._files)
 
-    def batches(self, batch_size: int, mesh: Mesh) -> Iterator[Batch]:
+    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[Batch]:
         numbers: list[int] = []
         images: list[Tensor] = []
-        for number in range(mesh.dp_rank, len(self._files), mesh.dp):
+        for number in range(rank, len(self._files), world):
             image = _read(self._files[number])
             if image is None:
                 continue
@@ -147,8 +146,8 @@ class _Cropped:
     def __len__(self) -> int:
         return len(self._images)
 
-    def batches(self, batch_size: int, mesh: Mesh) -> Iterator[Batch]:
-        for numbers, images in self._images.batches(batch_size, mesh.dp_rank, mesh.dp):
+    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[Batch]:
+        for numbers, images in self._images.batches(batch_size, rank, world):
             crop = self._size is not None
             yield numbers, torch.stack([fit(image, self.size, crop, self._images.path) for image in images])
 

@@ -1,38 +1,19 @@
-"""Images that a DiT draws while they are compared, and which of them to ask for."""
+"""Which samples of a DiT to compare with a reference."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from megavtp.checkpoint.native_dit import StoredDiT
 from megavtp.data.decode import BadSample
 from megavtp.data.shards import ShardDataset, open_dataset
 from megavtp.errors import UserError
-from megavtp.evaluation.image_sources import Batch, shards_at
-from megavtp.parallel.mesh import Mesh
-from megavtp.sampling.sampler import Sampler, image_batches
+from megavtp.evaluation.image_sources import shards_at
 from megavtp.sampling.samples import Sample, in_proportion
-
-
-class GeneratedImages:
-    """An ``ImageSource`` of ``samples``; each is drawn in the same batch whatever the number of processes."""
-
-    def __init__(self, sampler: Sampler, samples: Sequence[Sample]):
-        self._sampler, self._samples = sampler, samples
-        self.size = sampler.shape[-1] * sampler.tokenizer.artifact.patch_size
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def batches(self, batch_size: int, mesh: Mesh) -> Iterator[Batch]:
-        for turn, images in enumerate(image_batches(self._sampler, self._samples, batch_size, mesh)):
-            first = (turn * mesh.dp + mesh.dp_rank) * batch_size
-            yield torch.arange(first, first + len(images)), images
 
 
 def samples_like(reference: str | Path, dit: StoredDiT, count: int, label: str | None) -> list[Sample]:
@@ -98,7 +79,7 @@ def _class_counts(dataset: ShardDataset, dit: StoredDiT, label: str) -> list[int
     classes: Sequence[str | int] = dit.classes or range(dit.config.model.num_classes)
     if strange := [value for value in values if value not in classes]:
         raise UserError(
-            f"--label {label}: {values[strange[0]]} samples of {dataset.folder} have the value {strange[0]!r}, which is "
-            f"no class of this DiT ({', '.join(map(str, list(classes)[:10]))}{', ...' * (len(classes) > 10)})"
+            f"--label {label}: {values[strange[0]]} samples of {dataset.folder} have the value {strange[0]!r}, no class "
+            f"of this DiT ({', '.join(map(str, list(classes)[:10]))}{', ...' * (len(classes) > 10)})"
         )
     return [values[value] for value in classes]
