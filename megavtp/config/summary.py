@@ -89,7 +89,7 @@ def bytes_of_state(trained: int, averaged: int, parallel: ParallelConfig, dp: in
     """The same for ``trained`` parameters and ``averaged`` ones that only follow."""
     whole, partitioned = {0: (16, 0), 1: (8, 12), 2: (4, 16), 3: (0, 16)}[parallel.zero_stage]
     average = 4 * averaged / (dp if parallel.zero_stage == 3 else 1)
-    return int((trained * (whole + partitioned / dp) + average) / parallel.tp)
+    return int((trained * (whole + partitioned / dp) + average) / (parallel.tp * parallel.pp))
 
 
 def _tokens(config: Config, name: str) -> str:
@@ -114,11 +114,13 @@ def layout_summary(config: Config, world_size: int) -> str:
     counts = parameter_counts(config)
     million = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in counts.items())
     note = " (without the token embedding)" if "text" in counts and model.text.vocab_size is None else ""
+    stages = f" with {p.virtual_stages} stages a rank" if p.virtual_stages > 1 else ""
+    pipeline = f"pipeline {p.schedule}{stages}, " if p.pp > 1 else ""
     lines = [
         f"model      VTP-{model.size}, {model.image_size} px, patch {model.patch_size}, {model.bottleneck} channels",
         f"           {million}{note}",
         f"layout     {world_size} process{'es' if world_size > 1 else ''} = tp {p.tp} x pp {p.pp} x dp {dp}, "
-        f"ZeRO stage {p.zero_stage}, {p.precision}, recompute {p.recompute}, "
+        f"{pipeline}ZeRO stage {p.zero_stage}, {p.precision}, recompute {p.recompute}, "
         f"sequence parallelism {'on' if p.sequence_parallel else 'off'}, attention {p.attention}",
         f"           about {state_bytes(config, dp) / 2**30:.2f} GiB of weights, gradients, moments and teacher on a "
         "rank, plus activations",
