@@ -81,7 +81,7 @@ def test_stages_compute_the_whole(mode, pp, virtual_stages):
 def test_cuts_are_balanced_by_what_stands_at_the_ends():
     cuts = tower_cuts(MODEL, OBJECTIVES, 2)
     assert {tower: [len(chunk) for chunk in chunks] for tower, chunks in cuts.items()} == {
-        "trunk": [2, 3], "text": [1, 1], "pixel_decoder": [2, 1],  # pixels weigh on the trunk's first, the decoder's last
+        "trunk": [2, 3], "text": [1, 1], "pixel_decoder": [2, 1],  # pixels weigh at one end
     }
     heavy = replace(MODEL, dino_head=replace(MODEL.dino_head, prototypes=2**20))
     assert len(tower_cuts(heavy, OBJECTIVES, 2)["trunk"][1]) == 1
