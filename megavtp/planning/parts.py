@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -47,7 +47,7 @@ LEGS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 TOWER_OF = {"image": "trunk", "crops": "trunk", "global": "trunk", "text": "text", "decoder": "pixel_decoder"}
 
-_SIZES = (64, 128)  # images: so many that roundings do not show
+_LINEAR = (64, 128)  # images of a micro-batch from which on all grows in proportion
 _ENOUGH_CHUNKS = 4
 
 Sent = Counter  # (axis, operation) -> payload bytes of one rank
@@ -100,6 +100,19 @@ def _line(a: Cost, b: Cost, t: float) -> Cost:
     return Cost(held, held + at(a.extra, b.extra), *sent)
 
 
+def _interpolated(at: Callable[[int], Cost], m: int) -> Cost:
+    """``at(m)``, for a large ``m`` by its straight line."""
+    if m <= _LINEAR[0]:
+        return at(m)
+    return _line(at(_LINEAR[0]), at(_LINEAR[1]), (m - _LINEAR[0]) / (_LINEAR[1] - _LINEAR[0]))
+
+
+def _more(one: Cost, two: Cost, more: int) -> Cost:
+    """``more`` blocks than one: each holds and sends what the second did; only one runs at a time."""
+    line = _line(one, two, more)
+    return replace(line, peak=line.held + (two.extra if more else one.extra))
+
+
 @dataclass(frozen=True)
 class TensorLayout:
     """What of a layout changes a rank's part of a block: tensor and sequence parallelism."""
@@ -131,32 +144,27 @@ class Parts:
     def stack(self, kind: str, blocks: int, m: int, layout: TensorLayout, recompute: Recompute) -> Cost:
         """``blocks`` consecutive blocks of a tower on the tokens of ``m`` images, their input not counted.
 
-        Linear in ``blocks``, as each adds the same, and in ``m``, as only copies of weights do not grow with it: four
-        rehearsals give all.
+        Linear in ``blocks``: two are rehearsed.
         """
         if blocks == 0:
             return Cost()
         if kind == "global":  # without a backward there is nothing to make again
             recompute = "none"
-        pairs = self._once(
-            ("stacks", kind, layout, recompute),
-            lambda: [self._rehearse_stacks(kind, size, layout, recompute) for size in _SIZES],
-        )
-        place = (m - _SIZES[0]) / (_SIZES[1] - _SIZES[0])
-        return self._once(
-            ("stack", kind, blocks, m, layout, recompute),
-            lambda: _line(*(_line(*pair, blocks - 1) for pair in pairs), place),
-        )
+        at = lambda size: _more(*self._once(  # noqa: E731
+            ("stacks", kind, size, layout, recompute), lambda: self._rehearse_stacks(kind, size, layout, recompute)
+        ), blocks - 1)
+        return self._once(("stack", kind, blocks, m, layout, recompute), lambda: _interpolated(at, m))
 
     def _rehearse_stacks(self, kind: str, m: int, layout: TensorLayout, recompute: Recompute) -> tuple[Cost, Cost]:
         fields = {"tp": layout.tp, "sequence_parallel": layout.sequence_parallel, "fused_norms": self.fused_norms}
         with rehearsal(**fields) as mesh:
-            model = self._model(mesh, depth=1)
+            # Two blocks of their own: gradients of one used twice would wait for each other.
+            model = self._model(mesh, depth=2)
             tower = getattr(model, TOWER_OF[kind])
-            (block,) = tower.blocks.children()
+            blocks = list(enumerate(tower.blocks.children()))
             segments = self.segments(kind, m)
             tokens = sum(count * length for count, length in segments)
-            x = torch.empty(tokens, block.norm1.width, requires_grad=kind != "global")
+            x = torch.empty(tokens, blocks[0][1].norm1.width, requires_grad=kind != "global")
             tables = None if kind == "text" else [self._table(tower, length) for _, length in segments]
             drop = self._drop(segments) if kind == "crops" else None
             costs = []
@@ -164,10 +172,9 @@ class Parts:
 
                 def forward(count: int = count) -> Tensor:
                     with model._precision(), torch.set_grad_enabled(kind != "global"):
-                        pairs = [(index, block) for index in range(count)]
-                        return run_blocks(pairs, x, segments, tables, drop, recompute)
+                        return run_blocks(blocks[:count], x, segments, tables, drop, recompute)
 
-                costs.append(as_cost(rehearse(mesh, forward, list(block.parameters()), inputs=[x])))
+                costs.append(as_cost(rehearse(mesh, forward, list(tower.parameters()), inputs=[x])))
         return costs[0], costs[1]
 
     def segments(self, kind: str, m: int) -> Segments:
@@ -209,34 +216,44 @@ class Parts:
 
         What the towers' blocks take in is counted here where it is made; what they give out is not.
         """
+        at = lambda size: self._once(  # noqa: E731
+            ("end", mode, leg, is_last, size, tp, loss), lambda: self._rehearse_end(mode, leg, is_last, size, tp, loss)
+        )
         chunked = mode == "student" and is_last and loss  # its logits are made in chunks: not linear
-        sizes = (m,) if chunked else _SIZES
-        where = (mode, leg, is_last, sizes, tp, loss)
-        costs = self._once(("end", *where), lambda: self._rehearse_end(*where))
-        return costs[0] if chunked else _line(*costs, (m - _SIZES[0]) / (_SIZES[1] - _SIZES[0]))
+        return at(m) if chunked else _interpolated(at, m)
+
+    def results(self, mode: str, m: int, tp: int) -> Cost:
+        """The last end of a forward without graph; held are the results, and what they are views of."""
+        last = len(LEGS[mode]) - 1
+        at = lambda size: self._once(  # noqa: E731
+            ("results", mode, size, tp), lambda: self._rehearse_end(mode, last, True, size, tp, False, graph=False)
+        )
+        return _interpolated(at, m)
 
     def _rehearse_end(
-        self, mode: str, leg: int, is_last: bool, sizes: Sequence[int], tp: int, loss: bool
-    ) -> list[Cost]:
-        costs, stage = [], 2 * leg + is_last
+        self, mode: str, leg: int, is_last: bool, m: int, tp: int, loss: bool, *, graph: bool = True
+    ) -> Cost:
+        stage = 2 * leg + is_last
         closes = loss and stage == 2 * len(LEGS[mode]) - 1
         with rehearsal(tp=tp, fused_norms=self.fused_norms, pp=2, pp_rank=int(is_last)) as mesh:
-            model = self._model(mesh, depth=0)
-            for m in sizes:
-                inputs = self._inputs(mode, m)
-                specs = model.flow(mode, stage, **inputs) if stage else []
-                flow = [torch.empty(shape, dtype=dtype, requires_grad=mode != "teacher") for shape, dtype in specs]
-                close = self._closing(mode, m, mesh) if closes else _as_it_is
-                forward = partial(self._run_end, model, mode, stage, flow, inputs, close)
-                costs.append(as_cost(rehearse(mesh, forward, list(model.parameters()), inputs=flow)))
-        return costs
+            model, inputs = self._model(mesh, depth=0), self._inputs(mode, m)
+            specs = model.flow(mode, stage, **inputs) if stage else []
+            flow = [torch.empty(shape, dtype=dtype, requires_grad=mode != "teacher") for shape, dtype in specs]
+            close = self._closing(mode, m, mesh) if closes else _as_it_is
+            results: list[Any] = []  # of the pass: they live as long as its backward
+            forward = partial(self._run_end, model, mode, stage, flow, inputs, close, results)
+            with torch.set_grad_enabled(graph):
+                return as_cost(rehearse(mesh, forward, list(model.parameters()), inputs=flow))
 
     @staticmethod
     def _run_end(
-        model: VTP, mode: str, stage: int, flow: list[Tensor], inputs: dict[str, Tensor], close: Callable[[Any], Any]
+        model: VTP, mode: str, stage: int, flow: list[Tensor], inputs: dict[str, Tensor], close: Callable[[Any], Any],
+        results: list[Any],
     ) -> Any:
-        pictures = {name: normalise(x) if x.dtype == torch.uint8 else x for name, x in inputs.items()}
-        return close(model(mode, stage=stage, flow=flow, **pictures))
+        if stage == 0:  # later ones read only shapes
+            inputs = {name: normalise(x) if x.dtype == torch.uint8 else x for name, x in inputs.items()}
+        results.append(model(mode, stage=stage, flow=flow, **inputs))
+        return close(results[0])
 
     def flow_bytes(self, mode: str, leg: int, is_first: bool, m: int) -> int:
         """What one micro-batch brings to a stage of ``leg``, the leg's first one or a later one."""
@@ -284,6 +301,15 @@ class Parts:
         if mode == "student":
             return self._distillation(m, mesh)
         return _as_it_is
+
+    def picture_bytes(self, mode: str, m: int) -> int:
+        """Pixels of a micro-batch, normalised."""
+        with torch.device("meta"):
+            return sum(4 * x.numel() for x in self._inputs(mode, m).values() if x.dtype == torch.uint8)
+
+    def target_bytes(self, m: int) -> int:
+        """Images that a reconstruction is compared with."""
+        return m * 3 * self.config.model.image_size**2 * torch.float32.itemsize
 
     def _perceptual(self) -> LPIPS | None:
         kind = self.config.objectives.reconstruction.perceptual

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import torch
+
 from megavtp.config.schema import Config
 from megavtp.config.share import PassShare, share
 from megavtp.models.cuts import tower_cuts
 from megavtp.nn.block import Recompute
 from megavtp.parallel.orders import Schedule, bubble, train_order
 from megavtp.planning.parts import LEGS, MODES, TOWER_OF, Cost, Parts, Sent, TensorLayout
-from megavtp.planning.zero import Calls
+from megavtp.planning.zero import FLOAT, Calls
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def pass_cost(parts: Parts, config: Config, place: Place, name: str, part: PassS
     if batch_terms.peak and not twice:
         chains[-1].segments.append(batch_terms)
     base, peak, sent = 0.0, batch_terms.peak, _times(batch_terms.forward, 1) + _times(batch_terms.backward, 1)
-    calls = [Calls(mode, count if twice else 0, count, _embeddings(config, mode))]
+    calls = [Calls(mode, count if twice else 0, count, len(chains), _embeddings(config, mode))]
     if mode == "student":
         teacher = _chains(parts, config, place, "teacher", m)
         base = count * teacher[-1].segments[-1].held if place.is_last else 0.0
@@ -93,8 +95,10 @@ def pass_cost(parts: Parts, config: Config, place: Place, name: str, part: PassS
         peak = max(peak, base + center.peak, base + max(chain.forward_peak for chain in teacher))
         sent += _times(center.forward, 1)
         sent += _forward_traffic(parts, place, "teacher", m, count, teacher)
-        calls.append(Calls("teacher", count, 0))
+        calls.append(Calls("teacher", count, 0, len(teacher)))
     if twice:
+        if place.is_last:  # the first pass's results stay
+            base += count * parts.results(mode, m, place.tensor.tp).held
         silent = _chains(parts, config, place, mode, m, loss=False)
         sent += _forward_traffic(parts, place, mode, m, count, silent)
     for chain in chains:
@@ -102,6 +106,8 @@ def pass_cost(parts: Parts, config: Config, place: Place, name: str, part: PassS
         for segment in own:
             sent += _times(segment.forward, count) + _times(segment.backward, count)
         sent += _sends(parts, place, mode, chain.stage, m, count, back=True)
+    if place.pp > 1:
+        sent["pp", "broadcast"] += FLOAT * _terms(config, mode)  # every rank is told the terms
     V = len(chains)
     peak = max(peak, base + _in_flight(chains, place, count))
     plain = chains if place.recompute == "none" else _chains(parts, config, place, mode, m, redo=False)
@@ -121,6 +127,7 @@ class _Chain:
 
     stage: int
     segments: list[Cost]
+    input_bytes: float = 0  # that live to the end of the forward only
 
     @property
     def held(self) -> float:
@@ -133,7 +140,7 @@ class _Chain:
         for segment in self.segments:
             most = max(most, before + segment.peak)
             before += segment.held
-        return max(most, before)
+        return max(most, before, before - self.segments[-1].held + self.input_bytes if self.segments else 0.0)
 
     @property
     def forward_peak(self) -> float:
@@ -148,6 +155,8 @@ def _chains(
     """Stage by stage what this rank runs of a pass; with one rank everything is one stage."""
     cuts = tower_cuts(config.model, parts.objectives, place.chunks)
     recompute = place.recompute if redo else "none"
+    # In float32 the embedding itself holds them.
+    pictures = 0 if parts.dtype == torch.float32 else parts.picture_bytes(mode, m)
     chains = []
     for leg, kinds in enumerate(LEGS[mode]):
         for chunk in range(place.pp_rank, place.chunks, place.pp):
@@ -161,10 +170,14 @@ def _chains(
                 blocks = len(cuts[TOWER_OF[kind]][chunk])
                 segments.append(parts.stack(kind, blocks, m, place.tensor, recompute))
             if chunk == place.chunks - 1:
+                if mode == "reconstruction" and leg == 1 and (place.pp > 1 or parts.dtype != torch.float32):
+                    # Elsewhere they are what the embedding holds.
+                    segments.append(Cost(parts.target_bytes(m), parts.target_bytes(m)))
                 segments.append(parts.end(mode, leg, True, m, place.tensor.tp, loss=loss))
-            chains.append(_Chain(leg * place.chunks + chunk, segments))
+            stage = leg * place.chunks + chunk
+            chains.append(_Chain(stage, segments, 0 if stage else pictures))
     if place.pp == 1:
-        return [_Chain(0, [segment for chain in chains for segment in chain.segments])]
+        return [_Chain(0, [segment for chain in chains for segment in chain.segments], pictures)]
     return chains
 
 
@@ -216,3 +229,13 @@ def _times(sent: Sent, count: float) -> Sent:
 def _embeddings(config: Config, mode: str) -> int:
     return 2 if mode == "student" and config.data.augment.local_crops else 1
 
+
+def _terms(config: Config, mode: str) -> int:
+    """How many loss terms a pass reports."""
+    if mode == "contrastive":
+        return 1
+    if mode == "reconstruction":
+        return 1 + (config.objectives.reconstruction.perceptual != "none")
+    settings = config.objectives.self_distillation
+    dino = (2 if config.data.augment.local_crops else 1) if settings.dino_weight else 0
+    return dino + bool(settings.ibot_weight) + bool(settings.koleo_weight)

@@ -151,8 +151,9 @@ class Planner:
     def _state(self, config: Config, world_size: int, pp_rank: int) -> zero.State:
         p = config.parallel
         dp, first = world_size // (p.tp * p.pp), MODES[next(iter(share(config, 1).passes))]
-        key = ("state", p.tp, p.pp, pp_rank, p.virtual_stages, dp, p.zero_stage)
-        return self._once(key, lambda: zero.state(self.pieces(config, pp_rank), p.zero_stage, dp, first))
+        key = ("state", p.tp, p.pp, pp_rank, p.virtual_stages, dp, p.zero_stage, p.zero3_gather)
+        hold, pieces = p.zero3_gather == "step", self.pieces(config, pp_rank)
+        return self._once(key, lambda: zero.state(pieces, p.zero_stage, dp, first_mode=first, hold=hold))
 
     def _rank(self, config: Config, world_size: int, pp_rank: int) -> RankPlan:
         p, place = config.parallel, place_of(config, world_size, pp_rank)
@@ -166,7 +167,9 @@ class Planner:
             sent += cost.sent
         calls = [call for cost in passes.values() for call in cost.calls]
         shared = not config.model.bottleneck_reconstruction_only
-        sent += zero.traffic(pieces, p.zero_stage, place.dp, calls, shared)
+        hold = p.zero3_gather == "step"
+        sent += zero.traffic(pieces, p.zero_stage, place.dp, calls, shared, hold=hold)
+        sent += zero.norm_traffic(pieces, p.zero_stage, place.dp, p.tp * p.pp, self.inventory.towers)
         trained = sum(piece.numel for piece in pieces if piece.trained)
         others = sum(piece.numel for piece in pieces if not piece.trained)
         cut = place.dp if p.zero_stage > 0 else 1

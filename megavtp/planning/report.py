@@ -42,8 +42,9 @@ def _row(plan: Plan) -> list[str]:
     schedule = "-" if p.pp == 1 else p.schedule + (f" x{p.virtual_stages}" if p.virtual_stages > 1 else "")
     bubble = seconds["bubble"] / seconds["products"] if seconds["products"] else 0.0
     sizes = [str(part.micro_batch) for part in share(plan.config, plan.dp).passes.values()]
+    zero = f"{p.zero_stage} step" if p.zero3_gather == "step" else str(p.zero_stage)
     return [
-        str(p.tp), str(p.pp), str(plan.dp), schedule, str(p.zero_stage), p.recompute,
+        str(p.tp), str(p.pp), str(plan.dp), schedule, zero, p.recompute,
         "on" if p.sequence_parallel else "-", *sizes, f"{plan.memory / GIB:.1f}", f"{full.state.total / GIB:.1f}",
         f"{full.activations / GIB:.1f}", f"{plan.step_seconds:.2f}", f"{100 * bubble:.0f} %",
         *(f"{seconds[axis]:.3f}" for axis in ("tp", "pp", "dp")),
@@ -81,6 +82,8 @@ def yaml_lines(plan: Plan) -> str:
         parallel["schedule"] = p.schedule
         if p.virtual_stages > 1:
             parallel["virtual_stages"] = p.virtual_stages
+    if p.zero3_gather == "step":
+        parallel["zero3_gather"] = "step"
     if p.sequence_parallel:
         parallel["sequence_parallel"] = True
     sizes = {name: {"micro_batch": part.micro_batch} for name, part in share(plan.config, plan.dp).passes.items()}

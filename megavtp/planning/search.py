@@ -18,6 +18,7 @@ _SAVING: tuple[tuple[bool, Recompute], ...] = (
     (False, "none"), (True, "none"), (False, "selective"), (True, "selective"), (False, "full"), (True, "full"),
 )
 _SCHEDULES = (("1f1b", 1), ("interleaved_1f1b", 2), ("interleaved_1f1b", 4))  # gpipe only holds more
+_ZERO = ((0, "block"), (1, "block"), (2, "block"), (3, "block"), (3, "step"))
 _SMALLER = 4  # times a micro-batch is halved at most
 
 
@@ -90,10 +91,10 @@ def layouts(given: ParallelConfig, world_size: int, gpus_per_node: int) -> Itera
     for tp in _divisors(min(gpus_per_node, world_size)):
         for pp in _divisors(world_size // tp) if world_size % tp == 0 else ():
             for schedule, virtual in _SCHEDULES if pp > 1 else _SCHEDULES[:1]:
-                for zero in (0, 1, 2, 3):
+                for zero, gather in _ZERO:
                     yield replace(
                         given, tp=tp, pp=pp, schedule=schedule, virtual_stages=virtual, zero_stage=zero,
-                        sequence_parallel=False, recompute="none",
+                        zero3_gather=gather, sequence_parallel=False, recompute="none",
                     )
 
 

@@ -44,7 +44,7 @@ class Piece:
 class Inventory:
     """Every parameter of a model and where it lies, read off the model itself on the meta device.
 
-    ``groups`` is the optimizer's grouping.
+    ``groups`` is the optimizer's grouping. ``towers``: how many it tells apart.
     """
 
     def __init__(self, model: ModelConfig, objectives: frozenset[str], groups: Groups):
@@ -52,7 +52,9 @@ class Inventory:
         with torch.device("meta"):
             named = list(VTP(model, objectives=objectives).named_parameters())
             self._first = {n for n, _ in VTP(model, Mesh(pp=2), objectives=objectives).named_parameters()}
-        group_of = {id(p): index for index, group in enumerate(groups(named)) for p in group["params"]}
+        grouped = groups(named)
+        self.towers = len({group["tower"] for group in grouped})
+        group_of = {id(p): index for index, group in enumerate(grouped) for p in group["params"]}
         self._rows = [(n, p.numel(), shard_of(p) is not None, group_of.get(id(p))) for n, p in named]
 
     def rank(self, tp: int, pp: int, pp_rank: int, virtual_stages: int) -> list[Piece]:
@@ -110,8 +112,11 @@ class State:
         return self.weights + self.gradients + self.optimizer + self.teacher + self.buffers
 
 
-def state(pieces: Sequence[Piece], stage: int, dp: int, first_mode: str | None = None) -> State:
-    """``first_mode``: the forward whose backward comes first in a step; what it does not reach is zeroed in stage 2."""
+def state(
+    pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str | None = None, hold: bool = False
+) -> State:
+    """``first_mode``: the forward whose backward comes first in a step; what it does not reach is zeroed in stage 2.
+    ``hold``: stage 3 gathers everything for the whole step (``parallel.zero3_gather``)."""
     trained = sum(p.numel for p in pieces if p.trained)
     frozen = sum(p.numel for p in pieces if not p.trained)
     bucket = bucket_elements(trained) * FLOAT
@@ -122,7 +127,8 @@ def state(pieces: Sequence[Piece], stage: int, dp: int, first_mode: str | None =
         own = sum(shard(p.numel, dp) for p in pieces if p.trained)
         others = sum(shard(p.numel, dp) for p in pieces if not p.trained)
         largest = max(_sizes(pieces, lambda p: shard(p.numel, dp)).values(), default=0)
-        gathered = FLOAT * max(_modules(pieces).values(), default=0)
+        modules = _modules(pieces).values()
+        gathered = FLOAT * (sum(modules) if hold else max(modules, default=0))
         return State(FLOAT * own, FLOAT * own, 3 * FLOAT * own, FLOAT * others, bucket + gathered, FLOAT * largest)
     flat = flat_elements(pieces, dp)
     owned, unreached = _partition_gradients(pieces, dp, first_mode)
@@ -182,41 +188,64 @@ def _modules(pieces: Sequence[Piece]) -> Counter[str]:
 
 @dataclass(frozen=True)
 class Calls:
-    """How often a pass runs in a step: forwards without gradient, and forwards with a backward; crop sizes embedded."""
+    """How often a rank runs a pass in a step.
+
+    Attributes:
+        forward_only, trained: micro-batches without and with a backward.
+        stages: of the pass on this rank; each is a call of the model.
+        embeddings: crop sizes that the trunk embeds one by one.
+    """
 
     mode: str
     forward_only: int
     trained: int
+    stages: int = 1
     embeddings: int = 1
+
+    def backwards(self, name: str) -> int:
+        """How often a gradient of a parameter is reduced. The contrastive temperature's, where the loss is made from
+        all features before, comes with the first micro-batch."""
+        return min(self.trained, 1) if self.forward_only and name.startswith("logit_") else self.trained
 
 
 def traffic(
-    pieces: Sequence[Piece], stage: int, dp: int, calls: Sequence[Calls], shared_bottleneck: bool
+    pieces: Sequence[Piece], stage: int, dp: int, calls: Sequence[Calls], shared_bottleneck: bool, *, hold: bool = False
 ) -> Counter[tuple[str, str]]:
-    """Payload bytes that a rank takes part in over dp in one step, by ("dp", operation)."""
+    """Payload bytes that a rank takes part in over dp in one step, by ("dp", operation); without the gradient norm's
+    few."""
     sent: Counter[tuple[str, str]] = Counter()
     if dp == 1:
         return sent
-    trained = sum(p.numel for p in pieces if p.trained)
-    groups = len({p.group for p in pieces if p.trained})
+    padded = lambda these: FLOAT * dp * sum(shard(p.numel, dp) for p in these)  # noqa: E731
     if stage in (0, 1):
-        sent["dp", "all_reduce"] += FLOAT * trained
+        sent["dp", "all_reduce"] += FLOAT * sum(p.numel for p in pieces if p.trained)
     if stage in (1, 2):
         sent["dp", "all_gather"] += FLOAT * flat_elements(pieces, dp)
-        sent["dp", "all_reduce"] += FLOAT * groups  # the norm
+    if stage == 3 and hold:
+        sent["dp", "all_gather"] += padded(pieces)
     for call in calls:
         reached = [p for p in pieces if touched(p.name, call.mode, shared_bottleneck)]
+        trained = [p for p in reached if p.trained]
         if stage == 2:
-            sent["dp", "all_reduce"] += FLOAT * call.trained * sum(p.numel for p in reached if p.trained)
+            sent["dp", "all_reduce"] += FLOAT * sum(call.backwards(p.name) * p.numel for p in trained)
         if stage == 3:
-            padded = lambda these: FLOAT * dp * sum(shard(p.numel, dp) for p in these)  # noqa: E731
-            of_root = padded([p for p in pieces if "." not in p.name and p not in reached])
-            again = padded([p for p in reached if "patch_embed" in p.name]) * (call.embeddings - 1)
-            forwards = call.forward_only + call.trained
-            sent["dp", "all_gather"] += forwards * (padded(reached) + of_root + again)
-            sent["dp", "all_gather"] += call.trained * (padded(reached) + of_root)
-            sent["dp", "reduce_scatter"] += call.trained * padded([p for p in reached if p.trained])
-    if stage == 3:
-        sent["dp", "all_reduce"] += 2 * FLOAT * groups
+            sent["dp", "reduce_scatter"] += sum(call.backwards(p.name) * padded([p]) for p in trained)
+            if not hold:
+                root = [p for p in pieces if "." not in p.name]  # of the model itself: gathered by every call
+                own = padded([p for p in reached if p not in root]) + call.stages * padded(root)
+                again = padded([p for p in reached if "patch_embed" in p.name]) * (call.embeddings - 1)
+                sent["dp", "all_gather"] += (call.forward_only + call.trained) * (own + again) + call.trained * own
     return sent
 
+
+def norm_traffic(
+    pieces: Sequence[Piece], stage: int, dp: int, model_parallel: int, towers: int
+) -> Counter[tuple[str, str]]:
+    """The gradient norm's bytes: over dp a number for each optimizer group on the rank, two in stage 3; over tp x pp
+    one for each of the model's ``towers``, and one for what belongs to none."""
+    sent: Counter[tuple[str, str]] = Counter()
+    if dp > 1 and stage > 0:
+        sent["dp", "all_reduce"] = FLOAT * len({p.group for p in pieces if p.trained}) * (2 if stage == 3 else 1)
+    if model_parallel > 1:
+        sent["mp", "all_reduce"] = FLOAT * (towers + 1)
+    return sent

@@ -1,0 +1,90 @@
+"""What tiny runs on this world's processes hold and send, to be compared with the plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from tiny_run import build_engine, data_of, learning_rate, merged, passes_of, tiny_config
+
+from megavtp.config.schema import Config, ParallelConfig
+from megavtp.models.vtp import OBJECTIVES, VTP
+from megavtp.parallel.deepspeed_adapter import _flat_partitions, _inner
+from megavtp.parallel.engine import Engine
+from megavtp.parallel.mesh import build_mesh
+from megavtp.parallel.passes import execute
+from megavtp.parallel.traffic import count_traffic
+from megavtp.planning.devices import find_device
+from megavtp.planning.plan import Plan, Planner
+from megavtp.training.optimizer import parameter_groups
+
+BATCH = 16  # of every objective
+
+
+def layout(world_size: int, micro_batches: int = 1, extra: dict | None = None, **parallel: Any) -> Config:
+    """A tiny run. No random number of masked patches and of kept sequences: what is sent is known beforehand."""
+    dp = world_size // (parallel.get("tp", 1) * parallel.get("pp", 1))
+    size = {"micro_batch": BATCH // dp // micro_batches}
+    objectives = {
+        "contrastive": size,
+        "self_distillation": {**size, "batch": BATCH, "mask_ratio": [0.25, 0.25], "drop_path": 0.0},
+        "reconstruction": {**size, "batch": BATCH},
+    }
+    model = {"vision": {"depth": 4}, "text": {"depth": 2}, "decoder": {"depth": 3}}
+    settings = {"model": model, "train": {"batch_size": BATCH}, "objectives": objectives, "parallel": parallel}
+    return tiny_config(merged(settings, extra or {}), world_size)
+
+
+_PLANNERS: dict[str, Planner] = {}
+
+
+def plan_of(config: Config, world_size: int) -> Plan:
+    """By a planner that configurations share which differ in their layout only."""
+    whole = {name: replace(getattr(config.objectives, name), micro_batch=None) for name in OBJECTIVES}
+    alone = replace(
+        config, parallel=ParallelConfig(precision=config.parallel.precision),
+        objectives=replace(config.objectives, **whole),
+    )
+    if repr(alone) not in _PLANNERS:
+        groups = lambda named: parameter_groups(named, config.train.optimizer)  # noqa: E731
+        _PLANNERS[repr(alone)] = Planner(alone, groups, find_device("h100"), cuda=False)
+    return _PLANNERS[repr(alone)].plan(config, world_size)
+
+
+def state_bytes(engine: Engine, model: VTP, zero_stage: int) -> dict[str, int]:
+    """Bytes of the trained weights, of the moments with the master weights, and of the teacher, where they lie."""
+    inner = _inner(engine._engine)
+    stored = lambda p: getattr(p, "ds_tensor", p)  # noqa: E731
+    trained = [stored(p).untyped_storage() for p in model.parameters() if p.requires_grad]
+    moments = sum(x.nbytes for state in inner.state.values() for x in state.values() if x.dim() > 0)
+    masters = [p.nbytes for p in _flat_partitions(engine._engine)] if zero_stage > 0 else []
+    return {
+        "weights": sum({storage.data_ptr(): storage.nbytes() for storage in trained}.values()),
+        "optimizer": moments + sum(masters),
+        "teacher": sum(stored(p).nbytes for p in model.parameters() if not p.requires_grad),
+    }
+
+
+def measure(rank: int, configs: Sequence[Config]) -> list[tuple[int, dict, dict[str, int]]]:
+    """Per configuration this rank's pipeline place, what it sent in the second step, and the state it keeps."""
+    found = []
+    for config in configs:
+        p = config.parallel
+        mesh = build_mesh(p.tp, p.pp, p.virtual_stages, p.sequence_parallel)
+        engine, model = build_engine(config, mesh)
+        passes, data = passes_of(config, mesh), data_of(config, mesh)
+        for step in range(2):
+            engine.set_lr(learning_rate(config, step))
+            with count_traffic(mesh) as traffic:
+                engine.begin_step()
+                for objective in passes:
+                    execute(objective, engine, data(step))
+                engine.step()
+        sent: Counter = Counter()
+        for transfer in (t for t in traffic if t.ranks > 1):
+            sent[transfer.axis, transfer.op] += transfer.bytes
+        found.append((mesh.pp_rank, dict(sent), state_bytes(engine, model, p.zero_stage)))
+        engine.close()
+    return found

@@ -1,0 +1,115 @@
+"""Peak memory of real passes and steps on the CPU, by the allocator's own events, against the plan."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from planned_runs import layout, plan_of
+from tiny_run import build_engine, build_model, data_of, learning_rate, passes_of
+from torch.profiler import ProfilerActivity, profile
+
+from megavtp.config.schema import Config
+from megavtp.models.vtp import OBJECTIVES, VTP
+from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.parallel.passes import execute
+from megavtp.planning.zero import Inventory
+from megavtp.training.optimizer import parameter_groups
+
+# Large enough that activations, not parameters or single small tensors, decide.
+TOWER = {"width": 96, "heads": 3}
+SIZES = {
+    "model": {
+        "image_size": 64, "rope_dtype": "bfloat16",
+        "vision": {**TOWER, "depth": 5}, "text": {**TOWER, "depth": 3}, "decoder": {**TOWER, "depth": 3},
+    },
+    "data": {"augment": {"global_size": 64, "local_size": 32, "local_crops": 4}},
+    "objectives": {"self_distillation": {"drop_path": 0.3, "chunk": 64}},
+}
+
+
+class Allocations:
+    """``peak``: most bytes allocated at one time beyond those at the start."""
+
+    peak = 0
+
+
+@contextmanager
+def tracked() -> Iterator[Allocations]:
+    result = Allocations()
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        yield result
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        result.peak = max(result.peak, now)
+
+
+class Runner:
+    """The module alone; gradients are there before anything is counted."""
+
+    mesh = SINGLE
+
+    def __init__(self, config: Config):
+        self.module = build_model(config, SINGLE)
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def __call__(self, mode: str, **inputs):
+        return self.module(mode, **inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+
+@pytest.mark.parametrize("recompute, precision, micro_batches", [
+    ("none", "fp32", 1), ("none", "bf16", 2), ("selective", "bf16", 1), ("selective", "fp32", 2), ("full", "fp32", 1),
+    ("full", "bf16", 2),
+])
+def test_activations_of_each_pass(recompute: str, precision: str, micro_batches: int) -> None:
+    config = layout(1, micro_batches, SIZES, recompute=recompute, precision=precision)
+    plan = plan_of(config, 1).ranks[0]
+    runner, batch = Runner(config), data_of(config, SINGLE)(0)
+    for objective in passes_of(config, SINGLE):
+        with tracked() as allocated:
+            execute(objective, runner, batch)
+        assert plan.passes[objective.name].peak == pytest.approx(allocated.peak, rel=0.1), objective.name
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_peak_of_a_step(zero_stage: int) -> None:
+    """From an empty process to the end of the second step, everything that a rank has allocated."""
+    config = layout(1, 1, SIZES, zero_stage=zero_stage)
+    data, plan = data_of(config, SINGLE), plan_of(config, 1)
+    batches = [data(step) for step in range(2)]
+    with tracked() as allocated:
+        engine, _ = build_engine(config, SINGLE)
+        passes = passes_of(config, SINGLE)
+        for step, batch in enumerate(batches):
+            engine.set_lr(learning_rate(config, step))
+            engine.begin_step()
+            for objective in passes:
+                execute(objective, engine, batch)
+                gc.collect()
+            engine.step()
+    engine.close()
+    assert plan.memory == pytest.approx(allocated.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("tp, pp, virtual_stages", [(1, 1, 1), (2, 1, 1), (2, 2, 2), (1, 4, 1)])
+def test_parameters_are_those_of_each_rank(tp: int, pp: int, virtual_stages: int) -> None:
+    """Names and sizes, against models built for the place on the meta device."""
+    config = layout(1, extra=SIZES)
+    inventory = Inventory(config.model, OBJECTIVES, lambda named: parameter_groups(named, config.train.optimizer))
+    for pp_rank in range(pp):
+        mesh = Mesh(tp=tp, pp=pp, pp_rank=pp_rank, virtual_stages=virtual_stages)
+        with torch.device("meta"):
+            model = VTP(config.model, mesh, objectives=OBJECTIVES)
+        found = {(p.name, p.numel, p.trained) for p in inventory.rank(tp, pp, pp_rank, virtual_stages)}
+        assert found == {(name, p.numel(), p.requires_grad) for name, p in model.named_parameters()}

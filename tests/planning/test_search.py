@@ -1,0 +1,80 @@
+"""The search over layouts and the tool around it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from planned_runs import layout
+
+from megavtp.config.load import from_dict, merged, to_dict
+from megavtp.config.schema import ParallelConfig
+from megavtp.config.validate import validate
+from megavtp.errors import UserError
+from megavtp.planning import report
+from megavtp.planning.devices import find_device
+from megavtp.planning.plan import GIB, Planner
+from megavtp.planning.search import layouts, search
+from megavtp.training.optimizer import parameter_groups
+
+ROOT = Path(__file__).parents[2]
+CONFIG = replace(layout(1), parallel=ParallelConfig(precision="fp32"))
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    return Planner(CONFIG, lambda named: parameter_groups(named, CONFIG.train.optimizer), find_device("a100"), 2)
+
+
+def test_every_product_of_sizes_is_looked_at() -> None:
+    found = {(p.tp, p.pp, p.zero_stage) for p in layouts(CONFIG.parallel, 4, 2)}
+    sizes = {(1, 1), (1, 2), (1, 4), (2, 1), (2, 2)}  # tensor parallelism stays inside a node of 2
+    assert found == {(tp, pp, zero) for tp, pp in sizes for zero in (0, 1, 2, 3)}
+
+
+def test_the_best_plans_are_legal_fit_and_are_in_order(planner: Planner) -> None:
+    found = search(planner, CONFIG, 2, GIB, keep=4)
+    assert len(found.fitting) == 4 <= found.count
+    assert [p.step_seconds for p in found.fitting] == sorted(p.step_seconds for p in found.fitting)
+    for plan in found.fitting:
+        assert plan.memory <= GIB
+        assert len(plan.ranks) == plan.config.parallel.pp
+        pasted = from_dict(merged(to_dict(CONFIG), yaml.safe_load(report.yaml_lines(plan))))
+        assert validate(pasted, 2).parallel == plan.config.parallel
+    assert len(report.table(found.fitting).splitlines()) == 5
+
+
+def test_less_memory_takes_another_layout_and_at_last_none(planner: Planner) -> None:
+    roomy = search(planner, CONFIG, 2, GIB, keep=1).fitting[0]
+    tight = search(planner, CONFIG, 2, 0.8 * roomy.memory, keep=1).fitting[0]
+    assert tight.memory <= 0.8 * roomy.memory
+    none = search(planner, CONFIG, 2, 1e5)
+    assert not none.fitting and none.closest is not None
+    text = report.nothing_fits(none, 1, 1e5)
+    assert f"{none.closest.memory / GIB:.1f}" in text and "nothing fits" in text
+
+
+def test_why_no_layout_is_legal(planner: Planner) -> None:
+    found = search(planner, CONFIG, 3, GIB)
+    assert not found.fitting and found.closest is None
+    assert re.search(r"data.streams = 4", report.nothing_fits(found, 1, GIB))
+
+
+def test_an_unknown_device_is_named() -> None:
+    with pytest.raises(UserError, match="device abacus: not known"):
+        find_device("abacus")
+
+
+def test_the_tool() -> None:
+    command = [sys.executable, "tools/plan.py", "--gpus", "1", "--memory", "16", "--top", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "to paste into the recipe" in done.stdout and "parameters  vision" in done.stdout
+    wrong = [*command, "--margin", "1"]
+    refused = subprocess.run(wrong, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: --margin 1")
