@@ -154,13 +154,16 @@ def _tell_all(error: BaseException) -> int:
         return 130
     where = phase.current().name
     if _lost_others(error):
-        text = f"ended because other ranks did: {_reason(error)} (this rank: {where})"
+        _say(f"ended because other ranks did: {_reason(error)} (this rank: {where})")
     else:
         trace = "".join(traceback.format_exception(error))
-        text = f"failed in {where}:\n{trace}"
+        _say(f"failed in {where}:\n{trace}")
         _tell(f"failed, {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
-    print(f"[rank {_rank()}] {text}", file=sys.stderr, flush=True)
     return 1
+
+
+def _say(text: str) -> None:
+    print(f"[rank {_rank()}] {text}", file=sys.stderr, flush=True)
 
 
 def _rank() -> int:
@@ -185,7 +188,7 @@ def _terminated() -> int:
     """Either somebody ends the job, or the launcher does because another rank has gone; that takes a moment to know."""
     known = _watchdog.reason(_TERM_PATIENCE) if _watchdog is not None else None
     text = f"ended because other ranks did: {known}" if known else "was told to end (SIGTERM)"
-    print(f"[rank {_rank()}] {text} (this rank: {phase.current().name})", file=sys.stderr, flush=True)
+    _say(f"{text} (this rank: {phase.current().name})")
     return 1 if known else STOPPED
 
 

@@ -2,7 +2,8 @@
 
 Each rank has a thread that says once a second where the rank is. Rank 0's thread reads what all say and passes the
 verdict (``verdict.judge``); all others read that. It goes through the store of the rendezvous, over connections of its
-own: a rank that is stuck in a collective or on a device still tells and hears. No thread touches the device.
+own: a rank that is stuck in a collective or on a device still tells and hears. A second thread ends the process, also
+when the first waits in vain for a store whose machine is lost. No thread touches the device.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import sys
 import threading
 import time
-from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -20,6 +20,7 @@ from megavtp.parallel import phase
 from megavtp.parallel.verdict import (
     LOST,
     SILENCE,
+    SILENCE_AFTER_LOSS,
     SLOW,
     Report,
     Verdict,
@@ -28,6 +29,7 @@ from megavtp.parallel.verdict import (
     load_report,
     load_verdict,
     main_thread_position,
+    silence_of,
 )
 
 _BEAT = 1.0  # seconds between two reports
@@ -35,6 +37,7 @@ _GRACE = 3.0  # seconds that the main thread has to end by itself, and to say mo
 # Seconds after which a rank ends whose main thread lets no other thread run (it is in C code that holds the
 # interpreter): no Python of ours runs then. The others take it for lost before that.
 STUCK = 2 * SLOW * SILENCE
+_LAST_WORDS = 20.0  # seconds the main thread may take to end, once it has begun to
 _VERDICT = "verdict"
 
 
@@ -48,7 +51,6 @@ class Watchdog:
 
     def __init__(self, store: dist.Store, rank: int, world: int, host: str, timeout: float):
         self._store = dist.PrefixStore("watch", store).clone()
-        self._store.set_timeout(timedelta(seconds=10))
         self._rank, self._world, self._host, self._timeout = rank, world, host, timeout
         self._broken = False
         self._closed = threading.Event()
@@ -56,14 +58,16 @@ class Watchdog:
         self._verdict: Verdict | None = None
         self._known = threading.Event()  # a verdict is there
         self._heard = {}  # rank -> (its last report as text, when that arrived)
-        self._talk = threading.Lock()  # of both threads with the store
-        self._last_beat = time.monotonic()
+        self._talk = threading.Lock()  # with the store
+        self._last_beat = self._last_look = time.monotonic()
         self._store.set(str(rank), self._report().dump())
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._talker = threading.Thread(target=self._beats, name="watchdog-store", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
         """Call it when all ranks have been made, that is after a barrier."""
-        self._thread.start()
+        self._talker.start()
+        self._watcher.start()
 
     def tell(self, text: str) -> None:
         """From the main thread: this rank ends for the given reason, and so must all."""
@@ -86,28 +90,38 @@ class Watchdog:
     def close(self) -> None:
         """All ranks have done their work."""
         self._closed.set()
-        self._thread.join()
+        self._watcher.join()
+        self._talker.join(_GRACE)
         faulthandler.cancel_dump_traceback_later()
 
-    def _run(self) -> None:
-        while not self._closed.wait(_BEAT):
+    def _watch(self) -> None:
+        while not self._closed.is_set():
             faulthandler.dump_traceback_later(STUCK, exit=True)
+            now = time.monotonic()
+            if now - self._last_look > 5 * _BEAT:  # this process was suspended: what it heard last says nothing
+                self._last_beat = now
+                self._heard = {rank: (text, now) for rank, (text, _) in self._heard.items()}
+            self._last_look = now
+            slow = phase.current().slow
+            patience = SILENCE_AFTER_LOSS if self._broken else silence_of(self._timeout, slow)
+            if now - self._last_beat > patience:
+                self._decide(self._store_verdict(f"no answer for {now - self._last_beat:.0f} s"))
+            if self._own_age() > limit_of(self._timeout, slow) + 30:  # nobody is there to judge
+                self._decide(Verdict(self._overdue_text(), (self._rank,)))
+            if self._known.wait(_BEAT):
+                self._end()
+
+    def _beats(self) -> None:
+        while not (self._closed.wait(_BEAT) or self._known.is_set()):
             try:
                 self._beat()
             except RuntimeError as error:
-                self._store_is_gone(error)
-            if self._verdict is None and self._own_age() > limit_of(self._timeout, phase.current().slow) + 30:
-                self._verdict = Verdict(self._overdue_text(), (self._rank,))  # nobody is there to judge
-            if self._verdict is not None:
-                self._known.set()
-                self._end()
+                # The store is rank 0's, or torchrun's: when the run ends well, it ends last.
+                if not self._closed.wait(2 * _BEAT):
+                    self._decide(self._store_verdict(str(error).splitlines()[0]))
                 return
 
     def _beat(self) -> None:
-        now = time.monotonic()
-        if now - self._last_beat > 5 * _BEAT:  # this process was suspended: what it heard last says nothing
-            self._heard = {rank: (text, now) for rank, (text, _) in self._heard.items()}
-        self._last_beat = now
         with self._talk:
             self._store.set(str(self._rank), self._report().dump())
             if self._store.check([_VERDICT]):
@@ -115,6 +129,7 @@ class Watchdog:
                 return
             watched = range(self._world) if self._rank == 0 else [0]
             texts = self._store.multi_get([str(rank) for rank in watched])
+        now = self._last_beat = time.monotonic()
         for rank, text in zip(watched, texts):
             if self._heard.get(rank, (None,))[0] != text:
                 self._heard[rank] = (text, now)
@@ -131,10 +146,16 @@ class Watchdog:
             self._hear(load_verdict(self._store.compare_set(_VERDICT, "", verdict.dump())))
 
     def _hear(self, verdict: Verdict) -> None:
-        if self._verdict is None:
-            self._verdict = verdict
+        if self._decide(verdict):
             self._store.add("heard", 1)
-            self._known.set()
+
+    def _decide(self, verdict: Verdict) -> bool:
+        """Whether it is the first one."""
+        if self._known.is_set():
+            return False
+        self._verdict = verdict
+        self._known.set()
+        return True
 
     def _report(self) -> Report:
         now = phase.current()
@@ -153,15 +174,12 @@ class Watchdog:
             "verdict came from rank 0"
         )
 
-    def _store_is_gone(self, error: RuntimeError) -> None:
-        """The store is rank 0's, or torchrun's: it ends last, when the run ends well."""
-        if self._closed.wait(2 * _BEAT):
-            return
+    def _store_verdict(self, reason: str) -> Verdict:
         text = "the store of the rendezvous cannot be reached"
         if self._rank > 0 and 0 in self._heard:
             last = load_report(self._heard[0][0])
             text = f"rank 0 ({last.host}): {LOST}; last seen in {last.phase}"
-        self._verdict = Verdict(f"{text} [{str(error).splitlines()[0]}]", (0,))
+        return Verdict(f"{text} [{reason}]", (0,))
 
     def _end(self) -> None:
         """End this process; the main thread may be stuck for good."""
@@ -170,7 +188,7 @@ class Watchdog:
             print(f"[rank {self._rank}] {self._verdict.text}; the stack:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
         elif self._ending.wait(_GRACE):
-            return  # the main thread says why and exits
+            time.sleep(_LAST_WORDS)  # the main thread says why and exits
         else:
             print(f"[rank {self._rank}] ended because other ranks did: {self._verdict.text}", file=sys.stderr)
         sys.stderr.flush()

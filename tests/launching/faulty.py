@@ -34,6 +34,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "raises": _raise,
     "user error": _user_error,
     "is killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "is suspended": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "hangs": lambda: time.sleep(600),
     "hangs in C": _hold_the_interpreter,
 }
