@@ -20,8 +20,9 @@ _STAGES = (
     (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
 _ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-_FIRST = 0.01  # step, of the whole time 1; it grows tenfold at most from one step to the next
-_SAFETY, _SHRINK, _GROW = 0.9, 0.2, 10.0
+_FIRST = 0.01  # step, of the whole time 1
+# Of the next step. Where an error is so small that rounding decides it, the growth is the greatest in any case.
+_SAFETY, _SHRINK, _GROW = 0.9, 0.2, 4.0
 _SMALLEST = 1e-9  # step
 
 
@@ -72,8 +73,8 @@ def _try(
 
 
 def _coarse(factor: Tensor) -> Tensor:
-    """Down to a quarter power of 2: the error is a difference of nearly equal numbers, whose rounding would else be
-    seen in the steps, and through them in the solution."""
+    """Down to a quarter power of 2: the error is a difference of nearly equal numbers, whose rounding would else
+    show in all steps, and through them in the solution."""
     return torch.exp2(torch.floor(4 * torch.log2(factor)) / 4)
 
 

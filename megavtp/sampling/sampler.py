@@ -26,7 +26,8 @@ class Sampler:
 
     The noise is equal bit for bit whatever else is drawn, in batches of any size, on any number of processes. What is
     computed from it differs by the rounding of the matrix products, which may depend on the batch's size (and on the
-    number of threads of a CPU): latents by some 1e-6 of their size, pixels by at most 1 of 255.
+    number of threads of a CPU): latents by some 1e-6 of their size, pixels hardly anywhere and by 1 of 255. Rounding
+    can tip a choice of dopri5, seldom; such a sample differs by a part of the tolerance.
 
     Args:
         dit: with the tokenizer that its latents belong to. where: its place, for messages.

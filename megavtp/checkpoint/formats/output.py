@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megavtp.errors import UserError
@@ -32,7 +32,8 @@ def new_path(out: str | Path) -> Iterator[Path]:
         os.replace(partial, out)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or what should be a folder above it is a file
+            partial.unlink()
         for folder in made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
