@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from megavtp.config.dit import DiTConfig
+from megavtp.config.dit_validate import validate_dit
 from megavtp.config.load import load_config
+from megavtp.config.schema import Config
 from megavtp.config.validate import validate
+from megavtp.training.launcher import launcher_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,6 +26,8 @@ LAUNCHER_FLAGS = {
     "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint",
 }
 HOSTFILE_PROCESSES = 64  # "8 nodes of 8 GPUs named in a hostfile"
+SLURM_TASKS = 16  # the job script's nodes x tasks
+LAUNCHERS = {"launchers/pretrain.py": (Config, validate), "launchers/train_dit.py": (DiTConfig, validate_dit)}
 PLAIN = {"source .venv/bin/activate"}
 
 
@@ -82,16 +88,30 @@ def processes(launcher):
 
 
 def check_launch(words):
-    from megavtp.training.launcher import parse_arguments
-
     launcher, script, rest = split_launch(words)
-    assert script == "launchers/pretrain.py"
-    arguments = parse_arguments(rest)
+    if script in LAUNCHERS:
+        check_run(script, rest, processes(launcher))
+    else:  # a tool, or the doctor
+        check_tool(["python", script, *rest])
+
+
+def check_run(script, rest, world):
+    parser = launcher_parser(Path(script).name, "", "", "")
+    arguments = parser.parse_intermixed_args(rest)
+    root, check = LAUNCHERS[script]
     config = arguments.config and ROOT / arguments.config
-    validate(load_config(config, arguments.overrides, arguments.deepspeed_config), processes(launcher))
+    check(load_config(config, arguments.overrides, arguments.deepspeed_config, root), world)
 
 
-CHECKS = {"make": check_make, "python": check_tool, "deepspeed": check_launch, "torchrun": check_launch}
+def check_sbatch(words):
+    assert (ROOT / words[1]).is_file(), words[1]
+    check_run("launchers/pretrain.py", ["--config", *words[2:]], SLURM_TASKS)
+
+
+CHECKS = {
+    "make": check_make, "python": check_tool, "deepspeed": check_launch, "torchrun": check_launch,
+    "sbatch": check_sbatch,
+}
 
 
 def test_the_readme_has_commands():
@@ -113,7 +133,10 @@ def test_dry_runs_print_what_would_run(command):
     world = processes(launcher)
     done = subprocess.run(
         [sys.executable, script, *rest], cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env={"WORLD_SIZE": str(world), "RANK": "0", "LOCAL_RANK": "0", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        env={
+            "WORLD_SIZE": str(world), "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29500", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1",
+        },
     )
     assert done.returncode == 0, done.stderr
     assert f"layout     {world} process" in done.stdout
