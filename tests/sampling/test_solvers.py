@@ -60,7 +60,8 @@ def test_the_error_falls_with_the_order(method, order, shift):
 @pytest.mark.parametrize("rtol", [1e-3, 1e-5, 1e-7])
 def test_dopri5_keeps_its_tolerance(rtol):
     x, counted = noise(), Counted()
-    assert error(dopri5(counted, x, NO_CONDITION, rtol, 1e-2 * rtol), x) < 20 * rtol  # several steps, and not the mean but the largest
+    # in several steps, and not the mean but the largest
+    assert error(dopri5(counted, x, NO_CONDITION, rtol, 1e-2 * rtol), x) < 20 * rtol
     assert counted.calls < 400
 
 
