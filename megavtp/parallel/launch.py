@@ -27,7 +27,7 @@ from megavtp.parallel.watchdog import Watchdog
 STOPPED = 143  # exit status after a signal (128 + SIGTERM): the state is saved, the same command goes on
 # Seconds that rank 0 has to tell of an error that all ranks find. A rank that left before it would have the launcher
 # end rank 0 in silence; one that is still here afterwards (no launcher ends it) tells its own.
-_PATIENCE = 5.0
+_PATIENCE = 15.0
 _VERDICT_PATIENCE = 15.0  # seconds until it is known which rank's end broke a connection
 _TERM_PATIENCE = 8.0  # the same, for a rank whose launcher ends it because of that rank; launchers kill after 30 s
 _NO_LIMIT = timedelta(days=30)  # of the process group, when the watch has none
