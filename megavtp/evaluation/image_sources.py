@@ -1,6 +1,7 @@
 """Where the images of a comparison come from: a folder, an .npz of ADM's form, or shards.
 
-A DiT that draws them is ``sampling.sampler.GeneratedImages``. Every source is a fixed sequence of square images of one size, dealt to processes by their number.
+A DiT that draws them is ``sampling.sampler.GeneratedImages``. Every source is a fixed sequence of square images of one
+size, dealt to processes by their number.
 """
 
 from __future__ import annotations

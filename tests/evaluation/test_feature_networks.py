@@ -1,6 +1,7 @@
 import hashlib
 import importlib.util
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,8 @@ def test_missing_torch_fidelity_is_said(tmp_path, monkeypatch):
     path = tmp_path / "inception.pth"
     path.write_bytes(b"x")
     monkeypatch.setattr(features_inception, "SHA256", hashlib.sha256(b"x").hexdigest())
-    monkeypatch.setitem(importlib.import_module("sys").modules, "torch_fidelity", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(UserError, match="pip install torch-fidelity"):
         Inception(path)
 

@@ -8,6 +8,7 @@ from megavtp.evaluation.kid import kernel_distance
 
 def plain(x: np.ndarray, y: np.ndarray) -> float:
     """Unbiased squared MMD by loops over pairs; (x . y / d + 1)^3."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
     kernel = lambda a, b: (float(a @ b) / len(a) + 1) ** 3  # noqa: E731
     n, m = len(x), len(y)
     within_x = sum(kernel(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))

@@ -1,0 +1,310 @@
+"""Distances from images to numbers: any batch size, any number of processes; the tool; what is refused."""
+
+import io
+import json
+import sys
+import tarfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from distributed import run_ranks
+from evaluation_fakes import FakeModel, FakeSet, FakeTokenizer
+from PIL import Image
+
+from megavtp.checkpoint.native_dit import load_dit
+from megavtp.config.schema import EvaluationConfig
+from megavtp.data.index import build_index
+from megavtp.errors import UserError
+from megavtp.evaluation import evaluate, features
+from megavtp.evaluation.features_network import FeatureNetwork
+from megavtp.evaluation.frechet import frechet_distance, statistics_of
+from megavtp.evaluation.generation import Reference, measure_generation, open_reference
+from megavtp.evaluation.generation_samples import samples_like
+from megavtp.evaluation.image_sources import open_images
+from megavtp.evaluation.kid import kernel_distance
+from megavtp.evaluation.precision_recall import precision_recall
+from megavtp.parallel.mesh import SINGLE, build_mesh
+from megavtp.pixels import normalise, to_uint8
+from megavtp.sampling.sampler import open_sampler
+from megavtp.sampling.samples import Sample
+from megavtp.sampling.settings import SamplingSettings
+
+sys.path.append(str(Path(__file__).parents[1] / "sampling"))
+from sampling_fakes import NAMES, STATISTICS, TOKENIZER, tokenizer_facts, write_dit  # noqa: E402
+
+TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
+
+
+class Pools(FeatureNetwork):
+    """Mean colours of the four quarters of the image, exact in float32."""
+
+    name, title, dims = "pools", "pools", 12
+
+    def _features(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images.double(), 2).flatten(1)
+
+
+def pictures(count: int, seed: int, size: int = 8) -> np.ndarray:
+    draw = np.random.default_rng(seed)
+    base = draw.integers(0, 200, (count, 2, 2, 3))
+    noise = draw.integers(0, 40 + 10 * seed, (count, size, size, 3))
+    return (base.repeat(size // 2, 1).repeat(size // 2, 2) + noise).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sets")
+    np.savez(root / "samples.npz", pictures(53, 1))
+    (root / "reference").mkdir()
+    for i, image in enumerate(pictures(38, 2)):
+        Image.fromarray(image).save(root / "reference" / f"{i:03d}.png")
+    return root
+
+
+def measure(folders, batch_size=16, **options):
+    samples = open_images(folders / "samples.npz")
+    reference = open_reference(folders / "reference", Pools(), samples.size)
+    return measure_generation(samples, reference, Pools(), batch_size=batch_size, **options).metrics
+
+
+def plain(folders) -> dict[str, float]:
+    """In numpy, from all images at once."""
+    rows = [pictures(53, 1), pictures(38, 2)]
+    x, y = (
+        z.reshape(len(z), 2, 4, 2, 4, 3).astype(np.float64).mean((2, 4)).transpose(0, 3, 1, 2).reshape(len(z), 12)
+        for z in rows
+    )
+    a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    root = np.sqrt(np.linalg.eigvals(a @ b).astype(complex)).real.sum()
+    made, real = (torch.from_numpy(z) for z in (x, y))
+    mean, std = kernel_distance(made, real)
+    precision, recall = precision_recall(real, made)
+    return {
+        "samples": 53, "reference_samples": 38,
+        "generation/fd_pools": ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * root,
+        "generation/kd_pools": mean, "generation/kd_std_pools": std,
+        "generation/precision_pools": precision, "generation/recall_pools": recall,
+    }  # fmt: skip
+
+
+class Shorter:
+    """Ends before its last image on one process."""
+
+    size = 8
+
+    def __len__(self):
+        return 16
+
+    def batches(self, batch_size, rank, world):
+        yield torch.arange(rank, 8, world), torch.zeros(8 // world, 3, 8, 8, dtype=torch.uint8)
+        if rank == 1:
+            raise UserError("the archive ends")
+
+
+def on_rank(rank: int, folders: Path) -> tuple[list[dict[str, float]], str]:
+    mesh = build_mesh(1, 1)
+    found = [measure(folders, size, mesh=mesh) for size in (1, 7, 64)]
+    try:
+        features.summarise(Shorter(), Pools(), batch_size=8, mesh=mesh, device=torch.device("cpu"))
+    except UserError as error:
+        return found, str(error)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_every_batch_size_gives_the_reference(folders, batch_size):
+    assert measure(folders, batch_size) == pytest.approx(plain(folders), rel=1e-6)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_process_count_gives_the_reference(folders, world):
+    want = plain(folders)
+    for found, error in run_ranks(world, on_rank, folders):
+        assert found == [pytest.approx(want, rel=1e-6)] * 3
+        assert error == "the archive ends"  # on all, instead of a wait for the one that failed
+
+
+def test_only_some_features_are_kept(folders, monkeypatch):
+    """The Frechet distance is of all images, the others of every third."""
+    monkeypatch.setattr(features, "MAX_KEPT", 20)
+    samples = open_images(folders / "samples.npz")
+    summary = features.summarise(samples, Pools(), batch_size=5, mesh=SINGLE, device=torch.device("cpu"))
+    images = torch.from_numpy(pictures(53, 1)).permute(0, 3, 1, 2)
+    assert torch.equal(summary.features, Pools()(images[::3])) and summary.statistics.count == 53
+
+
+def test_references_in_files(folders, tmp_path):
+    """ADM's: images, and statistics of another, larger set."""
+    samples = open_images(folders / "samples.npz")
+    images = pictures(38, 2)
+    of_all = statistics_of(Pools()(torch.from_numpy(pictures(500, 2)).permute(0, 3, 1, 2)))
+    both = {"arr_0": images, "mu": of_all.mean.numpy(), "sigma": of_all.covariance.numpy()}
+    np.savez(tmp_path / "both.npz", **both, network="pools")
+    found = measure_generation(samples, open_reference(tmp_path / "both.npz", Pools(), 8), Pools())
+    assert found.metrics["generation/fd_pools"] != pytest.approx(plain(folders)["generation/fd_pools"], rel=0.01)
+    assert found.metrics["generation/kd_pools"] == pytest.approx(plain(folders)["generation/kd_pools"])
+    assert "reference_samples" not in found.metrics  # the file does not tell
+
+    np.savez(tmp_path / "inception.npz", **both)  # as ADM writes them: of Inception's features
+    found = measure_generation(samples, open_reference(tmp_path / "inception.npz", Pools(), 8), Pools())
+    assert found.metrics == pytest.approx(plain(folders))
+    assert any("statistics in the reference are not used" in note for note in found.notes)
+
+    del both["arr_0"]
+    np.savez(tmp_path / "statistics.npz", **both, network="pools")
+    found = measure_generation(samples, open_reference(tmp_path / "statistics.npz", Pools(), 8), Pools())
+    assert set(found.skipped) == {f"generation/{kind}_pools" for kind in ("kd", "precision", "recall")}
+    np.savez(tmp_path / "strange.npz", **both)
+    with pytest.raises(UserError, match="of inception features"):
+        open_reference(tmp_path / "strange.npz", Pools(), 8)
+    np.savez(tmp_path / "neither.npz", x=images)
+    with pytest.raises(UserError, match="neither images"):
+        open_reference(tmp_path / "neither.npz", Pools(), 8)
+
+
+def test_few_images_are_noted_and_left_out(tmp_path):
+    np.savez(tmp_path / "three.npz", pictures(3, 1))
+    source = open_images(tmp_path / "three.npz")
+    found = measure_generation(source, open_reference(tmp_path / "three.npz", Pools(), 8), Pools())
+    assert found.metrics["generation/fd_pools"] == pytest.approx(0, abs=1e-9)
+    assert sum("3 samples are too few" in n or "3 reference images are too few" in n for n in found.notes) == 2
+    assert any("no FID" in note for note in found.notes)
+    assert "more than 3" in found.skipped["generation/precision_pools"]
+    with pytest.raises(UserError, match="1 image cannot"):
+        measure_generation(open_images(tmp_path / "three.npz", limit=1), Reference(source), Pools())
+
+
+def run_tool(monkeypatch, *arguments) -> int:
+    """Run the script as __main__ in this process: a new one would spend its time on importing torch."""
+    monkeypatch.setattr(sys, "argv", [str(TOOL), "--local_rank=0", "generation", *map(str, arguments)])  # as deepspeed
+    with pytest.raises(SystemExit) as stopped:
+        run_path(str(TOOL), run_name="__main__")
+    return stopped.value.code
+
+
+@pytest.fixture
+def pools(monkeypatch):
+    from megavtp.evaluation import generation_job
+
+    monkeypatch.setattr(generation_job, "load_network", lambda inception, device: Pools())
+
+
+def test_tool_on_files(folders, tmp_path, pools, monkeypatch, capsys):
+    out, saved = tmp_path / "metrics.json", tmp_path / "reference.npz"
+    options = ["--samples-from", folders / "samples.npz", "--out", out, "--batch-size", 9, "--device", "cpu"]
+    assert run_tool(monkeypatch, *options, "--reference", folders / "reference", "--save-reference", saved) == 0
+    printed = capsys.readouterr().out
+    rows = dict(line.split()[:2] for line in printed.splitlines() if line.startswith(("generation/", "samples", "ref")))
+    content = json.loads(out.read_text())
+    assert content["metrics"] == pytest.approx(plain(folders), rel=1e-6) and content["features"] == "pools"
+    assert rows.keys() == content["metrics"].keys() and rows["samples"] == "53"
+    assert float(rows["generation/fd_pools"]) == pytest.approx(content["metrics"]["generation/fd_pools"], abs=1e-4)
+    assert "note: generation/fd_pools is a distance of pools features, no FID" in printed
+
+    assert run_tool(monkeypatch, *options, "--reference", saved) == 0  # the statistics serve again
+    again = json.loads(out.read_text())
+    assert again["metrics"]["generation/fd_pools"] == pytest.approx(content["metrics"]["generation/fd_pools"])
+    assert again["metrics"]["reference_samples"] == 38 and again["skipped"]
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory):
+    return write_dit(tmp_path_factory.mktemp("dit") / "ckpt", replace(tokenizer_facts(), statistics=STATISTICS))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Three of four are of the first class, none is of the second; a caption in two has a number."""
+    folder = tmp_path_factory.mktemp("shards") / "train"
+    folder.mkdir()
+    with tarfile.open(folder / "shard-000000.tar", "w") as tar:
+        for i, pixels in enumerate(pictures(12, 3)):
+            image = io.BytesIO()
+            Image.fromarray(pixels).save(image, "PNG")
+            meta = {"kind": NAMES[0 if i % 4 else 2], "number": i % 3}
+            members = {"png": image.getvalue(), "txt": f"thing {i // 2}".encode(), "json": json.dumps(meta).encode()}
+            for ending, data in members.items():
+                info = tarfile.TarInfo(f"{i:04d}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    build_index(folder)
+    return folder.parent
+
+
+def test_tool_with_a_dit(dit, shards, tmp_path, pools, monkeypatch, capsys):
+    out = tmp_path / "metrics.json"
+    options = ["--dit", dit, "--tokenizer", TOKENIZER, "--reference", shards, "--steps", 2, "--out", out]
+    assert run_tool(monkeypatch, *options, "--samples", 10, "--label", "kind", "--device", "cpu") == 0
+    content = json.loads(out.read_text())
+    assert content["metrics"]["samples"] == 10 and content["metrics"]["reference_samples"] == 12
+    assert content["sampling"]["steps"] == 2 and content["label"] == "kind"
+    # the same images from the sampler, in other batches
+    sampler = open_sampler(dit, TOKENIZER, SamplingSettings(steps=2))
+    samples = [Sample(0, i) for i in range(7)] + [Sample(2, i) for i in range(3)]  # 7.5 and 2.5 of 10
+    statistics = statistics_of(Pools()(sampler.images(samples)))
+    real = open_reference(shards, Pools(), sampler.size).images
+    want = frechet_distance(statistics, statistics_of(Pools()(next(real.batches(12, 0, 1))[1])))
+    assert content["metrics"]["generation/fd_pools"] == pytest.approx(want, rel=1e-3)  # images differ by rounding
+    capsys.readouterr()
+    assert run_tool(monkeypatch, *options, "--label", "captions") == 2
+    assert "the value None of 12 samples" in capsys.readouterr().err
+
+
+def test_which_samples_are_drawn(dit, shards, tmp_path):
+    stored = load_dit(dit, "cpu")
+    count = lambda *given: Counter(s.condition for s in samples_like(*given))  # noqa: E731
+    assert count("absent", stored, 7, None) == {0: 3, 1: 2, 2: 2}
+    assert count(shards, stored, 8, "kind") == {0: 6, 2: 2}
+    numbered = SimpleNamespace(classes=None, config=stored.config)
+    assert count(shards, numbered, 9, "number") == {0: 3, 1: 3, 2: 3}
+    captioned = SimpleNamespace(config=SimpleNamespace(model=SimpleNamespace(condition="caption")))
+    drawn = samples_like(shards, captioned, 12, None)
+    assert drawn == [Sample(f"thing {i // 2}", i % 2) for i in range(12)]
+    assert samples_like(shards, captioned, 3, None) == [Sample(f"thing {i}", 0) for i in (0, 2, 4)]
+    for given, message in (
+        ((tmp_path, stored, 7, "kind"), "no folder of shards"), ((tmp_path, captioned, 7, None), "no folder of shards"),
+        ((shards, captioned, 7, "kind"), "leave it out"), ((shards, stored, 1, None), "--samples 1"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            samples_like(*given)
+
+
+@pytest.mark.parametrize("options, message", [
+    ([], "--samples-from"),
+    (["--samples-from", "{sets}/samples.npz", "--tokenizer", "x"], "--tokenizer belongs to --dit"),
+    (["--samples-from", "{sets}/samples.npz", "--label", "x"], "--label belongs to --dit"),
+    (["--samples-from", "{sets}/none.npz"], "none.npz does not exist"),
+    (["--samples-from", "{sets}/samples.npz", "--batch-size", "0"], "--batch-size 0"),
+    (["--dit", "{sets}"], "--dit needs --tokenizer"),
+    (["--dit", "{sets}", "--tokenizer", "{sets}", "--size", "8"], "--size is for --samples-from"),
+    (["--dit", "{sets}", "--tokenizer", "{sets}"], "no checkpoint"),
+])  # fmt: skip
+def test_mistakes_end_in_one_line(folders, options, message, pools, monkeypatch, capsys):
+    given = [option.format(sets=folders) for option in options]
+    assert run_tool(monkeypatch, "--reference", folders / "reference", *given) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_distance_of_reconstructions(batch_size, caplog):
+    test, model = FakeSet(31), FakeModel()
+    config = EvaluationConfig(batch_size=batch_size, knn=3)
+    options = {"tokenizer": FakeTokenizer(), "frechet": Pools()}
+    metrics = evaluate(model, test, None, config, **options)
+    shown = to_uint8(normalise(test.images) * 0.9)
+    want = frechet_distance(*(statistics_of(Pools()(images)) for images in (shown, test.images)))
+    assert metrics["reconstruction/fd_pools"] == pytest.approx(want, rel=1e-6) and want > 1
+    assert not caplog.records
+    skipped = {}
+    assert "reconstruction/fd_pools" not in evaluate(model, FakeSet(1), None, config, skipped=skipped, **options)
+    assert "reconstruction/fd_pools" in skipped
+    evaluate(model, FakeSet(12), None, config, **options)
+    assert "12 images are too few" in caplog.text
+    without = (evaluate(FakeModel(("contrastive",)), test, None, config, **options),
+               evaluate(model, test, None, config, tokenizer=FakeTokenizer()))
+    assert not any("fd_" in name for metrics in without for name in metrics)
