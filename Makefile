@@ -1,4 +1,4 @@
-# make install | demo | test | test-gpu | lint | clean
+# make install | demo | test | matrix | test-gpu | lint | clean
 # PYTHON: the interpreter of a new environment; VENV: where it is; EXTRAS: what of setup.py's extras to install.
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.megavtp-$(subst $(comma),-,$(EXTRAS))
 CONSTRAINTS := -c constraints.txt
 DEMO := configs/demo/vtp_emoji.yaml
 
-.PHONY: install demo test test-gpu lint clean
+.PHONY: install demo test matrix test-gpu lint clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -36,6 +36,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# CELLS="zero=3 pp=2,4" narrows it.
+matrix: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/parallel/matrix.py $(CELLS)
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu

@@ -1,72 +1,169 @@
-"""One cell of the layout matrix on the processes of this world, compared with plain torch."""
+"""The layout matrix: which cells there are, a subset that has every pair of settings, and one cell on this world."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
 
 import torch
-from tiny_run import build_engine, data_of, learning_rate, merged, passes_of, tiny_config
+from tiny_run import Outcome, build_engine, data_of, learning_rate, merged, passes_of, reference, tiny_config
 from torch import Tensor
 
 from megavtp.config.schema import Config
-from megavtp.parallel.collectives import all_reduce
+from megavtp.parallel.collectives import all_gather_object, all_reduce
 from megavtp.parallel.deepspeed_adapter import read_parameter
 from megavtp.parallel.mesh import build_mesh
 from megavtp.parallel.passes import execute
 
+MAX_PROCESSES = 8
+# Text and decoder are short, so that some chunks are empty. Layer scale keeps a deep stack of random weights from
+# magnifying the rounding of its input, and mean patches differ more from image to image than class tokens do: gradients
+# that are differences of nearly equal features would be mostly rounding.
+MODEL = {
+    "init_logit_scale": 2.3, "vision": {"depth": 4, "layer_scale": 0.3, "clip_feature": "pooled"},
+    "text": {"depth": 2, "layer_scale": 0.3}, "decoder": {"depth": 3, "layer_scale": 0.3},
+}
+BATCH = 16  # of every objective: 4 data-parallel ranks with 4 micro-batches each
+
 
 @dataclass(frozen=True)
 class Cell:
-    tp: int
-    dp: int
-    zero: int
-    micro_batches: int
-    recompute: bool
+    """One layout. ``off``: the objective that is switched off, "" = none."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    zero: int = 1
+    schedule: str = "1f1b"
+    recompute: str = "none"
+    precision: str = "fp32"
+    sequence_parallel: bool = False
+    micro_batches: int = 1
+    off: str = ""
 
     @property
     def world(self) -> int:
-        return self.tp * self.dp
+        return self.tp * self.pp * self.dp
+
+    @property
+    def virtual_stages(self) -> int:
+        return 2 if self.schedule == "interleaved_1f1b" else 1
+
+    @property
+    def depth(self) -> int:
+        """Of the encoder: every stage needs a block."""
+        return max(4, self.pp * self.virtual_stages)
+
+    @property
+    def cost(self) -> float:
+        """About how long it takes, on gloo and few cores: by the number of collective calls of all processes."""
+        calls = (2 if self.tp > 1 else 0) + (2 if self.zero == 3 else 0) + (self.pp > 1) + 1
+        return self.world * self.depth * self.micro_batches * calls * (1.5 if self.recompute == "full" else 1)
+
+    def overrides(self) -> dict:
+        """What sets the cell apart from the plain run."""
+        names = ("contrastive", "self_distillation", "reconstruction")
+        objectives: dict[str, dict] = {name: {"micro_batch": BATCH // self.dp // self.micro_batches} for name in names}
+        if self.off:
+            objectives[self.off] = {"weight": 0.0}
+        parallel = {
+            "tp": self.tp, "pp": self.pp, "zero_stage": self.zero, "schedule": self.schedule,
+            "virtual_stages": self.virtual_stages, "recompute": self.recompute,
+            "precision": self.precision, "sequence_parallel": self.sequence_parallel,
+        }
+        return {"objectives": objectives, "parallel": parallel}
 
     def config(self, extra: dict | None = None) -> Config:
-        size = lambda batch: batch // self.dp // self.micro_batches  # noqa: E731
-        base = tiny_config(extra)
-        objectives = {
-            "contrastive": {"micro_batch": size(base.train.batch_size)},
-            "self_distillation": {"micro_batch": size(base.objectives.self_distillation.batch)},
-            "reconstruction": {"micro_batch": size(base.objectives.reconstruction.batch)},
+        return tiny_config(merged(self._settings(extra), self.overrides()), self.world)
+
+    def plain_config(self, extra: dict | None = None) -> Config:
+        """The same run on one process."""
+        off = {"objectives": {self.off: {"weight": 0.0}}} if self.off else {}
+        return tiny_config(merged(self._settings(extra), {"parallel": {"precision": self.precision}, **off}))
+
+    def _settings(self, extra: dict | None) -> dict:
+        """What all cells of this depth share."""
+        batch, depth = {"batch": BATCH}, {"vision": {"depth": self.depth}}
+        base = {
+            "model": merged(MODEL, depth), "train": {"steps": 2, "batch_size": BATCH},
+            # The slope of L1 jumps where a pixel is hit: of 50,000, rounding moves one across now and then.
+            "objectives": {
+                "self_distillation": batch,
+                "reconstruction": {**batch, "l1_weight": 0.0, "perceptual": "lpips-alex", "perceptual_weight": 3.0},
+            },
         }
-        layout = {
-            "objectives": objectives,
-            "parallel": {"tp": self.tp, "zero_stage": self.zero, "recompute": "full" if self.recompute else "none"},
-        }
-        return tiny_config(merged(extra or {}, layout), self.world)
+        return merged(base, extra or {})
+
+    def __str__(self) -> str:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {"sequence_parallel": "yes" if self.sequence_parallel else "no", "off": self.off or "-"}
+        return "  ".join(f"{values[name]!s:<{width}}" for name, width in _WIDTHS.items())
 
 
-LAYOUTS = [(tp, dp) for tp in (1, 2) for dp in (1, 2, 4) if tp * dp <= 4]
-CELLS = [
-    Cell(tp, dp, zero, micro, recompute)
-    for (tp, dp), zero, micro, recompute in itertools.product(LAYOUTS, (0, 1, 2, 3), (1, 2), (False, True))
-]
+AXES: dict[str, tuple] = {
+    "tp": (1, 2, 4), "pp": (1, 2, 4), "dp": (1, 2, 4), "zero": (0, 1, 2, 3),
+    "schedule": ("1f1b", "gpipe", "interleaved_1f1b"), "recompute": ("none", "selective", "full"),
+    "precision": ("fp32", "bf16"), "sequence_parallel": (False, True), "micro_batches": (1, 2, 4),
+    "off": ("", "contrastive", "self_distillation", "reconstruction"),
+}
+_WIDTHS = {name: max(len(name), *(len(str(value)) for value in values)) for name, values in AXES.items()}
+HEADER = "  ".join(f"{name:<{width}}" for name, width in _WIDTHS.items())
 
 
-class Run:
-    """A tiny run on this world's processes, through the engine, step by step.
+def legal(cell: Cell) -> bool:
+    """Whether the cell is one that a user may ask for. Written out here, and compared with the config's own rules."""
+    schedule = cell.pp > 1 or cell.schedule == "1f1b"
+    return schedule and (cell.tp > 1 or not cell.sequence_parallel)
 
-    Attributes:
-        terms: per step the loss terms, averaged over dp.
-        norms: per step the gradient norm.
+
+def cells(**given: Iterable) -> list[Cell]:
+    """Every combination of the settings, legal or not, on up to ``MAX_PROCESSES``; ``given`` narrows an axis."""
+    every = (Cell(*values) for values in itertools.product(*({**AXES, **given}.values())))
+    return [cell for cell in every if cell.world <= MAX_PROCESSES]
+
+
+def whole_matrix() -> list[Cell]:
+    """Every legal cell of the layout settings, each with one of the micro-batch counts, and of the objectives that are
+    off, in turn."""
+    layouts = [cell for cell in cells(micro_batches=(1,), off=("",)) if legal(cell)]
+    turns = itertools.cycle(itertools.product(AXES["off"], AXES["micro_batches"]))
+    return [replace(cell, off=off, micro_batches=micro) for cell, (off, micro) in zip(layouts, turns)]
+
+
+def pairs(cell: Cell) -> Iterable[tuple]:
+    """Each two settings of a cell."""
+    return itertools.combinations(((f.name, getattr(cell, f.name)) for f in fields(cell)), 2)
+
+
+def pairwise(candidates: list[Cell]) -> list[Cell]:
+    """A small subset of the cells in which every pair of settings that they have appears; deterministic.
+
+    Greedy: always the cell with most pairs that are still missing, the more expensive ones a little behind.
     """
+    number = {pair: index for index, pair in enumerate(dict.fromkeys(p for cell in candidates for p in pairs(cell)))}
+    masks = [(cell, sum(1 << number[pair] for pair in pairs(cell)), cell.cost**0.4) for cell in candidates]
+    missing, chosen = (1 << len(number)) - 1, []
+    while missing:
+        cell, mask, _ = max(masks, key=lambda item: (item[1] & missing).bit_count() / item[2])
+        chosen.append(cell)
+        missing &= ~mask
+    return chosen
 
-    def __init__(self, config: Config):
-        self.config = config
-        p = config.parallel
+
+@dataclass
+class Run(Outcome):
+    """A tiny run on this world's processes, through the engine, step by step."""
+
+    config: Config = field(default_factory=tiny_config)
+
+    def __post_init__(self) -> None:
+        p = self.config.parallel
         self.mesh = build_mesh(p.tp, p.pp, p.virtual_stages, p.sequence_parallel)
-        self.engine, self.model = build_engine(config, self.mesh)
-        self.data, self.passes = data_of(config, self.mesh), passes_of(config, self.mesh)
-        self.terms: list[dict[str, float]] = []
-        self.norms: list[float] = []
+        self.engine, self.model = build_engine(self.config, self.mesh)
+        self.data, self.passes = data_of(self.config, self.mesh), passes_of(self.config, self.mesh)
 
     def train(self, first: int = 0, end: int | None = None, after_pass: Callable[[str], None] | None = None) -> Run:
         """Steps ``first`` to ``end`` (not included); ``after_pass`` is told the name of each pass that is through."""
@@ -80,42 +177,99 @@ class Run:
                     after_pass(objective.name)
             values = torch.stack([value.float() for value in found.values()])
             self.terms.append(dict(zip(found, (all_reduce(values, self.mesh, "dp") / self.mesh.dp).tolist())))
-            self.norms.append(float(self.engine.step().grad_norm))
+            result = self.engine.step()
+            self.norms.append({"all": float(result.grad_norm)} | {k: float(v) for k, v in result.tower_norms.items()})
             self.engine.lerp(self._pairs(), 1 - self.config.objectives.self_distillation.teacher_momentum)
         return self
 
     def _pairs(self) -> list:
         return self.model.teacher_pairs() if "self_distillation" in self.model.objectives else []
 
-    def weights(self) -> dict[str, Tensor]:
-        """All of them, whole, by name."""
+    def outcome(self) -> Outcome:
+        """Terms, norms and weights, without the engine; a collective call."""
         # Without the moments that ``export`` would add: gathered one by one they would take as long as the steps.
         engine = self.engine
-        return {
+        own = {
             name: engine._whole(read_parameter(engine._engine, parameter), parameter).detach().clone()
             for parameter, name in engine.names.items()
         }
+        stages = all_gather_object(own if self.mesh.tp_rank == self.mesh.dp_rank == 0 else {})
+        weights = {name: value for stage in stages for name, value in stage.items()}
+        assert len(weights) == sum(map(len, stages)), "a parameter is on two pipeline ranks"
+        return Outcome(self.terms, self.norms, weights)
 
 
-def run_cell(config: Config) -> tuple[list[dict[str, float]], list[float], dict[str, Tensor]]:
+def run_cell(config: Config) -> Outcome:
     """As ``tiny_run.reference``, on this world's processes through the engine."""
-    run = Run(config).train()
-    weights = run.weights()
+    run = Run(config=config).train()
+    outcome = run.outcome()
     run.engine.close()
-    return run.terms, run.norms, weights
+    return outcome
 
 
-def relative(got: float, expected: float) -> float:
-    return abs(got - expected) / max(abs(expected), 1e-12)
+def run_cells(rank: int, chosen: list[Cell]) -> list[tuple[Outcome, float]]:
+    """Outcome and seconds of each, on the first rank."""
+    results = []
+    for cell in chosen:
+        begin = time.perf_counter()
+        results.append((run_cell(cell.config()), time.perf_counter() - begin))
+    return results if rank == 0 else []
 
 
-def differences(got: tuple, expected: tuple) -> tuple[float, float, float]:
-    """Largest relative difference of loss terms and of norms; of weights, relative to the larger of their largest entry
-    and 0.01."""
-    terms = max(relative(g[k], e[k]) for g, e in zip(got[0], expected[0], strict=True) for k in e)
-    norms = max(relative(g, e) for g, e in zip(got[1], expected[1], strict=True))
-    assert got[2].keys() == expected[2].keys()
-    weights = max(
-        float((got[2][k] - e).abs().max() / e.abs().max().clamp(min=1e-2)) for k, e in expected[2].items()
+_references: dict[str, Outcome] = {}
+
+
+def verdict(cell: Cell, outcome: Outcome) -> tuple[str, bool]:
+    """The row of the table, and whether the numbers agree with the single process'."""
+    plain = repr(cell.plain_config())  # the same for cells that differ in the layout alone
+    if plain not in _references:
+        _references[plain] = reference(cell.plain_config())
+    found = differences(outcome, _references[plain])
+    good = found.exact if cell.precision == "fp32" else found.near
+    return f"{cell}  {found}  {'equal' if good else 'DIFFERS'}", good
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Relative differences: the largest of a loss term, of a gradient norm (whole or of a tower), and of a weight, by
+    the larger of its tensor's largest entry and 0.01; and the largest of a weight tensor in the L2 norm."""
+
+    terms: float
+    norms: float
+    weights: float
+    tensors: float
+
+    @property
+    def exact(self) -> bool:
+        """Equal, but for the rounding of float32."""
+        return max(self.terms, self.norms, self.weights) < 1e-5
+
+    @property
+    def near(self) -> bool:
+        """Equal, but for the rounding of bfloat16, where other parts of a sum are rounded, each to 2^-9 of it. In a
+        term, a mean over many, that comes to less than one such rounding twice; a gradient is made of products of
+        rounded numbers, and a weight moves by a gradient that the optimizer has brought to a common size."""
+        return self.terms < 2**-8 and self.norms < 2**-6 and self.tensors < 2**-5
+
+    def __str__(self) -> str:
+        return f"terms {self.terms:.1e}  norms {self.norms:.1e}  weights {self.weights:.1e}"
+
+
+def differences(got: Outcome, expected: Outcome) -> Differences:
+    assert got.weights.keys() == expected.weights.keys()
+    assert len(got.terms) == len(expected.terms) and len(got.norms) == len(expected.norms)
+    off = {k: (got.weights[k] - e).abs() for k, e in expected.weights.items()}
+    return Differences(
+        _largest(got.terms, expected.terms), _largest(got.norms, expected.norms),
+        max(float(off[k].max() / e.abs().max().clamp(min=1e-2)) for k, e in expected.weights.items()),
+        max(float(off[k].norm() / e.norm().clamp(min=1e-2)) for k, e in expected.weights.items()),
     )
-    return terms, norms, weights
+
+
+def _largest(got: list[dict[str, float]], expected: list[dict[str, float]]) -> float:
+    found = []
+    for g, e in zip(got, expected):
+        assert g.keys() == e.keys()
+        found += [abs(g[k] - e[k]) / max(abs(e[k]), 1e-12) for k in e]
+    assert all(map(math.isfinite, found))
+    return max(found)

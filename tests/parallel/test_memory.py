@@ -29,7 +29,7 @@ def _gathered(run: Run) -> list[str]:
 def on_ranks(rank: int) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for zero in STAGES:
-        run = Run(Cell(1, 2, zero, 1, recompute=False).config({"train": {"steps": 6}}))
+        run = Run(config=Cell(dp=2, zero=zero).config({"train": {"steps": 6}}))
         _ = [run.data(step) for step in range(6)]  # kept for the life of the process: made before anything is counted
         held: dict[str, list[str]] = {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from megavtp.nn.block import Block
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.passes import Pass, execute
-from megavtp.training.optimizer import build_optimizer
+from megavtp.training.optimizer import build_optimizer, tower_of
 from megavtp.training.pretraining import build_passes
 
 TOWER = {"width": 32, "depth": 2, "heads": 4}
@@ -116,11 +116,17 @@ class PlainRunner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr_of(group)
 
-    def step(self) -> float:
+    def step(self) -> dict[str, float]:
+        """Update; gradient norms before clipping: of each tower, and of "all"."""
+        towers: dict[str, list[Tensor]] = {}
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                towers.setdefault(tower_of(name), []).append(parameter.grad.flatten())
+        norms = {tower: float(torch.cat(parts).double().norm()) for tower, parts in towers.items()}
         parameters = [p for p in self.module.parameters() if p.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad or float("inf"))
+        norms["all"] = float(torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad or float("inf")))
         self.optimizer.step()
-        return float(norm)
+        return norms
 
 
 def build_model(config: Config, mesh: Mesh) -> VTP:
@@ -145,7 +151,7 @@ def _condition(model: VTP) -> None:
             parameter.copy_(torch.linspace(-1, 1, parameter.numel()).cos().view_as(parameter))
         elif name.endswith(("token_embedding.weight", "positional_embedding", "cls_token")):
             parameter.mul_(40)
-        elif parameter.ndim > 1:
+        elif parameter.ndim > 1 and not name.startswith("text."):  # whose values go by the width
             parameter.mul_(6)
 
 
@@ -161,7 +167,10 @@ def build_engine(config: Config, mesh: Mesh) -> tuple[Engine, VTP]:
 
 
 def passes_of(config: Config, mesh: Mesh) -> list[Pass]:
-    return build_passes(config, share(config, mesh.dp), mesh, torch.device("cpu"), None)
+    """The passes; where the config wants a perceptual distance, the mean square serves as one."""
+    wanted = config.objectives.reconstruction.perceptual != "none"
+    distance = (lambda a, b: (a - b).square().mean((1, 2, 3))) if wanted else None
+    return build_passes(config, share(config, mesh.dp), mesh, torch.device("cpu"), distance)
 
 
 def data_of(config: Config, mesh: Mesh) -> Callable[[int], Batch]:
@@ -185,8 +194,18 @@ def learning_rate(config: Config, step: int) -> Callable[[dict], float]:
     return lambda group: 0.0 if frozen and group["prototypes"] else config.train.optimizer.lr * group["lr_scale"]
 
 
-def reference(config: Config) -> tuple[list[dict[str, float]], list[float], dict[str, Tensor]]:
-    """Per step the loss terms and the gradient norm, then the final weights, by plain torch on one process."""
+@dataclass
+class Outcome:
+    """Of a run: per step the loss terms, averaged over dp, and the gradient norms (of "all" and of each tower); the
+    final weights, whole, by name."""
+
+    terms: list[dict[str, float]] = field(default_factory=list)
+    norms: list[dict[str, float]] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def reference(config: Config) -> Outcome:
+    """By plain torch on one process."""
     model = build_model(config, SINGLE)
     runner = PlainRunner(
         model, build_optimizer(model.named_parameters(), config.train.optimizer), config.train.optimizer.clip_grad
@@ -203,7 +222,7 @@ def reference(config: Config) -> tuple[list[dict[str, float]], list[float], dict
         with torch.no_grad():
             for teacher, student in model.teacher_pairs() if "self_distillation" in model.objectives else []:
                 teacher.lerp_(student, 1 - config.objectives.self_distillation.teacher_momentum)
-    return terms, norms, {name: p.detach().clone() for name, p in model.named_parameters()}
+    return Outcome(terms, norms, {name: p.detach().clone() for name, p in model.named_parameters()})
 
 
 def plain_layout(config: Config) -> Config:

@@ -78,7 +78,7 @@ CHAIN = [
     (2, "parallel.zero_stage=1"),
     (2, "parallel.tp=2", "parallel.zero_stage=3"),
     (1, "parallel.zero_stage=0", "parallel.recompute=full", "objectives.contrastive.micro_batch=8"),
-    (4, "parallel.tp=2", "parallel.zero_stage=2", "data.workers=1"),
+    (4, "parallel.tp=2", "parallel.pp=2", "parallel.zero_stage=2", "data.workers=1"),
 ]
 
 
