@@ -1,4 +1,4 @@
-"""Metrics of a tokenizer: zero-shot, retrieval, k-NN on frozen features, reconstruction."""
+"""Metrics of a tokenizer: zero-shot, retrieval, k-NN on frozen features, reconstruction; distances of image sets."""
 
 from megavtp.evaluation.interface import VTPEvaluated
 from megavtp.evaluation.report import format_table, write_metrics

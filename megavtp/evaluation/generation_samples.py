@@ -79,7 +79,7 @@ def _class_counts(dataset: ShardDataset, dit: StoredDiT, label: str) -> list[int
     classes: Sequence[str | int] = dit.classes or range(dit.config.model.num_classes)
     if strange := [value for value in values if value not in classes]:
         raise UserError(
-            f"--label {label}: the value {strange[0]!r} of {values[strange[0]]} samples in {dataset.folder} is no class "
-            f"of this DiT ({', '.join(map(str, list(classes)[:10]))}{', ...' * (len(classes) > 10)})"
+            f"--label {label}: the value {strange[0]!r} of {values[strange[0]]} samples in {dataset.folder} is no "
+            f"class of this DiT ({', '.join(map(str, list(classes)[:10]))}{', ...' * (len(classes) > 10)})"
         )
     return [values[value] for value in classes]
