@@ -128,9 +128,12 @@ def cells(**given: Iterable) -> list[Cell]:
 def whole_matrix() -> list[Cell]:
     """Every legal cell of the layout settings, each with one of the micro-batch counts, and of the objectives that are
     off, in turn."""
-    layouts = [cell for cell in cells(micro_batches=(1,), off=("",)) if legal(cell)]
-    turns = itertools.cycle(itertools.product(AXES["off"], AXES["micro_batches"]))
-    return [replace(cell, off=off, micro_batches=micro) for cell, (off, micro) in zip(layouts, turns)]
+    turns = list(itertools.product(AXES["off"], AXES["micro_batches"]))
+    whole = []
+    for index, cell in enumerate(cell for cell in cells(micro_batches=(1,), off=("",)) if legal(cell)):
+        off, micro = turns[(index + index // len(turns)) % len(turns)]  # shifted each round: it meets every setting
+        whole.append(replace(cell, off=off, micro_batches=micro))
+    return whole
 
 
 def pairs(cell: Cell) -> Iterable[tuple]:
