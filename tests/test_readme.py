@@ -58,7 +58,7 @@ def check_make(words):
         if "=" not in word:
             assert re.search(rf"^{re.escape(word)}:", (ROOT / "Makefile").read_text(), re.MULTILINE), word
         else:
-            assert word.partition("=")[0] in ("PYTHON", "VENV", "EXTRAS")
+            assert word.partition("=")[0] in ("PYTHON", "VENV", "EXTRAS", "CELLS")
 
 
 def check_tool(words):
