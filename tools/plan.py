@@ -83,6 +83,7 @@ def main() -> int:
 # Of the recipe's layout only precision and kernels count: the rest is what is sought.
 ALONE = {
     "pp": 1, "schedule": "1f1b", "virtual_stages": 1, "sequence_parallel": False, "recompute": "none", "zero_stage": 1,
+    "zero3_gather": "block",
 }
 
 if __name__ == "__main__":
