@@ -3,7 +3,7 @@
 ``parallel.recompute``, by what is held between forward and backward, in bytes per token and block for a width D and a
 SwiGLU hidden width H, under bfloat16 autocast with a float32 residual stream (two float32 tensors of it count):
 
-none        32 D + 8 H   (with SDPA on CPU; fused norm kernels hold 8 D less)
+none        32 D + 8 H   as counted on CPU, where RMS norms hold 8 D of it that a fused kernel need not
 selective   14 D + 4 H   the residual stream and the outputs of the first products (q, k, v; gate and value)
 full         4 D         a block's input
 

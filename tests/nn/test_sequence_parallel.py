@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from distributed import run_ranks
@@ -109,8 +111,17 @@ def held(mesh: Mesh, mode: str) -> float:
         leaf, segments = torch.randn(8 * sequences, WIDTH, requires_grad=True), ((sequences, 8),)
         with Watch() as watch:
             y = run_blocks([(0, block)], leaf * 1, segments, None, None, mode)
-        bytes_of.append(watch.live_bytes - y.untyped_storage().nbytes())
+        bytes_of.append(_settled(watch) - y.untyped_storage().nbytes())
     return (bytes_of[1] - bytes_of[0]) / 32
+
+
+def _settled(watch: Watch) -> int:
+    """What is alive for good: gloo's threads let go of a tensor some moments after its collective has ended."""
+    readings = []
+    for _ in range(10):
+        readings.append(watch.live_bytes)
+        time.sleep(0.01)
+    return min(readings)
 
 
 def on_rank(rank: int) -> dict:
@@ -145,8 +156,8 @@ def test_equals_one_process(setting: tuple, tp: int, ranks: list[dict]) -> None:
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_every_activation_is_cut(tp: int, ranks: list[dict]) -> None:
-    for results in ranks:
-        assert results[tp]["held"] == {mode: held(SINGLE, mode) / tp for mode in MODES}
+    expected = {mode: held(SINGLE, mode) / tp for mode in MODES}
+    assert all(results[tp]["held"] == expected for results in ranks)
 
 
 @pytest.mark.parametrize("tp", [2, 4])
