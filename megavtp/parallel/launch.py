@@ -177,6 +177,7 @@ def _user_error(error: UserError) -> int:
         place = None
     joined = dist.is_initialized() and dist.get_world_size() > 1
     if place is not None and place.rank > 0 and not joined:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # rank 0 has spoken and its launcher ends this one
         time.sleep(_PATIENCE)
     where = f"[rank {place.rank}] " if place is not None and (place.rank > 0 or joined) else ""
     print(f"{where}error: {error}", file=sys.stderr, flush=True)
