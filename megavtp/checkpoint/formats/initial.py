@@ -7,8 +7,6 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from megavtp.checkpoint.formats.fitting import misshapen
@@ -17,8 +15,8 @@ from megavtp.checkpoint.formats.hf_vtp import PERIODS
 from megavtp.checkpoint.formats.openclip import from_openclip, is_openclip
 from megavtp.checkpoint.formats.timm_vit import from_timm, is_timm_vit
 from megavtp.checkpoint.formats.vtp_source import check_periods, open_vtp
+from megavtp.checkpoint.formats.weights_file import read_weights_file
 from megavtp.config.schema import ModelConfig
-from megavtp.data.torch_file import read_torch_file
 from megavtp.errors import UserError
 from megavtp.models.vtp import VTP
 from megavtp.parallel.sharding import cut, shard_of
@@ -75,7 +73,7 @@ def _tower(name: str) -> str:
 def _read(path: Path, config: ModelConfig, shapes: Mapping[str, list[int]]) -> ForeignWeights:
     if path.is_dir():
         return _read_vtp(path, config, shapes)
-    state = unwrapped(_read_file(path))
+    state = unwrapped(read_weights_file(path, "no weights", _REMEDY))
     state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if is_openclip(state):
         found = from_openclip(state, config, shapes)
@@ -113,18 +111,6 @@ def _other_settings(there: ModelConfig, here: ModelConfig, towers: AbstractSet[s
             for name in _HIDDEN if hasattr(one, name) and getattr(one, name) != getattr(other, name)
         ]
     return found
-
-
-def _read_file(path: Path) -> dict:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path} is not a whole safetensors file ({error}); {_REMEDY}") from None
-    tree = read_torch_file(path, _REMEDY)
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds a {type(tree).__name__}, no weights; {_REMEDY}")
-    return tree
 
 
 def _check(found: ForeignWeights, shapes: Mapping[str, list[int]], path: str) -> None:

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from megavtp.checkpoint.formats.fitting import check
+from megavtp.checkpoint.formats.weights_file import read_weights_file
 from megavtp.config.dit import SIZES, DiTConfig, DiTModelConfig
 from megavtp.data.artifact import TokenizerArtifact
-from megavtp.data.torch_file import read_torch_file
 from megavtp.errors import UserError
 from megavtp.models.dit import DiT
 from megavtp.models.dit_positions import pair_tables, sine_positions
@@ -68,7 +66,7 @@ def read_lightningdit(path: str | Path) -> LightningDiT:
             that do not fit together: every missing, unexpected and misshapen one is listed.
     """
     path = Path(path)
-    tree = _read(path)
+    tree = read_weights_file(path, "not a checkpoint", _REMEDY)
     parts = {name: _plain(tree[name]) for name in ("model", "ema") if _is_state(tree.get(name))}
     notes = []
     if not parts and _is_state(tree):
@@ -152,18 +150,6 @@ def _check_positions(state: Mapping[str, Tensor], config: DiTModelConfig, path: 
     for name, expected in _positions(config).items():
         if not torch.allclose(state[name].float(), expected, rtol=0, atol=_SAME):
             raise UserError(f"{path}: {name} is not the fixed position table of its sizes; this DiT has no other")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path} is not a whole safetensors file ({error}); {_REMEDY}") from None
-    tree = read_torch_file(path, _REMEDY)
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds a {type(tree).__name__}, not a checkpoint; {_REMEDY}")
-    return tree
 
 
 def _is_state(value: Any) -> bool:
