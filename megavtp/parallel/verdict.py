@@ -86,17 +86,18 @@ def judge(
     ]
     if gone:
         return _lost(gone, reports)
-    # A rank whose connection broke waits for the verdict on that.
-    ages = {rank: report.age + silent[rank] for rank, report in reports.items()}
-    if not any(ages[rank] > limit_of(timeout, r.slow) for rank, r in reports.items() if not r.broken):
-        return None
     # Who waits for another has come as far as the other, or farther.
     first = min(report.number for report in reports.values())
     behind = [rank for rank, report in reports.items() if report.number == first]
     behind = [rank for rank in behind if not reports[rank].in_collective] or behind
+    # The others may have waited for longer than these have had for their phase: what counts is these ones' own time.
+    ages = {rank: reports[rank].age + silent[rank] for rank in behind}
+    # A rank whose connection broke waits for the verdict on that.
+    if not any(ages[rank] > limit_of(timeout, reports[rank].slow) and not reports[rank].broken for rank in behind):
+        return None
     if all(silent[rank] > _MUTE for rank in behind):
         return _lost(behind, reports)
-    age = max(ages[rank] for rank in behind)
+    age = max(ages.values())
     return Verdict(
         f"{_those(behind, reports)} {_verb(behind, 'hangs', 'hang')}: no progress for {age:.0f} s (limit: "
         f"parallel.timeout = {timeout:g} s), {_where(behind, reports)}", tuple(behind),

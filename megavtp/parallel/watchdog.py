@@ -106,7 +106,8 @@ class Watchdog:
             patience = SILENCE_AFTER_LOSS if self._broken else silence_of(self._timeout, slow)
             if now - self._last_beat > patience:
                 self._decide(self._store_verdict(f"no answer for {now - self._last_beat:.0f} s"))
-            if self._own_age() > limit_of(self._timeout, slow) + 30:  # nobody is there to judge
+            # Nobody is there to judge: a rank that waits for others may rightly be older than its own phase's limit.
+            if self._own_age() > limit_of(self._timeout, slow=True) + 30:
                 self._decide(Verdict(self._overdue_text(), (self._rank,)))
             if self._known.wait(_BEAT):
                 self._end()

@@ -25,6 +25,8 @@ CASES = {
         "rank 1 (node) hangs: no progress for 603 s (limit: parallel.timeout = 600 s), in step 9, update at "
         "trainer.py:9 in _step",
     ),
+    "one is behind, but not for long yet": ([report(10, 601.0, **WAITS), report(9, 599.0)], {}, None),
+    "one is behind, and reads": ([report(10, 700.0, **WAITS), report(9, 1000.0, slow=True)], {}, None),
     "in the same phase, one does not wait": (
         [report(10, 601.0, **WAITS), report(10, 601.0)], {}, "rank 1 (node) hangs",
     ),
