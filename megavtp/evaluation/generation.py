@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,22 +55,28 @@ def open_reference(path: str | Path, network: FeatureNetwork, size: int, limit: 
 class GenerationResult:
     """``metrics`` by name; ``skipped``: those left out and why; ``notes``: what to know when reading them.
 
-    ``reference``: its statistics, to be written to a file and used again.
+    ``reference``: its statistics, to be written to a file and used again. ``compare``: metrics of other image sets.
     """
 
     metrics: dict[str, float]
     reference: FeatureStatistics
+    compare: dict[str, dict[str, float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
 def measure_generation(
     samples: ImageSource, reference: Reference, network: FeatureNetwork, *, batch_size: int = 64, seed: int = 0,
-    mesh: Mesh = SINGLE, device: torch.device | str = "cpu",
+    mesh: Mesh = SINGLE, device: torch.device | str = "cpu", compare: Mapping[str, ImageSource] | None = None,
 ) -> GenerationResult:
     """All distances that the reference allows; a collective call with the same result on every rank.
 
-    ``seed``: of the kernel distance's subsets. Raises ``UserError`` for samples or references of fewer than two images.
+    Args:
+        seed: of the kernel distance's subsets.
+        compare: other images, by what they are called, to be measured against the same reference.
+
+    Raises:
+        UserError: samples or references of fewer than two images.
     """
     device = torch.device(device)
     options = {"batch_size": batch_size, "mesh": mesh, "device": device}
@@ -78,9 +84,15 @@ def measure_generation(
     real = None if reference.images is None else summarise(reference.images, network, title="reference", **options)
     statistics = real.statistics if reference.statistics is None else reference.statistics
     statistics = FeatureStatistics(statistics.mean.to(device), statistics.covariance.to(device), statistics.count)
+    others = {name: summarise(source, network, title=name, **options) for name, source in (compare or {}).items()}
+
+    def measured() -> tuple[dict[str, float], dict[str, str], dict[str, dict[str, float]]]:
+        metrics, skipped = _distances(made, real, statistics, network.name, seed)
+        compared = {name: _distances(other, real, statistics, network.name, seed)[0] for name, other in others.items()}
+        return metrics, skipped, compared
+
     # The eigenvalues are worth seconds: one rank computes, instead of all ranks of a machine at the same time.
-    found = together(lambda: _distances(made, real, statistics, network.name, seed) if mesh.rank == 0 else None)
-    metrics, skipped = broadcast_object(found)
+    metrics, skipped, compared = broadcast_object(together(lambda: measured() if mesh.rank == 0 else None))
     notes = list(reference.notes)
     name = metric_name("frechet", network.name, "generation")
     for what, of in (("samples", made.statistics), ("reference images", statistics)):
@@ -88,7 +100,7 @@ def measure_generation(
             notes.append(few_samples_warning(name, what, of))
     if network.name != INCEPTION:
         notes.append(f"{name} is a distance of {network.title} features, no FID: do not compare it with published FID")
-    return GenerationResult(metrics, statistics, skipped, tuple(notes))
+    return GenerationResult(metrics, statistics, compared, skipped, tuple(notes))
 
 
 def _distances(

@@ -14,7 +14,9 @@ from megavtp.evaluation.frechet_reference import write_statistics
 from megavtp.evaluation.generation import GenerationResult, measure_generation, open_reference
 from megavtp.evaluation.generation_samples import samples_like
 from megavtp.evaluation.image_sources import ImageSource, open_images
+from megavtp.evaluation.npz_images import holds_images
 from megavtp.evaluation.report import format_table, write_metrics
+from megavtp.evaluation.scale import Blurred, Noise, untrained
 from megavtp.parallel.collectives import together
 from megavtp.parallel.mesh import Mesh
 from megavtp.sampling.command import settings_of
@@ -35,8 +37,10 @@ def run_generation(options: argparse.Namespace, device: torch.device, mesh: Mesh
     network = together(lambda: load_network(options.inception, device))
     samples = together(lambda: _samples(options, device))
     reference = together(lambda: open_reference(options.reference, network, samples.size, options.reference_samples))
+    compare = together(lambda: _scale(options, samples)) if options.scale else {}
     result = measure_generation(
-        samples, reference, network, batch_size=options.batch_size, seed=options.seed, mesh=mesh, device=device
+        samples, reference, network, batch_size=options.batch_size, seed=options.seed, mesh=mesh, device=device,
+        compare=compare,
     )
     if mesh.rank:
         return []
@@ -45,7 +49,7 @@ def run_generation(options: argparse.Namespace, device: torch.device, mesh: Mesh
     if options.out:
         write_metrics(options.out, _record(options, network, result))
     left_out = [f"left out: {name}: {reason}" for name, reason in result.skipped.items()]
-    return [format_table(result.metrics), *left_out, *(f"note: {note}" for note in result.notes)]
+    return [format_table(result.metrics, result.compare), *left_out, *(f"note: {note}" for note in result.notes)]
 
 
 def _samples(options: argparse.Namespace, device: torch.device) -> ImageSource:
@@ -66,12 +70,23 @@ def _samples(options: argparse.Namespace, device: torch.device) -> ImageSource:
     return GeneratedImages(sampler, samples_like(options.reference, sampler.dit, count, options.label))
 
 
+def _scale(options: argparse.Namespace, samples: ImageSource) -> dict[str, ImageSource]:
+    """Bad images, as many as there are samples."""
+    count, size = len(samples), samples.size
+    found: dict[str, ImageSource] = {}
+    if options.reference.is_dir() or holds_images(options.reference):
+        found["blurred"] = Blurred(open_images(options.reference, size, count))
+    if isinstance(samples, GeneratedImages):
+        found["untrained"] = GeneratedImages(untrained(samples.sampler), samples.samples)
+    return found | {"noise": Noise(count, size, options.seed)}
+
+
 def _record(options: argparse.Namespace, network: FeatureNetwork, result: GenerationResult) -> dict[str, Any]:
     """Everything that decides the numbers, and the numbers."""
     told = {name: str(value) for name in ("samples_from", "dit", "tokenizer", "reference", "size", "label", "weights")
             if (value := getattr(options, name)) is not None}
     drawn = {} if options.dit is None else {"sampling": vars(settings_of(options))}
     return {
-        **told, **drawn, "features": network.title, "metrics": result.metrics, "skipped": result.skipped,
-        "notes": list(result.notes),
+        **told, **drawn, "features": network.title, "metrics": result.metrics, "compare": result.compare,
+        "skipped": result.skipped, "notes": list(result.notes),
     }

@@ -57,7 +57,7 @@ class Sampler:
         channels = config.latent_channels
         if settings.guided_channels is not None and settings.guided_channels > channels:
             raise UserError(f"sampling: guided channels {settings.guided_channels}: the latents have {channels}")
-        self.dit, self.tokenizer, self.settings = dit, tokenizer, settings
+        self.dit, self.tokenizer, self.settings, self.dtype = dit, tokenizer, settings, dtype
         self.shape = (channels, config.latent_size, config.latent_size)
         self.size = config.latent_size * tokenizer.artifact.patch_size
         self.device = tokenizer.device

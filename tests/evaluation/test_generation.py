@@ -29,10 +29,11 @@ from megavtp.evaluation.generation_samples import samples_like
 from megavtp.evaluation.image_sources import open_images
 from megavtp.evaluation.kid import kernel_distance
 from megavtp.evaluation.precision_recall import precision_recall
+from megavtp.evaluation.scale import Noise, blur, untrained
 from megavtp.parallel.mesh import SINGLE, build_mesh
 from megavtp.pixels import normalise, to_uint8
 from megavtp.sampling.sampler import open_sampler
-from megavtp.sampling.samples import Sample
+from megavtp.sampling.samples import Sample, SampleNoise
 from megavtp.sampling.settings import SamplingSettings
 
 sys.path.append(str(Path(__file__).parents[1] / "sampling"))
@@ -138,6 +139,30 @@ def test_only_some_features_are_kept(folders, monkeypatch):
     assert torch.equal(summary.features, Pools()(images[::3])) and summary.statistics.count == 53
 
 
+@pytest.mark.parametrize("world", [1, 3])
+def test_noise_is_the_same_in_any_batches_on_any_number_of_processes(world):
+    def images(batch_size, world):
+        parts = [part for rank in range(world) for part in Noise(150, 8, seed=1).batches(batch_size, rank, world)]
+        numbers = torch.cat([n for n, _ in parts])
+        assert sorted(numbers.tolist()) == list(range(150))
+        return torch.cat([i for _, i in parts])[torch.argsort(numbers)]
+
+    whole = images(150, 1)
+    assert torch.equal(images(7, world), whole) and not torch.equal(whole[:64], whole[64:128])
+    assert not torch.equal(next(Noise(150, 8, seed=2).batches(150, 0, 1))[1], whole[:64])
+    assert whole.float().mean() == pytest.approx(127.5, abs=2) and whole.min() == 0 and whole.max() == 255
+
+
+def test_blur_takes_means_of_squares():
+    image = torch.from_numpy(pictures(2, 1, 20)).permute(0, 3, 1, 2).contiguous()
+    blurred = blur(image)
+    assert blurred.shape == image.shape and blurred.dtype == torch.uint8
+    for rows in (slice(0, 8), slice(8, 16), slice(16, 20)):
+        for columns in (slice(0, 8), slice(8, 16), slice(16, 20)):
+            mean = image[..., rows, columns].double().mean((2, 3), keepdim=True)
+            assert ((blurred[..., rows, columns] - mean).abs() <= 0.51).all()
+
+
 def test_references_in_files(folders, tmp_path):
     """ADM's: images, and statistics of another, larger set."""
     samples = open_images(folders / "samples.npz")
@@ -202,6 +227,7 @@ def test_tool_on_files(folders, tmp_path, pools, monkeypatch, capsys):
     rows = dict(line.split()[:2] for line in printed.splitlines() if line.startswith(("generation/", "samples", "ref")))
     content = json.loads(out.read_text())
     assert content["metrics"] == pytest.approx(plain(folders), rel=1e-6) and content["features"] == "pools"
+    assert content["compare"] == {}
     assert rows.keys() == content["metrics"].keys() and rows["samples"] == "53"
     assert float(rows["generation/fd_pools"]) == pytest.approx(content["metrics"]["generation/fd_pools"], abs=1e-4)
     assert "note: generation/fd_pools is a distance of pools features, no FID" in printed
@@ -210,6 +236,16 @@ def test_tool_on_files(folders, tmp_path, pools, monkeypatch, capsys):
     again = json.loads(out.read_text())
     assert again["metrics"]["generation/fd_pools"] == pytest.approx(content["metrics"]["generation/fd_pools"])
     assert again["metrics"]["reference_samples"] == 38 and again["skipped"]
+
+    assert run_tool(monkeypatch, *options, "--reference", folders / "reference", "--scale") == 0
+    content = json.loads(out.read_text())
+    assert content["metrics"] == pytest.approx(plain(folders), rel=1e-6)
+    real = open_images(folders / "reference")
+    images = next(real.batches(38, 0, 1))[1]
+    for name, others in (("blurred", blur(images)), ("noise", next(Noise(53, 8).batches(53, 0, 1))[1])):
+        want = frechet_distance(statistics_of(Pools()(others)), statistics_of(Pools()(images)))
+        assert content["compare"][name]["generation/fd_pools"] == pytest.approx(want, rel=1e-6)
+    assert content["compare"]["noise"]["samples"] == 53
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +286,14 @@ def test_tool_with_a_dit(dit, shards, tmp_path, pools, monkeypatch, capsys):
     real = open_reference(shards, Pools(), sampler.size).images
     want = frechet_distance(statistics, statistics_of(Pools()(next(real.batches(12, 0, 1))[1])))
     assert content["metrics"]["generation/fd_pools"] == pytest.approx(want, rel=1e-3)  # images differ by rounding
-    capsys.readouterr()
+
+    # an untrained one draws what its noise decodes to
+    assert run_tool(monkeypatch, *options, "--samples", 10, "--device", "cpu", "--scale") == 0
+    compare = json.loads(out.read_text())["compare"]
+    assert list(compare) == ["blurred", "untrained", "noise"] and compare["blurred"]["samples"] == 10
+    blank = untrained(sampler)
+    assert torch.equal(blank.latents(samples), SampleNoise(0, samples, sampler.shape, "cpu")())
+    assert "untrained" in capsys.readouterr().out
     assert run_tool(monkeypatch, *options, "--label", "captions") == 2
     assert "the value None of 12 samples" in capsys.readouterr().err
 
