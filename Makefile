@@ -8,8 +8,10 @@ comma := ,
 STAMP := $(VENV)/.megavtp-$(subst $(comma),-,$(EXTRAS))
 CONSTRAINTS := -c constraints.txt
 DEMO := configs/demo/vtp_emoji.yaml
+DEMO_DIT := configs/demo/dit_emoji.yaml
+DRAW := --dit runs/demo_dit/checkpoints/latest --tokenizer runs/demo/tokenizer --method heun --steps 20
 
-.PHONY: install demo test matrix test-gpu lint clean
+.PHONY: install demo demo-tokenizer demo-generation test matrix test-gpu lint clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -29,10 +31,24 @@ $(STAMP): setup.py constraints.txt | $(BIN)/python
 	@touch $@
 
 # Draws the emoji into data/emoji first, if they are not there; goes on where an earlier run stopped.
-demo: install
+demo: demo-tokenizer demo-generation
+
+demo-tokenizer: install
 	$(BIN)/deepspeed launchers/pretrain.py --config $(DEMO)
 	$(BIN)/python tools/evaluate.py --checkpoint runs/demo/checkpoints/latest --data data/emoji --untrained \
 	  --out runs/demo/evaluation.json --pictures runs/demo/reconstructions.png
+
+# The tokenizer in the released models' form, the latents of the emoji, a DiT on them, its pictures and their distances.
+demo-generation: demo-tokenizer
+	rm -rf runs/demo/tokenizer
+	$(BIN)/python tools/convert_checkpoint.py --from runs/demo/checkpoints/latest --to hf-vtp --out runs/demo/tokenizer
+	$(BIN)/deepspeed tools/extract_latents.py --tokenizer runs/demo/tokenizer --data data/emoji --label group \
+	  --out runs/demo/latents
+	$(BIN)/deepspeed launchers/train_dit.py --config $(DEMO_DIT)
+	$(BIN)/deepspeed tools/sample.py $(DRAW) --classes all --out runs/demo_dit/samples.png
+	$(BIN)/deepspeed tools/sample.py $(DRAW) --classes all --guidance 3 --out runs/demo_dit/samples_guidance.png
+	$(BIN)/deepspeed tools/evaluate.py generation $(DRAW) --guidance 3 --reference data/emoji --label group --scale \
+	  --samples 400 --reference-samples 800 --out runs/demo_dit/generation.json
 
 test: install
 	$(BIN)/python -m pytest

@@ -172,14 +172,51 @@ def _stages(rank: int, guarded: bool) -> list[bool]:
     return applied
 
 
+def _uneven_groups(rank: int, guarded: bool) -> tuple[float, float]:
+    """Two pipeline stages, of one parameter group and of two: the norm that a step reports, and that of the stage."""
+    mesh = build_mesh(1, 2)
+    module = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(1 + rank)))
+    with torch.no_grad():
+        for index, parameter in enumerate(module.parameters()):
+            parameter.copy_(torch.eye(4) * (1 + rank + index))
+    groups = [{"params": [parameter]} for parameter in module.parameters()]
+    with patch.object(adapter, "_norm_by_tower", adapter._norm_by_tower if guarded else lambda engine, mesh: None):
+        engine = Engine(module, torch.optim.AdamW(groups), mesh, zero_stage=1, clip_grad=0.0)
+    engine.begin_step()
+    engine.backward(engine(torch.ones(2, 4)).sum())
+    own = torch.cat([gradient.flatten() for gradient in _gradients(module)]).norm()
+    norm = float(engine.step().grad_norm)
+    if not guarded and rank == 0:  # the other stage's second group waits for somebody to add to
+        torch.distributed.all_reduce(torch.zeros(1), group=mesh.mp_group)
+    return norm, float(own)
+
+
+def _gradients(module: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(module(torch.ones(2, 4)).sum(), list(module.parameters()))
+
+
+def _backward_without_parameters(rank: int, zero: int) -> str | None:
+    """What the engine says of a backward through nothing that it holds."""
+    module = torch.nn.Linear(4, 4)
+    engine = Engine(module, optimizer_of(module), build_mesh(1, 2), zero_stage=zero, clip_grad=0.0)
+    engine.begin_step()
+    found = attempt(lambda: engine.backward((torch.ones(2, 4, requires_grad=True) * 2).sum()))
+    return found if isinstance(found, str) else None
+
+
 def _everything(rank: int) -> dict[str, Any]:
-    return _runs() | _states() | {"stages": _stages(rank, guarded=True)}
+    return _runs() | _states() | {
+        "stages": _stages(rank, guarded=True),
+        "uneven groups": [_uneven_groups(rank, guarded) for guarded in (True, False)],
+        "no parameters": [_backward_without_parameters(rank, zero) for zero in STAGES],
+    }
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     results = run_ranks(2, _everything, timeout=240)
-    return results[0] | {"stages": [result["stages"] for result in results]}
+    by_stage = ("stages", "uneven groups", "no parameters")
+    return results[0] | {name: [result[name] for result in results] for name in by_stage}
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +227,20 @@ def expected() -> dict[str, Outcome]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_stages_with_different_parameter_groups_have_one_norm(found: dict) -> None:
+    """DeepSpeed sums the norms over the pipeline group by group: one stage's meets another group's, or nobody's."""
+    (first, first_unguarded), (second, second_unguarded) = found["uneven groups"]
+    whole = (first[1] ** 2 + second[1] ** 2) ** 0.5
+    assert first[0] == pytest.approx(whole, rel=1e-6) and second[0] == pytest.approx(whole, rel=1e-6)
+    assert abs(first_unguarded[0] / whole - 1) > WRONG, superfluous("_norm_by_tower")
+
+
+def test_a_backward_needs_a_parameter(found: dict) -> None:
+    """A chunk without blocks passes gradients on by itself, as ``pipeline._Trip.backward`` does."""
+    for said in found["no parameters"]:
+        assert said[2] and "IndexError" in said[2], superfluous("the way around an empty chunk in pipeline.py")
 
 
 @pytest.mark.parametrize("zero", STAGES)
