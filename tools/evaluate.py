@@ -62,7 +62,7 @@ def parse_generation(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="crop and resize to this many pixels (default: the samples' own)")
     parser.add_argument("--inception", type=Path, help="file of FID's Inception weights (default: EfficientNet-Lite0)")
     parser.add_argument(
-        "--scale", action="store_true", help="also measure the reference's images blurred, an untrained DiT's, and noise"
+        "--scale", action="store_true", help="also measure the reference's images blurred, an untrained DiT's, noise"
     )
     parser.add_argument("--label", help="with --dit: classes as often as in this key of the reference's metadata")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time on each process (default: 64)")

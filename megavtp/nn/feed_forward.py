@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,29 @@ from megavtp.parallel.sequence import TokenCut
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
     return x * torch.sigmoid(1.702 * x)
+
+
+class _Gate(torch.autograd.Function):
+    """silu(g) * v of the halves g, v of the last dimension. Keeps its input alone for the backward pass: what autograd
+    would keep besides, silu(g), is half of that again, and cheap."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden)
+        gate, value = hidden.chunk(2, -1)
+        return _silu(gate) * value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (hidden,) = ctx.saved_tensors
+        gate, value = hidden.chunk(2, -1)
+        of_gate = torch.ops.aten.silu_backward(grad * value, gate.contiguous())
+        return torch.cat([of_gate, grad * _silu(gate)], -1)
+
+
+def _silu(gate: Tensor) -> Tensor:
+    # On a CPU the kernel for a part of a tensor is slower, and rounds otherwise than that for a whole one.
+    return F.silu(gate if gate.is_cuda else gate.contiguous())
 
 
 class SwiGLU(nn.Module):
@@ -41,8 +65,7 @@ class SwiGLU(nn.Module):
         return joint_linear(enter(x, self.mesh, cut), self.w1, self.w2)
 
     def contract(self, hidden: Tensor, cut: TokenCut | None = None) -> Tensor:
-        gate, value = hidden.chunk(2, -1)
-        return self.w3(F.silu(gate) * value, cut)
+        return self.w3(_Gate.apply(hidden), cut)
 
 
 class MLP(nn.Module):

@@ -45,8 +45,7 @@ def test_trunk_equals_the_plain_formula(model, inputs):
     for normalise in (False, True):
         packed = model.trunk(crops, [inputs["masks_global"], None], normalise=normalise)
         for tokens, expected in zip(packed, plain):
-            # Rotary positions in bfloat16 make 1e-5 of a last bit in another order.
-            assert torch.allclose(tokens, expected[normalise], atol=1e-4)
+            assert torch.allclose(tokens, expected[normalise], atol=1e-5)
 
 
 def test_trunk_gradients_equal_the_plain_formula(model, inputs):
