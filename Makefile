@@ -9,7 +9,7 @@ STAMP := $(VENV)/.megavtp-$(subst $(comma),-,$(EXTRAS))
 CONSTRAINTS := -c constraints.txt
 DEMO := configs/demo/vtp_emoji.yaml
 DEMO_DIT := configs/demo/dit_emoji.yaml
-DRAW := --dit runs/demo_dit/checkpoints/latest --tokenizer runs/demo/tokenizer --method heun --steps 20
+DRAW := --dit runs/demo_dit/checkpoints/latest --tokenizer runs/demo/tokenizer --method heun --steps 15
 
 .PHONY: install demo demo-tokenizer demo-generation test matrix test-gpu lint clean
 .DELETE_ON_ERROR:
@@ -48,7 +48,7 @@ demo-generation: demo-tokenizer
 	$(BIN)/deepspeed tools/sample.py $(DRAW) --classes all --out runs/demo_dit/samples.png
 	$(BIN)/deepspeed tools/sample.py $(DRAW) --classes all --guidance 3 --out runs/demo_dit/samples_guidance.png
 	$(BIN)/deepspeed tools/evaluate.py generation $(DRAW) --guidance 3 --reference data/emoji --label group --scale \
-	  --samples 400 --reference-samples 800 --out runs/demo_dit/generation.json
+	  --samples 256 --reference-samples 512 --out runs/demo_dit/generation.json
 
 test: install
 	$(BIN)/python -m pytest
