@@ -91,6 +91,9 @@ class ContrastiveConfig:
     drop_path: float = 0.0
     loss: Literal["infonce", "siglip"] = "infonce"
     max_scale: float = 100.0  # the learnable temperature's ceiling, as exp(logit_scale)
+    # Pixels that this objective's images are reduced to; None = model.image_size. Fewer tokens, more steps in the same
+    # time (CLIPA, arXiv 2305.07017).
+    image_size: int | None = None
 
 
 @dataclass(frozen=True)

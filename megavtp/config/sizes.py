@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from megavtp.config.schema import ModelConfig
+from megavtp.config.schema import Config, ModelConfig
 
 Shape = tuple[int, int, int]  # width, depth, heads
 
@@ -40,6 +40,12 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
         text=_fill(model.text, TEXT[model.size]),
         decoder=_fill(model.decoder, DECODER[model.size]),
     )
+
+
+def contrastive_size(config: Config) -> int:
+    """Pixels of a side of the images of the contrastive objective."""
+    size = config.objectives.contrastive.image_size
+    return config.model.image_size if size is None else size
 
 
 def feature_width(model: ModelConfig) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from megavtp.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megavtp.config.share import share
-from megavtp.config.sizes import DECODER_MLP_RATIO, GLOBAL_CROPS, feature_width, ffn_hidden
+from megavtp.config.sizes import DECODER_MLP_RATIO, GLOBAL_CROPS, contrastive_size, feature_width, ffn_hidden
 
 
 def _transformer(tower: Any, ffn: str, ratio: float, norm_has_bias: bool) -> int:
@@ -94,7 +94,8 @@ def bytes_of_state(trained: int, averaged: int, parallel: ParallelConfig, dp: in
 
 def _tokens(config: Config, name: str) -> str:
     model, augment = config.model, config.data.augment
-    per_image = (model.image_size // model.patch_size) ** 2 + 1
+    size = contrastive_size(config) if name == "contrastive" else model.image_size
+    per_image = (size // model.patch_size) ** 2 + 1
     if name == "contrastive":
         return f"{per_image} image + {model.text.context_length} text tokens"
     if name == "reconstruction":

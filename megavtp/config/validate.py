@@ -9,7 +9,7 @@ from megavtp.config.layout import check_pipeline, data_parallel_size
 from megavtp.config.ranges import check_numbers, divides, need, within
 from megavtp.config.schema import Config, ModelConfig
 from megavtp.config.share import Share, share
-from megavtp.config.sizes import DECODER_MLP_RATIO, ffn_hidden, resolve_model
+from megavtp.config.sizes import DECODER_MLP_RATIO, contrastive_size, ffn_hidden, resolve_model
 
 __all__ = ["Share", "share", "validate", "with_vocabulary"]
 
@@ -79,6 +79,12 @@ def _model(config: Config) -> None:
     within(model.dino_head, "model.dino_head", 1, float("inf"), "prototypes", "hidden", "bottleneck", "layers")
     crop = "choose a size in whole patches"
     divides(model.patch_size, model.image_size, "model.patch_size", "model.image_size", crop)
+    divides(model.patch_size, contrastive_size(config), "model.patch_size", "objectives.contrastive.image_size", crop)
+    need(
+        0 < contrastive_size(config) <= model.image_size,
+        f"objectives.contrastive.image_size = {o.contrastive.image_size} is not from {model.patch_size} to "
+        f"model.image_size = {model.image_size}: choose a size in between, or null",
+    )
     if o.reconstruction.weight > 0:
         need(
             o.reconstruction.perceptual != "lpips-alex" or model.image_size >= 32,

@@ -9,7 +9,7 @@ save memory (recompute, the second contrastive forward, chunked logits) is not c
 from __future__ import annotations
 
 from megavtp.config.schema import Config, DinoHeadConfig, ModelConfig
-from megavtp.config.sizes import DECODER_MLP_RATIO, GLOBAL_CROPS, feature_width, ffn_hidden
+from megavtp.config.sizes import DECODER_MLP_RATIO, GLOBAL_CROPS, contrastive_size, feature_width, ffn_hidden
 from megavtp.models.lpips import NETS, PERCEPTUAL_NETS
 
 _RGB = 3
@@ -106,9 +106,10 @@ def flops_per_step(config: Config) -> dict[str, float]:
 def _contrastive(config: Config) -> float:
     """One pair. The logits, B columns each, are below a thousandth of it and left out."""
     model, kept = config.model, 1 - config.objectives.contrastive.drop_path
-    features = patches_of(model, model.image_size) if model.vision.clip_feature == "pooled" else 1
+    size = contrastive_size(config)
+    features = patches_of(model, size) if model.vision.clip_feature == "pooled" else 1
     projections = features * _bottleneck_if_shared(model) + 2 * feature_width(model) * model.text.width
-    return 3 * (vision_flops(model, model.image_size, kept) + projections + text_flops(model))
+    return 3 * (vision_flops(model, size, kept) + projections + text_flops(model))
 
 
 def _self_distillation(config: Config) -> float:

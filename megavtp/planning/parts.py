@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megavtp.config.schema import Config
 from megavtp.config.share import share
-from megavtp.config.sizes import GLOBAL_CROPS, feature_width
+from megavtp.config.sizes import GLOBAL_CROPS, contrastive_size, feature_width
 from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS, weight_shapes
 from megavtp.models.vtp import VTP
 from megavtp.nn.attention_kernels import Segments
@@ -42,10 +42,13 @@ from megavtp.planning.flops import expected_masked_patches, patches_of
 MODES = {"contrastive": "contrastive", "self_distillation": "student", "reconstruction": "reconstruction"}
 # Which towers the stages of a pass run through, leg by leg: blocks of these kinds, side by side.
 LEGS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "contrastive": (("image", "text"),), "student": (("crops",),), "teacher": (("global",),),
+    "contrastive": (("paired", "text"),), "student": (("crops",),), "teacher": (("global",),),
     "reconstruction": (("image",), ("decoder",)),
 }
-TOWER_OF = {"image": "trunk", "crops": "trunk", "global": "trunk", "text": "text", "decoder": "pixel_decoder"}
+TOWER_OF = {
+    "paired": "trunk", "image": "trunk", "crops": "trunk", "global": "trunk", "text": "text",
+    "decoder": "pixel_decoder",
+}
 
 _LINEAR = (64, 128)  # images of a micro-batch from which on all grows in proportion
 _ENOUGH_CHUNKS = 4
@@ -184,6 +187,8 @@ class Parts:
             return ((m, model.text.context_length),)
         if kind == "decoder":
             return ((m, patches_of(model, model.image_size)),)
+        if kind == "paired":
+            return ((m, patches_of(model, contrastive_size(self.config)) + 1),)
         if kind == "image":
             return ((m, patches_of(model, model.image_size) + 1),)
         packed = [(GLOBAL_CROPS * m, patches_of(model, augment.global_size) + 1)]
@@ -273,7 +278,7 @@ class Parts:
         picture = lambda count, size: torch.empty(count, 3, size, size, dtype=torch.uint8)  # noqa: E731
         if mode == "contrastive":
             tokens = torch.empty(m, model.text.context_length, dtype=torch.long)
-            return {"images": picture(m, model.image_size), "tokens": tokens}
+            return {"images": picture(m, contrastive_size(self.config)), "tokens": tokens}
         if mode == "reconstruction":
             return {"images": picture(m, model.image_size)}
         crops, patches = GLOBAL_CROPS * m, patches_of(model, augment.global_size)

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megavtp.config.schema import Config
 from megavtp.config.share import PassShare, Share
-from megavtp.config.sizes import GLOBAL_CROPS
+from megavtp.config.sizes import GLOBAL_CROPS, contrastive_size
 from megavtp.data.batch import Batch, masked_rows
 from megavtp.nn.drop_path import DropPlan, draw_drop_plan
 from megavtp.objectives.centering import center_bias, sinkhorn_bias, update_center
@@ -92,8 +93,11 @@ class ContrastivePass(_PretrainingPass):
 
     def _inputs(self, micro: int, images: Tensor) -> dict[str, Any]:
         rows = self.rows(micro)
+        pixels, size = self.pixels(images[rows]), contrastive_size(self.config)
+        if size < pixels.shape[-1]:
+            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
         return {
-            "images": self.pixels(images[rows]), "tokens": self.to_device(self.batch.tokens[rows]),
+            "images": pixels, "tokens": self.to_device(self.batch.tokens[rows]),
             "drop": self.drop_plan(micro, [1]),
         }
 

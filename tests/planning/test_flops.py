@@ -145,6 +145,11 @@ def test_step_follows_batches_switches_and_drop_path():
     dropped = flops.flops_per_step(replace(config, objectives=replace(config.objectives, contrastive=half)))
     per_image = flops.vision_flops(config.model, 256) - flops.vision_flops(config.model, 256, 0.5)
     assert base["contrastive"] - dropped["contrastive"] == pytest.approx(3 * 16_384 * per_image)
+    small = replace(config.objectives.contrastive, image_size=128)
+    reduced = flops.flops_per_step(replace(config, objectives=replace(config.objectives, contrastive=small)))
+    per_image = flops.vision_flops(config.model, 256) - flops.vision_flops(config.model, 128)
+    assert base["contrastive"] - reduced["contrastive"] == pytest.approx(3 * 16_384 * per_image)
+    assert reduced["reconstruction"] == base["reconstruction"]
 
 
 @pytest.mark.parametrize("bottleneck_only", [True, False])
