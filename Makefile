@@ -9,6 +9,9 @@ STAMP := $(VENV)/.megavtp-$(subst $(comma),-,$(EXTRAS))
 CONSTRAINTS := -c constraints.txt
 DEMO := configs/demo/vtp_emoji.yaml
 DEMO_DIT := configs/demo/dit_emoji.yaml
+# On a CPU, which counts as one accelerator, two processes; else one for each GPU.
+LAUNCH = $(BIN)/deepspeed $(shell $(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else \
+  "--num_accelerators 2")')
 DRAW := --dit runs/demo_dit/checkpoints/latest --tokenizer runs/demo/tokenizer --method heun --steps 15
 
 .PHONY: install demo demo-tokenizer demo-generation test matrix test-gpu lint clean
@@ -42,12 +45,12 @@ demo-tokenizer: install
 demo-generation: demo-tokenizer
 	rm -rf runs/demo/tokenizer
 	$(BIN)/python tools/convert_checkpoint.py --from runs/demo/checkpoints/latest --to hf-vtp --out runs/demo/tokenizer
-	$(BIN)/deepspeed tools/extract_latents.py --tokenizer runs/demo/tokenizer --data data/emoji --label group \
+	$(LAUNCH) tools/extract_latents.py --tokenizer runs/demo/tokenizer --data data/emoji --label group \
 	  --out runs/demo/latents
-	$(BIN)/deepspeed launchers/train_dit.py --config $(DEMO_DIT)
-	$(BIN)/deepspeed tools/sample.py $(DRAW) --classes all --out runs/demo_dit/samples.png
-	$(BIN)/deepspeed tools/sample.py $(DRAW) --classes all --guidance 3 --out runs/demo_dit/samples_guidance.png
-	$(BIN)/deepspeed tools/evaluate.py generation $(DRAW) --guidance 3 --reference data/emoji --label group --scale \
+	$(LAUNCH) launchers/train_dit.py --config $(DEMO_DIT)
+	$(LAUNCH) tools/sample.py $(DRAW) --classes all --out runs/demo_dit/samples.png
+	$(LAUNCH) tools/sample.py $(DRAW) --classes all --guidance 3 --out runs/demo_dit/samples_guidance.png
+	$(LAUNCH) tools/evaluate.py generation $(DRAW) --guidance 3 --reference data/emoji --label group --scale \
 	  --samples 256 --reference-samples 512 --out runs/demo_dit/generation.json
 
 test: install
