@@ -15,13 +15,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from megavtp.config.schema import Config
 from megavtp.models.vtp import OBJECTIVES, VTP
-from megavtp.parallel.mesh import SINGLE, Mesh, build_mesh
+from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.passes import execute
 from megavtp.planning.zero import Inventory
 from megavtp.training.optimizer import parameter_groups
 
 # Large enough that activations, not parameters or single small tensors, decide.
-TOWER = {"width": 96, "heads": 2}
+TOWER = {"width": 96, "heads": 3}
 SIZES = {
     "model": {
         "image_size": 64, "rope_dtype": "bfloat16",
@@ -83,30 +83,18 @@ def test_activations_of_each_pass(recompute: str, precision: str, micro_batches:
         assert plan.passes[objective.name].peak == pytest.approx(allocated.peak, rel=0.1), objective.name
 
 
-# By number of processes.
-STEPS = {
-    1: [layout(1, 1, SIZES, zero_stage=zero_stage) for zero_stage in (0, 1, 2, 3)],
-    2: [
-        layout(2, 1, SIZES, tp=2, zero_stage=1, sequence_parallel=True),
-        layout(2, 1, SIZES, zero_stage=3),
-        layout(2, 2, SIZES, pp=2, zero_stage=1),
-        layout(2, 4, SIZES, pp=2, zero_stage=0, schedule="gpipe", recompute="selective"),
-        layout(2, 2, SIZES, pp=2, zero_stage=1, schedule="interleaved_1f1b", virtual_stages=2),
-    ],
-}
+STEPS = [layout(1, 1, SIZES, zero_stage=zero_stage) for zero_stage in (0, 1, 2, 3)]
 
 
-def peaks_of_steps(rank: int, world: int) -> list[int]:
+def peaks_of_steps(rank: int) -> list[int]:
     """From before the model is built to the end of the second step, everything that is allocated at one time."""
     peaks = []
-    for config in STEPS[world]:
-        p = config.parallel
-        mesh = build_mesh(p.tp, p.pp, p.virtual_stages, p.sequence_parallel)
-        data = data_of(config, mesh)
+    for config in STEPS:
+        data = data_of(config, SINGLE)
         batches = [data(step) for step in range(2)]
         with tracked() as allocated:
-            engine, _ = build_engine(config, mesh)
-            passes = passes_of(config, mesh)
+            engine, _ = build_engine(config, SINGLE)
+            passes = passes_of(config, SINGLE)
             for step, batch in enumerate(batches):
                 engine.set_lr(learning_rate(config, step))
                 engine.begin_step()
@@ -118,13 +106,10 @@ def peaks_of_steps(rank: int, world: int) -> list[int]:
     return peaks
 
 
-@pytest.mark.parametrize("world", STEPS)
-def test_peaks_of_steps(world: int) -> None:
-    measured = run_ranks(world, peaks_of_steps, world)
-    for index, config in enumerate(STEPS[world]):
-        stages = plan_of(config, world).ranks
-        planned = [stages[rank if len(stages) > 1 else 0].memory for rank in range(world)]
-        assert planned == pytest.approx([peaks[index] for peaks in measured], rel=0.1), config.parallel
+def test_peaks_of_steps() -> None:
+    (measured,) = run_ranks(1, peaks_of_steps)
+    planned = [plan_of(config, 1).memory for config in STEPS]
+    assert planned == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("tp, pp, virtual_stages", [(1, 1, 1), (2, 1, 1), (2, 2, 2), (1, 4, 1)])
