@@ -11,10 +11,9 @@ from megavtp.errors import UserError
 from megavtp.evaluation.features import load_network
 from megavtp.evaluation.features_network import FeatureNetwork
 from megavtp.evaluation.frechet_reference import write_statistics
-from megavtp.evaluation.generation import GenerationResult, measure_generation, open_reference
+from megavtp.evaluation.generation import GenerationResult, Reference, measure_generation, open_reference
 from megavtp.evaluation.generation_samples import samples_like
 from megavtp.evaluation.image_sources import ImageSource, open_images
-from megavtp.evaluation.npz_images import holds_images
 from megavtp.evaluation.report import format_table, write_metrics
 from megavtp.evaluation.scale import Blurred, Noise, untrained
 from megavtp.parallel.collectives import together
@@ -37,7 +36,7 @@ def run_generation(options: argparse.Namespace, device: torch.device, mesh: Mesh
     network = together(lambda: load_network(options.inception, device))
     samples = together(lambda: _samples(options, device))
     reference = together(lambda: open_reference(options.reference, network, samples.size, options.reference_samples))
-    compare = together(lambda: _scale(options, samples)) if options.scale else {}
+    compare = together(lambda: _scale(options, samples, reference)) if options.scale else {}
     result = measure_generation(
         samples, reference, network, batch_size=options.batch_size, seed=options.seed, mesh=mesh, device=device,
         compare=compare,
@@ -70,11 +69,11 @@ def _samples(options: argparse.Namespace, device: torch.device) -> ImageSource:
     return GeneratedImages(sampler, samples_like(options.reference, sampler.dit, count, options.label))
 
 
-def _scale(options: argparse.Namespace, samples: ImageSource) -> dict[str, ImageSource]:
+def _scale(options: argparse.Namespace, samples: ImageSource, reference: Reference) -> dict[str, ImageSource]:
     """Bad images, as many as there are samples."""
     count, size = len(samples), samples.size
     found: dict[str, ImageSource] = {}
-    if options.reference.is_dir() or holds_images(options.reference):
+    if reference.images is not None:
         found["blurred"] = Blurred(open_images(options.reference, size, count))
     if isinstance(samples, GeneratedImages):
         found["untrained"] = GeneratedImages(untrained(samples.sampler), samples.samples)
