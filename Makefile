@@ -9,9 +9,8 @@ STAMP := $(VENV)/.megavtp-$(subst $(comma),-,$(EXTRAS))
 CONSTRAINTS := -c constraints.txt
 DEMO := configs/demo/vtp_emoji.yaml
 DEMO_DIT := configs/demo/dit_emoji.yaml
-# On a CPU, which counts as one accelerator, two processes; else one for each GPU.
-LAUNCH = $(BIN)/deepspeed $(shell $(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else \
-  "--num_accelerators 2")')
+# One process for each GPU; two on a CPU.
+LAUNCH := $(BIN)/deepspeed
 DRAW := --dit runs/demo_dit/checkpoints/latest --tokenizer runs/demo/tokenizer --method heun --steps 15
 
 .PHONY: install demo demo-tokenizer demo-generation test matrix test-gpu lint clean
@@ -37,7 +36,7 @@ $(STAMP): setup.py constraints.txt | $(BIN)/python
 demo: demo-tokenizer demo-generation
 
 demo-tokenizer: install
-	$(BIN)/deepspeed launchers/pretrain.py --config $(DEMO)
+	$(LAUNCH) launchers/pretrain.py --config $(DEMO)
 	$(BIN)/python tools/evaluate.py --checkpoint runs/demo/checkpoints/latest --data data/emoji --untrained \
 	  --out runs/demo/evaluation.json --pictures runs/demo/reconstructions.png
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from megavtp.config import deepspeed_keys
 from megavtp.config.dit import DiTConfig, resolve_dit, swiglu_hidden
 from megavtp.config.layout import check_pipeline, data_parallel_size
+from megavtp.config.precision import with_precision
 from megavtp.config.ranges import INF, check_run, divides, need, within
 from megavtp.config.share import PassShare
 
@@ -18,7 +19,7 @@ def validate_dit(config: DiTConfig, world_size: int | None) -> DiTConfig:
 
     ``world_size`` None checks everything but the rules that need it. Raises UserError.
     """
-    config = replace(config, model=resolve_dit(config.model))
+    config = replace(config, model=resolve_dit(config.model), parallel=with_precision(config.parallel))
     check_run(config, (TOWER,))
     _numbers(config)
     _model(config)

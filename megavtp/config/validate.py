@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from megavtp.config import deepspeed_keys
 from megavtp.config.layout import check_pipeline, data_parallel_size
+from megavtp.config.precision import with_precision
 from megavtp.config.ranges import check_numbers, divides, need, within
 from megavtp.config.schema import Config, ModelConfig
 from megavtp.config.share import Share, share
@@ -19,7 +20,7 @@ def validate(config: Config, world_size: int | None) -> Config:
 
     ``world_size`` None checks everything but the rules that need it. Raises UserError.
     """
-    config = replace(config, model=resolve_model(config.model))
+    config = replace(config, model=resolve_model(config.model), parallel=with_precision(config.parallel))
     check_numbers(config)
     _objectives(config)
     _model(config)

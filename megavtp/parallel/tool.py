@@ -13,6 +13,7 @@ from megavtp.parallel import launch
 from megavtp.parallel.meeting import meet
 from megavtp.parallel.mesh import SINGLE, Mesh, build_mesh
 from megavtp.parallel.rendezvous import detect
+from megavtp.parallel.two_on_a_cpu import start_two_on_a_cpu
 
 _ARRIVAL = 600.0  # seconds that the processes have to find each other
 
@@ -20,6 +21,7 @@ _ARRIVAL = 600.0  # seconds that the processes have to find each other
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Call ``main`` and exit, as ``cli.run`` does; under a launcher as ``launch.run_ranks``: what stops one process
     stops all."""
+    start_two_on_a_cpu()
     try:
         alone = detect().world == 1
     except UserError:

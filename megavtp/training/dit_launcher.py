@@ -12,12 +12,14 @@ from megavtp.config.load import load_config
 from megavtp.errors import UserError
 from megavtp.parallel import launch
 from megavtp.parallel.rendezvous import detect
+from megavtp.parallel.two_on_a_cpu import start_two_on_a_cpu
 from megavtp.training.dit_run import DiTRun
 from megavtp.training.launcher import launcher_parser
 
 
 def train_dit() -> NoReturn:
     """Entry point; never returns."""
+    start_two_on_a_cpu()
     launch.run_ranks(_main)
 
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import NoReturn
-
-import psutil
-import torch
 
 from megavtp.config.load import DEMO_CONFIG, load_config
 from megavtp.config.schema import Config
@@ -20,39 +16,14 @@ from megavtp.errors import UserError
 from megavtp.parallel import launch, phase
 from megavtp.parallel.collectives import together
 from megavtp.parallel.rendezvous import detect
+from megavtp.parallel.two_on_a_cpu import start_two_on_a_cpu
 from megavtp.training.pretrain_run import PretrainRun
 
 
 def pretrain() -> NoReturn:
     """Entry point; never returns."""
-    if _alone_on_a_cpu_without_being_told():
-        # The CPU counts as one accelerator; two processes exercise what the run is about.
-        runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
-        port = ["--master_port", os.environ["MASTER_PORT"]]  # the one that the user may have given
-        os.execvp(sys.executable, [*runner, *port, sys.argv[0], *_own_arguments()])
+    start_two_on_a_cpu()
     launch.run_ranks(_main)
-
-
-def _own_arguments() -> list[str]:
-    return [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-
-
-def _alone_on_a_cpu_without_being_told() -> bool:
-    """Whether the deepspeed launcher chose a single process by itself because there is no accelerator."""
-    if not {"RANK", "CROSS_SIZE"} <= os.environ.keys() or os.environ.get("WORLD_SIZE") != "1":
-        return False
-    if torch.cuda.is_available():
-        return False
-    told = ("--num_accelerators", "--num_gpus", "--include", "--hostfile", "--num_nodes", "-H", "-i")
-    above = [argument for parent in psutil.Process().parents()[:3] for argument in _command(parent)]
-    return not any(argument.split("=")[0] in told for argument in above) and "--dry-run" not in sys.argv
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from launched import deepspeed, run, steps_done
 
-from megavtp.training import launcher
+from megavtp.parallel import two_on_a_cpu
 
 LAUNCH = ["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=eyI", "launchers/pretrain.py"]
 RUNNER = ["python", "/bin/deepspeed"]
@@ -34,10 +34,10 @@ def decide(monkeypatch):
         for name, value in environment.items():
             monkeypatch.setenv(name, value) if launched else monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(sys, "argv", ["launchers/pretrain.py", "--local_rank=0", *arguments])
-        monkeypatch.setattr(launcher.torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(two_on_a_cpu.torch.cuda, "is_available", lambda: gpu)
         process = type("Process", (), {"parents": lambda self: [Parent(command) for command in parents]})
-        monkeypatch.setattr(launcher.psutil, "Process", process)
-        return launcher._alone_on_a_cpu_without_being_told()
+        monkeypatch.setattr(two_on_a_cpu.psutil, "Process", process)
+        return two_on_a_cpu.alone_on_a_cpu_without_being_told()
 
     return ask
 
@@ -50,7 +50,8 @@ def test_two_processes_unless_told_otherwise(decide):
         assert not decide(LAUNCH, [*RUNNER, *told, "launchers/pretrain.py"]), told
     assert not decide(LAUNCH, RUNNER, world="2")
     assert not decide(LAUNCH, RUNNER, gpu=True)
-    assert not decide(LAUNCH, RUNNER, arguments=["--dry-run"])
+    for alone in ("--dry-run", "--device=cpu"):
+        assert not decide(LAUNCH, RUNNER, arguments=[alone])
     assert not decide(["bash"], launched=False)
 
 

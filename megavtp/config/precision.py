@@ -1,0 +1,28 @@
+"""What ``parallel.precision=auto`` means on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from megavtp.config.schema import ParallelConfig
+
+_CPU_FEATURES = ("avx512_bf16", "amx_bf16")  # elsewhere bfloat16 products are made of float32 ones, or worse
+
+
+def with_precision(parallel: ParallelConfig) -> ParallelConfig:
+    """``parallel`` with "auto" resolved: bf16 on GPUs and CPUs that multiply bfloat16 natively, else fp32.
+
+    Every process decides for its own machine: machines of several kinds in one run need a given precision.
+    """
+    if parallel.precision != "auto":
+        return parallel
+    return replace(parallel, precision="bf16" if _has_native_bfloat16() else "fp32")
+
+
+def _has_native_bfloat16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(known.get(feature) for feature in _CPU_FEATURES)

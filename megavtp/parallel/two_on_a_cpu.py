@@ -1,0 +1,46 @@
+"""Two processes where the deepspeed launcher, not told a number, starts one because a machine has no GPU.
+
+The CPU counts as one accelerator; but it has more than one core, and two processes exercise what a parallel run is about.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import psutil
+import torch
+
+_TOLD = {"--num_accelerators", "--num_gpus", "--include", "--hostfile", "--num_nodes", "-H", "-i"}
+
+
+def start_two_on_a_cpu() -> None:
+    """Replace this process by a launch of the same command on two, if the launcher alone chose a single one."""
+    if not alone_on_a_cpu_without_being_told():
+        return
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+    port = ["--master_port", os.environ["MASTER_PORT"]]  # the one that the user may have given
+    own = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    os.execvp(sys.executable, [*runner, *port, sys.argv[0], *own])
+
+
+def alone_on_a_cpu_without_being_told() -> bool:
+    """Whether this is the only process, has no GPU, and no option of the deepspeed launcher asked for that."""
+    if not {"RANK", "CROSS_SIZE"} <= os.environ.keys() or os.environ.get("WORLD_SIZE") != "1":
+        return False
+    if torch.cuda.is_available() or _names(sys.argv) & {"--dry-run", "--device"}:
+        return False
+    above = [argument for parent in psutil.Process().parents()[:3] for argument in _command(parent)]
+    return not _names(above) & _TOLD
+
+
+def _names(arguments: list[str]) -> set[str]:
+    """Of the options among ``arguments``, without their values."""
+    return {argument.split("=")[0] for argument in arguments}
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
