@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from megavtp.config import deepspeed_keys
 from megavtp.config.dit import DiTConfig, resolve_dit, swiglu_hidden
-from megavtp.config.layout import check_pipeline, data_parallel_size
+from megavtp.config.layout import check_pipeline, check_sequence_parallel, data_parallel_size
 from megavtp.config.precision import with_precision
 from megavtp.config.ranges import INF, check_run, divides, need, within
 from megavtp.config.share import PassShare
@@ -127,11 +127,7 @@ def _tensor_parallel(config: DiTConfig) -> None:
     }
     for key, size in sizes.items():
         divides(tp, size, "parallel.tp", key, "use a tp that divides it")
-    need(
-        not config.parallel.sequence_parallel,
-        "parallel.sequence_parallel = true: a DiT, whose norms are modulated sample by sample, trains without; set "
-        "parallel.sequence_parallel=false",
-    )
+    check_sequence_parallel(config.parallel)
 
 
 def _layout(config: DiTConfig, world_size: int) -> None:

@@ -37,6 +37,14 @@ def check_pipeline(p: ParallelConfig, depth: int, depth_key: str, tower: str) ->
     )
 
 
+def check_sequence_parallel(p: ParallelConfig) -> None:
+    need(
+        p.tp > 1 or not p.sequence_parallel,
+        "parallel.sequence_parallel = true shares the tokens over tensor-parallel ranks, but parallel.tp = 1: raise "
+        "parallel.tp, or set parallel.sequence_parallel=false",
+    )
+
+
 def data_parallel_size(config: Any, world_size: int) -> int:
     """Of ``world_size`` processes, which it must divide into, as it must the streams."""
     p = config.parallel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megavtp.config import deepspeed_keys
-from megavtp.config.layout import check_pipeline, data_parallel_size
+from megavtp.config.layout import check_pipeline, check_sequence_parallel, data_parallel_size
 from megavtp.config.precision import with_precision
 from megavtp.config.ranges import check_numbers, divides, need, within
 from megavtp.config.schema import Config, ModelConfig
@@ -137,11 +137,7 @@ def _tensor_parallel(config: Config) -> None:
         sizes["model.dino_head.hidden"] = model.dino_head.hidden
     for key, size in sizes.items():
         divides(tp, size, "parallel.tp", key, use)
-    need(
-        tp > 1 or not config.parallel.sequence_parallel,
-        "parallel.sequence_parallel = true shares the tokens over tensor-parallel ranks, but parallel.tp = 1: raise "
-        "parallel.tp, or set parallel.sequence_parallel=false",
-    )
+    check_sequence_parallel(config.parallel)
 
 
 def _batches(config: Config) -> None:

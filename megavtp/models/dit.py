@@ -5,6 +5,8 @@ Letters: b samples, C channels, H = W latent positions, p patch, N = (H / p)^2 t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from megavtp.nn.block import Recompute, redo
 from megavtp.nn.rope import Table
 from megavtp.parallel.collectives import copy_to_tp
 from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.parallel.sequence import TokenCut
 from megavtp.parallel.striping import Stripe, whole
 
 Flow = tuple[Tensor, Tensor]  # between chunks: tokens (b, N, D), sum of the embeddings (b, D)
@@ -102,9 +105,7 @@ class DiT(nn.Module):
         part = self.stripe.part(chunk)
         tokens, embedding = self.embed(x, t, y) if part.first else flow
         condition = copy_to_tp(F.silu(embedding), self.mesh)
-        table = self.feat_rope.table()
-        for index in part.blocks:
-            tokens = self._block(self.blocks[str(index)], tokens, condition, table)
+        tokens = self._run_blocks(part.blocks, tokens, condition)
         return self._velocity(tokens, condition) if part.last else (tokens, embedding)
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> Flow:
@@ -119,10 +120,22 @@ class DiT(nn.Module):
         """``y`` of ``count`` samples without class or caption, as guidance needs it."""
         return self.y_embedder.none(count, self.pos_embed.device)
 
-    def _block(self, block: DiTBlock, tokens: Tensor, condition: Tensor, table: Table) -> Tensor:
-        if self.recompute == "full":
-            return redo(block, tokens, condition, table)
-        return block(tokens, condition, table, self.recompute)
+    def _run_blocks(self, indices: Sequence[int], tokens: Tensor, condition: Tensor) -> Tensor:
+        """(b, N, D) -> (b, N, D). Under sequence parallelism the tp ranks share the tokens of each sample between the
+        two, which are whole, and the same on each of them."""
+        if not indices:
+            return tokens
+        samples, table, cut = len(tokens), self.feat_rope.table(), None
+        if self.mesh.sequence_parallel:
+            cut = TokenCut(self.mesh, tokens.shape[0] * tokens.shape[1], sequences=samples)
+            tokens = cut.split(tokens.flatten(0, 1)).unflatten(0, (samples, -1))
+        for index in indices:
+            block = self.blocks[str(index)]
+            if self.recompute == "full":
+                tokens = redo(block, tokens, condition, table, cut, self.recompute)
+            else:
+                tokens = block(tokens, condition, table, cut, self.recompute)
+        return tokens if cut is None else cut.join(tokens.flatten(0, 1)).unflatten(0, (samples, -1))
 
     def _velocity(self, tokens: Tensor, condition: Tensor) -> Tensor:
         patch, side = self.config.patch_size, self.side

@@ -6,6 +6,8 @@ Letters: b samples, N tokens, D width. ``condition`` (b, D) is SiLU of the sum o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,13 +15,14 @@ from megavtp.config.dit import swiglu_hidden
 from megavtp.models.dit_positions import rotate_pairs
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Kernel
-from megavtp.nn.block import Recompute, redo
+from megavtp.nn.block import Recompute, branch
 from megavtp.nn.norms import RMSNorm
 from megavtp.nn.rope import Table
 from megavtp.nn.split import share
 from megavtp.parallel.collectives import gather_from_tp
 from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.sequence import TokenCut
 
 NORM_EPS = 1e-6
 
@@ -37,14 +40,14 @@ class FusedSwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.contract(self.expand(x))
 
-    def expand(self, x: Tensor) -> Tensor:
+    def expand(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
         """The first matrix product: a and b side by side."""
-        return self.w12(x)
+        return self.w12(x, cut)
 
-    def contract(self, hidden: Tensor) -> Tensor:
+    def contract(self, hidden: Tensor, cut: TokenCut | None = None) -> Tensor:
         """All that follows it."""
         a, b = hidden.chunk(2, -1)
-        return self.w3(F.silu(a) * b)
+        return self.w3(F.silu(a) * b, cut)
 
 
 class Modulation(nn.Module):
@@ -60,9 +63,11 @@ class Modulation(nn.Module):
         # The name is the linear's place in LightningDiT's pair of SiLU and linear.
         self.add_module("1", ColumnParallelLinear(width, parts * width, mesh=mesh, parts=parts, copy_input=False))
 
-    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, condition: Tensor, cut: TokenCut | None = None) -> tuple[Tensor, ...]:
+        """``cut``: under sequence parallelism, where each rank modulates its own tokens with the result."""
         own = self.get_submodule("1")(condition).unflatten(-1, (self.parts, 1, -1))
-        return gather_from_tp(own, self.mesh).unbind(1)
+        whole = gather_from_tp(own, self.mesh)
+        return (whole if cut is None else cut.share(whole)).unbind(1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -83,15 +88,22 @@ class DiTBlock(nn.Module):
         self.mlp = FusedSwiGLU(width, mesh)
         self.adaLN_modulation = Modulation(width, 6, mesh)
 
-    def forward(self, x: Tensor, condition: Tensor, table: Table, recompute: Recompute = "none") -> Tensor:
-        """``recompute``: see ``nn.block``; "full" is the caller's to do."""
-        run = redo if recompute == "selective" else lambda function, *arguments: function(*arguments)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition)
-        segment = tuple(x.shape[:2])
-        qkv = run(lambda y: self.attn.expand(modulate(self.norm1(y), shift_a, scale_a).flatten(0, 1)), x)
-        x = x + gate_a * run(self.attn.contract, qkv, None, (segment,), (table,)).unflatten(0, segment)
-        hidden = run(lambda y: self.mlp.expand(modulate(self.norm2(y), shift_m, scale_m)), x)
-        return x + gate_m * run(self.mlp.contract, hidden)
+    def forward(
+        self, x: Tensor, condition: Tensor, table: Table, cut: TokenCut | None = None, recompute: Recompute = "none"
+    ) -> Tensor:
+        """``cut``: under sequence parallelism, x has this rank's n of the N tokens, and so has the result.
+        ``recompute``: see ``nn.block``; "full" is the caller's to do."""
+        samples = len(x)
+        segments = ((samples, len(table[0])),)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition, cut)
+
+        def modulated(norm: RMSNorm, shift: Tensor, scale: Tensor) -> Callable[[Tensor, TokenCut | None], Tensor]:
+            return lambda y, cut: modulate(norm(y, cut), shift, scale).flatten(0, 1)
+
+        y = branch(x, modulated(self.norm1, shift_a, scale_a), self.attn, cut, recompute, segments, (table,))
+        x = x + gate_a * y.unflatten(0, (samples, -1))
+        y = branch(x, modulated(self.norm2, shift_m, scale_m), self.mlp, cut, recompute)
+        return x + gate_m * y.unflatten(0, (samples, -1))
 
 
 class FinalLayer(nn.Module):

@@ -70,29 +70,31 @@ class Block(nn.Module):
         drop_attention, drop_mlp = drop or (None, None)
 
         def attention(y: Tensor, kept: Segments, cut: TokenCut | None) -> Tensor:
-            return _branch(y, self.norm1, self.attn, self.ls1, cut, recompute, kept, tables)
+            return _scaled(branch(y, self.norm1, self.attn, cut, recompute, kept, tables), self.ls1, cut)
 
         def mlp(y: Tensor, _: Segments, cut: TokenCut | None) -> Tensor:
-            return _branch(y, self.norm2, self.mlp, self.ls2, cut, recompute)
+            return _scaled(branch(y, self.norm2, self.mlp, cut, recompute), self.ls2, cut)
 
         x = add_branch(x, attention, segments, drop_attention, cut)
         return add_branch(x, mlp, segments, drop_mlp, cut)
 
 
-def _branch(
-    x: Tensor, norm: nn.Module, net: nn.Module, scale: LayerScale | None, cut: TokenCut | None, recompute: Recompute,
-    *more: Any,
+def _scaled(y: Tensor, scale: LayerScale | None, cut: TokenCut | None) -> Tensor:
+    return y if scale is None else scale(y, cut)
+
+
+def branch(
+    x: Tensor, norm: Callable[[Tensor, TokenCut | None], Tensor], net: nn.Module, cut: TokenCut | None,
+    recompute: Recompute, *more: Any,
 ) -> Tensor:
-    """scale(net(norm x)); ``more`` goes to the net's second half."""
+    """net(norm x), recomputed as said; ``more`` goes to the net's second half."""
     if recompute == "selective":
         hidden = redo(lambda y: net.expand(norm(y, cut), cut), x)
-        y = redo(net.contract, hidden, cut, *more)
-    else:
-        y = to_compute_dtype(norm(x, cut))
-        # Of the gathered tokens only own rows are held, and gathered again (arXiv 2205.05198, section 4.2.2).
-        hidden = net.expand(y, cut) if cut is None or recompute == "full" else redo(net.expand, y, cut)
-        y = net.contract(hidden, cut, *more)
-    return y if scale is None else scale(y, cut)
+        return redo(net.contract, hidden, cut, *more)
+    y = to_compute_dtype(norm(x, cut))
+    # Of the gathered tokens only own rows are held, and gathered again (arXiv 2205.05198, section 4.2.2).
+    hidden = net.expand(y, cut) if cut is None or recompute == "full" else redo(net.expand, y, cut)
+    return net.contract(hidden, cut, *more)
 
 
 def redo(function: Callable[..., Tensor], *arguments: Any) -> Tensor:

@@ -5,7 +5,7 @@ on all tokens on every rank; here each rank does them on its own rows of the pac
 the backward pass. A column-parallel layer gathers the rows, a row-parallel one sums and scatters them: together they
 send what the two all-reduces would.
 
-Letters: T tokens of all sequences, n = ceil(T / tp) rows of a rank, k tokens that a branch keeps, D width.
+Letters: T packed tokens, n rows of a rank, k tokens that a branch keeps, D width.
 """
 
 from __future__ import annotations
@@ -21,25 +21,35 @@ from megavtp.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class TokenCut:
-    """How packed tokens (T, D) lie on the tp ranks: rank r has rows r * n to (r + 1) * n.
+    """How packed tokens (T, D) lie on the tp ranks.
 
-    Rows from T on are padding: they come from nowhere, reach nothing and send back no gradient.
+    They are cut as one row of tokens, n = ceil(T / tp), of which rank r has those from r * n on. Or, where what is
+    done to a token depends on its sample, each of ``sequences`` equal ones is cut so: a rank has its part of the
+    first, then of the second, and so on. Rows past the end are padding: they come from nowhere, reach nothing and send
+    back no gradient.
 
     Attributes:
         total: T.
         kept: positions (k,) among the T tokens that a residual branch works on, for ``gather`` and ``reduce``; None =
             all. The rows of a rank hold kept and other tokens alike, in whatever proportion chance gives it, so all
             rows are sent: with shares this uneven, cutting the kept ones anew would need a further exchange.
+        sequences: into how many equal parts, each cut on its own, the tokens fall; with ``kept``, 1.
     """
 
     mesh: Mesh
     total: int
     kept: Tensor | None = None
+    sequences: int = 1
 
     @property
-    def rows(self) -> int:
-        """n, of this rank as of every other."""
-        return -(-self.total // self.mesh.tp)
+    def length(self) -> int:
+        """Tokens that are cut together."""
+        return self.total // self.sequences
+
+    @property
+    def share_of_each(self) -> int:
+        """This rank's tokens of each sequence; n is as many times ``sequences``."""
+        return -(-self.length // self.mesh.tp)
 
     def keeping(self, kept: Tensor) -> TokenCut:
         return replace(self, kept=kept)
@@ -69,16 +79,22 @@ class TokenCut:
 
     def own_rows(self, x: Tensor) -> Tensor:
         """Rows of this rank of (T, ...), padded with zeros; no gradient flows."""
-        own = x.detach()[self.mesh.tp_rank * self.rows :][: self.rows]
-        if len(own) == self.rows:
-            return own.clone()  # not a view, which would keep the tokens of the other ranks alive
-        padded = own.new_zeros(self.rows, *own.shape[1:])
-        padded[: len(own)] = own
-        return padded
+        each = x.detach().unflatten(0, (self.sequences, self.length))
+        own = each[:, self.mesh.tp_rank * self.share_of_each :][:, : self.share_of_each]
+        if own.shape[1] == self.share_of_each:
+            # Not a view, which would keep the tokens of the other ranks alive.
+            return own.clone(memory_format=torch.contiguous_format).flatten(0, 1)
+        padded = own.new_zeros(self.sequences, self.share_of_each, *x.shape[1:])
+        padded[:, : own.shape[1]] = own
+        return padded.flatten(0, 1)
 
     def all_tokens(self, x: Tensor) -> Tensor:
         """The tokens (T, ...) of all ranks from own rows (n, ...); no gradient flows."""
-        return all_gather(x, self.mesh, "tp")[: self.total]
+        whole = all_gather(x, self.mesh, "tp")
+        if self.sequences == 1:
+            return whole[: self.total]
+        by_rank = whole.unflatten(0, (self.mesh.tp, self.sequences, self.share_of_each))
+        return by_rank.transpose(0, 1).flatten(1, 2)[:, : self.length].flatten(0, 1)
 
     def pick(self, x: Tensor) -> Tensor:
         """The kept ones (k, D) of all tokens (T, D)."""
@@ -86,15 +102,16 @@ class TokenCut:
 
     def sum_rows(self, x: Tensor) -> Tensor:
         """Own rows (n, D) of the sum over ranks of (k, D), put in their places; no gradient flows."""
-        padded = self.rows * self.mesh.tp
-        if len(x) < padded:
-            places = x.new_zeros(padded, *x.shape[1:])
+        padded = self.share_of_each * self.mesh.tp
+        if len(x) < padded * self.sequences:
+            places = x.new_zeros(self.sequences, padded, *x.shape[1:])
             if self.kept is None:
-                places[: self.total] = x
+                places[:, : self.length] = x.unflatten(0, (self.sequences, self.length))
             else:
-                places.index_copy_(0, self.kept, x)
-            x = places
-        return reduce_scatter(x, self.mesh, "tp")
+                places[0].index_copy_(0, self.kept, x)
+            x = places.flatten(0, 1)
+        by_rank = x.unflatten(0, (self.sequences, self.mesh.tp, self.share_of_each)).transpose(0, 1)
+        return reduce_scatter(by_rank.flatten(0, 2), self.mesh, "tp")
 
 
 # The cut, and the positions in it, hang on the context as they are. Put among the saved tensors they would come after

@@ -39,7 +39,8 @@ class DiTRun:
     def __init__(self, config: DiTConfig, device: torch.device):
         phase.enter("opening latents and building the model", slow=True)
         self.device = device
-        self.mesh = build_mesh(config.parallel.tp, config.parallel.pp, config.parallel.virtual_stages)
+        p = config.parallel
+        self.mesh = build_mesh(p.tp, p.pp, p.virtual_stages, p.sequence_parallel)
         together(lambda: self._open(config))
         self.engine, self.model = build_dit_engine(self.config, self.mesh, device)
 

@@ -67,7 +67,7 @@ ERRORS = {
     ("parallel.pp=2", "parallel.schedule=interleaved_1f1b"): "needs parallel.virtual_stages of 2 or more",
     ("parallel.schedule=gpipe",): "parallel.pp = 1 has no pipeline",
     ("parallel.pp=2", "model.depth=1"): "model.depth = 1: every stage needs a block of the DiT",
-    ("parallel.sequence_parallel=true",): "parallel.sequence_parallel",
+    ("parallel.sequence_parallel=true",): "but parallel.tp = 1: raise parallel.tp",
     ("train.optimizer.lr_scale={vision: 1.0}",): "no such tower; the towers are dit",
     ("ema_momentum=1.5",): "ema_momentum = 1.5: must be between 0 and 1",
     ("model.sise=b",): "did you mean model.size",

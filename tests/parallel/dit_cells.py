@@ -53,6 +53,7 @@ class Cell:
     recompute: str = "none"
     condition: str = "class"
     precision: str = "fp32"
+    sequence_parallel: bool = False
 
     @property
     def world(self) -> int:
@@ -61,7 +62,7 @@ class Cell:
     def config(self, root: Path, **changes) -> DiTConfig:
         layout = {
             "tp": self.tp, "pp": self.pp, "zero_stage": self.zero, "recompute": self.recompute,
-            "precision": self.precision, "schedule": self.schedule,
+            "precision": self.precision, "schedule": self.schedule, "sequence_parallel": self.sequence_parallel,
             "virtual_stages": 2 if self.schedule == "interleaved_1f1b" else 1,
         }
         sections = {
@@ -78,7 +79,7 @@ SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
 
 def cells() -> list[Cell]:
     """Every tp, pp and dp of 1 and 2 with two of the ZeRO stages, so that each pair of these settings occurs, and the
-    other settings in turn."""
+    other settings in turn; and one of tp 4."""
     found = []
     for tp, pp, dp in itertools.product((1, 2), repeat=3):
         for zero in ((0, 3), (1, 2))[(tp + pp + dp) % 2]:
@@ -87,9 +88,9 @@ def cells() -> list[Cell]:
                 tp, pp, dp, zero, micro_batches=(4, 2, 1)[turn % 3],
                 schedule=SCHEDULES[turn // 2 % 3] if pp > 1 else "1f1b",
                 recompute=("none", "full", "selective")[(turn + turn // 3) % 3],
-                condition=("class", "caption")[turn % 2],
+                condition=("class", "caption")[turn % 2], sequence_parallel=tp > 1 and turn % 4 in (1, 2),
             ))
-    return found
+    return [*found, Cell(4, 1, 1, 1, 2, sequence_parallel=True)]
 
 
 def valued(config: DiTConfig) -> AveragedDiT:
@@ -127,7 +128,7 @@ class CellRun:
         self.folder = LatentFolder(config.data.root)
         self.config = config = with_sizes_of(self.folder, config)
         p = config.parallel
-        self.mesh = build_mesh(p.tp, p.pp, p.virtual_stages)
+        self.mesh = build_mesh(p.tp, p.pp, p.virtual_stages, p.sequence_parallel)
         self.engine, self.model = build_dit_engine(config, self.mesh, torch.device("cpu"))
         weights = {f"model/{name}": tensor for name, tensor in valued(config).state_dict().items()}
         nothing = lambda name: torch.zeros_like(weights[f"model/{name.partition('/')[2]}"])  # noqa: E731

@@ -31,7 +31,8 @@ def _run_cells(rank: int, chosen: list[Cell], root: Path) -> list[Outcome]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    return random_latents(tmp_path_factory.mktemp("data") / "latents", captions=6)
+    # 9 tokens, which no tensor-parallel size divides.
+    return random_latents(tmp_path_factory.mktemp("data") / "latents", shape=(4, 6, 6), captions=6)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +52,12 @@ def test_the_reference_moves_everything(expected):
 def test_each_pair_of_settings_occurs() -> None:
     names = ("tp", "pp", "dp", "zero")
     for a, b in itertools.combinations(names, 2):
-        values = {(getattr(cell, a), getattr(cell, b)) for cell in cells()}
+        values = {(getattr(cell, a), getattr(cell, b)) for cell in cells() if cell.tp < 4}
         assert len(values) == (8 if b == "zero" else 4), (a, b)
     pipelined = [cell for cell in cells() if cell.pp > 1]
     assert {cell.schedule for cell in pipelined} == {"gpipe", "1f1b", "interleaved_1f1b"}
     assert {cell.recompute for cell in cells()} == {"none", "selective", "full"}
+    assert {cell.recompute for cell in cells() if cell.sequence_parallel} == {"none", "selective", "full"}
     assert {cell.condition for cell in cells()} == {"class", "caption"}
 
 
