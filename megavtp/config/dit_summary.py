@@ -36,7 +36,8 @@ def dit_summary(config: DiTConfig, world_size: int) -> str:
         f"           latent positions of a side: {shown(model.latent_size)}, channels: {shown(model.latent_channels)}, "
         f"{condition}",
         f"layout     {world_size} process{'es' if world_size > 1 else ''} = tp {p.tp} x pp {p.pp} x dp {dp}, "
-        f"ZeRO stage {p.zero_stage}, {p.precision}, recompute {p.recompute}, attention {p.attention}",
+        f"ZeRO stage {p.zero_stage}, {p.precision}, recompute {p.recompute}, "
+        f"sequence parallelism {'on' if p.sequence_parallel else 'off'}, attention {p.attention}",
         f"           about {memory:.2f} GiB of weights, gradients, moments and average on a rank, plus activations",
         f"step       {part.batch} latents, {part.local} on a rank in {part.micro_batches} "
         f"micro-batch{'es' if part.micro_batches > 1 else ''} of {part.micro_batch}",

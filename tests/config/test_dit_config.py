@@ -34,7 +34,7 @@ def check(tmp_path):
 
 
 def test_there_is_a_recipe_for_the_published_models():
-    assert {path.stem for path in RECIPES} >= {"dit_b", "dit_l", "dit_xl", "dit_1p0b", "dit_emoji"}
+    assert {path.stem for path in RECIPES} >= {"dit_b", "dit_l", "dit_xl", "dit_1p0b", "dit_1p6b", "dit_emoji"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
