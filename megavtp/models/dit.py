@@ -17,7 +17,7 @@ from megavtp.models.dit_block import DiTBlock, FinalLayer
 from megavtp.models.dit_embed import CaptionEmbed, ClassEmbed, LatentEmbed, TimeEmbed
 from megavtp.models.dit_positions import pair_tables, sine_positions
 from megavtp.nn.attention_kernels import Kernel
-from megavtp.nn.block import Recompute, redo
+from megavtp.nn.block import Recompute, run_block
 from megavtp.nn.rope import Table
 from megavtp.parallel.collectives import copy_to_tp
 from megavtp.parallel.mesh import SINGLE, Mesh
@@ -130,11 +130,7 @@ class DiT(nn.Module):
             cut = TokenCut(self.mesh, tokens.shape[0] * tokens.shape[1], sequences=samples)
             tokens = cut.split(tokens.flatten(0, 1)).unflatten(0, (samples, -1))
         for index in indices:
-            block = self.blocks[str(index)]
-            if self.recompute == "full":
-                tokens = redo(block, tokens, condition, table, cut, self.recompute)
-            else:
-                tokens = block(tokens, condition, table, cut, self.recompute)
+            tokens = run_block(self.blocks[str(index)], self.recompute, tokens, condition, table, cut)
         return tokens if cut is None else cut.join(tokens.flatten(0, 1)).unflatten(0, (samples, -1))
 
     def _velocity(self, tokens: Tensor, condition: Tensor) -> Tensor:

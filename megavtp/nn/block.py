@@ -97,6 +97,11 @@ def branch(
     return net.contract(hidden, cut, *more)
 
 
+def run_block(block: nn.Module, recompute: Recompute, *arguments: Any) -> Tensor:
+    """``block(*arguments, recompute)``; with "full", nothing but the arguments is held for the backward pass."""
+    return redo(block, *arguments, recompute) if recompute == "full" else block(*arguments, recompute)
+
+
 def redo(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """``function(*arguments)``, made again in the backward pass up to its last saved tensor.
 

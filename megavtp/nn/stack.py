@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from megavtp.nn.attention_kernels import Segments
-from megavtp.nn.block import Block, Recompute, redo
+from megavtp.nn.block import Block, Recompute, run_block
 from megavtp.nn.drop_path import DropPlan
 from megavtp.nn.rope import Table
 from megavtp.parallel.sequence import TokenCut
@@ -34,10 +34,7 @@ def run_blocks(
     x = x if cut is None else cut.split(x)
     for index, block in blocks:
         choice = None if drop is None else drop.blocks[index]
-        if recompute == "full":
-            x = redo(block, x, segments, tables, choice, cut, recompute)
-        else:
-            x = block(x, segments, tables, choice, cut, recompute)
+        x = run_block(block, recompute, x, segments, tables, choice, cut)
         if taken is not None and index in taken:
             taken[index] = x if cut is None else cut.join(x)
     return x if cut is None else cut.join(x)

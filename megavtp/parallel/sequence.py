@@ -90,10 +90,7 @@ class TokenCut:
 
     def all_tokens(self, x: Tensor) -> Tensor:
         """The tokens (T, ...) of all ranks from own rows (n, ...); no gradient flows."""
-        whole = all_gather(x, self.mesh, "tp")
-        if self.sequences == 1:
-            return whole[: self.total]
-        by_rank = whole.unflatten(0, (self.mesh.tp, self.sequences, self.share_of_each))
+        by_rank = all_gather(x, self.mesh, "tp").unflatten(0, (self.mesh.tp, self.sequences, self.share_of_each))
         return by_rank.transpose(0, 1).flatten(1, 2)[:, : self.length].flatten(0, 1)
 
     def pick(self, x: Tensor) -> Tensor:

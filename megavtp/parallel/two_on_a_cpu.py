@@ -1,6 +1,7 @@
 """Two processes where the deepspeed launcher, not told a number, starts one because a machine has no GPU.
 
-The CPU counts as one accelerator; but it has more than one core, and two processes exercise what a parallel run is about.
+The CPU counts as one accelerator; but it has more than one core, and two processes exercise what a parallel run is
+about.
 """
 
 from __future__ import annotations

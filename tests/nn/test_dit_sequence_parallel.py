@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-import time
-
 import pytest
 import torch
 from distributed import run_ranks
 from torch import Tensor
 from watch import Watch
+from whole_gradients import whole_gradients
 
 from megavtp.config.dit import DiTModelConfig
 from megavtp.models.dit import DiT
@@ -18,7 +16,6 @@ from megavtp.models.init import constant, fill_parameters, normal
 from megavtp.parallel.collectives import all_gather
 from megavtp.parallel.mesh import SINGLE, Mesh, build_mesh
 from megavtp.parallel.sequence import TokenCut
-from megavtp.parallel.sharding import merge, shard_of
 
 MODES = ("none", "selective", "full")
 SAMPLES = 3
@@ -44,35 +41,22 @@ def evaluate(mesh: Mesh, mode: str) -> dict[str, Tensor]:
     velocity = model(x, torch.rand(SAMPLES, generator=generator), torch.arange(SAMPLES))
     (velocity * torch.linspace(-1, 1, velocity.numel()).view_as(velocity)).sum().backward()
     found = {"velocity": velocity.detach(), "x": x.grad}
-    for name, parameter in model.named_parameters():
-        pieces = all_gather(parameter.grad[None], mesh, "tp").unbind()
-        assert all(torch.equal(pieces[0], piece) for piece in pieces) or shard_of(parameter) is not None, name
-        found[name] = merge(pieces, shard_of(parameter))
-    return found
+    return found | whole_gradients(model, mesh)
 
 
 def held(mesh: Mesh, mode: str) -> float:
     """Bytes per token that a block makes and leaves to its backward, its input included, its rotary table not."""
     bytes_of, samples = [], 2
     for side in (4, 8):
-        block, table = tiny(mesh, mode, side).blocks["0"], tiny(SINGLE, mode, side).feat_rope.table()
+        model = tiny(mesh, mode, side)
+        block, table = model.blocks["0"], model.feat_rope.table()
         cut = TokenCut(mesh, samples * side**2, sequences=samples) if mesh.sequence_parallel else None
         leaf = torch.randn(samples, side**2 // mesh.tp, 48, requires_grad=True)
         condition = torch.randn(samples, 48, requires_grad=True)
         with Watch() as watch:
             y = block(leaf * 1, condition * 1, table, cut, mode)
-        bytes_of.append(_settled(watch) - y.untyped_storage().nbytes() - sum(part.nbytes for part in table))
+        bytes_of.append(watch.settled_bytes() - y.untyped_storage().nbytes() - sum(part.nbytes for part in table))
     return (bytes_of[1] - bytes_of[0]) / (samples * (8**2 - 4**2))
-
-
-def _settled(watch: Watch) -> int:
-    """What is alive for good: gloo's threads let go of a tensor some moments after its collective has ended."""
-    gc.collect()
-    readings = []
-    for _ in range(10):
-        readings.append(watch.live_bytes)
-        time.sleep(0.01)
-    return min(readings)
 
 
 def pieces(mesh: Mesh, total: int, sequences: int) -> list[Tensor]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from distributed import run_ranks
 from torch import Tensor, nn
 from watch import Watch
+from whole_gradients import whole_gradients
 
 from megavtp.nn.attention import Attention
 from megavtp.nn.block import Block
@@ -17,9 +16,8 @@ from megavtp.nn.feed_forward import MLP, SwiGLU
 from megavtp.nn.norms import LayerNorm, RMSNorm
 from megavtp.nn.rope import AxialRope
 from megavtp.nn.stack import run_blocks
-from megavtp.parallel.collectives import all_gather
 from megavtp.parallel.mesh import SINGLE, Mesh, build_mesh
-from megavtp.parallel.sharding import cut, merge, shard_of
+from megavtp.parallel.sharding import cut, shard_of
 from megavtp.parallel.traffic import count_traffic
 
 WIDTH, HEADS, HIDDEN, DEPTH = 32, 4, 48, 2
@@ -79,11 +77,7 @@ def evaluate(name: str, mesh: Mesh, mode: str, dtype: torch.dtype, autocast: boo
             y = run_blocks(part, y, case["segments"], tables, plan(case), mode, taken)
     ((y * weight).sum() + (taken[0] * early).sum()).backward()
     found = {"y": y.detach(), "taken": taken[0].detach(), "x": x.grad}
-    for key, parameter in blocks.named_parameters():
-        pieces = all_gather(parameter.grad[None], mesh, "tp").unbind()
-        assert all(torch.equal(pieces[0], piece) for piece in pieces) or shard_of(parameter) is not None, key
-        found[key] = merge(pieces, shard_of(parameter))
-    return found
+    return found | whole_gradients(blocks, mesh)
 
 
 SETTINGS = [
@@ -111,17 +105,8 @@ def held(mesh: Mesh, mode: str) -> float:
         leaf, segments = torch.randn(8 * sequences, WIDTH, requires_grad=True), ((sequences, 8),)
         with Watch() as watch:
             y = run_blocks([(0, block)], leaf * 1, segments, None, None, mode)
-        bytes_of.append(_settled(watch) - y.untyped_storage().nbytes())
+        bytes_of.append(watch.settled_bytes() - y.untyped_storage().nbytes())
     return (bytes_of[1] - bytes_of[0]) / 32
-
-
-def _settled(watch: Watch) -> int:
-    """What is alive for good: gloo's threads let go of a tensor some moments after its collective has ended."""
-    readings = []
-    for _ in range(10):
-        readings.append(watch.live_bytes)
-        time.sleep(0.01)
-    return min(readings)
 
 
 def on_rank(rank: int) -> dict:
