@@ -2,7 +2,7 @@
 
 Every legal cell of tp, pp, dp, ZeRO stage, schedule, recompute, precision and sequence parallelism on up to 8 gloo
 processes of this machine, with all micro-batch counts and switched-off objectives in turn, against one process. Takes
-hours on few cores: key=value,... narrows it. Ends with status 1 if a cell differs.
+some 100 minutes on two cores: key=value,... narrows it. Ends with status 1 if a cell differs.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 from distributed import run_ranks  # noqa: E402
 from layouts import AXES, HEADER, Cell, run_cells, verdict, whole_matrix  # noqa: E402
 
-_AT_ONCE = 8  # cells in one start of the processes
-_PATIENCE = 600  # seconds for one cell
+_AT_ONCE = 24  # cells in one start of the processes
+_PATIENCE = 200  # seconds for one cell
 
 
 def wanted(arguments: list[str]) -> list[Cell]:
