@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -32,11 +33,19 @@ class Run:
     def finish(self, world: int = WORLD, *more: str) -> None:
         succeed([*self.command, *more], world, self.folder, self.hook)
 
-    def kill_after(self, step: int, world: int = WORLD, *more: str) -> None:
-        """Kill -9 all ranks as soon as ``step`` steps are logged."""
+    def logged(self) -> int:
+        return max(steps_done(self.output), default=0)
+
+    def saved(self) -> int:
+        """The newest checkpoint's step."""
+        folders = (self.output / "checkpoints").glob("step-????????")
+        return max((int(folder.name.removeprefix("step-")) for folder in folders), default=0)
+
+    def kill_when(self, reached: Callable[[], bool], world: int = WORLD, *more: str) -> None:
+        """Kill -9 all ranks as soon as ``reached()``."""
         with self.start(world, *more) as ranks:
             alive = lambda: all(process.is_alive() for process in ranks.processes)  # noqa: E731
-            wait_for(lambda: max(steps_done(self.output), default=0) >= step or not alive(), 240, lambda: ranks.output)
+            wait_for(lambda: reached() or not alive(), 240, lambda: ranks.output)
             assert alive(), ranks.output
             ranks.kill()
 
@@ -63,7 +72,7 @@ def test_killed_at_a_random_step_then_the_same_command(whole, recipe, tmp_path):
     chosen = random.Random(7).randrange(4, STEPS - 1)
     print(f"killed after step {chosen}")
     run = Run(recipe, tmp_path)
-    run.kill_after(chosen)
+    run.kill_when(lambda: run.logged() >= chosen)
     run.finish()
     resumed = events(run.output, "resumed")
     assert len(resumed) == 1 and 0 < resumed[0]["step"] <= chosen + 2
@@ -74,22 +83,26 @@ def test_killed_at_a_random_step_then_the_same_command(whole, recipe, tmp_path):
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-CHAIN = [
+CHAIN = [  # processes, layout
     (2, "parallel.zero_stage=1"),
     (2, "parallel.tp=2", "parallel.zero_stage=3"),
     (1, "parallel.zero_stage=0", "parallel.recompute=full", "objectives.contrastive.micro_batch=8"),
+    (4, "parallel.pp=2", "parallel.schedule=gpipe", "parallel.zero_stage=3"),
     (4, "parallel.tp=2", "parallel.pp=2", "parallel.zero_stage=2", "data.workers=1"),
 ]
 
 
 def test_killed_again_and_again_and_resumed_on_other_layouts(whole, recipe, tmp_path):
+    """Every layout goes on from a checkpoint that the layout before it wrote."""
     rng = random.Random(11)
-    run, last = Run(recipe, tmp_path), 0
-    for layout in CHAIN[:-1]:
-        last += 3 + rng.randrange(2)  # every start gets as far as a checkpoint
-        print(f"killed after step {last} on {layout}")
-        run.kill_after(last, *layout)
+    run = Run(recipe, tmp_path)
+    for world, *layout in CHAIN[:-1]:
+        target = run.saved() + 1 + rng.randrange(2)
+        run.kill_when(lambda target=target: run.saved() >= target, world, *layout, "train.checkpoint_every=1")
+        print(f"killed with {run.saved()} steps saved on {world} processes, {layout}")
     run.finish(*CHAIN[-1])
+    starts = [event["step"] for event in events(run.output, "resumed")]
+    assert len(starts) == len(CHAIN) - 1 and 0 < starts[0] and sorted(set(starts)) == starts < [STEPS], starts
     assert seen(run.seen) == seen(whole.seen)
     expected, got = steps_done(whole.output), steps_done(run.output)
     assert got.keys() == expected.keys()
@@ -97,7 +110,6 @@ def test_killed_again_and_again_and_resumed_on_other_layouts(whole, recipe, tmp_
         # Absolutely, because KoLeo crosses zero.
         assert got[step]["terms"] == pytest.approx(values["terms"], rel=1e-5, abs=1e-5), step
         assert got[step]["grad_norm"] == pytest.approx(values["grad_norm"], rel=1e-4), step
-    assert len(events(run.output, "resumed")) == len(CHAIN) - 1
     torch.testing.assert_close(state(run.output), state(whole.output), rtol=1e-3, atol=1e-5)
 
 
