@@ -118,7 +118,8 @@ def _self_distillation(ssl: SelfDistillationConfig) -> None:
 
 def _augment(augment: AugmentConfig) -> None:
     prefix = "data.augment"
-    within(augment, prefix, 0, 1, "plain_flip", "flip", "color_jitter", "grayscale", "blur", "solarize")
+    within(augment, prefix, 0, 1, "plain_flip", "plain_color_jitter", "plain_grayscale")
+    within(augment, prefix, 0, 1, "flip", "color_jitter", "grayscale", "blur", "solarize")
     within(augment, prefix, 0, INF, "local_crops")
     within(augment, prefix, 1, INF, "global_size", "local_size")
     ordered(augment, prefix, "plain_scale", "global_scale", "local_scale")

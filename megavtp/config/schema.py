@@ -143,6 +143,8 @@ class ObjectivesConfig:
 class AugmentConfig:
     plain_scale: tuple[float, float] = (0.9, 1.0)  # area of the contrastive / reconstruction crop
     plain_flip: float = 0.0
+    plain_color_jitter: float = 0.0  # probability; reconstructions are of the jittered picture
+    plain_grayscale: float = 0.0
     global_size: int = 224  # pixels
     global_scale: tuple[float, float] = (0.32, 1.0)
     local_crops: int = 8

@@ -26,9 +26,13 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
 BLUR_SIGMA = (0.1, 2.0)
 
 
-def plain_view(image: Tensor, size: int, scale: tuple[float, float], flip: float, rng: np.random.Generator) -> Tensor:
-    """The contrastive and reconstruction view: random resized crop of ``scale`` of the area, flip probability."""
-    return _crop_and_flip(image, size, scale, flip, rng)
+def plain_view(
+    image: Tensor, size: int, scale: tuple[float, float], flip: float, rng: np.random.Generator, *,
+    color_jitter: float = 0.0, grayscale: float = 0.0,
+) -> Tensor:
+    """The contrastive and reconstruction view: random resized crop of ``scale`` of the area, then what has a
+    probability, as OpenCLIP's augmentation has it."""
+    return dino_view(image, size, scale, rng, flip=flip, color_jitter=color_jitter, grayscale=grayscale, blur=0.0)
 
 
 def dino_view(

@@ -152,9 +152,12 @@ class StepDataset(torch.utils.data.Dataset):
         )
 
     def _plain(self, image: Tensor, step: int, position: int) -> Tensor:
-        augment = self.config.data.augment
+        a = self.config.data.augment
         rng = generator(self.config.seed, "plain", step, position)
-        return plain_view(image, self.config.model.image_size, augment.plain_scale, augment.plain_flip, rng)
+        return plain_view(
+            image, self.config.model.image_size, a.plain_scale, a.plain_flip, rng,
+            color_jitter=a.plain_color_jitter, grayscale=a.plain_grayscale,
+        )  # fmt: skip
 
     def _crops(self, image: Tensor, step: int, position: int, global_out: Tensor, local_out: Tensor) -> None:
         """Write the DINO views of one image: global_out (2, 3, g, g), local_out (L, 3, l, l)."""

@@ -97,6 +97,16 @@ def test_probabilities_are_met():
     assert 0.4 < sum(torch.equal(view, straight) for view in flipped) / n < 0.6
 
 
+def test_the_plain_view_jitters_and_greys_when_asked():
+    image = picture(24, 24)
+    image[0] = 255  # never grey by chance
+    plain = [plain_view(image, 8, (0.5, 1), 0.5, generator(i)) for i in range(50)]
+    changed = [plain_view(image, 8, (0.5, 1), 0.5, generator(i), color_jitter=0.5) for i in range(50)]
+    assert 10 < sum(torch.equal(a, b) for a, b in zip(plain, changed, strict=True)) < 40  # the others' crop stays
+    grey = [plain_view(image, 8, (0.5, 1), 0.5, generator(i), grayscale=1.0) for i in range(50)]
+    assert all(torch.equal(view[0], view[1]) and torch.equal(view[1], view[2]) for view in grey)
+
+
 def test_jitter_order_and_strength_vary():
     image = torch.full((3, 8, 8), 100, dtype=torch.uint8)
     views = [dino_view(image, 8, (1, 1), generator(i), **(NEVER | {"color_jitter": 1.0})) for i in range(300)]
