@@ -86,7 +86,8 @@ def attend(
 
     Where the tensors allow it (CUDA, 16-bit, h <= 256), one variable-length call serves all crop sizes; with "auto"
     only if there are several, as torch's scaled_dot_product_attention has a flash kernel of its own for one. That
-    function, called once per crop size, serves everything else, also under "flash" (say, decoding in float32).
+    function, called once per crop size, serves everything else, also under "flash" (say, decoding in float32). On a CPU
+    it computes 16-bit tensors in float32: for some hundred tokens its 16-bit kernels take two to six times as long.
     """
     segments = tuple((sequences, length) for sequences, length in segments if sequences)
     if not segments:
@@ -99,7 +100,14 @@ def attend(
     for sequences, length in segments:
         end = start + sequences * length
         heads_first = [x[start:end].unflatten(0, (sequences, length)).transpose(1, 2) for x in (q, k, v)]
-        out = F.scaled_dot_product_attention(*heads_first, is_causal=causal)
+        out = _sdpa(*heads_first, causal)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
         start = end
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    if q.device.type != "cpu" or q.dtype not in (torch.float16, torch.bfloat16):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    with torch.autocast("cpu", enabled=False):  # which would make it 16-bit again
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal).to(q.dtype)

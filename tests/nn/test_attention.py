@@ -36,6 +36,14 @@ def test_packed_attention_equals_the_loop(causal):
     assert torch.allclose(attend(q, k, v, SEGMENTS, causal), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sixteen_bits_on_a_cpu_are_computed_in_float32(autocast):
+    q, k, v = (x.bfloat16() for x in tokens(SEGMENTS))
+    expected = attend(q.float(), k.float(), v.float(), SEGMENTS).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert torch.equal(attend(q, k, v, SEGMENTS), expected)
+
+
 def test_offsets():
     assert sequence_offsets(((2, 5), (3, 2)), torch.device("cpu")).tolist() == [0, 5, 10, 12, 14, 16]
 
