@@ -94,7 +94,8 @@ def check_numbers(config: Config) -> None:
         if objective.micro_batch is not None:
             within(objective, prefix, 1, INF, "micro_batch")
     need(o.contrastive.max_scale > 0, f"objectives.contrastive.max_scale = {o.contrastive.max_scale}: must be above 0")
-    within(o.reconstruction, "objectives.reconstruction", 0, INF, "l1_weight", "perceptual_weight")
+    within(o.reconstruction, "objectives.reconstruction", 0, INF, "l1_weight", "perceptual_weight", "latent_noise")
+    within(o.reconstruction, "objectives.reconstruction", 0, 1, "latent_noise_share")
     within(o.reconstruction, "objectives.reconstruction", 1, INF, "batch")
     _self_distillation(o.self_distillation)
     _augment(data.augment)

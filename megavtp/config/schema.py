@@ -126,6 +126,10 @@ class ReconstructionConfig:
     batch: int = 2048  # images of the global batch that get this objective
     micro_batch: int | None = None
     drop_path: float = 0.0
+    # Some images are decoded from noisy latents, for a decoder that forgives a generator's errors; these teach the
+    # decoder alone. In standard deviations of a channel in its image, at most; 0 = none (RAE, arXiv 2510.11690).
+    latent_noise: float = 0.0
+    latent_noise_share: float = 0.5  # of the images
     l1_weight: float = 1.0
     perceptual: Literal["none", "lpips-vgg", "lpips-alex"] = "lpips-vgg"
     perceptual_weight: float = 1.0

@@ -20,6 +20,7 @@ from megavtp.config.sizes import feature_width
 from megavtp.errors import UserError
 from megavtp.models.cuts import tower_cuts
 from megavtp.models.dino_head import DinoHead
+from megavtp.models.latent_noise import LatentNoise
 from megavtp.models.pixel_decoder import PixelDecoder
 from megavtp.models.text_encoder import TextEncoder
 from megavtp.models.vision_encoder import VisionEncoder
@@ -227,7 +228,8 @@ class VTP(nn.Module):
         return global_cls, local_cls, masked, prototypes, inputs[0]
 
     def _encode(
-        self, chunk: int | None, flow: Sequence[Tensor], images: Tensor, drop: DropPlan | None = None
+        self, chunk: int | None, flow: Sequence[Tensor], images: Tensor, drop: DropPlan | None = None,
+        noise: LatentNoise | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """images (b, 3, H, W), normalised -> latents (b, bottleneck, H / patch, W / patch)."""
         tokens = self._run_trunk(chunk, *(flow or (None,)), [images], drop=drop)
@@ -238,13 +240,17 @@ class VTP(nn.Module):
 
     def _decode(
         self, chunk: int | None, flow: Sequence[Tensor], latents: Tensor | None = None, images: Tensor | None = None,
-        drop: DropPlan | None = None,
+        drop: DropPlan | None = None, noise: LatentNoise | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """latents, given or just encoded from ``images`` -> images (b, 3, H, W) in the encoder's normalised space."""
+        """latents, given or just encoded from ``images`` -> images (b, 3, H, W) in the encoder's normalised space.
+
+        ``noise`` is added to the latents first.
+        """
         if chunk:
             latents, x = torch.empty(self._latent_shape(images, latents), device="meta"), flow[0]
         else:
             latents, x = flow[0] if flow else latents, None
+            latents = latents if noise is None else noise.add(latents)
         x = self.pixel_decoder(latents, chunk, x)
         return x if self._ends(chunk) else (x,)
 

@@ -17,6 +17,7 @@ from megavtp.config.schema import Config
 from megavtp.config.share import PassShare, Share
 from megavtp.config.sizes import GLOBAL_CROPS, contrastive_size
 from megavtp.data.batch import Batch, masked_rows
+from megavtp.models.latent_noise import LatentNoise, draw_latent_noise
 from megavtp.nn.drop_path import DropPlan, draw_drop_plan
 from megavtp.objectives.centering import center_bias, sinkhorn_bias, update_center
 from megavtp.objectives.contrastive import info_nce
@@ -227,11 +228,26 @@ class ReconstructionPass(_PretrainingPass):
         return self._last[1]
 
     def inputs(self, micro: int) -> dict[str, Any]:
-        return {"images": self._images(micro), "drop": self.drop_plan(micro, [1])}
+        return self._inputs(micro, self._images(micro))
 
     def later_inputs(self, micro: int) -> dict[str, Any]:
         shape = (self.share.micro_batch, *self.batch.images.shape[1:])
-        return {"images": torch.empty(shape, device="meta"), "drop": self.drop_plan(micro, [1])}
+        return self._inputs(micro, torch.empty(shape, device="meta"))
+
+    def _inputs(self, micro: int, images: Tensor) -> dict[str, Any]:
+        return {"images": images, "drop": self.drop_plan(micro, [1]), "noise": self._noise(micro)}
+
+    def _noise(self, micro: int) -> LatentNoise | None:
+        if self.settings.latent_noise == 0:
+            return None
+        model, first = self.config.model, self.mesh.dp_rank * self.share.local
+        rows, side = self.rows(micro), model.image_size // model.patch_size
+        noise = draw_latent_noise(
+            seed=self.config.seed, step=self.batch.step, images=range(first + rows.start, first + rows.stop),
+            shape=(model.bottleneck, side, side), strength=self.settings.latent_noise,
+            share=self.settings.latent_noise_share,
+        )
+        return LatentNoise(self.to_device(noise.unit), self.to_device(noise.strength))
 
     def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
         target = self._images(micro)

@@ -18,6 +18,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "softmax centering": {"objectives": {"self_distillation": {"centering": "softmax"}}},
     "heavy KoLeo": {"objectives": {"self_distillation": {"koleo_weight": 10.0}}},
     "drop path in all": {"objectives": {"contrastive": {"drop_path": 0.4}, "reconstruction": {"drop_path": 0.4}}},
+    "noisy latents": {"objectives": {"reconstruction": {"latent_noise": 0.5}}},
     "scale at its ceiling": {"objectives": {"contrastive": {"max_scale": 2.0}}},
     "one local crop": {"data": {"augment": {"local_crops": 1}}},
 }
