@@ -20,7 +20,7 @@ from vtp_oracle import DATA, TINY, assert_matches_oracle, stored
 import megavtp
 from megavtp.checkpoint.formats.convert import convert, write_native
 from megavtp.checkpoint.formats.lightningdit import dit_shapes, read_lightningdit
-from megavtp.checkpoint.native import load_model
+from megavtp.checkpoint.formats.vtp_source import open_vtp
 from megavtp.checkpoint.native_dit import load_dit
 from megavtp.checkpoint.store import open_checkpoint
 from megavtp.config.dit import DiTModelConfig, resolve_dit
@@ -30,7 +30,7 @@ from megavtp.data.captions import load_tokenizer as load_captions
 from megavtp.data.captions import train_sentencepiece
 from megavtp.errors import UserError
 from megavtp.evaluation.checkpoint import find_tokenizer, open_model
-from megavtp.models.build import build_vtp
+from megavtp.models.build import build_vtp, load_full
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,8 +80,14 @@ def test_native_to_official_and_back_keeps_every_bit(trained, tmp_path):
     same({n: t for n, t in before.items() if not n.startswith(("model/teacher.", "model/dino_head."))}, after)
     for folder in (tmp_path / "hf", tmp_path / "native"):
         assert (folder / "captions.model").read_bytes() == (trained.parent / "captions.model").read_bytes()
-    native = load_model(tmp_path / "native")[0]
-    assert native.objectives == {"contrastive", "reconstruction"}
+    own = megavtp.load_tokenizer(tmp_path / "native")
+    assert own.model.objectives == {"contrastive", "reconstruction"}
+    # Texts go through the caption tokenizer that came along.
+    texts = ["a red cat", "two dogs"]
+    before = megavtp.load_tokenizer(trained).encode_text(texts)
+    for folder in (tmp_path / "hf", tmp_path / "native"):
+        features = megavtp.load_tokenizer(folder).encode_text(texts)
+        assert torch.equal(features, before) and not torch.allclose(features[0], features[1], atol=1e-3)
 
 
 def test_evaluation_finds_the_captions_that_came_along(trained, tmp_path):
@@ -95,7 +101,12 @@ def test_evaluation_finds_the_captions_that_came_along(trained, tmp_path):
 def test_native_to_native_keeps_the_teacher(trained, tmp_path):
     convert(trained, "native", tmp_path / "copy")
     same(tensors_of(trained), tensors_of(tmp_path / "copy"))
-    assert "self_distillation" in load_model(tmp_path / "copy")[0].objectives
+    source = open_vtp(tmp_path / "copy")
+    model = build_vtp(source.config.model)
+    load_full(model, source.tensors)
+    parameters = dict(model.named_parameters())
+    name = "trunk.blocks.0.attn.qkv.weight"
+    assert torch.equal(parameters[f"teacher.{name}"], 0.5 * parameters[name])
 
 
 @torch.no_grad()
