@@ -15,7 +15,7 @@ from megavtp.evaluation.generation import GenerationResult, Reference, measure_g
 from megavtp.evaluation.generation_samples import samples_like
 from megavtp.evaluation.image_sources import ImageSource, open_images
 from megavtp.evaluation.report import format_table, write_metrics
-from megavtp.evaluation.scale import Blurred, Noise, untrained
+from megavtp.evaluation.scale import BLURS, Blurred, Noise, untrained
 from megavtp.parallel.collectives import together
 from megavtp.parallel.mesh import Mesh
 from megavtp.sampling.command import settings_of
@@ -74,7 +74,8 @@ def _scale(options: argparse.Namespace, samples: ImageSource, reference: Referen
     count, size = len(samples), samples.size
     found: dict[str, ImageSource] = {}
     if reference.images is not None:
-        found["blurred"] = Blurred(open_images(options.reference, size, count))
+        images = open_images(options.reference, size, count)
+        found |= {f"blurred {side} px": Blurred(images, side) for side in BLURS}
     if isinstance(samples, GeneratedImages):
         found["untrained"] = GeneratedImages(untrained(samples.sampler), samples.samples)
     return found | {"noise": Noise(count, size, options.seed)}

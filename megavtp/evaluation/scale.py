@@ -13,7 +13,7 @@ from megavtp.evaluation.image_sources import Batch, ImageSource
 from megavtp.models.dit_build import build_dit
 from megavtp.sampling.sampler import Sampler
 
-BLUR = 8  # pixels of a side of the squares that a blurred image is averaged over
+BLURS = (8, 16)  # pixels of a side of the squares that a blurred image is averaged over: half a patch, a patch
 _BATCH = 64  # images of noise drawn with one seed, so that no batch size or process count changes them
 
 
@@ -40,9 +40,10 @@ class Noise:
 
 @dataclass(frozen=True)
 class Blurred:
-    """The images of ``source``, each averaged over squares of ``BLUR`` pixels."""
+    """The images of ``source``, each averaged over squares of ``side`` pixels."""
 
     source: ImageSource
+    side: int
 
     @property
     def size(self) -> int:
@@ -53,13 +54,13 @@ class Blurred:
 
     def batches(self, batch_size: int, rank: int, world: int) -> Iterator[Batch]:
         for numbers, images in self.source.batches(batch_size, rank, world):
-            yield numbers, blur(images)
+            yield numbers, blur(images, self.side)
 
 
-def blur(images: Tensor) -> Tensor:
-    """uint8 (b, 3, H, W), averaged over squares of ``BLUR`` pixels; those at the far edges may be smaller."""
-    means = F.avg_pool2d(images.float(), BLUR, ceil_mode=True)
-    wide = means.repeat_interleave(BLUR, -2).repeat_interleave(BLUR, -1)
+def blur(images: Tensor, side: int) -> Tensor:
+    """uint8 (b, 3, H, W), averaged over squares of ``side`` pixels; those at the far edges may be smaller."""
+    means = F.avg_pool2d(images.float(), side, ceil_mode=True)
+    wide = means.repeat_interleave(side, -2).repeat_interleave(side, -1)
     return wide[..., : images.shape[-2], : images.shape[-1]].round().to(torch.uint8)
 
 

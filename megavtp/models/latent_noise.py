@@ -19,7 +19,7 @@ from megavtp.nn.seeded import named_generator
 
 @dataclass(frozen=True)
 class LatentNoise:
-    """``unit`` (b, C, h, w): normal values. ``strength`` (b, 1, 1, 1): of each image, 0 where its latents stay clean."""
+    """``unit`` (b, C, h, w): normal values. ``strength`` (b, 1, 1, 1): of each image, 0 where latents stay clean."""
 
     unit: Tensor
     strength: Tensor

@@ -153,12 +153,14 @@ def test_noise_is_the_same_in_any_batches_on_any_number_of_processes(world):
     assert whole.float().mean() == pytest.approx(127.5, abs=2) and whole.min() == 0 and whole.max() == 255
 
 
-def test_blur_takes_means_of_squares():
+@pytest.mark.parametrize("side", [8, 16])
+def test_blur_takes_means_of_squares(side):
     image = torch.from_numpy(pictures(2, 1, 20)).permute(0, 3, 1, 2).contiguous()
-    blurred = blur(image)
+    blurred = blur(image, side)
     assert blurred.shape == image.shape and blurred.dtype == torch.uint8
-    for rows in (slice(0, 8), slice(8, 16), slice(16, 20)):
-        for columns in (slice(0, 8), slice(8, 16), slice(16, 20)):
+    squares = [slice(start, start + side) for start in range(0, 20, side)]
+    for rows in squares:
+        for columns in squares:
             mean = image[..., rows, columns].double().mean((2, 3), keepdim=True)
             assert ((blurred[..., rows, columns] - mean).abs() <= 0.51).all()
 
@@ -242,7 +244,8 @@ def test_tool_on_files(folders, tmp_path, pools, monkeypatch, capsys):
     assert content["metrics"] == pytest.approx(plain(folders), rel=1e-6)
     real = open_images(folders / "reference")
     images = next(real.batches(38, 0, 1))[1]
-    for name, others in (("blurred", blur(images)), ("noise", next(Noise(53, 8).batches(53, 0, 1))[1])):
+    bad = {"blurred 8 px": blur(images, 8), "blurred 16 px": blur(images, 16)}
+    for name, others in (bad | {"noise": next(Noise(53, 8).batches(53, 0, 1))[1]}).items():
         want = frechet_distance(statistics_of(Pools()(others)), statistics_of(Pools()(images)))
         assert content["compare"][name]["generation/fd_pools"] == pytest.approx(want, rel=1e-6)
     assert content["compare"]["noise"]["samples"] == 53
@@ -290,7 +293,8 @@ def test_tool_with_a_dit(dit, shards, tmp_path, pools, monkeypatch, capsys):
     # an untrained one draws what its noise decodes to
     assert run_tool(monkeypatch, *options, "--samples", 10, "--device", "cpu", "--scale") == 0
     compare = json.loads(out.read_text())["compare"]
-    assert list(compare) == ["blurred", "untrained", "noise"] and compare["blurred"]["samples"] == 10
+    assert list(compare) == ["blurred 8 px", "blurred 16 px", "untrained", "noise"]
+    assert compare["blurred 8 px"]["samples"] == 10
     blank = untrained(sampler)
     assert torch.equal(blank.latents(samples), SampleNoise(0, samples, sampler.shape, "cpu")())
     assert "untrained" in capsys.readouterr().out
