@@ -100,7 +100,7 @@ def measure(options: argparse.Namespace, case: dict) -> dict:
         seconds.append(time.perf_counter() - start)
     pace = sorted(seconds[2:])[options.steps // 2]
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    peak = device_peak_tflops(name) if device.type == "cuda" and config.parallel.precision == "bf16" else None
+    peak = device_peak_tflops(name, config.parallel.precision)
     result = {
         "device": name, "size": config.model.size, "batch": config.train.batch_size,
         "subset": config.objectives.reconstruction.batch, "seconds": pace,
