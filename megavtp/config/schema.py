@@ -220,7 +220,7 @@ class LoggingConfig:
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "megavtp"
     tensorboard: bool = False
-    peak_tflops: float | None = None  # of one device, for MFU; None = known devices' own, else no MFU
+    peak_tflops: float | None = None  # of one device, for MFU; None = known devices' own in bf16, else no MFU
 
 
 @dataclass(frozen=True)

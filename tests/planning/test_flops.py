@@ -185,4 +185,5 @@ def test_self_distillation_of_the_real_model(bottleneck_only):
     ("AMD Instinct MI300X", 1307.4), ("Tesla V100-SXM2-16GB", None), ("cpu", None),
 ])
 def test_peak_of_known_devices(name, peak):
-    assert device_peak_tflops(name) == peak
+    assert device_peak_tflops(name, "bf16") == peak
+    assert device_peak_tflops(name, "fp32") is None
