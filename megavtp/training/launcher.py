@@ -59,14 +59,20 @@ def _main() -> int:
         return 0
     device = launch.start(config.parallel.timeout)
     phase.enter("preparing data", slow=True)
-    if arguments.config is None or arguments.config.resolve() == DEMO_CONFIG.resolve():
+    if _brings_its_data(arguments.config, config):
         _prepare_demo_data(config, place.rank)
     run = PretrainRun(config, device)
     return 0 if run.train() else launch.STOPPED
 
 
+def _brings_its_data(recipe: Path | None, config: Config) -> bool:
+    """Whether this is the demo where it keeps its own data. Another ``data.root`` is the user's to fill: a mistyped one
+    must not become a run on emoji."""
+    is_demo = recipe is None or recipe.resolve() == DEMO_CONFIG.resolve()
+    return is_demo and Path(config.data.root) == Path(load_config(recipe).data.root)
+
+
 def _prepare_demo_data(config: Config, rank: int) -> None:
-    """The demo brings its own data; other recipes need the user's."""
     root = Path(config.data.root)
 
     def prepare() -> None:

@@ -47,6 +47,13 @@ def test_settings(world, setting, message, recipe, tmp_path):
     refused(["--config", recipe, f"output_dir={tmp_path / 'run'}", setting], tmp_path, message, world)
 
 
+def test_only_its_own_folder_is_filled_by_the_demonstration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["train.steps=1", "train.optimizer.warmup_steps=0"]
+    refused(["data.root=typo", *short], tmp_path, "data folder typo/train does not exist; make one with", 2)
+    assert not (tmp_path / "typo").exists()
+
+
 def test_output_dir_that_cannot_be(recipe, tmp_path):
     (tmp_path / "file").write_text("")
     refused(["--config", recipe, f"output_dir={tmp_path / 'file' / 'run'}"], tmp_path, "output_dir", 2)
