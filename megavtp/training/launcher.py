@@ -16,7 +16,7 @@ from megavtp.errors import UserError
 from megavtp.parallel import launch, phase
 from megavtp.parallel.collectives import together
 from megavtp.parallel.rendezvous import detect
-from megavtp.parallel.two_on_a_cpu import start_two_on_a_cpu
+from megavtp.parallel.two_on_a_cpu import processes_of_run, start_two_on_a_cpu
 from megavtp.training.pretrain_run import PretrainRun
 
 
@@ -52,10 +52,11 @@ def _main() -> int:
     arguments = parse_arguments(sys.argv[1:])
     place = detect()
     config = load_config(arguments.config, arguments.overrides, arguments.deepspeed_config)
-    config = validate(config, place.world)
+    world = processes_of_run(place.world)
+    config = validate(config, world)
     if arguments.dry_run:
         if place.rank == 0:
-            print(layout_summary(config, place.world))
+            print(layout_summary(config, world))
         return 0
     device = launch.start(config.parallel.timeout)
     phase.enter("preparing data", slow=True)

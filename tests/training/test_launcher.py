@@ -50,8 +50,7 @@ def test_two_processes_unless_told_otherwise(decide):
         assert not decide(LAUNCH, [*RUNNER, *told, "launchers/pretrain.py"]), told
     assert not decide(LAUNCH, RUNNER, world="2")
     assert not decide(LAUNCH, RUNNER, gpu=True)
-    for alone in ("--dry-run", "--device=cpu"):
-        assert not decide(LAUNCH, RUNNER, arguments=[alone])
+    assert not decide(LAUNCH, RUNNER, arguments=["--device=cpu"])
     assert not decide(["bash"], launched=False)
 
 
@@ -64,6 +63,13 @@ def test_the_deepspeed_launcher_alone_becomes_two_processes(recipe, tmp_path):
     ports = re.findall(r"--master_port=(\d+)", launched.output)
     assert len(ports) == 2 and ports[0] == ports[1]  # of the first start and of its own
     assert sorted(steps_done(tmp_path / "run")) == [1, 2]
+
+
+def test_a_dry_run_is_of_the_processes_that_a_run_would_have(recipe, tmp_path):
+    for setting, found in (("seed=0", "layout     2 processes"), ("data.streams=1", "error: data.streams = 1 is not")):
+        with deepspeed(None, ["--config", recipe, "--dry-run", setting], tmp_path / setting) as launched:
+            launched.wait_until_gone(120)
+        assert found in launched.output and "Traceback" not in launched.output, launched.output
 
 
 def test_dry_run_without_a_recipe_describes_the_demo(tmp_path, monkeypatch):
