@@ -131,7 +131,8 @@ def build_engine(
     if initial:
         fill(model, initial)
     optimizer = build_optimizer(
-        model.named_parameters(), config.train.optimizer, zero_stage=config.parallel.zero_stage
+        model.named_parameters(), config.train.optimizer, zero_stage=config.parallel.zero_stage,
+        max_logit_scale=model.max_logit_scale,
     )
     engine = Engine(
         model, optimizer, mesh, zero_stage=config.parallel.zero_stage, clip_grad=config.train.optimizer.clip_grad,
