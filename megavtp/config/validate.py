@@ -27,7 +27,7 @@ def validate(config: Config, world_size: int | None) -> Config:
     _tensor_parallel(config)
     check_pipeline(config.parallel, config.model.vision.depth, "model.vision.depth", "encoder")
     _batches(config)
-    deepspeed_keys.check(config.deepspeed)
+    deepspeed_keys.check(config.deepspeed, config.parallel.zero_stage)
     if world_size is not None:
         _layout(config, world_size)
     return config

@@ -121,6 +121,8 @@ CROSS_RULES = [
     (1, "deepspeed.zero_optimization.overlap_com=true", "did you mean deepspeed.zero_optimization.overlap_comm"),
     (1, "deepspeed.train_batch_size=auto", "deepspeed.train_batch_size: .*train.batch_size"),
     (1, "deepspeed.qqqq=1", "deepspeed.qqqq: not a key of DeepSpeed"),
+    (1, "deepspeed.zero_optimization.offload_optimizer.device=cpu", "offload_optimizer: does not work here; remove it"),
+    (1, "deepspeed.zero_optimization.overlap_comm=true", "overlap_comm needs parallel.zero_stage 2 or 3, not 1"),
 ]
 
 

@@ -7,7 +7,7 @@ import sys
 
 import psutil
 import pytest
-from launched import deepspeed, run, steps_done
+from launched import deepspeed, run, steps_done, succeed
 
 from megavtp.parallel import two_on_a_cpu
 
@@ -79,6 +79,32 @@ def test_dry_run_without_a_recipe_describes_the_demo(tmp_path, monkeypatch):
     for word in ("contrastive", "self_distillation", "reconstruction", "data/emoji", "runs/demo"):
         assert word in ranks.output
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]  # it wrote nothing
+
+
+def _tell_what_the_engine_gets(rank):
+    from megavtp.parallel import deepspeed_adapter as adapter
+
+    inner = adapter.build_config
+
+    def build_config(*arguments):
+        config = inner(*arguments)
+        print("engine", config["zero_optimization"]["sub_group_size"], config["steps_per_print"], flush=True)
+        return config
+
+    adapter.build_config = build_config
+
+
+def test_a_deepspeed_file_reaches_the_engine(recipe, tmp_path):
+    file = tmp_path / "deepspeed.json"
+    command = ["--config", recipe, "--deepspeed_config", str(file), f"output_dir={tmp_path / 'run'}", "train.steps=1"]
+    file.write_text('{"steps_per_print": 7, "zero_optimization": {"sub_group_size": 5000}}')
+    succeed([*command, "deepspeed.steps_per_print=8"], 1, tmp_path / "logs", _tell_what_the_engine_gets)
+    assert "engine 5000 8" in "".join(log.read_text() for log in (tmp_path / "logs").iterdir())
+    assert list(steps_done(tmp_path / "run")) == [1]
+    file.write_text('{"train_batch_size": 64}')
+    ranks = run(command, 1, tmp_path / "refused")
+    assert [process.exitcode for process in ranks.processes] == [2]
+    assert "deepspeed.train_batch_size: is MegaVTP's to set" in ranks.errors[0]
 
 
 def test_dry_run_on_many_ranks_speaks_once(recipe, tmp_path):
