@@ -53,6 +53,11 @@ def _objectives(config: Config) -> None:
         "objectives.contrastive.weight, objectives.self_distillation.weight and objectives.reconstruction.weight "
         "are all 0: give at least one a weight above 0",
     )
+    need(
+        o.contrastive.weight == 0 or o.contrastive.loss != "siglip" or config.model.init_logit_bias is not None,
+        "objectives.contrastive.loss = siglip needs model.init_logit_bias: nearly no pair belongs together, and it "
+        "starts there; set model.init_logit_bias=-10 and model.init_logit_scale=2.3026, as the SigLIP paper does",
+    )
     rec, ssl = o.reconstruction, o.self_distillation
     need(
         rec.weight == 0 or rec.l1_weight > 0 or (rec.perceptual != "none" and rec.perceptual_weight > 0),

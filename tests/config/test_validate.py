@@ -114,6 +114,7 @@ CROSS_RULES = [
      "perceptual_weights is given but objectives.reconstruction.perceptual is none"),
     (1, "objectives.contrastive.weight=0 objectives.self_distillation.weight=0 objectives.reconstruction.weight=0",
      "are all 0: give at least one a weight above 0"),
+    (1, "objectives.contrastive.loss=siglip", "loss = siglip needs model.init_logit_bias: .*model.init_logit_bias=-10"),
     (1, "deepspeed.gradient_clipping=1", "deepspeed.gradient_clipping: is MegaVTP's to set.*train.optimizer.clip_grad"),
     (1, "deepspeed.bf16.enabled=true", "deepspeed.bf16: .*parallel.precision"),
     (1, "deepspeed.zero_optimization.stage=3", "deepspeed.zero_optimization.stage: .*parallel.zero_stage"),
