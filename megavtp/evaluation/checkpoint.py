@@ -13,6 +13,7 @@ from megavtp.checkpoint.formats.vtp_source import captions_beside
 from megavtp.checkpoint.native import load_model
 from megavtp.config.schema import Config, DataConfig
 from megavtp.data.captions import CaptionTokenizer, load_tokenizer
+from megavtp.data.files import refuse_hub_id
 from megavtp.data.loader import EvalDataset
 from megavtp.data.shards import open_dataset
 from megavtp.errors import UserError
@@ -44,7 +45,7 @@ def open_model(path: str | Path, device: torch.device) -> tuple[VTP, Config]:
     A released model brings only its model config; its captions are CLIP's. A caption tokenizer beside the weights, as
     a conversion puts it there, goes before both. Raises ``UserError``.
     """
-    model, config = _open_either(Path(path), device)
+    model, config = _open_either(refuse_hub_id(path), device)
     if beside := captions_beside(path):
         config = replace(config, data=replace(config.data, captions=str(beside)))
     return model, config

@@ -39,6 +39,7 @@ SETTINGS = [
     (1, "data.captions=hf-hub:timm/some-model", "hf-hub:timm/some-model"),
     (1, "data.captions=https://hub/some.model", "https://hub/some.model"),
     (2, "model.text.vocab_size=64", "set model.text.vocab_size=null"),
+    (1, "model.init_from=MiniMaxAI/VTP-Large-f16d64", "nothing is downloaded, fetch its folder yourself and give"),
     (2, "deepspeed.zero_optimization.sub_group_size=few", "DeepSpeed does not take sub_group_size = 'few'"),
 ]
 
