@@ -113,9 +113,8 @@ def initialize(
     try:
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, mpu=Mpu(mesh))
     except ValidationError as error:  # of a value of the user's: names are checked before, the other values are ours
-        wrong = error.errors()[0]
-        key = ".".join(str(part) for part in wrong["loc"])
-        raise UserError(f"deepspeed: DeepSpeed does not take {key} = {wrong['input']!r}: {wrong['msg']}") from None
+        first = error.errors()[0]
+        raise UserError("deepspeed: DeepSpeed does not take {loc[0]} = {input!r}: {msg}".format(**first)) from None
     if stage == 3:
         # At every root forward ZeRO-3 compares its trace of module calls over the *world*: pipeline stages would
         # deadlock, and our passes call different towers. Without the hook each module gathers its own on demand.
@@ -164,14 +163,13 @@ def _norm_by_tower(engine: Any, mesh: Mesh) -> None:
     """
     optimizer, found = engine.optimizer, []
 
-    def noted(inner):
-        def norm(*args, **kwargs):
-            found.append(inner(*args, **kwargs))
-            return found[-1]
+    of_group_alone = optimizer.get_grad_norm_direct
 
-        return norm
+    def noted(*args, **kwargs):
+        found.append(of_group_alone(*args, **kwargs))
+        return found[-1]
 
-    optimizer.get_grad_norm_direct = noted(optimizer.get_grad_norm_direct)
+    optimizer.get_grad_norm_direct = noted
     stage3 = hasattr(optimizer, "_get_norm_groups")
     name = "_get_norm_groups" if stage3 else "scaled_global_norm"
     over_groups = getattr(optimizer, name)
