@@ -146,7 +146,7 @@ class CheckpointEvaluation:
         return evaluate(
             VTPEvaluated(model, model.objectives), self.test_set, self.train_set, self.settings,
             tokenizer=self.tokenizer, device=self.device, perceptual=self._perceptual, skipped=self.skipped,
-            frechet=self.frechet,
+            frechet=self.frechet, quiet=False,
         )
 
     def untrained(self) -> VTP:
