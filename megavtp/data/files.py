@@ -11,10 +11,14 @@ from typing import Any
 from megavtp.errors import UserError
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside ``path`` and rename into place."""
+def write_atomic(path: Path, data: bytes, flush: bool = False) -> None:
+    """Write beside ``path`` and rename into place: readers see all of it or nothing. ``flush``: to the disk before."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
+    with open(partial, "wb") as file:
+        file.write(data)
+        if flush:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(partial, path)
 
 
