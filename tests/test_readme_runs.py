@@ -43,7 +43,7 @@ SHORT = {
     "deepspeed --num_accelerators 2 launchers/pretrain.py": f"{_DEMO} output_dir=runs/two",
     "python tools/convert_checkpoint.py --from runs/demo": "",
     "deepspeed tools/extract_latents.py": "--split test --no-flip",
-    "deepspeed launchers/train_dit.py": "train.steps=2 train.optimizer.warmup_steps=1",
+    "deepspeed launchers/train_dit.py": "train.steps=2 train.optimizer.warmup_steps=1 data.flip=0",
     "deepspeed tools/sample.py": "--per-class 1 --steps 2",
     "deepspeed tools/evaluate.py generation": "--samples 8 --reference-samples 16 --steps 2",
     "python tools/evaluate.py --checkpoint": "--max-samples 16",
