@@ -39,10 +39,12 @@ def main() -> None:
     options = parse()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from megavtp.checkpoint.formats.convert import convert
+    from megavtp.data.files import refuse_hub_id
 
     notes = convert(
-        options.source, options.to, options.out, source_format=options.from_format, captions=options.captions,
-        statistics=options.statistics, tokenizer=options.tokenizer, module_prefix=options.module_prefix,
+        refuse_hub_id(options.source), options.to, options.out, source_format=options.from_format,
+        captions=options.captions, statistics=options.statistics, tokenizer=options.tokenizer,
+        module_prefix=options.module_prefix,
     )
     for note in notes:
         print(f"note: {note}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from megavtp.checkpoint.formats.vtp_source import build_tokenizer, captions_beside, open_vtp
 from megavtp.config.schema import Config
 from megavtp.data.captions import CaptionTokenizer, load_tokenizer
+from megavtp.data.files import refuse_hub_id
 from megavtp.data.loader import EvalDataset
 from megavtp.data.shards import open_dataset
 from megavtp.errors import UserError
@@ -43,7 +44,7 @@ def open_model(path: str | Path, device: torch.device) -> tuple[VTP, Config]:
     A released model brings only its model config; its captions are CLIP's. A caption tokenizer beside the weights, as
     a conversion puts it there, goes before both. Raises ``UserError``, see ``open_vtp``.
     """
-    source = open_vtp(path)
+    source = open_vtp(refuse_hub_id(path))
     config = source.config
     if beside := captions_beside(path):
         config = replace(config, data=replace(config.data, captions=str(beside)))
@@ -133,7 +134,7 @@ class CheckpointEvaluation:
         return evaluate(
             VTPEvaluated(model, model.objectives), self.test_set, self.train_set, self.settings,
             self.mesh, tokenizer=self.tokenizer, device=self.device, perceptual=self._perceptual, skipped=self.skipped,
-            frechet=self.frechet,
+            frechet=self.frechet, quiet=self.mesh.rank > 0,
         )
 
     def untrained(self) -> VTP:

@@ -141,7 +141,7 @@ class PlainRunner:
 def build_model(config: Config, mesh: Mesh) -> VTP:
     model = build_vtp(
         config.model, mesh, objectives=frozenset(share(config, mesh.dp).passes), seed=config.seed,
-        recompute=config.parallel.recompute,
+        recompute=config.parallel.recompute, max_scale=config.objectives.contrastive.max_scale,
         compute_dtype=torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32,
     )
     _condition(model, _keeps_apart(config))
@@ -174,9 +174,13 @@ def _condition(model: VTP, near_grey: bool) -> None:
             parameter.mul_(6)
 
 
+def optimizer_of(model: VTP, config: Config) -> torch.optim.Optimizer:
+    return build_optimizer(model.named_parameters(), config.train.optimizer, max_logit_scale=model.max_logit_scale)
+
+
 def build_engine(config: Config, mesh: Mesh) -> tuple[Engine, VTP]:
     model = build_model(config, mesh)
-    optimizer = build_optimizer(model.named_parameters(), config.train.optimizer)
+    optimizer = optimizer_of(model, config)
     engine = Engine(
         model, optimizer, mesh, zero_stage=config.parallel.zero_stage, clip_grad=config.train.optimizer.clip_grad,
         extra=config.deepspeed, leaf_classes=(Block,), schedule=config.parallel.schedule,
@@ -226,9 +230,7 @@ class Outcome:
 def reference(config: Config) -> Outcome:
     """By plain torch on one process."""
     model = build_model(config, SINGLE)
-    runner = PlainRunner(
-        model, build_optimizer(model.named_parameters(), config.train.optimizer), config.train.optimizer.clip_grad
-    )
+    runner = PlainRunner(model, optimizer_of(model, config), config.train.optimizer.clip_grad)
     data, passes, terms, norms = data_of(config, SINGLE), passes_of(config, SINGLE), [], []
     for step in range(config.train.steps):
         runner.set_lr(learning_rate(config, step))

@@ -110,12 +110,12 @@ def large(depth: int = 4) -> Config:
 
 
 def test_known_figures_of_the_large_model():
-    forward = {name: value / 1e9 for name, value in flops.forward_flops(large()).items()}
-    assert forward["image"] == pytest.approx(162, rel=5e-3)
-    assert forward["local_crop"] == pytest.approx(22.5, rel=5e-3)
-    assert forward["text"] == pytest.approx(13.3, rel=5e-3)
-    assert forward["decoder"] == pytest.approx(26.8, rel=2e-2)  # the known figure leaves the two projections out
-    assert forward["perceptual"] == pytest.approx(40.1, rel=5e-3)
+    model = large().model
+    assert flops.vision_flops(model, 256) == pytest.approx(162e9, rel=5e-3)
+    assert flops.vision_flops(model, 96) == pytest.approx(22.5e9, rel=5e-3)
+    assert flops.text_flops(model) == pytest.approx(13.3e9, rel=5e-3)
+    assert flops.decoder_flops(model, 256) == pytest.approx(26.8e9, rel=2e-2)  # known without the two projections
+    assert flops.perceptual_flops("lpips-vgg", 256) == pytest.approx(40.1e9, rel=5e-3)
 
 
 def test_known_training_costs_of_the_large_model():

@@ -49,6 +49,8 @@ SETTINGS = [
     (2, "data.captions=hf-hub:timm/some-model", "hf-hub:timm/some-model"),
     (2, "data.captions=https://hub/some.model", "https://hub/some.model"),
     (2, "model.text.vocab_size=64", "set model.text.vocab_size=null"),
+    (1, "model.init_from=MiniMaxAI/VTP-Large-f16d64", "nothing is downloaded, fetch its folder yourself and give"),
+    (2, "deepspeed.zero_optimization.sub_group_size=few", "DeepSpeed does not take sub_group_size = 'few'"),
 ]
 
 
@@ -56,6 +58,13 @@ SETTINGS = [
 def test_settings(world, setting, message, recipe, tmp_path):
     command = ["--config", recipe, f"output_dir={tmp_path / 'run'}", *setting.split()]
     refused(command, tmp_path, message, world)
+
+
+def test_only_its_own_folder_is_filled_by_the_demonstration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["train.steps=1", "train.optimizer.warmup_steps=0"]
+    refused(["data.root=typo", *short], tmp_path, "data folder typo/train does not exist; make one with", 2)
+    assert not (tmp_path / "typo").exists()
 
 
 def test_output_dir_that_cannot_be(recipe, tmp_path):
