@@ -52,15 +52,18 @@ demo-generation: demo-tokenizer
 	$(LAUNCH) tools/evaluate.py generation $(DRAW) --guidance 3 --reference data/emoji --label group --scale \
 	  --samples 256 --reference-samples 512 --out runs/demo_dit/generation.json
 
+# Without the GPUs of the machine, if it has any: those are for test-gpu.
 test: install
-	$(BIN)/python -m pytest
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 
 # CELLS="zero=3 pp=2,4" narrows it.
 matrix: install
-	OMP_NUM_THREADS=1 $(BIN)/python tests/parallel/matrix.py $(CELLS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python tests/parallel/matrix.py $(CELLS)
 
+# The tests that need a GPU, then the benchmark of a step; on a machine without one both say so and end.
 test-gpu: install
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu -rs
+	$(BIN)/python benchmarks/step.py --gpu
 
 lint: install
 	$(BIN)/ruff check .

@@ -5,7 +5,8 @@
 
 One process, one device, one batch that stays: what is compared is the work of a step, without data loading and without
 communication, so the ZeRO stages show their overhead here and not their gain. Each case has a process of its own, so
-that its peak memory is its own. Ratios are to the first case. Writes DEVICE.json and DEVICE.md.
+that its peak memory is its own. Ratios are to the first case. Writes DEVICE.json and DEVICE.md. ``make test-gpu``
+runs it on a GPU, after the tests.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ def main() -> None:
     if options.case is not None:
         print("RESULT " + json.dumps(measure(options, CASES[options.case])))
         return
+    if options.gpu and not has_gpu():
+        print("skipped: the benchmark needs a CUDA device, and this machine has none")
+        return
     results = {name: run_case(name) for name in CASES}
     device = next(iter(results.values()))["device"]
     stem = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
@@ -55,8 +59,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="pairs of a step (default: 64 on a GPU, else 8)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after two that are not; the median counts")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the two files")
+    parser.add_argument("--gpu", action="store_true", help="do nothing on a machine without a GPU, and say so")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)  # in a process of its own
     return parser.parse_args()
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def run_case(name: str) -> dict:
@@ -100,7 +111,7 @@ def measure(options: argparse.Namespace, case: dict) -> dict:
         seconds.append(time.perf_counter() - start)
     pace = sorted(seconds[2:])[options.steps // 2]
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    peak = device_peak_tflops(name) if device.type == "cuda" and config.parallel.precision == "bf16" else None
+    peak = device_peak_tflops(name, config.parallel.precision)
     result = {
         "device": name, "size": config.model.size, "batch": config.train.batch_size,
         "subset": config.objectives.reconstruction.batch, "seconds": pace,

@@ -17,6 +17,7 @@ from megavtp.checkpoint.formats.vtp_source import VTPSource, build_tokenizer, op
 from megavtp.data.artifact import LatentStatistics, TokenizerArtifact, check_same_tokenizer
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.captions import load_tokenizer as load_captions
+from megavtp.data.files import refuse_hub_id
 from megavtp.errors import UserError
 from megavtp.pixels import denormalise, normalise
 
@@ -42,7 +43,7 @@ def load_tokenizer(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device={device}: no such device here; use cpu, cuda or cuda:N") from None
-    tokenizer = Tokenizer(open_vtp(path), device, dtype)
+    tokenizer = Tokenizer(open_vtp(refuse_hub_id(path)), device, dtype)
     if latents is not None:
         tokenizer.take_statistics(TokenizerArtifact.read(latents), str(latents))
     return tokenizer

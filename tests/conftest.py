@@ -9,19 +9,28 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
-torch.set_num_threads(1)
 # `from distributed import run_ranks`, `from tiny_run import tiny_config`
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parallel")]
 
-pytest_plugins = ["run_fixtures"]
+
+def pytest_configure(config):
+    if config.option.markexpr != "gpu":
+        # The launchers that tests start would take the GPUs, and want more of them than a machine has. Said before
+        # torch is there, and to all processes.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch
+
+    torch.set_num_threads(1)
+    config.pluginmanager.import_plugin("run_fixtures")
 
 
 def pytest_collection_modifyitems(items):
+    import torch
+
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")
+    skip = pytest.mark.skip(reason="needs a CUDA device, which this machine has not, or `pytest -m gpu` to see it")
     for item in items:
         if item.get_closest_marker("gpu"):  # keywords would hold the folder's name too
             item.add_marker(skip)

@@ -1,4 +1,4 @@
-"""Run `launchers/pretrain.py` in tests: its ranks as plain processes, or under a real launcher."""
+"""Run launchers and tools in tests: their ranks as plain processes, or under a real launcher."""
 
 from __future__ import annotations
 
@@ -162,11 +162,13 @@ class Launched:
         return self.log.read_text(errors="replace")
 
 
-def deepspeed(processes: int | None, arguments: list[str], log: Path, **environment: str) -> Launched:
+def deepspeed(
+    processes: int | None, arguments: list[str], log: Path, script: Path = SCRIPT, **environment: str
+) -> Launched:
     """Under the deepspeed launcher; ``processes`` None leaves their number to it."""
     told = [] if processes is None else ["--num_accelerators", str(processes)]
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port()), *told]
-    return Launched([*runner, str(SCRIPT), *arguments], log, **environment)
+    return Launched([*runner, str(script), *arguments], log, **environment)
 
 
 def torchrun(processes: int, arguments: list[str], log: Path) -> Launched:

@@ -1,12 +1,9 @@
 """A small real data set, and the recipe of a run on it that takes a second."""
 
-import io
-
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
-from tiny_run import BASE, merged
+from tiny_run import BASE, blurred_picture, merged
 
 from megavtp.data.sources.images import prepare_images
 
@@ -21,14 +18,12 @@ RECIPE = {
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
-    """Forty smooth 40 x 36 pictures, ten of them held out, each with a caption of its own."""
+    """Forty pictures, ten of them held out, each with a caption of its own. Stark ones: the predictions of a short run
+    stay near grey, and do not meet a pixel, where the slope of L1 jumps."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for i in range(40):
-        coarse = Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8))
-        file = io.BytesIO()
-        coarse.resize((36, 40), Image.BILINEAR).save(file, "PNG")
-        (folder / f"{i}.png").write_bytes(file.getvalue())
+        (folder / f"{i}.png").write_bytes(blurred_picture(rng, stark=True))
         (folder / f"{i}.txt").write_text(f"blurred pattern number {i}")
     root = tmp_path_factory.mktemp("data") / "set"
     prepare_images(

@@ -28,6 +28,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--captions", help='caption tokenizer: "clip", a file, or "none" (default: the model\'s own)')
     parser.add_argument("--statistics", type=Path, help="latents_stats.pt of a tokenizer, to carry along with it")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, or latents, that a DiT belongs to")
+    parser.add_argument(
+        "--module-prefix", action="store_true",
+        help='to lightningdit: "module." before the keys of the trained weights, as its own training resumes from',
+    )
     return parser.parse_args()
 
 
@@ -35,10 +39,12 @@ def main() -> None:
     options = parse()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from megavtp.checkpoint.formats.convert import convert
+    from megavtp.data.files import refuse_hub_id
 
     notes = convert(
-        options.source, options.to, options.out, source_format=options.from_format, captions=options.captions,
-        statistics=options.statistics, tokenizer=options.tokenizer,
+        refuse_hub_id(options.source), options.to, options.out, source_format=options.from_format,
+        captions=options.captions, statistics=options.statistics, tokenizer=options.tokenizer,
+        module_prefix=options.module_prefix,
     )
     for note in notes:
         print(f"note: {note}")

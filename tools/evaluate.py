@@ -28,7 +28,7 @@ Inception, FD-EfficientNet and its like without. docs/metrics.md says which numb
 """
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="of a run, or a released model's folder")
     parser.add_argument("--data", type=Path, required=True, help="data set: a folder with test/, and train/ for k-NN")
@@ -37,12 +37,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--captions", help='tokenizer: "clip" or a .model file (default: the one of the run)')
     parser.add_argument("--max-samples", type=int, help="of each split (default: the run's evaluation.max_samples)")
     parser.add_argument("--batch-size", type=int, help="images at a time (default: the run's evaluation.batch_size)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--device", default="auto", help="of a single process: auto, cpu, cuda or cuda:N")
     parser.add_argument("--frechet", action="store_true", help="also FD-EfficientNet of the reconstructions")
     parser.add_argument("--inception", type=Path, help="file of FID's Inception weights: also rFID, instead of that")
     parser.add_argument("--out", type=Path, help="write all metrics to this JSON file")
     parser.add_argument("--pictures", type=Path, help="write a grid of inputs and reconstructions to this PNG file")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def parse_generation(arguments: list[str]) -> argparse.Namespace:
@@ -78,17 +78,23 @@ def checkpoint(options: argparse.Namespace) -> None:
     from megavtp.evaluation import format_table, write_metrics
     from megavtp.evaluation.checkpoint import CheckpointEvaluation, choose_device
     from megavtp.evaluation.features import load_network
+    from megavtp.parallel.collectives import together
+    from megavtp.parallel.tool import join_others
     from megavtp.training.pictures import reconstruction_grid
 
-    device = choose_device(options.device)
-    frechet = load_network(options.inception, device) if options.frechet or options.inception else None
-    job = CheckpointEvaluation(
+    device, mesh = join_others(options.device, choose_device)
+    wants_network = options.frechet or options.inception
+    frechet = together(lambda: load_network(options.inception, device)) if wants_network else None
+    job = together(lambda: CheckpointEvaluation(
         options.checkpoint, options.data, options.split, device, options.captions, options.max_samples,
-        options.batch_size, frechet,
-    )
-    print(f"evaluating on {len(job.test_set)} samples of {options.data / options.split}, {job.device}", file=sys.stderr)
+        options.batch_size, frechet, mesh,
+    ))
+    if mesh.rank == 0:
+        print(f"evaluating on {len(job.test_set)} samples of {options.data / options.split}, {device}", file=sys.stderr)
     metrics = job.metrics(job.model)
     compare = {"untrained": job.metrics(job.untrained())} if options.untrained else {}
+    if mesh.rank > 0:
+        return
     print(format_table(metrics, compare))
     for name, reason in job.skipped.items():
         print(f"left out: {name}: {reason}")
@@ -113,7 +119,10 @@ def generation(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     # Parsed before the imports, which take seconds. The deepspeed launcher puts an option of its own in front.
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
-    main, told = (generation, parse_generation(words[1:])) if words[:1] == ["generation"] else (checkpoint, parse())
+    if words[:1] == ["generation"]:
+        main, told = generation, parse_generation(words[1:])
+    else:
+        main, told = checkpoint, parse(words)
     from megavtp.parallel.tool import run_tool
 
     run_tool(lambda: main(told))

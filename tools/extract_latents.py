@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a cl
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="checkpoint of a run, or a released folder")
-    parser.add_argument("--data", type=Path, required=True, help="data set: a folder with train/")
-    parser.add_argument("--split", default="train", help="folder in --data (default: train)")
+    parser.add_argument("--data", type=Path, required=True, help="data set: a folder of shards, or with train/")
+    parser.add_argument("--split", help="folder in --data (default: train, if --data holds no shards itself)")
     parser.add_argument("--out", type=Path, required=True, help="folder to make, or to go on with")
     parser.add_argument("--label", help="key of the metadata that names a sample's class (default: all are class 0)")
     parser.add_argument("--no-flip", dest="flip", action="store_false", help="no latents of the mirrored images")
@@ -41,6 +41,7 @@ def main(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     import torch
 
+    from megavtp.data.shards import shards_at
     from megavtp.evaluation.checkpoint import choose_device
     from megavtp.extraction.job import Extraction, ExtractionSettings
     from megavtp.parallel.tool import join_others
@@ -54,8 +55,9 @@ def main(options: argparse.Namespace) -> None:
         options.tokenizer, device, torch.bfloat16 if options.precision == "bf16" else torch.float32
     )
     workers = options.workers if options.workers is not None else 4 if device.type == "cuda" else 0
+    data = (None if options.split else shards_at(options.data)) or options.data / (options.split or "train")
     job = Extraction(
-        tokenizer, options.data / options.split, options.out, settings, mesh, workers=workers, max_bad=options.max_bad,
+        tokenizer, data, options.out, settings, mesh, workers=workers, max_bad=options.max_bad,
         quiet=mesh.rank > 0 or not sys.stderr.isatty(),
     )
     artifact, left_out = job.run()
@@ -67,6 +69,8 @@ def main(options: argparse.Namespace) -> None:
           f"standard deviations {min(statistics.std):.3f} to {max(statistics.std):.3f}")
     if tokenizer.artifact.statistics is not None:
         print(f"note: the statistics are those that {options.tokenizer} carries already")
+    if options.label is None and not options.captions:
+        print("note: without --label all images are of class 0: a DiT on these latents learns no classes")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ def parse() -> argparse.Namespace:
     index = add("index", "index existing WebDataset shards: a folder of .tar files, or one with train/ and test/")
     index.add_argument("folder")
     index.add_argument("--vocab-size", type=int, default=0, help="make captions.model of so many ids; 0 = none")
+    index.add_argument("--max-bad", type=int, default=1000, help="bad samples to leave out before giving up")
 
     check = add("check", "decode every sample and name the bad ones; status 1 if there are any")
     check.add_argument("folder", help="folder of indexed shards, or one with train/ and test/")

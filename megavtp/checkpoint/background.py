@@ -17,10 +17,6 @@ class BackgroundTask:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    @property
-    def running(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
     def start(self, function: Callable[[], None], name: str) -> None:
         """Wait for the running function, raise its error if it failed, else start ``function``."""
         self.wait()

@@ -26,7 +26,7 @@ class StoredDiT:
     Attributes:
         artifact: the tokenizer whose latents it makes, with the statistics that undo their normalisation; None if that
             is not known, of weights that came from elsewhere.
-        classes: names by label; None if unknown.
+        classes: names by label, of those it was trained on; None if unknown. The model may have room for more.
     """
 
     model: DiT
@@ -34,6 +34,14 @@ class StoredDiT:
     artifact: TokenizerArtifact | None
     classes: list[str] | None
     step: int
+
+    @property
+    def trained_classes(self) -> int:
+        """Labels that it was trained on, as far as is known: of a class-conditioned DiT."""
+        return len(self.classes) if self.classes else self.config.model.num_classes
+
+    def class_name(self, label: int) -> str:
+        return self.classes[label] if self.classes and label < len(self.classes) else f"class {label}"
 
 
 def is_dit(checkpoint: Checkpoint) -> bool:

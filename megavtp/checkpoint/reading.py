@@ -72,10 +72,6 @@ class Checkpoint:
         """The whole tensor, on the host."""
         return self._handle(name).get_tensor(name)
 
-    def slice(self, name: str) -> Any:
-        """A lazy view: indexing it, as in ``slice(name)[4:8]``, reads only those rows from disk."""
-        return self._handle(name).get_slice(name)
-
     def close(self) -> None:
         """Let go of the files and of the lock against pruning."""
         self._handles.clear()

@@ -88,11 +88,6 @@ class CheckpointStore:
         partial = self.root / f"{step_folder(step)}.partial-{self._token}-{self._attempt}"
         self._task.start(lambda: self._write(partial, step, private, meta_text, writer, writers), "checkpoint-writer")
 
-    @property
-    def saving(self) -> bool:
-        """Whether this writer's thread is still at work."""
-        return self._task.running
-
     def wait(self) -> None:
         """Return when this writer's save is done (writer 0: published). Raises UserError if it failed."""
         self._task.wait()

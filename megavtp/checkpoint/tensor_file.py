@@ -18,6 +18,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from megavtp.data.files import write_atomic
+
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -62,13 +64,8 @@ def write_tensors(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` beside ``path``, flush it, and move it into place: readers see all of it or nothing."""
-    partial = path.with_name(path.name + ".tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    """Write ``text`` so that it is whole and on the disk when it is there. Raises OSError."""
+    write_atomic(path, text.encode(), flush=True)
 
 
 def flush_folder(path: Path) -> None:

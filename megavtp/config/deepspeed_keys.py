@@ -1,7 +1,8 @@
 """Which DeepSpeed keys a user may add under ``deepspeed:``, and which MegaVTP sets itself.
 
-Passed on is what changes speed or memory, not the meaning of a step. DeepSpeed ignores a top-level key that it does
-not know, so the names are checked here (against release 0.19.8).
+Passed on is what changes speed or memory, not the numbers of a step: ``tests/parallel/test_deepspeed_keys.py`` runs
+every such key against plain torch. DeepSpeed ignores a top-level key that it does not know, so the names are checked
+here (against release 0.19.8).
 """
 
 from __future__ import annotations
@@ -40,36 +41,55 @@ OWNED: dict[str, str] = {
     "comet": _OWN_LOGS,
     "zero_optimization.stage": "set parallel.zero_stage",
     "zero_optimization.stage3_param_persistence_threshold": "it is always 0: the teacher's update needs it",
-    "zero_optimization.stage3_module_granularity_threshold": "DeepSpeed 0.19.8 fails with it",
     "zero_optimization.load_from_fp32_weights": "MegaVTP's own checkpoints are used",
     "zero_optimization.elastic_checkpoint": "MegaVTP's own checkpoints load on any layout",
 }
 
+_FLOAT32 = "gradients are always summed in float32"
+_LESS_MEMORY = "for less memory set parallel.zero_stage, recompute and the micro-batches"
+
+# What does not work with DeepSpeed 0.19.8 here: most of it without a word.
+REFUSED: dict[str, str] = {
+    "communication_data_type": _FLOAT32,
+    "prescale_gradients": f"{_FLOAT32}, which has the range",
+    "gradient_predivide_factor": f"{_FLOAT32}, which has the range",
+    "zero_optimization.offload_optimizer": f"the backwards of a step would not add up; {_LESS_MEMORY}",
+    "zero_optimization.offload_param": f"checkpoints gather the weights on the devices; {_LESS_MEMORY}",
+    "zero_optimization.round_robin_gradients": "checkpoints would have the moments of other parameters",
+    "zero_optimization.zero_hpz_partition_size": "the second copy of the teacher's weights would never be updated",
+    "zero_optimization.stage3_module_granularity_threshold": "DeepSpeed 0.19.8 fails with it",
+}
+
 _ZERO = """
     contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce allgather_partitions
-    allgather_bucket_size overlap_comm offload_param offload_optimizer sub_group_size stage3_max_live_parameters
-    stage3_max_reuse_distance stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params
-    stage3_allgather_sequential round_robin_gradients zero_hpz_partition_size memory_efficient_linear
-    log_trace_cache_warnings enable_sanity_checks
+    allgather_bucket_size overlap_comm sub_group_size stage3_max_live_parameters stage3_max_reuse_distance
+    stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential
+    memory_efficient_linear log_trace_cache_warnings enable_sanity_checks
 """
 PASSED: frozenset[str] = frozenset(
     """
-    zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer communication_data_type
-    prescale_gradients gradient_predivide_factor comms_logger flops_profiler wall_clock_breakdown memory_breakdown
-    dump_state steps_per_print aio
+    zero_optimization comms_logger flops_profiler wall_clock_breakdown memory_breakdown dump_state steps_per_print
     """.split()
 ) | {f"zero_optimization.{name}" for name in _ZERO.split()}
 
 
-def check(section: Mapping[str, Any]) -> None:
-    """Refuse keys of the ``deepspeed`` section that MegaVTP owns, and names DeepSpeed does not have. UserError."""
+def check(section: Mapping[str, Any], zero_stage: int) -> None:
+    """Refuse keys of the ``deepspeed`` section that MegaVTP owns, that do not work with it or with this ZeRO stage, and
+    names DeepSpeed does not have. UserError."""
     zero = section.get("zero_optimization", {})
     if not isinstance(zero, Mapping):
         raise UserError(f"deepspeed.zero_optimization: expected a mapping of keys, got {zero!r}")
     for key in [*section, *(f"zero_optimization.{name}" for name in zero)]:
         if key in OWNED:
             raise UserError(f"deepspeed.{key}: is MegaVTP's to set; remove it: {OWNED[key]}")
+        if key in REFUSED:
+            raise UserError(f"deepspeed.{key}: does not work here; remove it: {REFUSED[key]}")
         if key not in PASSED:
-            near = difflib.get_close_matches(key, [*PASSED, *OWNED], n=1)
+            near = difflib.get_close_matches(key, [*PASSED, *OWNED, *REFUSED], n=1)
             hint = f"did you mean deepspeed.{near[0]}?" if near else "remove it"
             raise UserError(f"deepspeed.{key}: not a key of DeepSpeed 0.19.8 that MegaVTP passes on; {hint}")
+    if zero.get("overlap_comm") and zero_stage < 2:
+        raise UserError(
+            f"deepspeed.zero_optimization.overlap_comm needs parallel.zero_stage 2 or 3, not {zero_stage}: change "
+            "one of them"
+        )

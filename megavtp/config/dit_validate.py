@@ -29,7 +29,7 @@ def validate_dit(config: DiTConfig, world_size: int | None) -> DiTConfig:
         config.data.streams, config.train.batch_size, "data.streams", "train.batch_size",
         "every batch is an equal slice of every stream; change one of them",
     )
-    deepspeed_keys.check(config.deepspeed)
+    deepspeed_keys.check(config.deepspeed, config.parallel.zero_stage)
     if world_size is not None:
         _layout(config, world_size)
     return config

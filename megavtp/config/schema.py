@@ -77,7 +77,7 @@ class ModelConfig:
     init_std: float = 0.02  # of the initial ViT linears; the released models' value, small for a width below 300
     init_from: str | None = None  # weights to start from: a checkpoint, OpenCLIP's or a timm ViT's; several with commas
     init_logit_scale: float | None = None  # log of the scale; None = ln(1/0.07)
-    init_logit_bias: float | None = None  # None = no bias (InfoNCE); SigLIP wants -10
+    init_logit_bias: float | None = None  # None = no bias (InfoNCE); SigLIP needs one: -10
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -220,7 +220,7 @@ class LoggingConfig:
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "megavtp"
     tensorboard: bool = False
-    peak_tflops: float | None = None  # of one device, for MFU; None = known devices' own, else no MFU
+    peak_tflops: float | None = None  # of one device, for MFU; None = known devices' own in bf16, else no MFU
 
 
 @dataclass(frozen=True)

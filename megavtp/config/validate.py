@@ -27,7 +27,7 @@ def validate(config: Config, world_size: int | None) -> Config:
     _tensor_parallel(config)
     check_pipeline(config.parallel, config.model.vision.depth, "model.vision.depth", "encoder")
     _batches(config)
-    deepspeed_keys.check(config.deepspeed)
+    deepspeed_keys.check(config.deepspeed, config.parallel.zero_stage)
     if world_size is not None:
         _layout(config, world_size)
     return config
@@ -52,6 +52,11 @@ def _objectives(config: Config) -> None:
         o.contrastive.weight > 0 or o.self_distillation.weight > 0 or o.reconstruction.weight > 0,
         "objectives.contrastive.weight, objectives.self_distillation.weight and objectives.reconstruction.weight "
         "are all 0: give at least one a weight above 0",
+    )
+    need(
+        o.contrastive.weight == 0 or o.contrastive.loss != "siglip" or config.model.init_logit_bias is not None,
+        "objectives.contrastive.loss = siglip needs model.init_logit_bias: nearly no pair belongs together, and it "
+        "starts there; set model.init_logit_bias=-10 and model.init_logit_scale=2.3026, as the SigLIP paper does",
     )
     rec, ssl = o.reconstruction, o.self_distillation
     need(

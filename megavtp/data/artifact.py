@@ -57,6 +57,13 @@ class LatentStatistics:
         mean, std = self._tensors(latents)
         return latents * std + mean
 
+    def agree(self, other: LatentStatistics) -> bool:
+        """Whether both are the same in float32, to which ``latents_stats.pt`` rounds them."""
+        return all(
+            torch.equal(torch.tensor(getattr(self, name)), torch.tensor(getattr(other, name)))
+            for name in ("mean", "std")
+        )
+
     def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
         if like.ndim < 3 or like.shape[-3] != len(self.mean):
             raise UserError(f"latents of shape {tuple(like.shape)} do not have the {len(self.mean)} channels (C, h, w) "
@@ -165,12 +172,10 @@ def check_same_tokenizer(
                 f"{where_one} and {where_other} belong to different {what} ({_short(getattr(one, name))} and "
                 f"{_short(getattr(other, name))}); use the tokenizer that made the latents"
             )
-    if one.statistics is not None and other.statistics is not None:
-        pairs = ((one.statistics.mean, other.statistics.mean), (one.statistics.std, other.statistics.std))
-        if any(a != b for a, b in pairs):
-            raise UserError(
-                f"{where_one} and {where_other} have different latent statistics; use those the DiT was trained with"
-            )
+    if one.statistics is not None and other.statistics is not None and not one.statistics.agree(other.statistics):
+        raise UserError(
+            f"{where_one} and {where_other} have different latent statistics; use those the DiT was trained with"
+        )
 
 
 def _short(value: Any) -> str:

@@ -112,11 +112,6 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(batch, (height, width), mode="bicubic", antialias=True)[0]
 
 
-def eval_view(image: Tensor, size: int) -> Tensor:
-    """Zero-shot protocol: the whole image to size x size whatever its aspect ratio, bilinear (exactly Pillow's)."""
-    return _from_pillow(_to_pillow(image).resize((size, size), Image.Resampling.BILINEAR))
-
-
 def center_crop(image: Tensor, size: int) -> Tensor:
     """Reconstruction protocol, as in ADM (arXiv 2105.05233): halve with a box filter while the shorter side is at
     least 2 * size, bicubic until it is size, then the middle square. Exactly Pillow's numbers."""

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from megavtp.errors import UserError
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside ``path`` and rename into place."""
+def write_atomic(path: Path, data: bytes, flush: bool = False) -> None:
+    """Write beside ``path`` and rename into place: readers see all of it or nothing. ``flush``: to the disk before."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
+    with open(partial, "wb") as file:
+        file.write(data)
+        if flush:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(partial, path)
 
 
@@ -33,6 +38,18 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object; {remedy}")
     return value
+
+
+def refuse_hub_id(spec: str | os.PathLike) -> Path:
+    """A path where weights may lie; what is meant as a model's name on a hub is a ``UserError``."""
+    path = Path(spec)
+    hub_id = re.fullmatch(r"(?:hf-hub:|hf:/{1,2}|https:/{1,2}huggingface\.co/)?[\w.-]+/[\w.-]+", os.fspath(spec))
+    if hub_id and not path.exists() and not path.parent.is_dir():
+        raise UserError(
+            f"{os.fspath(spec)} is no folder here; if it is a model's name on a hub: nothing is downloaded, fetch its "
+            "folder yourself and give the path"
+        )
+    return path
 
 
 def refuse_remote(spec: str | os.PathLike) -> Path:

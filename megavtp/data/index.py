@@ -14,6 +14,7 @@ from typing import BinaryIO
 from megavtp.data.files import refuse_remote, write_json
 from megavtp.data.report import SkipReport
 from megavtp.data.tar_scan import TarSample, scan_tar
+from megavtp.data.workers import progress
 from megavtp.errors import UserError
 
 VERSION = 1
@@ -58,10 +59,13 @@ def index_shard(path: str | Path, report: SkipReport) -> int:
     return count
 
 
-def build_index(folder: str | Path, report: SkipReport | None = None) -> SkipReport:
+def build_index(
+    folder: str | Path, report: SkipReport | None = None, max_bad: int | None = None, quiet: bool = True
+) -> SkipReport:
     """Index every ``*.tar`` of a folder and write its ``index.json``; return what was kept and skipped.
 
-    Shards without a usable sample are left out of ``index.json``. Raises ``UserError`` where nothing usable is left.
+    Shards without a usable sample are left out of ``index.json``. Raises ``UserError`` where nothing usable is left, or
+    where more than ``max_bad`` samples had to be skipped; then there is no new ``index.json``.
     """
     folder = refuse_remote(folder)
     report = report or SkipReport()
@@ -70,8 +74,10 @@ def build_index(folder: str | Path, report: SkipReport | None = None) -> SkipRep
         make = "python tools/prepare_data.py images --from ... --out ..."
         raise UserError(f"no .tar shards in {folder}; make some with: {make}")
     entries = []
-    for shard in shards:
+    for shard in progress(shards, len(shards), f"index {folder.name}", quiet):
         count = index_shard(shard, report)
+        if max_bad is not None:
+            report.limit(max_bad)
         if count:
             entries.append({"file": shard.name, "samples": count, "bytes": shard.stat().st_size})
     if not entries:

@@ -11,13 +11,13 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from megavtp.data.augment import center_crop, eval_view
+from megavtp.data.augment import center_crop
 from megavtp.data.batch import Batch, StepDataset
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.decode import BadSample, decode_image
@@ -162,21 +162,16 @@ def _start_worker(worker: int) -> None:
 
 
 class EvalDataset:
-    """At most ``max_samples`` samples, spread evenly over the data set, in its order.
-
-    ``view``: "center_crop" (reconstruction protocol) or "resize" (zero-shot protocol: the whole image, squeezed), both
-    to ``size`` pixels. Nothing is random.
-    """
+    """At most ``max_samples`` samples, spread evenly over the data set, in its order; images cropped to the centre and
+    resized to ``size`` pixels. Nothing is random."""
 
     def __init__(
-        self, dataset: ShardDataset, tokenizer: CaptionTokenizer, size: int, max_samples: int, max_pixels: int,
-        view: Literal["center_crop", "resize"] = "center_crop",
+        self, dataset: ShardDataset, tokenizer: CaptionTokenizer, size: int, max_samples: int, max_pixels: int
     ):
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.size = size
         self.max_pixels = max_pixels
-        self.view = center_crop if view == "center_crop" else eval_view
         self._ends = np.cumsum(np.asarray(dataset.shard_counts, dtype=np.int64))
         self._total = int(self._ends[-1]) if len(self._ends) else 0
         self._count = min(self._total, max_samples)
@@ -206,7 +201,7 @@ class EvalDataset:
         try:
             raw = self.dataset.read(shard, row)
             name = raw.id
-            return index, self.view(decode_image(raw.image, self.max_pixels), self.size), raw
+            return index, center_crop(decode_image(raw.image, self.max_pixels), self.size), raw
         except BadSample as error:
             logger.warning("bad sample left out of the evaluation: %s: %s", name, error)
             return None

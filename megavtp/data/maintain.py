@@ -12,7 +12,7 @@ from megavtp.data.files import refuse_remote
 from megavtp.data.index import build_index
 from megavtp.data.report import SkipReport
 from megavtp.data.shards import ShardDataset, open_dataset
-from megavtp.data.workers import ordered_map, progress
+from megavtp.data.workers import ordered_map
 from megavtp.errors import UserError
 
 _SPLITS = ("train", "test")
@@ -21,16 +21,19 @@ _NAMED = 1000  # bad samples that a check lists
 _CHECK_BLOCK = 64  # samples of one job
 
 
-def index_dataset(folder: str | Path, vocab_size: int = 0, quiet: bool = False) -> SkipReport:
+def index_dataset(
+    folder: str | Path, vocab_size: int = 0, quiet: bool = False, max_bad: int = 1000
+) -> SkipReport:
     """Index a folder of tars, or the train/ and test/ of one; with ``vocab_size``, make ``captions.model`` too.
 
-    The model lies where ``data.captions=auto`` looks for it: beside train/. Raises ``UserError`` if there are no tars.
+    The model lies where ``data.captions=auto`` looks for it: beside train/. Raises ``UserError`` if there are no tars,
+    and after more than ``max_bad`` bad samples.
     """
     folder = refuse_remote(folder)
     report = SkipReport()
     folders = _split_folders(folder)
-    for part in progress(folders, len(folders), "index", quiet):
-        build_index(part, report)
+    for part in folders:
+        build_index(part, report, max_bad, quiet)
     if vocab_size:
         root = folder.parent if folders[0] == folder else folder
         dataset = open_dataset(folders[0])

@@ -127,6 +127,11 @@ class ShardDataset:
         return meta
 
 
+def shards_at(path: Path) -> Path | None:
+    """The folder of shards that ``path`` is, or its train split; None if there is neither."""
+    return next((p for p in (path, path / "train") if (p / "index.json").exists() or any(p.glob("*.tar"))), None)
+
+
 def open_dataset(folder: str | Path) -> ShardDataset:
     """Open an indexed folder of shards, e.g. ROOT/train.
 

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on disk, of a run or of a released model, in one process."""
+"""Evaluate a checkpoint on disk, of a run or of a released model."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megavtp.checkpoint.formats.hf_vtp import load_folder, objectives_of
-from megavtp.checkpoint.formats.vtp_source import captions_beside
-from megavtp.checkpoint.native import load_model
-from megavtp.config.schema import Config, DataConfig
+from megavtp.checkpoint.formats.vtp_source import build_tokenizer, captions_beside, open_vtp
+from megavtp.config.schema import Config
 from megavtp.data.captions import CaptionTokenizer, load_tokenizer
+from megavtp.data.files import refuse_hub_id
 from megavtp.data.loader import EvalDataset
 from megavtp.data.shards import open_dataset
 from megavtp.errors import UserError
 from megavtp.evaluation.features_network import FeatureNetwork
 from megavtp.evaluation.interface import NoCaptions, Perceptual, VTPEvaluated
 from megavtp.evaluation.suite import evaluate
-from megavtp.models.build import build_vtp, load_full
+from megavtp.models.build import build_vtp
 from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS
 from megavtp.models.lpips_weights import load_lpips_weights
 from megavtp.models.vtp import VTP
+from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.pixels import normalise, to_uint8
 
 
@@ -39,34 +39,21 @@ def choose_device(name: str) -> torch.device:
 
 
 def open_model(path: str | Path, device: torch.device) -> tuple[VTP, Config]:
-    """A model and its config from a run's checkpoint folder or from the folder of a released model.
+    """The tokenizer's towers, which all metrics are of, and its config: of a run's checkpoint or a released model.
 
     A released model brings only its model config; its captions are CLIP's. A caption tokenizer beside the weights, as
-    a conversion puts it there, goes before both. Raises ``UserError``.
+    a conversion puts it there, goes before both. Raises ``UserError``, see ``open_vtp``.
     """
-    model, config = _open_either(Path(path), device)
+    source = open_vtp(refuse_hub_id(path))
+    config = source.config
     if beside := captions_beside(path):
         config = replace(config, data=replace(config.data, captions=str(beside)))
-    return model, config
-
-
-def _open_either(path: Path, device: torch.device) -> tuple[VTP, Config]:
-    if (path / "checkpoint.json").is_file():
-        return load_model(path, device)
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"{path} is no checkpoint: give the folder with checkpoint.json (RUN/checkpoints/latest), or that of a "
-            "released model with config.json and model.safetensors"
-        )
-    model_config, tensors = load_folder(path)
-    model = build_vtp(model_config, objectives=objectives_of(tensors.keys()), device=device)
-    load_full(model, tensors)
-    return model, Config(model=model_config, data=DataConfig(captions="clip"))
+    return build_tokenizer(source, device), config
 
 
 def untrained_like(model: VTP, seed: int, device: torch.device) -> VTP:
-    """The same architecture with initial weights, without the towers that no metric reads."""
-    return build_vtp(model.config, objectives=model.objectives - {"self_distillation"}, seed=seed, device=device)
+    """The same architecture with initial weights."""
+    return build_vtp(model.config, objectives=model.objectives, seed=seed, device=device)
 
 
 def find_tokenizer(model: VTP, config: Config, data: Path, spec: str | None) -> CaptionTokenizer | NoCaptions:
@@ -107,6 +94,7 @@ class CheckpointEvaluation:
 
     ``captions``: a caption tokenizer in place of the run's. ``max_samples``, ``batch_size``: in place of the run's
     ``evaluation`` settings. ``frechet``: network for the Frechet distance of reconstructions, which takes time.
+    ``mesh``: the processes that share the samples; each has the whole model.
     """
 
     checkpoint: Path
@@ -117,6 +105,7 @@ class CheckpointEvaluation:
     max_samples: int | None = None
     batch_size: int | None = None
     frechet: FeatureNetwork | None = None
+    mesh: Mesh = SINGLE
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -138,14 +127,14 @@ class CheckpointEvaluation:
         return EvalDataset(folder, self.tokenizer, self.model.config.image_size, count, self.config.data.max_pixels)
 
     def metrics(self, model: VTP) -> dict[str, float]:
-        """Every metric of ``model``, which is the checkpoint's or one of the same architecture."""
+        """Every metric of ``model``, which is the checkpoint's or one of the same architecture. A collective call."""
         if self._perceptual is None:
             has_decoder = "reconstruction" in model.objectives
             self._perceptual = find_perceptual(self.config, self.device, self.skipped) if has_decoder else {}
         return evaluate(
             VTPEvaluated(model, model.objectives), self.test_set, self.train_set, self.settings,
-            tokenizer=self.tokenizer, device=self.device, perceptual=self._perceptual, skipped=self.skipped,
-            frechet=self.frechet,
+            self.mesh, tokenizer=self.tokenizer, device=self.device, perceptual=self._perceptual, skipped=self.skipped,
+            frechet=self.frechet, quiet=self.mesh.rank > 0,
         )
 
     def untrained(self) -> VTP:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megavtp.data.workers import progress
 from megavtp.errors import UserError
 from megavtp.evaluation.gathering import gather_objects, gather_rows
 from megavtp.evaluation.interface import EvaluationSet, Probe
@@ -34,8 +35,10 @@ class Table:
         return len(self.captions)
 
 
-def collect(dataset: EvaluationSet, probe: Probe, *, batch_size: int, mesh: Mesh, device: torch.device) -> Table:
-    """Apply ``probe`` to every sample of ``dataset``; a collective call.
+def collect(
+    dataset: EvaluationSet, probe: Probe, *, batch_size: int, mesh: Mesh, device: torch.device, quiet: bool = True
+) -> Table:
+    """Apply ``probe`` to every sample of ``dataset``; a collective call. Unless ``quiet``, rank 0 has a progress bar.
 
     Every rank makes the same number of probe calls, as a model needs whose parameters are gathered in the forward
     (ZeRO-3): a rank that has run out of samples computes a blank image and drops the result. Raises ``UserError``
@@ -44,7 +47,9 @@ def collect(dataset: EvaluationSet, probe: Probe, *, batch_size: int, mesh: Mesh
     index: list[Tensor] = []
     about: list[dict[str, Any]] = []
     columns: dict[str, list[Tensor]] = {}
-    for batch in _in_step(dataset.batches(batch_size, mesh.dp_rank, mesh.dp), mesh, device):
+    batches = _in_step(dataset.batches(batch_size, mesh.dp_rank, mesh.dp), mesh, device)
+    steps = -(-len(dataset) // (batch_size * mesh.dp))
+    for batch in progress(batches, steps, "evaluation", quiet or mesh.rank > 0):
         images = batch["image"].to(device, non_blocking=True)
         with torch.no_grad():
             values = probe(images, batch["tokens"].to(device, non_blocking=True))

@@ -10,9 +10,8 @@ import numpy as np
 
 from megavtp.checkpoint.native_dit import StoredDiT
 from megavtp.data.decode import BadSample
-from megavtp.data.shards import ShardDataset, open_dataset
+from megavtp.data.shards import ShardDataset, open_dataset, shards_at
 from megavtp.errors import UserError
-from megavtp.evaluation.image_sources import shards_at
 from megavtp.sampling.samples import Sample, in_proportion
 
 
@@ -29,7 +28,7 @@ def samples_like(reference: str | Path, dit: StoredDiT, count: int, label: str |
         raise UserError(f"--samples {count}: must be at least 2, better 10,000")
     model = dit.config.model
     if model.condition == "class" and label is None:
-        return in_proportion([1] * model.num_classes, count)
+        return in_proportion([1] * dit.trained_classes, count)
     folder = shards_at(Path(reference))
     if folder is None:
         wants = "--label needs their metadata" if label else "this DiT needs their captions"

@@ -18,7 +18,7 @@ from megavtp.data.augment import center_crop
 from megavtp.data.decode import BadSample, decode_image
 from megavtp.data.files import refuse_remote
 from megavtp.data.loader import EvalDataset
-from megavtp.data.shards import open_dataset
+from megavtp.data.shards import open_dataset, shards_at
 from megavtp.errors import UserError
 from megavtp.evaluation.interface import NoCaptions
 from megavtp.evaluation.npz_images import NpzImages
@@ -61,16 +61,11 @@ def open_images(path: str | Path, size: int | None = None, limit: int | None = N
         return _Cropped(NpzImages(path, limit), size)
     if not path.is_dir():
         raise UserError(f"{path} is neither a folder nor an .npz file; give one of these")
-    if folder := shards_at(path):
+    if folder := shards_at(path):  # of a data set the train split: a generator is measured against what it learnt from
         if size is None:
             raise UserError(f"{path} holds shards, whose images may have any size: say which by --size")
         return _ShardImages(folder, size, limit)
     return _FolderImages(path, size, limit)
-
-
-def shards_at(path: Path) -> Path | None:
-    """``path`` itself, or its train split; a generator is measured against the images it learnt from."""
-    return next((p for p in (path, path / "train") if (p / "index.json").exists() or any(p.glob("*.tar"))), None)
 
 
 class _ShardImages:

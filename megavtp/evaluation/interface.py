@@ -34,6 +34,9 @@ class Evaluated(Protocol):
 class EvaluationSet(Protocol):
     """Samples in a fixed order, dealt to ``world`` readers (``megavtp.data.loader.EvalDataset``)."""
 
+    def __len__(self) -> int:
+        """Samples of all readers."""
+
     def batches(self, batch_size: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
         """-> dicts of index (b,), image uint8 (b, 3, H, W), tokens (b, T), caption list[str], meta list[dict]."""
 

@@ -31,7 +31,7 @@ def evaluate(
     model: Evaluated, test_set: EvaluationSet, train_set: EvaluationSet | None, config: EvaluationConfig,
     mesh: Mesh = SINGLE, *, tokenizer: CaptionEncoder, device: torch.device | str = "cpu",
     perceptual: Mapping[str, Perceptual] | None = None, label_fields: Sequence[str] = LABEL_FIELDS,
-    skipped: dict[str, str] | None = None, frechet: FeatureNetwork | None = None,
+    skipped: dict[str, str] | None = None, frechet: FeatureNetwork | None = None, quiet: bool = True,
 ) -> dict[str, float]:
     """Every metric the model and the data allow; a collective call, with the same result on every rank.
 
@@ -44,11 +44,12 @@ def evaluate(
         perceptual: distances by the name of their metric, say ``{"lpips_vgg": lpips}``.
         skipped: filled with the metrics that were left out and why; a reason already there stays.
         frechet: the network for the Frechet distance of the reconstructions to the images; None = leave it out.
+        quiet: without a progress bar, as inside of a training run, which has a line of its own.
     """
     device = torch.device(device)
     skipped = {} if skipped is None else skipped
     options = {"batch_size": config.batch_size, "mesh": mesh, "device": device}
-    table = collect(test_set, _probe(model, perceptual or {}, frechet), **options)
+    table = collect(test_set, _probe(model, perceptual or {}, frechet), quiet=quiet, **options)
     metrics: dict[str, float] = {"samples": float(len(table))}
     if "contrastive" in model.objectives:
         images = table.columns["image"].to(device)
@@ -56,7 +57,7 @@ def evaluate(
             metrics |= zero_shot(model, tokenizer, images, table.meta, field, config.templates, **options)
         metrics |= caption_retrieval(images, table.columns["text"].to(device), table.captions)
         metrics |= cross_style_retrieval(images, table.meta, "retrieval/cross_style")
-    metrics |= _frozen(model, table, train_set, config, label_fields, options)
+    metrics |= _frozen(model, table, train_set, config, label_fields, options | {"quiet": quiet})
     metrics |= {name: x.double().mean().item() for name, x in table.columns.items() if "reconstruction/" in name}
     if frechet is not None and _REAL in table.columns:
         metrics |= _frechet(table, frechet, device, skipped)

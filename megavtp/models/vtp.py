@@ -173,8 +173,9 @@ class VTP(nn.Module):
     ) -> tuple[Tensor, ...]:
         """images (b, 3, H, W) and tokens (b, L) -> unit features (b, E) of both in float32, scale (), bias () or None.
 
-        The ceiling of the scale is straight-through: the value is clamped, the gradient is not, so a parameter at
-        the ceiling can come down again, and gradients of parts of a batch still add up to the whole's.
+        The optimizer keeps the scale's parameter at its ceiling; only weights from elsewhere can be above it. It is
+        straight-through: the value is clamped, the gradient is not, so a parameter at the ceiling can come down again,
+        and gradients of parts of a batch still add up to the whole's.
         """
         image, text = flow or (None, None)
         image, text = self._run_trunk(chunk, image, [images], drop=drop), self.text(tokens, chunk, text)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from megavtp.config.load import merged
@@ -67,7 +68,6 @@ def build_config(zero_stage: int, clip_grad: float, parameters: int, extra: Mapp
     config = {
         "train_micro_batch_size_per_gpu": 1,  # never used: the trainer owns the batch
         "gradient_accumulation_steps": 1,
-        "zero_force_ds_cpu_optimizer": False,  # an offloaded optimizer is still ours
         "managed_gradient_accumulation": False,  # step() is the boundary, however many backwards came before
         # DeepSpeed's default is 1.0, so it is always said. Stage 0 must call our own clipping: see `_own_stage0_norm`.
         "gradient_clipping": clip_grad if zero_stage > 0 else 1.0,
@@ -110,7 +110,11 @@ def initialize(
     if stage == 3 and leaf_classes:
         # Gather a transformer block's parameters in one collective instead of one per sub-module.
         deepspeed.utils.set_z3_leaf_modules(module, list(leaf_classes))
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, mpu=Mpu(mesh))
+    try:
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, mpu=Mpu(mesh))
+    except ValidationError as error:  # of a value of the user's: names are checked before, the other values are ours
+        first = error.errors()[0]
+        raise UserError("deepspeed: DeepSpeed does not take {loc[0]} = {input!r}: {msg}".format(**first)) from None
     if stage == 3:
         # At every root forward ZeRO-3 compares its trace of module calls over the *world*: pipeline stages would
         # deadlock, and our passes call different towers. Without the hook each module gathers its own on demand.
@@ -159,15 +163,13 @@ def _norm_by_tower(engine: Any, mesh: Mesh) -> None:
     """
     optimizer, found = engine.optimizer, []
 
-    def noted(inner):
-        def norm(*args, **kwargs):
-            found.append(inner(*args, **kwargs))
-            return found[-1]
+    of_group_alone = optimizer.get_grad_norm_direct
 
-        return norm
+    def noted(*args, **kwargs):
+        found.append(of_group_alone(*args, **kwargs))
+        return found[-1]
 
-    for name in ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload"):
-        setattr(optimizer, name, noted(getattr(optimizer, name)))
+    optimizer.get_grad_norm_direct = noted
     stage3 = hasattr(optimizer, "_get_norm_groups")
     name = "_get_norm_groups" if stage3 else "scaled_global_norm"
     over_groups = getattr(optimizer, name)

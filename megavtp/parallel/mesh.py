@@ -53,11 +53,6 @@ class Mesh:
         return self.pp * self.virtual_stages
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank has the first chunk of every tower, with the embeddings."""
-        return self.pp_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Whether this rank has the last chunk of every tower, with the heads and the losses."""
         return self.pp_rank == self.pp - 1

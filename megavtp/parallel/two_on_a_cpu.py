@@ -17,7 +17,7 @@ _TOLD = {"--num_accelerators", "--num_gpus", "--include", "--hostfile", "--num_n
 
 def start_two_on_a_cpu() -> None:
     """Replace this process by a launch of the same command on two, if the launcher alone chose a single one."""
-    if not alone_on_a_cpu_without_being_told():
+    if "--dry-run" in sys.argv or not alone_on_a_cpu_without_being_told():
         return
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
     port = ["--master_port", os.environ["MASTER_PORT"]]  # the one that the user may have given
@@ -25,11 +25,16 @@ def start_two_on_a_cpu() -> None:
     os.execvp(sys.executable, [*runner, *port, sys.argv[0], *own])
 
 
+def processes_of_run(world: int) -> int:
+    """How many processes the command trains on, asked by one of ``world``: a dry run does not become two."""
+    return 2 if alone_on_a_cpu_without_being_told() else world
+
+
 def alone_on_a_cpu_without_being_told() -> bool:
     """Whether this is the only process, has no GPU, and no option of the deepspeed launcher asked for that."""
     if not {"RANK", "CROSS_SIZE"} <= os.environ.keys() or os.environ.get("WORLD_SIZE") != "1":
         return False
-    if torch.cuda.is_available() or _names(sys.argv) & {"--dry-run", "--device"}:
+    if torch.cuda.is_available() or "--device" in _names(sys.argv):
         return False
     above = [argument for parent in psutil.Process().parents()[:3] for argument in _command(parent)]
     return not _names(above) & _TOLD

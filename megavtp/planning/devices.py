@@ -19,8 +19,11 @@ _PEAK_BF16 = {
 }
 
 
-def device_peak_tflops(name: str) -> float | None:
-    """Peak of the device that ``torch.cuda.get_device_name`` calls ``name``; None if it is not known."""
+def device_peak_tflops(name: str, precision: str) -> float | None:
+    """Peak of the device that ``torch.cuda.get_device_name`` calls ``name``; None if it is not known, as it is for no
+    precision but bf16: what float32 products reach at most depends on torch's settings (TF32)."""
+    if precision != "bf16":
+        return None
     words = set(re.findall(r"[a-z0-9]+", name.lower()))
     matches = [key for key in _PEAK_BF16 if words.issuperset(key.split())]
     return _PEAK_BF16[max(matches, key=lambda key: len(key.split()))] if matches else None

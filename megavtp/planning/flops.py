@@ -70,20 +70,6 @@ def perceptual_flops(kind: str, size: int) -> float:
     return float(total)
 
 
-def forward_flops(config: Config) -> dict[str, float]:
-    """Forward FLOPs of one image (or caption, or head row) by piece; ``config`` has its model sizes resolved."""
-    model, augment = config.model, config.data.augment
-    return {
-        "image": vision_flops(model, model.image_size),
-        "global_crop": vision_flops(model, augment.global_size),
-        "local_crop": vision_flops(model, augment.local_size),
-        "text": text_flops(model),
-        "decoder": decoder_flops(model, model.image_size),
-        "dino_head_row": dino_head_flops(model.dino_head, feature_width(model)),
-        "perceptual": perceptual_flops(config.objectives.reconstruction.perceptual, model.image_size),
-    }
-
-
 def flops_per_step(config: Config) -> dict[str, float]:
     """Model FLOPs of one optimizer step over all devices: of each objective (0 if it is off) and their ``total``.
 

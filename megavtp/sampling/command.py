@@ -45,13 +45,12 @@ def samples_of(
             f"this DiT is conditioned on classes: give --classes, some of 0 to {model.num_classes - 1} or all, and no "
             "--caption"
         )
+    if classes.strip() == "all":
+        return each(range(dit.trained_classes), per_class)
     return each(parse_classes(classes, model.num_classes, dit.classes), per_class)
 
 
 def names_of(dit: StoredDiT, samples: Sequence[Sample]) -> list[str]:
     """What a sheet writes beside each sample."""
-    return [
-        sample.condition if isinstance(sample.condition, str)
-        else dit.classes[sample.condition] if dit.classes else f"class {sample.condition}"
-        for sample in samples
-    ]
+    conditions = [sample.condition for sample in samples]
+    return [value if isinstance(value, str) else dit.class_name(value) for value in conditions]

@@ -42,9 +42,7 @@ def in_proportion(weights: Sequence[float], count: int) -> list[Sample]:
 
 
 def parse_classes(text: str, num_classes: int, names: Sequence[str] | None) -> list[int]:
-    """Labels from "3,7", "Flags,Symbols" or "all". UserError for a label or name that the DiT does not know."""
-    if text.strip() == "all":
-        return list(range(num_classes))
+    """Labels from "3,7" or "Flags,Symbols". UserError for a label or name that the DiT does not know."""
     return [_label(part.strip(), num_classes, names) for part in text.split(",")]
 
 

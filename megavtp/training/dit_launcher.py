@@ -12,7 +12,7 @@ from megavtp.config.load import load_config
 from megavtp.errors import UserError
 from megavtp.parallel import launch
 from megavtp.parallel.rendezvous import detect
-from megavtp.parallel.two_on_a_cpu import start_two_on_a_cpu
+from megavtp.parallel.two_on_a_cpu import processes_of_run, start_two_on_a_cpu
 from megavtp.training.dit_run import DiTRun
 from megavtp.training.launcher import launcher_parser
 
@@ -34,10 +34,11 @@ def _main() -> int:
         raise UserError("name a recipe with --config; those for a DiT are under configs/dit")
     place = detect()
     config = load_config(arguments.config, arguments.overrides, arguments.deepspeed_config, DiTConfig)
-    config = validate_dit(config, place.world)
+    world = processes_of_run(place.world)
+    config = validate_dit(config, world)
     if arguments.dry_run:
         if place.rank == 0:
-            print(dit_summary(config, place.world))
+            print(dit_summary(config, world))
         return 0
     device = launch.start(config.parallel.timeout)
     return 0 if DiTRun(config, device).train() else launch.STOPPED

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import torch
 
-from megavtp.checkpoint.native_dit import FACTS, artifact_of
-from megavtp.checkpoint.store import Checkpoint
-from megavtp.config.dit import DiTConfig
+from megavtp.checkpoint.native_dit import FACTS
+from megavtp.config.dit import DiTConfig, DiTModelConfig
 from megavtp.config.dit_validate import TOWER, flow_share, with_latents
-from megavtp.data.artifact import check_same_tokenizer
 from megavtp.data.latent_batch import LatentStepDataset
 from megavtp.data.latents import LatentFolder
 from megavtp.data.loader import Loader
@@ -22,6 +20,7 @@ from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import Mesh, build_mesh
 from megavtp.planning.dit_flops import dit_flops_per_step
 from megavtp.training.dit_flow import FlowMatchingPass
+from megavtp.training.dit_resume import check_goes_on
 from megavtp.training.optimizer import build_optimizer
 from megavtp.training.output_dir import open_output_dir
 from megavtp.training.pictures import loss_curves
@@ -57,10 +56,13 @@ class DiTRun:
         flow = FlowMatchingPass(config, flow_share(config, mesh.dp), self.device)
         trainer = Trainer(
             config, self.engine, [flow], self.model.averaged(), lambda step: config.ema_momentum, telemetry,
-            self.loader, [], facts=facts_of(self.folder), check=self._check,
+            self.loader, [], facts=facts_of(self.folder),
+            check=lambda checkpoint: check_goes_on(checkpoint, config.model, self.folder),
         )
         phase.enter("reading the checkpoint", slow=True)
         start = trainer.resume()
+        if note := untrained_classes(config.model, self.folder):
+            telemetry.event("untrained_classes", step=start, note=note)
         telemetry.start(start)
         finished = trainer.run(start)
         if finished and mesh.rank == 0:
@@ -75,12 +77,6 @@ class DiTRun:
         dataset = LatentStepDataset(self.folder, self.config, self.mesh.dp_rank, self.mesh.dp)
         return Loader(dataset, start, self.config.train.steps, pin=self.device.type == "cuda")
 
-    def _check(self, checkpoint: Checkpoint) -> None:
-        """Weights that were trained on another tokenizer's latents, or on others' statistics, are of no use here."""
-        trained_on = artifact_of(checkpoint)
-        if trained_on is not None:
-            check_same_tokenizer(trained_on, str(checkpoint.path), self.folder.artifact, str(self.folder.folder))
-
 
 def with_sizes_of(folder: LatentFolder, config: DiTConfig) -> DiTConfig:
     """``config`` with what the latents decide."""
@@ -88,6 +84,16 @@ def with_sizes_of(folder: LatentFolder, config: DiTConfig) -> DiTConfig:
     return with_latents(
         config, latent_size=size, latent_channels=channels, num_classes=folder.num_classes,
         caption_width=folder.caption_width, has_flips=folder.has_flips,
+    )
+
+
+def untrained_classes(model: DiTModelConfig, folder: LatentFolder) -> str | None:
+    """What to tell when the model has room for more classes than the latents have."""
+    if model.condition != "class" or model.num_classes == folder.num_classes:
+        return None
+    return (
+        f"model.num_classes = {model.num_classes}, but the labels in {folder.folder} are of {folder.num_classes}: the "
+        "others learn nothing; model.num_classes=null takes those that are there"
     )
 
 

@@ -16,7 +16,7 @@ from megavtp.errors import UserError
 from megavtp.parallel import launch, phase
 from megavtp.parallel.collectives import together
 from megavtp.parallel.rendezvous import detect
-from megavtp.parallel.two_on_a_cpu import start_two_on_a_cpu
+from megavtp.parallel.two_on_a_cpu import processes_of_run, start_two_on_a_cpu
 from megavtp.training.pretrain_run import PretrainRun
 
 
@@ -52,21 +52,28 @@ def _main() -> int:
     arguments = parse_arguments(sys.argv[1:])
     place = detect()
     config = load_config(arguments.config, arguments.overrides, arguments.deepspeed_config)
-    config = validate(config, place.world)
+    world = processes_of_run(place.world)
+    config = validate(config, world)
     if arguments.dry_run:
         if place.rank == 0:
-            print(layout_summary(config, place.world))
+            print(layout_summary(config, world))
         return 0
     device = launch.start(config.parallel.timeout)
     phase.enter("preparing data", slow=True)
-    if arguments.config is None or arguments.config.resolve() == DEMO_CONFIG.resolve():
+    if _brings_its_data(arguments.config, config):
         _prepare_demo_data(config, place.rank)
     run = PretrainRun(config, device)
     return 0 if run.train() else launch.STOPPED
 
 
+def _brings_its_data(recipe: Path | None, config: Config) -> bool:
+    """Whether this is the demo where it keeps its own data. Another ``data.root`` is the user's to fill: a mistyped one
+    must not become a run on emoji."""
+    is_demo = recipe is None or recipe.resolve() == DEMO_CONFIG.resolve()
+    return is_demo and Path(config.data.root) == Path(load_config(recipe).data.root)
+
+
 def _prepare_demo_data(config: Config, rank: int) -> None:
-    """The demo brings its own data; other recipes need the user's."""
     root = Path(config.data.root)
 
     def prepare() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megavtp.data.files import write_atomic
 from megavtp.errors import UserError
 
 
@@ -23,7 +24,8 @@ class MetricsFile:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                _rewrite(path, [record for record in read_metrics(path) if 0 < start_step >= record["step"]])
+                kept = [_line(record) for record in read_metrics(path) if 0 < start_step >= record["step"]]
+                write_atomic(path, b"".join(kept))
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
             raise _unwritable(path, error) from error
@@ -49,12 +51,6 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 yield record
-
-
-def _rewrite(path: Path, records: list[dict[str, Any]]) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(b"".join(_line(record) for record in records))
-    os.replace(partial, path)
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

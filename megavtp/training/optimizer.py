@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,7 +24,8 @@ def parameter_groups(
 ) -> list[dict]:
     """Groups of the trainable parameters, each of one ``tower`` (in pre-training of ``config.sizes.TOWERS``).
 
-    ``prototypes`` marks the DINO head's last layer, which starts frozen.
+    ``prototypes`` marks the DINO head's last layer, which starts frozen, ``logit_scale`` the contrastive temperature,
+    which has a ceiling.
 
     A vector has at most one dimension longer than 1: class token and prototype gains do not decay either.
     """
@@ -33,11 +36,12 @@ def parameter_groups(
         tower = tower_of(name)
         decay = config.weight_decay if sum(size > 1 for size in parameter.shape) > 1 else 0.0
         prototypes = name.startswith("dino_head.last_layer.")
+        logit_scale = name == "logit_scale"
         group = groups.setdefault(
-            (tower, decay, prototypes),
+            (tower, decay, prototypes, logit_scale),
             {
                 "params": [], "weight_decay": decay, "lr_scale": config.lr_scale.get(tower, 1.0), "tower": tower,
-                "prototypes": prototypes,
+                "prototypes": prototypes, "logit_scale": logit_scale,
             },
         )
         group["params"].append(parameter)
@@ -46,9 +50,11 @@ def parameter_groups(
 
 def build_optimizer(
     named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, *, zero_stage: int = 0,
-    tower_of: Callable[[str], str] = tower_of,
+    tower_of: Callable[[str], str] = tower_of, max_logit_scale: float = math.inf,
 ) -> torch.optim.Optimizer:
     """AdamW over the groups: NVIDIA apex's fused one where it is installed for this GPU, else torch's fused one.
+
+    No update takes the logit scale above ``max_logit_scale``.
 
     Apex counts updates by group. ZeRO stage 3 steps a large group in parts, which would count each part as an update,
     so there it is always torch's.
@@ -58,8 +64,22 @@ def build_optimizer(
     on_gpu = groups[0]["params"][0].is_cuda
     fused = _apex_adam() if on_gpu and zero_stage < 3 else None
     if fused is not None:
-        return fused(groups, adam_w_mode=True, **settings)
-    return torch.optim.AdamW(groups, fused=True, **settings)
+        optimizer = fused(groups, adam_w_mode=True, **settings)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=True, **settings)
+    optimizer.register_step_post_hook(partial(_cap_logit_scale, max_logit_scale))
+    return optimizer
+
+
+@torch.no_grad()
+def _cap_logit_scale(ceiling: float, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Of whatever the optimizer updates in that group: the parameter, or ZeRO's flat part of it, from which the engine
+    then makes the parameter. As OpenCLIP does: left to itself the parameter would drift on above the ceiling, where
+    the loss does not see it, and take as long to come down."""
+    for group in optimizer.param_groups:
+        if group["logit_scale"]:
+            for values in group["params"]:
+                values.clamp_(max=ceiling)
 
 
 def _apex_adam() -> type | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from megavtp.data.files import write_atomic
 from megavtp.training.metrics_file import read_metrics
 
 _COLUMNS = 8  # pairs side by side before the next band begins
@@ -123,8 +124,8 @@ def _curves(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    """Write beside ``path`` and move into place: a viewer never sees half a picture."""
+    """As a PNG file, in place at once: a viewer never sees half a picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    picture.save(partial, format="PNG")
-    os.replace(partial, path)
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    write_atomic(path, file.getvalue())

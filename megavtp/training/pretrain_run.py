@@ -16,6 +16,7 @@ from megavtp.config.share import Share, share
 from megavtp.config.validate import with_vocabulary
 from megavtp.data.batch import StepDataset
 from megavtp.data.captions import load_tokenizer
+from megavtp.data.files import refuse_hub_id
 from megavtp.data.loader import Loader
 from megavtp.data.shards import open_dataset
 from megavtp.models.build import build_vtp
@@ -68,6 +69,8 @@ class PretrainRun:
         goes_on = config.train.resume == "auto" and has_checkpoints(checkpoint_root(config))
         if config.model.init_from is None or goes_on:
             return {}, []
+        for path in config.model.init_from.split(","):
+            refuse_hub_id(path.strip())
         return read_initial(config.model.init_from, config.model, frozenset(self.share.passes))
 
     def train(self) -> bool:
@@ -131,7 +134,8 @@ def build_engine(
     if initial:
         fill(model, initial)
     optimizer = build_optimizer(
-        model.named_parameters(), config.train.optimizer, zero_stage=config.parallel.zero_stage
+        model.named_parameters(), config.train.optimizer, zero_stage=config.parallel.zero_stage,
+        max_logit_scale=model.max_logit_scale,
     )
     engine = Engine(
         model, optimizer, mesh, zero_stage=config.parallel.zero_stage, clip_grad=config.train.optimizer.clip_grad,

@@ -77,7 +77,7 @@ class Telemetry:
         device, known_peak = torch.device("cpu"), None
         if torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
-            known_peak = device_peak_tflops(torch.cuda.get_device_name(device))
+            known_peak = device_peak_tflops(torch.cuda.get_device_name(device), config.parallel.precision)
         peak = settings.peak_tflops or known_peak
         output_dir = Path(config.output_dir)
         return cls(

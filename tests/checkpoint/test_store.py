@@ -46,8 +46,6 @@ def test_round_trip_is_bit_equal(tmp_path):
             read = checkpoint.tensor(name)
             assert read.dtype == tensor.dtype == checkpoint.dtype(name)
             assert checkpoint.shape(name) == tuple(tensor.shape) and torch.equal(read, tensor)
-        weight = tensors["model/trunk.blocks.0.attn.qkv.weight"]
-        assert torch.equal(checkpoint.slice("model/trunk.blocks.0.attn.qkv.weight")[4:8], weight[4:8])
         with pytest.raises(UserError, match="no tensor 'other'"):
             checkpoint.tensor("other")
     assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000100"]
@@ -95,13 +93,12 @@ def test_save_returns_early_and_later_changes_do_not_reach_the_file(tmp_path, mo
     tensors, meta = some_tensors(), {"position": [1]}
     store = CheckpointStore(tmp_path, 3)
     store.save(5, tensors, meta)
-    assert store.saving and find_latest(tmp_path) is None
+    assert find_latest(tmp_path) is None
     for tensor in tensors.values():
         tensor.zero_()
     meta["position"][0] = 2
     go_on.set()
     store.wait()
-    assert not store.saving
     with open_checkpoint(tmp_path / "latest") as checkpoint:
         assert checkpoint.meta == {"position": [1]}
         assert all(torch.equal(checkpoint.tensor(name), tensor) for name, tensor in some_tensors().items())

@@ -114,6 +114,7 @@ CROSS_RULES = [
      "perceptual_weights is given but objectives.reconstruction.perceptual is none"),
     (1, "objectives.contrastive.weight=0 objectives.self_distillation.weight=0 objectives.reconstruction.weight=0",
      "are all 0: give at least one a weight above 0"),
+    (1, "objectives.contrastive.loss=siglip", "loss = siglip needs model.init_logit_bias: .*model.init_logit_bias=-10"),
     (1, "deepspeed.gradient_clipping=1", "deepspeed.gradient_clipping: is MegaVTP's to set.*train.optimizer.clip_grad"),
     (1, "deepspeed.bf16.enabled=true", "deepspeed.bf16: .*parallel.precision"),
     (1, "deepspeed.zero_optimization.stage=3", "deepspeed.zero_optimization.stage: .*parallel.zero_stage"),
@@ -121,6 +122,8 @@ CROSS_RULES = [
     (1, "deepspeed.zero_optimization.overlap_com=true", "did you mean deepspeed.zero_optimization.overlap_comm"),
     (1, "deepspeed.train_batch_size=auto", "deepspeed.train_batch_size: .*train.batch_size"),
     (1, "deepspeed.qqqq=1", "deepspeed.qqqq: not a key of DeepSpeed"),
+    (1, "deepspeed.zero_optimization.offload_optimizer.device=cpu", "offload_optimizer: does not work here; remove it"),
+    (1, "deepspeed.zero_optimization.overlap_comm=true", "overlap_comm needs parallel.zero_stage 2 or 3, not 1"),
 ]
 
 

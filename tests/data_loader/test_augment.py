@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megavtp.data.augment import center_crop, crop_box, dino_view, eval_view, plain_view, resize
+from megavtp.data.augment import center_crop, crop_box, dino_view, plain_view, resize
 from megavtp.data.randomness import generator
 
 CENTER_CROP = Path(__file__).parent.parent / "data" / "center_crop"
@@ -138,13 +138,5 @@ def test_center_crop_equals_the_official_pictures(name):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 33), (64, 3), (31, 33), (257, 140)])
-def test_evaluation_views_of_any_shape(shape):
-    image = picture(*shape)
-    assert center_crop(image, 16).shape == eval_view(image, 16).shape == (3, 16, 16)
-
-
-def test_eval_view_squeezes_the_whole_image():
-    image = torch.zeros(3, 10, 40, dtype=torch.uint8)
-    image[:, :, 20:] = 200
-    view = eval_view(image, 20)
-    assert (view[:, :, :8] == 0).all() and (view[:, :, 12:] == 200).all()
+def test_center_crop_of_any_shape(shape):
+    assert center_crop(picture(*shape), 16).shape == (3, 16, 16)

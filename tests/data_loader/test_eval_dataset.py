@@ -4,15 +4,13 @@ import pytest
 import torch
 from loader_fakes import LengthTokenizer, MemoryDataset
 
-from megavtp.data.augment import center_crop, eval_view
+from megavtp.data.augment import center_crop
 from megavtp.data.decode import decode_image
 from megavtp.data.loader import EvalDataset
 
 
-def make(dataset=None, max_samples=1000, **options):
-    return EvalDataset(
-        MemoryDataset() if dataset is None else dataset, LengthTokenizer(), 16, max_samples, 10_000, **options
-    )
+def make(dataset=None, max_samples=1000):
+    return EvalDataset(MemoryDataset() if dataset is None else dataset, LengthTokenizer(), 16, max_samples, 10_000)
 
 
 def flat(batches):
@@ -45,10 +43,9 @@ def test_a_part_is_spread_over_the_whole_set():
     ]  # fmt: skip
 
 
-def test_views():
+def test_images_are_cropped_to_the_centre():
     source = decode_image(MemoryDataset().read(0, 1).image, 10_000)
     assert torch.equal(next(make().batches(2))["image"][1], center_crop(source, 16))
-    assert torch.equal(next(make(view="resize").batches(2))["image"][1], eval_view(source, 16))
 
 
 def test_broken_samples_are_left_out_and_named(caplog):

@@ -3,9 +3,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tar_builder import encode, picture
+from tar_builder import encode, picture, sample, write_tar
 
 from megavtp.cli import run
+from megavtp.data.maintain import index_dataset
 from megavtp.errors import UserError
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
@@ -63,3 +64,22 @@ def test_images_check_and_errors(tmp_path, call):
     assert status == 1 and out.startswith("2 good samples, 1 problems\n  1 x bad sample: train/shard-0")
     status, out, _ = call("index", tmp_path / "out", "--vocab-size", 300)
     assert (status, out) == (0, "3 good samples, 0 problems\n")
+
+
+def test_an_index_gives_up_on_too_many_bad_samples(tmp_path, call):
+    for name in "ab":  # two shards of one good and one bad sample
+        write_tar(tmp_path / f"{name}.tar", [*sample(name), (f"{name}-2.txt", b"a caption without an image")])
+    assert call("index", tmp_path, "--max-bad", 2)[:2] == (0, "2 good samples, 2 problems\n  2 x no image: "
+                                                           "a.tar: a-2, b.tar: b-2\n")
+    (tmp_path / "index.json").unlink()
+    status, _, err = call("index", tmp_path, "--max-bad", 1)
+    assert status == 2 and err.startswith("error: more than 1 bad samples (allow more with --max-bad): 2 x no image")
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_the_bar_of_an_index_counts_shards(tmp_path, monkeypatch, capsys):
+    for name in "abc":
+        write_tar(tmp_path / f"{name}.tar", sample(name))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    index_dataset(tmp_path)
+    assert "3/3" in capsys.readouterr().err

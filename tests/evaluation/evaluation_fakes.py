@@ -25,6 +25,9 @@ class FakeSet:
         self.captions = [f"thing {i // 2}" for i in range(samples)]
         self.fail_on_rank = fail_on_rank
 
+    def __len__(self) -> int:
+        return len(self.images)
+
     def batches(self, batch_size: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
         own = range(rank, len(self.images), world)
         for start in range(0, len(own), batch_size):

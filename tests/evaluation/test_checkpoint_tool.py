@@ -8,8 +8,11 @@ from runpy import run_path
 
 import pytest
 import torch
+from distributed import run_ranks
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from megavtp.checkpoint.formats.convert import convert
 from megavtp.checkpoint.formats.hf_vtp import save_folder
 from megavtp.checkpoint.store import CheckpointStore
 from megavtp.config.load import from_dict, to_dict
@@ -19,6 +22,10 @@ from megavtp.data.index import build_index
 from megavtp.errors import UserError
 from megavtp.evaluation.checkpoint import CheckpointEvaluation, choose_device, find_perceptual, open_model
 from megavtp.models.build import build_vtp
+from megavtp.parallel.mesh import build_mesh
+
+sys.path.append(str(Path(__file__).parents[1] / "sampling"))
+from sampling_fakes import write_dit  # noqa: E402
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
 CPU = torch.device("cpu")
@@ -73,6 +80,11 @@ def released(tmp_path_factory, model_config):
     return folder
 
 
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory):
+    return write_dit(tmp_path_factory.mktemp("dit") / "ckpt", None)
+
+
 def job(released, data, **options):
     return CheckpointEvaluation(released, data, captions=str(data / "captions.model"), **options)
 
@@ -88,8 +100,8 @@ def run_tool(monkeypatch, *arguments) -> int:
 def test_tool_end_to_end(released, data, tmp_path, monkeypatch, capsys):
     out, grid = tmp_path / "metrics.json", tmp_path / "grid.png"
     status = run_tool(
-        monkeypatch, "--checkpoint", released, "--data", data, "--captions", data / "captions.model", "--untrained",
-        "--out", out, "--pictures", grid, "--device", "cpu",
+        monkeypatch, "--local_rank=0", "--checkpoint", released, "--data", data, "--captions", data / "captions.model",
+        "--untrained", "--out", out, "--pictures", grid, "--device", "cpu",
     )  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
     assert status == 0
@@ -111,6 +123,29 @@ def test_the_checkpoints_weights_are_used(released, data, model_config):
     assert inputs.shape == outputs.shape == (5, 3, 32, 32) and inputs.dtype == outputs.dtype == torch.uint8
 
 
+def on_rank(rank, released, data):
+    own = job(released, data, mesh=build_mesh(1, 1), max_samples=7, batch_size=2)
+    return own.metrics(own.model)
+
+
+def test_every_process_count_gives_the_same_metrics(released, data):
+    alone = job(released, data, max_samples=7)
+    want = alone.metrics(alone.model)
+    assert want["samples"] == 7
+    for found in run_ranks(2, on_rank, released, data):
+        assert found == pytest.approx(want, abs=1e-5)
+
+
+def test_other_weights_than_those_of_the_facts_beside_them_are_refused(released, data, tmp_path):
+    convert(released, "hf-vtp", tmp_path / "hf")
+    assert CheckpointEvaluation(tmp_path / "hf", data, captions=str(data / "captions.model")).model
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    tensors["trunk.norm.weight"] += 1
+    save_file(tensors, tmp_path / "hf/model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="belongs to other weights"):
+        job(tmp_path / "hf", data)
+
+
 def test_model_without_a_text_tower_needs_no_tokenizer(data, model_config, tmp_path):
     model = build_vtp(model_config, objectives={"reconstruction"}, seed=3)
     save_folder(tmp_path, model_config, model.state_dict())
@@ -126,15 +161,16 @@ def test_measuring_on_train_lets_the_others_vote(released, data):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--checkpoint", "{tmp}"], "is no checkpoint"),
+    (["--checkpoint", "{tmp}"], "is no tokenizer"),
+    (["--checkpoint", "{dit}"], "holds a DiT, no tokenizer"),
     (["--data", "{tmp}/none"], "none"),
     (["--split", "validation"], "validation"),
     (["--device", "warp"], "no such device"),
     (["--max-samples", "0"], "--max-samples 0"),
     (["--captions", "{tmp}/absent.model"], "absent.model"),
 ])  # fmt: skip
-def test_mistakes_end_in_one_line(released, data, tmp_path, options, message, monkeypatch, capsys):
-    given = [o.format(tmp=tmp_path) for o in options]
+def test_mistakes_end_in_one_line(released, data, dit, tmp_path, options, message, monkeypatch, capsys):
+    given = [o.format(tmp=tmp_path, dit=dit) for o in options]
     status = run_tool(monkeypatch, "--checkpoint", released, "--data", data, *given)
     errors = capsys.readouterr().err.strip().splitlines()
     assert status == 2

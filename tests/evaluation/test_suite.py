@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import sys
 
 import pytest
 import torch
@@ -114,6 +115,13 @@ def test_rows_are_in_sample_order_and_counted_once():
     plain = FakeSet(9)
     assert table.index.tolist() == list(range(9)) and table.captions == plain.captions and table.meta == plain.meta
     torch.testing.assert_close(table.columns["mean"], plain.images.float().mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("quiet, terminal", [(False, True), (True, True), (False, False)])
+def test_a_bar_shows_how_far_it_is(quiet, terminal, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    run(quiet=quiet)
+    assert ("evaluation: 100%" in capsys.readouterr().err) == (terminal and not quiet)
 
 
 def test_empty_set_is_a_user_error():

@@ -287,5 +287,17 @@ def test_the_tool(data, whole, tmp_path, monkeypatch, capsys):
     assert status == 0 and "300 samples in 3 shards; left out now: 1" in said.out
     assert contents(tmp_path / "out") == contents(whole)
     assert json.loads((tmp_path / "out" / "extraction.json").read_text())["label"] == "group"
+    assert "note: " not in said.out
     status, said = tool(monkeypatch, capsys, *given, "--split", "test")
     assert status == 2 and said.err.startswith("error: ") and said.err.count("\n") == 1
+
+
+def test_the_tool_takes_a_folder_of_shards_itself(tmp_path, monkeypatch, capsys):
+    """And tells that without a key of classes there are none."""
+    data = write_shards(tmp_path / "shards", [3])
+    given = ["--tokenizer", TOKENIZER, "--data", data, "--out", tmp_path / "out", "--device", "cpu"]
+    status, said = tool(monkeypatch, capsys, *given)
+    assert status == 0 and "3 samples in 1 shards" in said.out
+    assert "note: without --label all images are of class 0" in said.out
+    status, said = tool(monkeypatch, capsys, *given, "--split", "train")
+    assert status == 2 and f"{data / 'train'} does not exist" in said.err

@@ -61,11 +61,14 @@ MICRO = {name: {"micro_batch": size} for name, size in
          {"contrastive": 4, "self_distillation": 2, "reconstruction": 2}.items()}
 
 
-@pytest.mark.parametrize("objectives", [{}, MICRO, {"contrastive": {"loss": "siglip"}},
-                                        {"self_distillation": {"centering": "softmax"}}])
+SIGLIP = {"objectives": {"contrastive": {"loss": "siglip"}}, "model": {"init_logit_bias": -10.0}}
+
+
+@pytest.mark.parametrize("settings", [{}, {"objectives": MICRO}, SIGLIP,
+                                      {"objectives": {"self_distillation": {"centering": "softmax"}}}])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_no_pass_waits_for_the_device(objectives, precision):
-    prepared = set_up(tiny_config({"objectives": objectives, "parallel": {"precision": precision}}), CUDA)
+def test_no_pass_waits_for_the_device(settings, precision):
+    prepared = set_up(tiny_config({**settings, "parallel": {"precision": precision}}), CUDA)
     run_step(*prepared)  # kernels are loaded, tables are made
     torch.cuda.synchronize()
     with waiting_is_an_error():

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dit_oracle import OFFICIAL, official_dit, stored, stored_json
+from dit_oracle import OFFICIAL, official_dit, plain_dit, stored, stored_json
 
 from megavtp.config.dit import DiTModelConfig, resolve_dit
 from megavtp.errors import UserError
@@ -43,6 +43,24 @@ def test_outputs_of_the_official_model():
     torch.testing.assert_close(model(x, t, none), data["out/train_seed3"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(time_frequencies(t), data["out/t_freq"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(model.t_embedder(t), data["out/t_embed"], rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_normalised_queries_and_keys():
+    """No official output has them: the plain model, which gives the official ones without, stands in."""
+    data = stored("model")
+    x, t, y = (data[f"in/{name}"] for name in "xty")
+    plain = plain_dit(stored("state"), x, t, y, resolve_dit(OFFICIAL))
+    torch.testing.assert_close(plain, data["out/eval"], rtol=1e-5, atol=1e-5)
+    config = replace(OFFICIAL, qk_norm=True)
+    model = random_dit(config)
+    for block in model.blocks.values():  # so small that the norm's epsilon shows; its weights show its place
+        for parameter in (block.attn.qkv.weight, block.attn.qkv.bias):
+            parameter[: 2 * config.width] *= 1e-2
+        for norm in (block.attn.q_norm, block.attn.k_norm):
+            norm.weight.copy_(1 + torch.rand(norm.weight.shape, generator=torch.Generator().manual_seed(2)))
+    plain = plain_dit(model.state_dict(), x, t, y, resolve_dit(config))
+    torch.testing.assert_close(model(x, t, y), plain, rtol=1e-5, atol=1e-5)
 
 
 def test_state_dict_has_the_official_keys_and_shapes():

@@ -12,7 +12,7 @@ import torch
 from tiny_run import Outcome, build_engine, data_of, learning_rate, merged, passes_of, reference, tiny_config
 from torch import Tensor
 
-from megavtp.config.schema import Config
+from megavtp.config.schema import Config, VisionConfig
 from megavtp.parallel.collectives import all_gather_object, all_reduce
 from megavtp.parallel.deepspeed_adapter import read_parameter
 from megavtp.parallel.mesh import build_mesh
@@ -27,6 +27,14 @@ MODEL = {
     "text": {"depth": 2, "layer_scale": 0.3}, "decoder": {"depth": 3, "layer_scale": 0.3},
 }
 BATCH = 16  # of every objective: 4 data-parallel ranks with 4 micro-batches each
+# What the layouts of ``basic_layouts`` change: every term and the default image feature, longer, and less deep.
+BASIC = {
+    "model": {
+        "vision": {"depth": 2, "clip_feature": VisionConfig().clip_feature}, "text": {"depth": 1},
+        "decoder": {"depth": 1},
+    },
+    "train": {"steps": 4}, "objectives": {"reconstruction": {"l1_weight": 1.0}},
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class Cell:
         batch, depth = {"batch": BATCH}, {"vision": {"depth": self.depth}}
         base = {
             "model": merged(MODEL, depth), "train": {"steps": 2, "batch_size": BATCH},
-            # The slope of L1 jumps where a pixel is hit: of 50,000, rounding moves one across now and then.
+            # Without L1 the pictures need not be stark (``tiny_run``).
             "objectives": {
                 "self_distillation": batch,
                 "reconstruction": {**batch, "l1_weight": 0.0, "perceptual": "lpips-alex", "perceptual_weight": 3.0},
@@ -134,6 +142,13 @@ def whole_matrix() -> list[Cell]:
         off, micro = turns[(index + index // len(turns)) % len(turns)]  # shifted each round: it meets every setting
         whole.append(replace(cell, off=off, micro_batches=micro))
     return whole
+
+
+def basic_layouts() -> list[Cell]:
+    """All of tensor- and data-parallel size, ZeRO stage, micro-batches and recomputation on up to four processes."""
+    alike = {"pp": (1,), "schedule": ("1f1b",), "precision": ("fp32",), "sequence_parallel": (False,), "off": ("",)}
+    every = cells(tp=(1, 2), recompute=("none", "full"), micro_batches=(1, 2), **alike)
+    return [cell for cell in every if cell.world <= 4]
 
 
 def pairs(cell: Cell) -> Iterable[tuple]:
@@ -210,23 +225,24 @@ def run_cell(config: Config) -> Outcome:
     return outcome
 
 
-def run_cells(rank: int, chosen: list[Cell]) -> list[tuple[Outcome, float]]:
+def run_cells(rank: int, chosen: list[Cell], extra: dict | None = None) -> list[tuple[Outcome, float]]:
     """Outcome and seconds of each, on the first rank."""
     results = []
     for cell in chosen:
         begin = time.perf_counter()
-        results.append((run_cell(cell.config()), time.perf_counter() - begin))
+        results.append((run_cell(cell.config(extra)), time.perf_counter() - begin))
     return results if rank == 0 else []
 
 
 _references: dict[str, Outcome] = {}
 
 
-def verdict(cell: Cell, outcome: Outcome) -> tuple[str, bool]:
+def verdict(cell: Cell, outcome: Outcome, extra: dict | None = None) -> tuple[str, bool]:
     """The row of the table, and whether the numbers agree with the single process'."""
-    plain = repr(cell.plain_config())  # the same for cells that differ in the layout alone
+    config = cell.plain_config(extra)
+    plain = repr(config)  # the same for cells that differ in the layout alone
     if plain not in _references:
-        _references[plain] = reference(cell.plain_config())
+        _references[plain] = reference(config)
     found = differences(outcome, _references[plain])
     good = found.exact if cell.precision == "fp32" else found.near
     return f"{cell}  {found}  {'equal' if good else 'DIFFERS'}", good

@@ -1,13 +1,18 @@
-"""Every legal layout gives the single-process numbers; of each two settings some cell with both is run here, the whole
+"""Every legal layout gives the single-process numbers. Of tensor and data parallelism with ZeRO, micro-batches and
+recomputation all are run here; with pipelines and the other settings of each two some cell with both, and the whole
 matrix by ``make matrix`` (``matrix.py``). Every other cell is refused by name."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from distributed import run_ranks
-from layouts import HEADER, Cell, cells, legal, pairs, pairwise, run_cells, verdict, whole_matrix
+from layouts import BASIC, HEADER, Cell, basic_layouts, cells, legal, pairs, pairwise, run_cells, verdict, whole_matrix
+from tiny_run import reference
 
 from megavtp.errors import UserError
+from megavtp.training import pretraining
 
 
 @pytest.fixture(scope="module")
@@ -20,17 +25,52 @@ def chosen(candidates: list[Cell]) -> list[Cell]:
     return pairwise(candidates)
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("world", [1, 2, 4, 8])
-def test_layout_matrix(world: int, chosen: list[Cell], capsys: pytest.CaptureFixture) -> None:
+def check(chosen: list[Cell], world: int, capsys: pytest.CaptureFixture, extra: dict | None = None) -> None:
+    """Run those of the cells that have ``world`` processes, and print the table."""
     mine = [cell for cell in chosen if cell.world == world]
-    results = run_ranks(world, run_cells, mine, timeout=800)[0]
-    rows = [(*verdict(cell, outcome), seconds) for cell, (outcome, seconds) in zip(mine, results, strict=True)]
+    results = run_ranks(world, run_cells, mine, extra, timeout=800)[0]
+    rows = [(*verdict(cell, outcome, extra), seconds) for cell, (outcome, seconds) in zip(mine, results, strict=True)]
     with capsys.disabled():
         print(f"\n{HEADER}")
         for row, _, seconds in rows:
             print(f"{row}  {seconds:.1f} s")
     assert all(good for _, good, _ in rows), "\n".join(row for row, good, _ in rows if not good)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_layout_matrix(world: int, chosen: list[Cell], capsys: pytest.CaptureFixture) -> None:
+    check(chosen, world, capsys)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_basic_layouts(world: int, capsys: pytest.CaptureFixture) -> None:
+    check(basic_layouts(), world, capsys, BASIC)
+
+
+def test_no_basic_layout_is_left_out(candidates: list[Cell]) -> None:
+    found = basic_layouts()
+    sizes = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2)]  # tp, dp
+    wanted = set(itertools.product(sizes, (0, 1, 2, 3), (1, 2), ("none", "full")))
+    assert {((c.tp, c.dp), c.zero, c.micro_batches, c.recompute) for c in found} == wanted
+    assert len(found) == len(wanted) == 80 and set(found) <= set(candidates)
+
+
+def test_no_prediction_meets_its_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the slope of L1 jumps, and rounding would decide to which side."""
+    apart = []
+
+    def noted(prediction, target, *rest, **options):
+        apart.append(float((prediction - target).detach().abs().min()))
+        return terms(prediction, target, *rest, **options)
+
+    terms = pretraining.reconstruction_terms
+    monkeypatch.setattr(pretraining, "reconstruction_terms", noted)
+    last = reference(Cell().plain_config(BASIC)).terms[-1]
+    assert len(apart) == BASIC["train"]["steps"] and min(apart) > 0.1
+    assert {term.split("/")[0] for term in last} == {"contrastive", "self_distillation", "reconstruction"}
+    assert "reconstruction/l1" in last
 
 
 def test_the_chosen_cells_have_every_pair(candidates: list[Cell], chosen: list[Cell]) -> None:

@@ -73,17 +73,26 @@ class Sample:
     id: str
 
 
-class FakeData:
-    """Twenty-four noisy 40 x 36 pictures in two shards."""
+def blurred_picture(rng: np.random.Generator, stark: bool = False) -> bytes:
+    """A smooth random 40 x 36 picture, as PNG. ``stark``: each channel is either dark or bright all over."""
+    coarse = rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    if stark:
+        coarse = coarse // 4 + 192 * rng.integers(0, 2, 3, dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(coarse).resize((36, 40), Image.BILINEAR).save(file, "PNG")
+    return file.getvalue()
 
+
+@dataclass(frozen=True)
+class FakeData:
+    """Twenty-four pictures in two shards."""
+
+    stark: bool = False
     shard_counts = (14, 10)
 
     def read(self, shard: int, row: int) -> Sample:
-        rng = np.random.default_rng(100 * shard + row)
-        coarse = rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(coarse).resize((36, 40), Image.BILINEAR).save(file, "PNG")
-        return Sample(file.getvalue(), f"caption {shard} {row}", f"{shard}/{row}")
+        picture = blurred_picture(np.random.default_rng(100 * shard + row), self.stark)
+        return Sample(picture, f"caption {shard} {row}", f"{shard}/{row}")
 
 
 class FakeTokenizer:
@@ -132,21 +141,31 @@ class PlainRunner:
 def build_model(config: Config, mesh: Mesh) -> VTP:
     model = build_vtp(
         config.model, mesh, objectives=frozenset(share(config, mesh.dp).passes), seed=config.seed,
-        recompute=config.parallel.recompute,
+        recompute=config.parallel.recompute, max_scale=config.objectives.contrastive.max_scale,
         compute_dtype=torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32,
     )
-    _condition(model)
+    _condition(model, _keeps_apart(config))
     return model
 
 
+def _keeps_apart(config: Config) -> bool:
+    """Whether pictures are stark and predictions near grey.
+
+    The slope of L1 jumps where a prediction meets its pixel: of 50,000, rounding would move one across now and then.
+    """
+    return config.objectives.reconstruction.l1_weight > 0
+
+
 @torch.no_grad()
-def _condition(model: VTP) -> None:
-    """Make activations of order one.
+def _condition(model: VTP, near_grey: bool) -> None:
+    """Make activations of order one; of the predicted pixels, if not ``near_grey``.
 
     The initial std of 0.02 is meant for widths near 1000. At width 32 all features would be nearly parallel, and
     normalising them would magnify rounding a hundredfold.
     """
     for name, parameter in model.named_parameters():
+        if near_grey and name == "pixel_decoder.proj_out.weight":
+            continue
         if name.endswith("mask_token"):  # zero at the start: RMSNorm's gradient there is 1 / sqrt(eps)
             parameter.copy_(torch.linspace(-1, 1, parameter.numel()).cos().view_as(parameter))
         elif name.endswith(("token_embedding.weight", "positional_embedding", "cls_token")):
@@ -155,9 +174,13 @@ def _condition(model: VTP) -> None:
             parameter.mul_(6)
 
 
+def optimizer_of(model: VTP, config: Config) -> torch.optim.Optimizer:
+    return build_optimizer(model.named_parameters(), config.train.optimizer, max_logit_scale=model.max_logit_scale)
+
+
 def build_engine(config: Config, mesh: Mesh) -> tuple[Engine, VTP]:
     model = build_model(config, mesh)
-    optimizer = build_optimizer(model.named_parameters(), config.train.optimizer)
+    optimizer = optimizer_of(model, config)
     engine = Engine(
         model, optimizer, mesh, zero_stage=config.parallel.zero_stage, clip_grad=config.train.optimizer.clip_grad,
         extra=config.deepspeed, leaf_classes=(Block,), schedule=config.parallel.schedule,
@@ -175,7 +198,7 @@ def passes_of(config: Config, mesh: Mesh) -> list[Pass]:
 
 def data_of(config: Config, mesh: Mesh) -> Callable[[int], Batch]:
     """Step -> this rank's share. Kept for the life of the process: layouts that share dp see the same data."""
-    data = StepDataset(FakeData(), FakeTokenizer(), config, mesh.dp_rank, mesh.dp)
+    data = StepDataset(FakeData(_keeps_apart(config)), FakeTokenizer(), config, mesh.dp_rank, mesh.dp)
     kept = _BATCHES.setdefault(repr((plain_layout(config), mesh.dp, mesh.dp_rank)), {})
 
     def batch(step: int) -> Batch:
@@ -207,9 +230,7 @@ class Outcome:
 def reference(config: Config) -> Outcome:
     """By plain torch on one process."""
     model = build_model(config, SINGLE)
-    runner = PlainRunner(
-        model, build_optimizer(model.named_parameters(), config.train.optimizer), config.train.optimizer.clip_grad
-    )
+    runner = PlainRunner(model, optimizer_of(model, config), config.train.optimizer.clip_grad)
     data, passes, terms, norms = data_of(config, SINGLE), passes_of(config, SINGLE), [], []
     for step in range(config.train.steps):
         runner.set_lr(learning_rate(config, step))

@@ -110,12 +110,12 @@ def large(depth: int = 4) -> Config:
 
 
 def test_known_figures_of_the_large_model():
-    forward = {name: value / 1e9 for name, value in flops.forward_flops(large()).items()}
-    assert forward["image"] == pytest.approx(162, rel=5e-3)
-    assert forward["local_crop"] == pytest.approx(22.5, rel=5e-3)
-    assert forward["text"] == pytest.approx(13.3, rel=5e-3)
-    assert forward["decoder"] == pytest.approx(26.8, rel=2e-2)  # the known figure leaves the two projections out
-    assert forward["perceptual"] == pytest.approx(40.1, rel=5e-3)
+    model = large().model
+    assert flops.vision_flops(model, 256) == pytest.approx(162e9, rel=5e-3)
+    assert flops.vision_flops(model, 96) == pytest.approx(22.5e9, rel=5e-3)
+    assert flops.text_flops(model) == pytest.approx(13.3e9, rel=5e-3)
+    assert flops.decoder_flops(model, 256) == pytest.approx(26.8e9, rel=2e-2)  # known without the two projections
+    assert flops.perceptual_flops("lpips-vgg", 256) == pytest.approx(40.1e9, rel=5e-3)
 
 
 def test_known_training_costs_of_the_large_model():
@@ -185,4 +185,5 @@ def test_self_distillation_of_the_real_model(bottleneck_only):
     ("AMD Instinct MI300X", 1307.4), ("Tesla V100-SXM2-16GB", None), ("cpu", None),
 ])
 def test_peak_of_known_devices(name, peak):
-    assert device_peak_tflops(name) == peak
+    assert device_peak_tflops(name, "bf16") == peak
+    assert device_peak_tflops(name, "fp32") is None

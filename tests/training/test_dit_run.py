@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,12 @@ from launched import Ranks, events, steps_done
 
 from megavtp.checkpoint.native_dit import load_dit
 from megavtp.checkpoint.store import find_latest, open_checkpoint
+from megavtp.config.dit import DiTConfig
+from megavtp.config.load import from_dict
+from megavtp.data.latents import LatentFolder
+from megavtp.errors import UserError
 from megavtp.training.dit_launcher import train_dit
+from megavtp.training.dit_resume import check_goes_on
 
 STEPS = 6
 RECIPE = {
@@ -113,6 +120,37 @@ def test_latents_of_another_tokenizer_or_of_other_statistics_are_refused(whole, 
     refused(start(recipe, tmp_path, 1, f"data.root={other}", "train.steps=7"), "different tokenizers")
     scaled = random_latents(tmp_path / "scaled", std=2.0)
     refused(start(recipe, tmp_path, 1, f"data.root={scaled}", "train.steps=7"), "different latent statistics")
+
+
+def test_what_no_shape_shows_is_compared(whole, root, recipe, tmp_path):
+    """Weights would be taken for others, or passed over; labels for other classes."""
+    shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    refused(start(recipe, tmp_path, 1, "model.heads=2", "train.steps=7"), "has model.heads = 4, this run 2")
+    folder, named, permuted = LatentFolder(root), tmp_path / "named", tmp_path / "permuted"
+    for path, names in ((named, "abc"), (permuted, "bac")):
+        shutil.copytree(root, path)
+        (path / "classes.json").write_text(json.dumps(list(names)))
+    with open_checkpoint(find_latest(whole / "checkpoints")) as checkpoint:
+        model = from_dict(checkpoint.meta["config"], DiTConfig).model
+        check_goes_on(checkpoint, replace(model, size="b"), folder)
+        for change in ({"depth": 2}, {"qk_norm": True}, {"num_classes": 4}, {"patch_size": 2}):
+            (name,) = change
+            with pytest.raises(UserError, match=f"has model.{name} = .*set model.{name}={getattr(model, name)}"):
+                check_goes_on(checkpoint, replace(model, **change), folder)
+        check_goes_on(checkpoint, model, LatentFolder(named))  # it had none to compare
+        checkpoint.meta["dit"]["classes"] = list("abc")
+        check_goes_on(checkpoint, model, LatentFolder(named))
+        for other, found in ((LatentFolder(permuted), "b, a, c"), (folder, "numbers without names")):
+            with pytest.raises(UserError, match=rf"other classes \(a, b, c\) than those of .*\({found}\)"):
+                check_goes_on(checkpoint, model, other)
+
+
+def test_classes_that_no_latents_have_are_told(whole, recipe, tmp_path):
+    ranks = start(recipe, tmp_path, 1, "model.num_classes=9", "train.steps=1")
+    assert statuses(ranks) == {0}, ranks.output
+    (told,) = events(tmp_path / "run", "untrained_classes")
+    assert "model.num_classes = 9, but the labels in" in told["note"] and "are of 3" in told["note"]
+    assert not events(whole, "untrained_classes")
 
 
 def test_errors_and_the_dry_run_need_no_data(recipe, tmp_path):

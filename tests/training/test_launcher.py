@@ -7,7 +7,7 @@ import sys
 
 import psutil
 import pytest
-from launched import deepspeed, run, steps_done
+from launched import deepspeed, run, steps_done, succeed
 
 from megavtp.parallel import two_on_a_cpu
 
@@ -50,8 +50,7 @@ def test_two_processes_unless_told_otherwise(decide):
         assert not decide(LAUNCH, [*RUNNER, *told, "launchers/pretrain.py"]), told
     assert not decide(LAUNCH, RUNNER, world="2")
     assert not decide(LAUNCH, RUNNER, gpu=True)
-    for alone in ("--dry-run", "--device=cpu"):
-        assert not decide(LAUNCH, RUNNER, arguments=[alone])
+    assert not decide(LAUNCH, RUNNER, arguments=["--device=cpu"])
     assert not decide(["bash"], launched=False)
 
 
@@ -66,6 +65,13 @@ def test_the_deepspeed_launcher_alone_becomes_two_processes(recipe, tmp_path):
     assert sorted(steps_done(tmp_path / "run")) == [1, 2]
 
 
+def test_a_dry_run_is_of_the_processes_that_a_run_would_have(recipe, tmp_path):
+    for setting, found in (("seed=0", "layout     2 processes"), ("data.streams=1", "error: data.streams = 1 is not")):
+        with deepspeed(None, ["--config", recipe, "--dry-run", setting], tmp_path / setting) as launched:
+            launched.wait_until_gone(120)
+        assert found in launched.output and "Traceback" not in launched.output, launched.output
+
+
 def test_dry_run_without_a_recipe_describes_the_demo(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ranks = run(["--dry-run"], 2, tmp_path / "logs")
@@ -73,6 +79,32 @@ def test_dry_run_without_a_recipe_describes_the_demo(tmp_path, monkeypatch):
     for word in ("contrastive", "self_distillation", "reconstruction", "data/emoji", "runs/demo"):
         assert word in ranks.output
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]  # it wrote nothing
+
+
+def _tell_what_the_engine_gets(rank):
+    from megavtp.parallel import deepspeed_adapter as adapter
+
+    inner = adapter.build_config
+
+    def build_config(*arguments):
+        config = inner(*arguments)
+        print("engine", config["zero_optimization"]["sub_group_size"], config["steps_per_print"], flush=True)
+        return config
+
+    adapter.build_config = build_config
+
+
+def test_a_deepspeed_file_reaches_the_engine(recipe, tmp_path):
+    file = tmp_path / "deepspeed.json"
+    command = ["--config", recipe, "--deepspeed_config", str(file), f"output_dir={tmp_path / 'run'}", "train.steps=1"]
+    file.write_text('{"steps_per_print": 7, "zero_optimization": {"sub_group_size": 5000}}')
+    succeed([*command, "deepspeed.steps_per_print=8"], 1, tmp_path / "logs", _tell_what_the_engine_gets)
+    assert "engine 5000 8" in "".join(log.read_text() for log in (tmp_path / "logs").iterdir())
+    assert list(steps_done(tmp_path / "run")) == [1]
+    file.write_text('{"train_batch_size": 64}')
+    ranks = run(command, 1, tmp_path / "refused")
+    assert [process.exitcode for process in ranks.processes] == [2]
+    assert "deepspeed.train_batch_size: is MegaVTP's to set" in ranks.errors[0]
 
 
 def test_dry_run_on_many_ranks_speaks_once(recipe, tmp_path):

@@ -86,6 +86,21 @@ def test_groups():
     assert isinstance(build_optimizer(named.items(), OptimizerConfig()), torch.optim.AdamW)
 
 
+def test_the_logit_scale_comes_down_from_its_ceiling_at_once():
+    scale, other = nn.Parameter(torch.full((1,), 4.0)), nn.Parameter(torch.full((1,), 4.0))
+    optimizer = build_optimizer(
+        {"logit_scale": scale, "logit_bias": other}.items(), OptimizerConfig(lr=0.1, betas=(0.0, 0.9)),
+        max_logit_scale=4.5,
+    )
+    found = []
+    for gradient in [-1.0] * 20 + [1.0]:  # pushed up for long, then down
+        scale.grad, other.grad = torch.full((1,), gradient), torch.full((1,), gradient)
+        optimizer.step()
+        found.append(scale.item())
+    assert found[5:20] == [4.5] * 15 and found[20] < 4.45
+    assert other.item() > 5.5  # only that one
+
+
 @pytest.mark.parametrize("available", [True, False])
 def test_apex_is_used_only_with_its_kernels(monkeypatch, available):
     assert _apex_adam() is None  # not installed, or another package of that name

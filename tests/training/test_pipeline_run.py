@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from launched import steps_done, succeed
+from launched import events, steps_done, succeed
 from PIL import Image, ImageChops
 
 STEPS = 3
@@ -20,18 +20,24 @@ def start(recipe, folder, world, *layout):
 
 
 def test_pipeline_run(recipe, tmp_path):
-    alone = start(recipe, tmp_path / "alone", 1, "parallel.zero_stage=0")
-    piped = start(recipe, tmp_path / "piped", 2, "parallel.pp=2", "parallel.zero_stage=3", "parallel.schedule=gpipe")
+    # Evaluated after other steps: that must leave no trace in the training.
+    alone = start(recipe, tmp_path / "alone", 1, "parallel.zero_stage=0", "evaluation.every=1")
+    layout = ["parallel.pp=2", "parallel.zero_stage=3", "parallel.schedule=gpipe"]
+    piped = start(recipe, tmp_path / "piped", 2, *layout, "evaluation.every=2")
     expected, got = steps_done(alone), steps_done(piped)
     assert sorted(got) == sorted(expected) == list(range(1, STEPS + 1))
     for step, values in expected.items():
         assert got[step]["terms"] == pytest.approx(values["terms"], rel=1e-5, abs=1e-5)
         assert got[step]["tower_grad_norms"] == pytest.approx(values["tower_grad_norms"], rel=1e-4)
-    metrics = [json.loads((folder / "evaluation.json").read_text()) for folder in (alone, piped)]
-    assert metrics[1].keys() == metrics[0].keys() and len(metrics[0]) > 5
-    for name, value in metrics[0].items():
-        if name.startswith("reconstruction/"):  # not the ranks of nearly equal features
-            assert metrics[1][name] == pytest.approx(value, rel=1e-3), name
+    expected, got = ({event["step"]: event for event in events(folder, "evaluation")} for folder in (alone, piped))
+    assert list(expected) == [1, 2, STEPS] and list(got) == [2, STEPS]
+    for step, metrics in got.items():
+        assert metrics.keys() == expected[step].keys() and len(metrics) > 8
+        for name, value in expected[step].items():
+            if name.startswith("reconstruction/"):  # not the ranks of nearly equal features
+                assert metrics[name] == pytest.approx(value, rel=1e-3), (step, name)
+    last = json.loads((piped / "evaluation.json").read_text())
+    assert last["step"] == STEPS and last.items() <= got[STEPS].items()
     for step in (2, STEPS):
         pictures = [Image.open(folder / "pictures" / f"step-{step:06d}.png") for folder in (alone, piped)]
         difference = ImageChops.difference(*(picture.convert("RGB") for picture in pictures))

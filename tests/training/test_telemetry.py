@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megavtp.config.schema import Config, ModelConfig, TelemetryConfig, TrainConfig
+from megavtp.config.schema import Config, ModelConfig, ParallelConfig, TelemetryConfig, TrainConfig
 from megavtp.config.sizes import resolve_model
 from megavtp.errors import UserError
 from megavtp.parallel.mesh import SINGLE
@@ -314,6 +314,27 @@ def test_tensorboard_files_are_written(tmp_path):
     sink.picture(1, "grid", tmp_path / "x.png")
     sink.close()
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize("precision, share", [("bf16", 1 / 312e12), ("fp32", None)])
+def test_the_utilisation_of_a_known_device_is_that_of_bfloat16(precision, share, tmp_path, monkeypatch):
+    """Products of float32 have another peak: a share of bfloat16's would be too small."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    clock = Clock(monkeypatch)
+    config = Config(
+        output_dir=str(tmp_path), parallel=ParallelConfig(precision=precision),
+        train=TrainConfig(steps=1, batch_size=4), telemetry=TelemetryConfig(log_every=1),
+    )
+    telemetry = Telemetry.of_run(config, SINGLE, flops=lambda config: {"total": 1.0})
+    telemetry._device = torch.device("cpu")
+    monkeypatch.setattr(telemetry_module, "peak_memory_gib", lambda device: 0.0)
+    telemetry.start(0)
+    clock.now += 1.0
+    run(telemetry, 0, 1)
+    telemetry.close()
+    assert lines(tmp_path)[0]["mfu"] == pytest.approx(share)
 
 
 def test_the_telemetry_of_a_run(tmp_path):

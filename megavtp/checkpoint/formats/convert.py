@@ -22,7 +22,7 @@ from megavtp.checkpoint.reading import INDEX, open_checkpoint, step_folder
 from megavtp.checkpoint.store import CheckpointStore
 from megavtp.config.dit import DiTConfig, resolve_dit
 from megavtp.config.load import from_dict, to_dict
-from megavtp.data.artifact import LatentStatistics, TokenizerArtifact
+from megavtp.data.artifact import LatentStatistics, TokenizerArtifact, check_same_tokenizer
 from megavtp.data.torch_file import write_torch_file
 from megavtp.errors import UserError
 
@@ -45,26 +45,30 @@ def detect(path: str | Path) -> Format:
 
 def convert(
     path: str | Path, to: Format, out: str | Path, *, source_format: Format | None = None, captions: str | None = None,
-    statistics: str | Path | None = None, tokenizer: str | Path | None = None,
+    statistics: str | Path | None = None, tokenizer: str | Path | None = None, module_prefix: bool = False,
 ) -> list[str]:
     """Write what lies at ``path`` in the form ``to`` at ``out``, which must not exist; nothing is left there on errors.
 
     Args:
         source_format: in place of ``detect``'s answer.
         captions, statistics: see ``convert_tokenizer``.
-        tokenizer: see ``convert_dit``.
+        tokenizer, module_prefix: see ``convert_dit``.
 
     Returns:
         Notes for the user: what the new form does not hold.
     """
     found = source_format or detect(path)
+    if found == "lightningdit" and Path(path).is_dir():
+        raise UserError(f"{path} is a folder, a LightningDiT is a .pt file: leave --from-format out, or name the file")
     is_a_dit = found == "lightningdit" or (found == "native" and _holds_dit(path))
     if is_a_dit and (to == "hf-vtp" or captions or statistics):
         raise UserError(f"{path} is a DiT; --to hf-vtp, --captions and --statistics are for tokenizers")
     if not is_a_dit and (to == "lightningdit" or tokenizer):
         raise UserError(f"{path} is a tokenizer; --to lightningdit and --tokenizer are for DiTs")
+    if module_prefix and to != "lightningdit":
+        raise UserError(f"--module-prefix is for --to lightningdit, not for --to {to}; leave it out")
     if is_a_dit:
-        return convert_dit(path, to, out, tokenizer)
+        return convert_dit(path, to, out, tokenizer, module_prefix)
     return convert_tokenizer(path, to, out, captions, statistics, found)
 
 
@@ -117,12 +121,17 @@ def _save_native(folder: Path, source: VTPSource) -> list[str]:
     return [_WEIGHTS_ONLY]
 
 
-def convert_dit(path: str | Path, to: Format, out: str | Path, tokenizer: str | Path | None = None) -> list[str]:
+def convert_dit(
+    path: str | Path, to: Format, out: str | Path, tokenizer: str | Path | None = None, module_prefix: bool = False
+) -> list[str]:
     """Write the DiT at ``path`` as a native checkpoint, or as LightningDiT's ``.pt``: ``out`` itself, or in the folder
     ``out`` under LightningDiT's name for the step.
 
-    ``tokenizer``: folder with the ``visual_tokenizer.json`` of the tokenizer, or of the latents, that the DiT belongs
-    to; without it a native DiT made from a ``.pt`` keeps what is known, nothing.
+    Args:
+        tokenizer: folder with the ``visual_tokenizer.json`` of the tokenizer, or of the latents, that the DiT belongs
+            to; without it a native DiT made from a ``.pt`` keeps what is known, nothing. A DiT that knows its tokenizer
+            takes no other.
+        module_prefix: see ``lightningdit_tree``.
     """
     path, out = Path(path), Path(out)
     dit = _read_native_dit(path) if path.is_dir() else read_lightningdit(path)
@@ -130,6 +139,8 @@ def convert_dit(path: str | Path, to: Format, out: str | Path, tokenizer: str | 
     if tokenizer is not None:
         artifact = TokenizerArtifact.read(tokenizer)
         _fitting(artifact.needed_statistics(str(tokenizer)), dit.config.latent_channels, str(tokenizer))
+        if dit.artifact is not None:
+            check_same_tokenizer(dit.artifact, str(path), artifact, str(tokenizer))
         dit = replace(dit, artifact=artifact)
     if to == "native":
         if dit.artifact is None:
@@ -137,7 +148,7 @@ def convert_dit(path: str | Path, to: Format, out: str | Path, tokenizer: str | 
         with new_path(out) as folder:
             _save_native_dit(folder, dit)
         return [*notes, _WEIGHTS_ONLY]
-    tree = lightningdit_tree(dit.config, dit.weights, dit.average)
+    tree = lightningdit_tree(dit.config, dit.weights, dit.average, module_prefix=module_prefix)
     with new_path(out) as new:
         file = new
         if out.suffix != ".pt":
@@ -149,15 +160,14 @@ def convert_dit(path: str | Path, to: Format, out: str | Path, tokenizer: str | 
 
 def _read_native_dit(path: Path) -> LightningDiT:
     with open_checkpoint(path) as checkpoint:
+        artifact = artifact_of(checkpoint)  # first, as it says if this is no DiT
         config = from_dict(checkpoint.meta["config"], DiTConfig)
         weights, average = (
             {name.removeprefix(p): checkpoint.tensor(name) for name in checkpoint.names if name.startswith(p)}
             for p in (TRAINED, AVERAGE)
         )
         facts = checkpoint.meta[FACTS]
-        return LightningDiT(
-            resolve_dit(config.model), weights, average, checkpoint.step, [], artifact_of(checkpoint), config, facts
-        )
+        return LightningDiT(resolve_dit(config.model), weights, average, checkpoint.step, [], artifact, config, facts)
 
 
 def _save_native_dit(folder: Path, dit: LightningDiT) -> None:

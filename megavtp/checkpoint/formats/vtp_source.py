@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megavtp.checkpoint.formats.fingerprint import encoder_fingerprint
 from megavtp.checkpoint.formats.hf_vtp import PERIODS, load_folder, objectives_of
+from megavtp.checkpoint.native_dit import is_dit
 from megavtp.checkpoint.reading import INDEX, Checkpoint, open_checkpoint
 from megavtp.config.load import from_dict
 from megavtp.config.schema import (
@@ -83,6 +84,10 @@ def open_vtp(path: str | Path, form: str | None = None) -> VTPSource:
 
 
 def _read_native(checkpoint: Checkpoint) -> tuple[Config, dict[str, Tensor], int]:
+    if is_dit(checkpoint):
+        raise UserError(
+            f"{checkpoint.path} holds a DiT, no tokenizer: give a checkpoint of a VTP run, or a released model's folder"
+        )
     names = [name.removeprefix("model/") for name in checkpoint.names if name.startswith("model/")]
     if "trunk.cls_token" not in names:
         raise UserError(f"{checkpoint.path} is no tokenizer's checkpoint (it has no trunk); give one of a VTP run")
