@@ -11,7 +11,7 @@ DEMO := configs/demo/vtp_emoji.yaml
 DEMO_DIT := configs/demo/dit_emoji.yaml
 # One process for each GPU; two on a CPU.
 LAUNCH := $(BIN)/deepspeed
-DRAW := --dit runs/demo_dit/checkpoints/latest --tokenizer runs/demo/tokenizer --method heun --steps 10 --shift 0.5
+DRAW := --dit runs/demo_dit/checkpoints/latest --tokenizer runs/demo/tokenizer --method heun --steps 15
 
 .PHONY: install demo demo-tokenizer demo-generation test matrix test-gpu lint clean
 .DELETE_ON_ERROR:
