@@ -29,6 +29,7 @@ setup(
         "numpy",
         "pillow",
         "psutil",
+        "pydantic",  # DeepSpeed checks its keys with it; its errors are told in one line
         "pyyaml",
         "safetensors",
         "sentencepiece",

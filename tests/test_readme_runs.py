@@ -18,8 +18,8 @@ from test_readme import COMMANDS
 
 _NO_EXTRAS = "telemetry.pictures_every=0 evaluation.at_end=false data.workers=0"
 _DEMO = (
-    "train.steps=2 train.optimizer.warmup_steps=1 train.batch_size=8 objectives.self_distillation.batch=4 "
-    f"objectives.reconstruction.batch=4 {_NO_EXTRAS}"
+    "train.steps=2 train.optimizer.warmup_steps=1 train.batch_size=8 objectives.self_distillation.batch=8 "
+    f"objectives.reconstruction.batch=8 {_NO_EXTRAS}"
 )
 _SMALL = (
     "objectives.contrastive.micro_batch=null objectives.self_distillation.micro_batch=null "

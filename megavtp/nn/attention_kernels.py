@@ -106,8 +106,12 @@ def attend(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
+def _suits_float32(q: Tensor) -> bool:
+    return q.device.type == "cpu" and q.dtype in (torch.float16, torch.bfloat16)
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    if q.device.type != "cpu" or q.dtype not in (torch.float16, torch.bfloat16):
+    if not _suits_float32(q):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     with torch.autocast("cpu", enabled=False):  # which would make it 16-bit again
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal).to(q.dtype)

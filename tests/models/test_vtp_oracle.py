@@ -20,6 +20,7 @@ from vtp_oracle import (
 
 from megavtp.checkpoint.formats.hf_vtp import load_folder, load_tensors, official_name
 from megavtp.models.build import build_vtp, load_full
+from megavtp.nn import attention_kernels
 from megavtp.nn.drop_path import BranchDrop, DropPlan
 
 PUBLIC = {"contrastive", "reconstruction"}
@@ -119,8 +120,9 @@ def test_contrastive_side(model, inputs, outputs):
 
 
 @torch.no_grad()
-def test_bfloat16_autocast(model, inputs, outputs):
-    model.compute_dtype = torch.bfloat16
+def test_bfloat16_autocast(model, inputs, outputs, monkeypatch):
+    monkeypatch.setattr(attention_kernels, "_suits_float32", lambda q: False)  # stored: 16-bit attention
+    monkeypatch.setattr(model, "compute_dtype", torch.bfloat16)
     latents = model("encode", images=inputs["image"])
     assert latents.dtype == torch.bfloat16
     assert (latents.float() - outputs["amp_latents"].float()).abs().max() < 2e-2
@@ -128,7 +130,6 @@ def test_bfloat16_autocast(model, inputs, outputs):
         text = model.text(inputs["text"])
     assert (text.float() - outputs["amp_clip_txt"].float()).abs().max() < 2e-2
     assert model("encode_image", images=inputs["image"]).dtype == torch.float32
-    model.compute_dtype = torch.float32
 
 
 @torch.no_grad()

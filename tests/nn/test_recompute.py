@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from watch import Watch
 
+from megavtp.nn import attention_kernels
 from megavtp.nn.attention import Attention
 from megavtp.nn.block import Block
 from megavtp.nn.drop_path import draw_drop_plan
@@ -37,6 +38,12 @@ def stack(net: str, layer_scale: float | None = None, depth: int = 1) -> nn.Modu
 
 def tables() -> list[tuple[Tensor, Tensor]]:
     return [AxialRope(WIDTH // HEADS, "float32").tables(SIDE, SIDE, 1)]
+
+
+@pytest.fixture(autouse=True)
+def attention_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits, which is what the bytes are told for."""
+    monkeypatch.setattr(attention_kernels, "_suits_float32", lambda q: False)
 
 
 def held(sequences: int, net: str, mode: str) -> tuple[int, Counter[str]]:
