@@ -11,7 +11,8 @@ DEMO := configs/demo/vtp_emoji.yaml
 DEMO_DIT := configs/demo/dit_emoji.yaml
 # One process for each GPU; two on a CPU.
 LAUNCH := $(BIN)/deepspeed
-DRAW := --dit runs/demo_dit/checkpoints/latest --tokenizer runs/demo/tokenizer --method heun --steps 15
+DRAW := --dit runs/demo_dit/checkpoints/latest --tokenizer runs/demo/tokenizer --method heun --steps 8 --shift 0.5 \
+  --precision bf16
 
 .PHONY: install demo demo-tokenizer demo-generation test matrix test-gpu lint clean
 .DELETE_ON_ERROR:
