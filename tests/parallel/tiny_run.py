@@ -42,7 +42,11 @@ BASE = {
             # Softer than the default: with random weights a sharp target would magnify rounding.
             "student_temperature": 0.4, "teacher_temperature": 0.3, "teacher_temperature_start": 0.2,
         },
-        "reconstruction": {"batch": 8, "weight": 10.0, "perceptual": "none"},
+        # The share is one that leaves no two nearest neighbours equally near in any step: there KoLeo's gradient would
+        # hang on rounding.
+        "reconstruction": {
+            "batch": 8, "weight": 10.0, "perceptual": "none", "latent_noise": 0.5, "latent_noise_share": 0.4,
+        },
     },
     "data": {
         "streams": 4, "workers": 0, "shuffle_block": 8,
