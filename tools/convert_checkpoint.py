@@ -1,6 +1,7 @@
 """Convert a checkpoint: a tokenizer between a run's form and the released models', a DiT to and from LightningDiT's.
 
     python tools/convert_checkpoint.py --from runs/vtp/checkpoints/latest --to hf-vtp --out vtp-hf
+    python tools/convert_checkpoint.py --from vtp --decoder runs/vtp_decoder/checkpoints/latest --to hf-vtp --out vtp-2
     python tools/convert_checkpoint.py --from VTP-Large-f16d64 --to native --out ckpt
     python tools/convert_checkpoint.py --from runs/dit/checkpoints/latest --to lightningdit --out dit.pt
     python tools/convert_checkpoint.py --from lightningdit.pt --to native --out dit-ckpt
@@ -27,6 +28,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--from-format", choices=formats, help="form of --from (default: found out)")
     parser.add_argument("--captions", help='caption tokenizer: "clip", a file, or "none" (default: the model\'s own)')
     parser.add_argument("--statistics", type=Path, help="latents_stats.pt of a tokenizer, to carry along with it")
+    parser.add_argument("--decoder", type=Path, help="tokenizer of the same encoder, whose pixel decoder is taken")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, or latents, that a DiT belongs to")
     parser.add_argument(
         "--module-prefix", action="store_true",
@@ -43,8 +45,8 @@ def main() -> None:
 
     notes = convert(
         refuse_hub_id(options.source), options.to, options.out, source_format=options.from_format,
-        captions=options.captions, statistics=options.statistics, tokenizer=options.tokenizer,
-        module_prefix=options.module_prefix,
+        captions=options.captions, statistics=options.statistics, decoder=options.decoder,
+        tokenizer=options.tokenizer, module_prefix=options.module_prefix,
     )
     for note in notes:
         print(f"note: {note}")

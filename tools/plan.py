@@ -58,6 +58,11 @@ def main() -> int:
     memory = device.memory if options.memory is None else options.memory
     config = load_config(options.config, overrides)
     config = validate(replace(config, parallel=replace(config.parallel, tp=1, **ALONE)), None)
+    need(
+        not config.objectives.reconstruction.frozen_encoder,
+        "objectives.reconstruction.frozen_encoder: the planner knows training from end to end only, which needs more: "
+        "plan with frozen_encoder=false",
+    )
     if config.model.text.vocab_size is None:
         config = with_vocabulary(config, CLIP_VOCABULARY)
         print(f"vocabulary  taken as CLIP's {CLIP_VOCABULARY:,}; set model.text.vocab_size for your tokenizer's")

@@ -24,6 +24,7 @@ def validate(config: Config, world_size: int | None) -> Config:
     check_numbers(config)
     _objectives(config)
     _model(config)
+    _frozen_encoder(config)
     _tensor_parallel(config)
     check_pipeline(config.parallel, config.model.vision.depth, "model.vision.depth", "encoder")
     _batches(config)
@@ -74,6 +75,29 @@ def _objectives(config: Config) -> None:
         "objectives.self_distillation.dino_weight, ibot_weight and koleo_weight are all 0: give one a weight above 0, "
         "or set objectives.self_distillation.weight=0",
     )
+
+
+def _frozen_encoder(config: Config) -> None:
+    o, key = config.objectives, "objectives.reconstruction.frozen_encoder"
+    if not o.reconstruction.frozen_encoder:
+        return
+    need(
+        o.contrastive.weight == 0 and o.self_distillation.weight == 0 and o.reconstruction.weight > 0,
+        f"{key} trains the pixel decoder alone: set objectives.contrastive.weight=0 and "
+        "objectives.self_distillation.weight=0, and a weight above 0 for objectives.reconstruction",
+    )
+    need(
+        config.model.init_from is not None,
+        f"{key} needs an encoder that has learnt something: name its checkpoint with model.init_from",
+    )
+    need(
+        o.reconstruction.drop_path == 0,
+        f"objectives.reconstruction.drop_path = {o.reconstruction.drop_path} drops paths of the encoder, which {key} "
+        "does not train: set it to 0",
+    )
+    # Else a rank would have nothing to train.
+    tower = "decoder, which alone is trained"
+    check_pipeline(config.parallel, config.model.decoder.depth, "model.decoder.depth", tower)
 
 
 def _model(config: Config) -> None:

@@ -22,7 +22,7 @@ from megavtp.parallel.sharding import cut, mark, shard_of
 def build_vtp(
     config: ModelConfig, mesh: Mesh = SINGLE, *, objectives: AbstractSet[str] = OBJECTIVES, seed: int = 0,
     device: torch.device | str = "cpu", recompute: Recompute = "none", attention: Kernel = "auto",
-    max_scale: float = 100.0, compute_dtype: torch.dtype = torch.float32,
+    max_scale: float = 100.0, compute_dtype: torch.dtype = torch.float32, frozen_encoder: bool = False,
 ) -> VTP:
     """The model in float32 on ``device``, initialised; the same full weights for every ``mesh``.
 
@@ -32,7 +32,7 @@ def build_vtp(
     with torch.device("meta"):
         model = VTP(
             config, mesh, objectives=objectives, recompute=recompute, attention=attention, max_scale=max_scale,
-            compute_dtype=compute_dtype,
+            compute_dtype=compute_dtype, frozen_encoder=frozen_encoder,
         )
     with realised(model, device):
         initialise(model, config, mesh, seed)

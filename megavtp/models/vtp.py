@@ -69,12 +69,13 @@ class VTP(nn.Module):
         attention: kernel choice, see ``nn.attention_kernels``.
         max_scale: ceiling of the contrastive temperature, as a factor on the cosine similarities.
         compute_dtype: of the matrix products (autocast); parameters stay float32.
+        frozen_encoder: the trunk is not trained.
     """
 
     def __init__(
         self, config: ModelConfig, mesh: Mesh = SINGLE, *, objectives: AbstractSet[str] = OBJECTIVES,
         recompute: Recompute = "none", attention: Kernel = "auto", max_scale: float = 100.0,
-        compute_dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype = torch.float32, frozen_encoder: bool = False,
     ):
         super().__init__()
         assert objectives <= OBJECTIVES, objectives
@@ -100,6 +101,8 @@ class VTP(nn.Module):
         elif config.bottleneck_reconstruction_only and self.trunk.feature_bottleneck is not None:
             # Nothing reads it: as a trained parameter it would decay under some ZeRO stages and not under others.
             self.trunk.feature_bottleneck.requires_grad_(False)
+        if frozen_encoder:
+            self.trunk.requires_grad_(False)
 
     def _add_contrastive_head(self) -> None:
         width = feature_width(self.config)

@@ -136,6 +136,19 @@ def forward(run: Runner, mode: str, inputs: Inputs, micro_batches: int) -> list[
     return results
 
 
+def forward_everywhere(
+    run: Runner, mode: str, inputs: Inputs, micro_batches: int, spec: Callable[[], FlowSpec]
+) -> list[Tensor]:
+    """``forward`` of a pass whose result is one tensor, which every pipeline rank gets; ``spec``: shape and dtype."""
+    results = forward(run, mode, inputs, micro_batches)
+    if run.mesh.pp == 1:
+        return results
+    if not run.mesh.is_last_stage:
+        shape, dtype = spec()
+        results = [torch.empty(shape, dtype=dtype, device=run.device) for _ in range(micro_batches)]
+    return [broadcast_last_stage(x.contiguous(), run.mesh) for x in results]
+
+
 def train(run: Runner, mode: str, inputs: Inputs, micro_batches: int, loss: Callable[[Any, int], Tensor]) -> None:
     """Forwards and backwards of all micro-batches; ``loss``: (result, micro-batch) -> scalar, on the last rank."""
     schedule = run.schedule if run.mesh.pp > 1 else "1f1b"

@@ -111,12 +111,14 @@ def _self_distillation(config: Config) -> float:
 
 
 def _reconstruction(config: Config) -> float:
-    """One image. The frozen LPIPS network sees two images and passes one gradient on: 3 forwards."""
+    """One image. The frozen LPIPS network sees two images and passes one gradient on: 3 forwards. A frozen encoder has
+    its forward alone."""
     model, settings = config.model, config.objectives.reconstruction
     size = model.image_size
     encoder = vision_flops(model, size, 1 - settings.drop_path)
     encoder += 2 * patches_of(model, size) * model.vision.width * model.bottleneck
-    return 3 * (encoder + decoder_flops(model, size) + perceptual_flops(settings.perceptual, size))
+    encoder *= 1 if settings.frozen_encoder else 3
+    return encoder + 3 * (decoder_flops(model, size) + perceptual_flops(settings.perceptual, size))
 
 
 def expected_masked_patches(config: Config) -> float:

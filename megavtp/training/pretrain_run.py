@@ -71,7 +71,10 @@ class PretrainRun:
             return {}, []
         for path in config.model.init_from.split(","):
             refuse_hub_id(path.strip())
-        return read_initial(config.model.init_from, config.model, frozenset(self.share.passes))
+        return read_initial(
+            config.model.init_from, config.model, frozenset(self.share.passes),
+            frozen={"trunk"} if config.objectives.reconstruction.frozen_encoder else frozenset(),
+        )
 
     def train(self) -> bool:
         """Resume or start, train, evaluate; False if a signal stopped the run early (its state is saved)."""
@@ -129,7 +132,7 @@ def build_engine(
         recompute=config.parallel.recompute, attention=config.parallel.attention,
         max_scale=config.objectives.contrastive.max_scale,
         compute_dtype=torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32,
-        device=device,
+        frozen_encoder=config.objectives.reconstruction.frozen_encoder, device=device,
     )
     if initial:
         fill(model, initial)

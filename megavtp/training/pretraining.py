@@ -27,7 +27,7 @@ from megavtp.objectives.self_distillation import StudentOutput, TeacherBias, Tea
 from megavtp.objectives.siglip import siglip
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.passes import Pass
-from megavtp.parallel.pipeline import Runner, forward
+from megavtp.parallel.pipeline import Runner, forward, forward_everywhere
 from megavtp.pixels import normalise
 from megavtp.training.schedules import cosine, linear_warmup
 
@@ -204,7 +204,10 @@ class SelfDistillationPass(_PretrainingPass):
 
 
 class ReconstructionPass(_PretrainingPass):
-    """Pixels back from the bottleneck latents: L1 and, if asked for, LPIPS."""
+    """Pixels back from the bottleneck latents: L1 and, if asked for, LPIPS.
+
+    With a frozen encoder its latents come first, without graph, and the pass begins at the decoder.
+    """
 
     name = "reconstruction"
     mode = "reconstruction"
@@ -216,23 +219,38 @@ class ReconstructionPass(_PretrainingPass):
         super().__init__(config, share, mesh, device)
         self.term_weights = {"l1": self.settings.l1_weight, "perceptual": self.settings.perceptual_weight}
         self.perceptual = perceptual
+        if self.settings.frozen_encoder:
+            self.mode = "decode"
         self._last: tuple[int, Tensor] | None = None  # the micro-batch that came to the device last, and its images
 
     def prepare(self, run: Runner, batch: Batch) -> int:
         self._last = None
-        return super().prepare(run, batch)
+        count = super().prepare(run, batch)
+        if self.settings.frozen_encoder:
+            images = self._meta_images()
+            self._latents = forward_everywhere(
+                run, "encode", lambda micro, first: {"images": self._images(micro) if first else images}, count,
+                lambda: run.flow("reconstruction", self.mesh.chunks, images=images)[0],  # what the decoder takes in
+            )
+        return count
 
     def _images(self, micro: int) -> Tensor:
         if self._last is None or self._last[0] != micro:
             self._last = micro, self.pixels(self.batch.images[self.batch.rec_rows[self.rows(micro)]])
         return self._last[1]
 
+    def _meta_images(self) -> Tensor:
+        return torch.empty((self.share.micro_batch, *self.batch.images.shape[1:]), device="meta")
+
     def inputs(self, micro: int) -> dict[str, Any]:
+        if self.settings.frozen_encoder:
+            return {"latents": self._latents[micro], "noise": self._noise(micro)}
         return self._inputs(micro, self._images(micro))
 
     def later_inputs(self, micro: int) -> dict[str, Any]:
-        shape = (self.share.micro_batch, *self.batch.images.shape[1:])
-        return self._inputs(micro, torch.empty(shape, device="meta"))
+        if self.settings.frozen_encoder:
+            return {"latents": self._latents[micro].to("meta")}
+        return self._inputs(micro, self._meta_images())
 
     def _inputs(self, micro: int, images: Tensor) -> dict[str, Any]:
         return {"images": images, "drop": self.drop_plan(micro, [1]), "noise": self._noise(micro)}

@@ -51,6 +51,13 @@ def started(name, objectives=OBJECTIVES):
     return model, tensors, notes
 
 
+def test_what_is_frozen_must_be_given_whole():
+    config, path = config_for("dinov3"), str(DATA / "dinov3.safetensors")
+    read_initial(path, config, {"reconstruction"})
+    with pytest.raises(UserError, match=r"does not give trunk\.feature_bottleneck\.weight.*would keep random values"):
+        read_initial(path, config, {"reconstruction"}, frozen={"trunk"})
+
+
 def without_rotation(model):
     """Libraries whose blocks do not rotate: an angle of 2 pi c / infinity is 0."""
     model.trunk.rope_embed.periods.fill_(torch.inf)

@@ -147,6 +147,7 @@ def build_model(config: Config, mesh: Mesh) -> VTP:
         config.model, mesh, objectives=frozenset(share(config, mesh.dp).passes), seed=config.seed,
         recompute=config.parallel.recompute, max_scale=config.objectives.contrastive.max_scale,
         compute_dtype=torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32,
+        frozen_encoder=config.objectives.reconstruction.frozen_encoder,
     )
     _condition(model, _keeps_apart(config))
     return model

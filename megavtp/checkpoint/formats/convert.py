@@ -27,6 +27,7 @@ from megavtp.data.torch_file import write_torch_file
 from megavtp.errors import UserError
 
 Format = Literal["native", "hf-vtp", "lightningdit"]
+_DECODER = "pixel_decoder."
 _WEIGHTS_ONLY = "weights only: training that goes on from them starts with a fresh optimizer"
 
 
@@ -45,13 +46,14 @@ def detect(path: str | Path) -> Format:
 
 def convert(
     path: str | Path, to: Format, out: str | Path, *, source_format: Format | None = None, captions: str | None = None,
-    statistics: str | Path | None = None, tokenizer: str | Path | None = None, module_prefix: bool = False,
+    statistics: str | Path | None = None, decoder: str | Path | None = None, tokenizer: str | Path | None = None,
+    module_prefix: bool = False,
 ) -> list[str]:
     """Write what lies at ``path`` in the form ``to`` at ``out``, which must not exist; nothing is left there on errors.
 
     Args:
         source_format: in place of ``detect``'s answer.
-        captions, statistics: see ``convert_tokenizer``.
+        captions, statistics, decoder: see ``convert_tokenizer``.
         tokenizer, module_prefix: see ``convert_dit``.
 
     Returns:
@@ -61,15 +63,15 @@ def convert(
     if found == "lightningdit" and Path(path).is_dir():
         raise UserError(f"{path} is a folder, a LightningDiT is a .pt file: leave --from-format out, or name the file")
     is_a_dit = found == "lightningdit" or (found == "native" and _holds_dit(path))
-    if is_a_dit and (to == "hf-vtp" or captions or statistics):
-        raise UserError(f"{path} is a DiT; --to hf-vtp, --captions and --statistics are for tokenizers")
+    if is_a_dit and (to == "hf-vtp" or captions or statistics or decoder):
+        raise UserError(f"{path} is a DiT; --to hf-vtp, --captions, --statistics and --decoder are for tokenizers")
     if not is_a_dit and (to == "lightningdit" or tokenizer):
         raise UserError(f"{path} is a tokenizer; --to lightningdit and --tokenizer are for DiTs")
     if module_prefix and to != "lightningdit":
         raise UserError(f"--module-prefix is for --to lightningdit, not for --to {to}; leave it out")
     if is_a_dit:
         return convert_dit(path, to, out, tokenizer, module_prefix)
-    return convert_tokenizer(path, to, out, captions, statistics, found)
+    return convert_tokenizer(path, to, out, captions, statistics, found, decoder)
 
 
 def _holds_dit(path: str | Path) -> bool:
@@ -79,7 +81,7 @@ def _holds_dit(path: str | Path) -> bool:
 
 def convert_tokenizer(
     path: str | Path, to: Format, out: str | Path, captions: str | None = None, statistics: str | Path | None = None,
-    source_format: Format | None = None,
+    source_format: Format | None = None, decoder: str | Path | None = None,
 ) -> list[str]:
     """Write the tokenizer at ``path`` as a folder ``out``, with its caption tokenizer and artifact beside the weights.
 
@@ -87,11 +89,14 @@ def convert_tokenizer(
         captions: "clip", a tokenizer's file, or "none", in place of the one the model names.
         statistics: LightningDiT's ``latents_stats.pt`` of this tokenizer's latents, to carry along.
         source_format: in place of what is found.
+        decoder: another tokenizer, whose pixel decoder is taken; its encoder must be the same one.
 
     Returns:
         Notes for the user: what the new form does not hold.
     """
     source = open_vtp(path, source_format)
+    if decoder is not None:
+        source = _with_decoder(source, open_vtp(decoder))
     file = _captions(source, captions)
     artifact = replace(source.artifact, captions=_captions_name(file))
     if statistics is not None:
@@ -106,6 +111,24 @@ def convert_tokenizer(
             shutil.copyfile(file, folder / str(artifact.captions))
         artifact.write(folder)
     return notes
+
+
+def _with_decoder(source: VTPSource, other: VTPSource) -> VTPSource:
+    """``source`` with the pixel decoder of ``other``."""
+    if other.artifact.fingerprint != source.artifact.fingerprint:
+        raise UserError(
+            f"--decoder {other.path} was trained on another encoder than that of {source.path}; name a run that began "
+            "from it, with objectives.reconstruction.frozen_encoder=true"
+        )
+    decoder = {name: tensor for name, tensor in other.tensors.items() if name.startswith(_DECODER)}
+    if not decoder:
+        raise UserError(f"--decoder {other.path} has no pixel decoder; name a run with the reconstruction objective")
+    rest = {name: tensor for name, tensor in source.tensors.items() if not name.startswith(_DECODER)}
+    config = source.config
+    model = replace(config.model, decoder=other.config.model.decoder)
+    reconstruction = replace(config.objectives.reconstruction, weight=other.config.objectives.reconstruction.weight)
+    objectives = replace(config.objectives, reconstruction=reconstruction)
+    return replace(source, tensors=rest | decoder, config=replace(config, model=model, objectives=objectives))
 
 
 def _left_out(source: VTPSource) -> list[str]:

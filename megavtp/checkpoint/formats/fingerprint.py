@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megavtp.config.schema import ModelConfig
 
-_UNUSED = {"trunk.mask_token", "trunk.rope_embed.periods"}  # not read when encoding; follows from the config
+NOT_READ = {"trunk.mask_token", "trunk.rope_embed.periods"}  # not read when encoding; follows from the config
 
 
 def encoder_fingerprint(config: ModelConfig, tensors: Mapping[str, Tensor]) -> str:
@@ -23,7 +23,7 @@ def encoder_fingerprint(config: ModelConfig, tensors: Mapping[str, Tensor]) -> s
     vision = config.vision
     settings = {"heads": vision.heads, "norm": vision.norm, "ffn": vision.ffn, "rope_dtype": config.rope_dtype}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name in sorted(name for name in tensors if name.startswith("trunk.") and name not in _UNUSED):
+    for name in sorted(name for name in tensors if name.startswith("trunk.") and name not in NOT_READ):
         tensor = tensors[name].detach().to("cpu", torch.float32).contiguous()
         digest.update(json.dumps([name, list(tensor.shape)]).encode())
         digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))

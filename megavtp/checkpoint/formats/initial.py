@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megavtp.checkpoint.formats.fingerprint import NOT_READ
 from megavtp.checkpoint.formats.fitting import misshapen
 from megavtp.checkpoint.formats.foreign import ForeignWeights, unwrapped
 from megavtp.checkpoint.formats.hf_vtp import PERIODS
@@ -25,12 +26,15 @@ _REMEDY = "model.init_from takes a checkpoint folder, a released folder, or an O
 _HIDDEN = ("heads", "norm", "ffn", "clip_feature", "causal", "pool", "quick_gelu")
 
 
-def read_initial(spec: str, config: ModelConfig, objectives: AbstractSet[str]) -> tuple[dict[str, Tensor], list[str]]:
+def read_initial(
+    spec: str, config: ModelConfig, objectives: AbstractSet[str], frozen: AbstractSet[str] = frozenset()
+) -> tuple[dict[str, Tensor], list[str]]:
     """Whole tensors by our names, checked against the whole model, and notes for the user.
 
     Args:
         spec: one path, or several with commas; a later one replaces what an earlier one gave.
         config: resolved; with the vocabulary.
+        frozen: towers that are not trained, which the sources must give whole.
 
     Raises:
         UserError: a source cannot be read or does not fit; every missing, unexpected and misshapen tensor is listed.
@@ -44,6 +48,11 @@ def read_initial(spec: str, config: ModelConfig, objectives: AbstractSet[str]) -
         tensors |= found.tensors
         towers = sorted({_tower(name) for name in found.tensors})
         notes += [f"initial weights from {path}: {', '.join(towers)}", *(f"{path}: {note}" for note in found.notes())]
+    if drawn := [n for n in shapes if _tower(n) in frozen and n not in tensors and n not in NOT_READ]:
+        raise UserError(
+            f"{spec} does not give {', '.join(drawn)}, which would keep random values: the "
+            f"{', '.join(sorted(frozen))} is frozen; name a checkpoint that has all of it with model.init_from"
+        )
     if rest := sorted({_tower(name) for name in shapes if name not in tensors and _tower(name) != "teacher"}):
         notes.append(f"drawn anew, at least in part: {', '.join(rest)}")
     return tensors, notes

@@ -1,0 +1,120 @@
+"""The decoder trained on by itself: only it moves, as plain torch would move it, on every layout; and it goes back into
+the tokenizer that it came from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from distributed import run_ranks
+from launched import events, steps_done, succeed
+from layouts import Cell, run_cells, verdict
+from tiny_run import PlainRunner, build_model, data_of, optimizer_of, passes_of, tiny_config
+
+import megavtp
+from megavtp.checkpoint.formats.convert import convert
+from megavtp.checkpoint.formats.vtp_source import open_vtp
+from megavtp.errors import UserError
+from megavtp.objectives.reconstruction import reconstruction_terms
+from megavtp.parallel.mesh import SINGLE
+from megavtp.parallel.passes import execute
+from megavtp.pixels import normalise
+from megavtp.planning.flops import flops_per_step
+
+FROZEN = {
+    "model": {"init_from": "not read here"},
+    "objectives": {
+        "contrastive": {"weight": 0.0}, "self_distillation": {"weight": 0.0},
+        "reconstruction": {"frozen_encoder": True},
+    },
+}
+LAYOUTS = [
+    Cell(zero=3, micro_batches=2), Cell(tp=2, zero=1), Cell(dp=2, zero=2, micro_batches=2), Cell(dp=2, zero=3),
+    Cell(pp=2, zero=1, micro_batches=2), Cell(pp=2, dp=2, zero=3, micro_batches=2, schedule="gpipe"),
+    Cell(tp=2, pp=2, zero=0, micro_batches=4), Cell(tp=2, dp=2, zero=3, recompute="full", sequence_parallel=True),
+    Cell(pp=2, zero=2, micro_batches=2, precision="bf16"),
+    Cell(pp=2, zero=1, micro_batches=2, schedule="interleaved_1f1b"),
+]
+DEEPER = {**FROZEN, "model": {**FROZEN["model"], "decoder": {"depth": 4}}}  # interleaved: four stages
+LAUNCHED = [
+    "model.init_from={}/checkpoints/latest", "objectives.contrastive.weight=0", "objectives.self_distillation.weight=0",
+    "objectives.reconstruction.frozen_encoder=true", "train.checkpoint_every=0",
+]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_layouts(world):
+    mine = [cell for cell in LAYOUTS if cell.world == world]
+    assert mine
+    results = run_ranks(world, run_cells, mine, DEEPER, timeout=500)[0]
+    rows = [verdict(cell, outcome, DEEPER) for cell, (outcome, _) in zip(mine, results, strict=True)]
+    assert all(good for _, good in rows), "\n".join(row for row, _ in rows)
+
+
+def test_gradient_is_that_of_the_decoder_alone():
+    config = tiny_config({**FROZEN, "objectives": {**FROZEN["objectives"], "reconstruction": {
+        "frozen_encoder": True, "latent_noise": 0.0,
+    }}})
+    model = build_model(config, SINGLE)
+    runner = PlainRunner(model, optimizer_of(model, config), 0.0)
+    batch, (objective,) = data_of(config, SINGLE)(0), passes_of(config, SINGLE)
+    terms = execute(objective, runner, batch)
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == {name for name, _ in model.named_parameters() if name.startswith("pixel_decoder.")}
+
+    model.zero_grad()
+    model.requires_grad_(True)
+    images = normalise(batch.images[batch.rec_rows])
+    plain = reconstruction_terms(model("reconstruction", images=images), images, images_total_local=len(images))
+    (plain["l1"] * config.objectives.reconstruction.weight).backward()
+    assert torch.equal(terms["reconstruction/l1"], plain["l1"].detach())
+    assert model.trunk.norm.weight.grad.any()  # of the joint loss; the frozen one had none
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, model.get_parameter(name).grad, rtol=1e-5, atol=1e-8), name
+
+
+def test_a_frozen_encoder_costs_its_forward():
+    of = lambda config: flops_per_step(config)["reconstruction"]  # noqa: E731
+    off = {**FROZEN, "objectives": {**FROZEN["objectives"], "reconstruction": {"frozen_encoder": False}}}
+    frozen, joint = of(tiny_config(FROZEN)), of(tiny_config(off))
+    assert joint / 3 < frozen < joint
+
+
+@pytest.mark.timeout(600)
+def test_second_stage(recipe, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    succeed(["--config", recipe, f"output_dir={first}", "train.steps=2", "model.rope_dtype=bfloat16"], 1, tmp_path)
+    arguments = [
+        "--config", recipe, f"output_dir={second}", "model.rope_dtype=bfloat16",
+        *(argument.format(first) for argument in LAUNCHED),
+    ]
+    succeed([*arguments, "train.steps=3", "parallel.zero_stage=3"], 2, tmp_path)
+    assert sorted(steps_done(second)) == [1, 2, 3]
+    # Goes on from its own checkpoint, on another layout.
+    succeed([*arguments, "train.steps=4", "parallel.tp=2"], 2, tmp_path)
+    assert [event["step"] for event in events(second, "resumed")] == [3] and sorted(steps_done(second)) == [1, 2, 3, 4]
+    before, after = (open_vtp(folder / "checkpoints/latest").tensors for folder in (first, second))
+    for name, tensor in after.items():
+        assert name.startswith(("trunk.", "pixel_decoder.")), name
+        assert torch.equal(tensor, before[name]) == name.startswith("trunk."), name
+
+    convert(first / "checkpoints/latest", "hf-vtp", tmp_path / "hf", decoder=second / "checkpoints/latest")
+    convert(tmp_path / "hf", "native", tmp_path / "native", decoder=first / "checkpoints/latest")
+    mixed, back = open_vtp(tmp_path / "hf"), open_vtp(tmp_path / "native").tensors
+    assert mixed.artifact.fingerprint == open_vtp(first / "checkpoints/latest").artifact.fingerprint
+    for name, tensor in back.items():
+        assert torch.equal(tensor, before[name]), name
+        assert torch.equal(mixed.tensors[name], (after if name.startswith("pixel_decoder.") else before)[name]), name
+    images = torch.rand(2, 3, 32, 32)
+    latents = megavtp.load_tokenizer(first / "checkpoints/latest").encode(images)
+    tokenizer = megavtp.load_tokenizer(tmp_path / "hf")
+    assert torch.equal(tokenizer.encode(images), latents)
+    assert torch.equal(tokenizer.decode(latents), megavtp.load_tokenizer(second / "checkpoints/latest").decode(latents))
+
+    other = tmp_path / "other"
+    arguments = [f"output_dir={other}", "train.steps=1", "seed=9", "model.rope_dtype=bfloat16"]
+    succeed(["--config", recipe, *arguments], 1, tmp_path)
+    with pytest.raises(UserError, match="was trained on another encoder"):
+        convert(first / "checkpoints/latest", "hf-vtp", tmp_path / "no", decoder=other / "checkpoints/latest")
+    assert not (tmp_path / "no").exists()
+
