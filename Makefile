@@ -8,6 +8,11 @@ comma := ,
 STAMP := $(VENV)/.megavtp-$(subst $(comma),-,$(EXTRAS))
 CONSTRAINTS := -c constraints.txt
 DEMO := configs/demo/vtp_emoji.yaml
+# The decoder trained on, the encoder frozen, on pictures whose colours are as they are.
+DEMO_DECODER := output_dir=runs/demo_decoder model.init_from=runs/demo/checkpoints/latest \
+  objectives.reconstruction.frozen_encoder=true objectives.contrastive.weight=0 objectives.self_distillation.weight=0 \
+  data.augment.plain_color_jitter=0 data.augment.plain_grayscale=0 train.batch_size=64 train.steps=700 \
+  train.optimizer.lr=5e-4 train.optimizer.cooldown=0.5 telemetry.pictures_every=0 evaluation.at_end=false
 DEMO_DIT := configs/demo/dit_emoji.yaml
 # One process for each GPU; two on a CPU.
 LAUNCH := $(BIN)/deepspeed
@@ -36,15 +41,18 @@ $(STAMP): setup.py constraints.txt | $(BIN)/python
 # Draws the emoji into data/emoji first, if they are not there; goes on where an earlier run stopped.
 demo: demo-tokenizer demo-generation
 
+# A VTP, then its decoder by itself, and both as one tokenizer in the released models' form.
 demo-tokenizer: install
 	$(LAUNCH) launchers/pretrain.py --config $(DEMO) evaluation.at_end=false
-	$(BIN)/python tools/evaluate.py --checkpoint runs/demo/checkpoints/latest --data data/emoji --untrained \
+	$(LAUNCH) launchers/pretrain.py --config $(DEMO) $(DEMO_DECODER)
+	rm -rf runs/demo/tokenizer
+	$(BIN)/python tools/convert_checkpoint.py --from runs/demo/checkpoints/latest \
+	  --decoder runs/demo_decoder/checkpoints/latest --to hf-vtp --out runs/demo/tokenizer
+	$(BIN)/python tools/evaluate.py --checkpoint runs/demo/tokenizer --data data/emoji --untrained \
 	  --out runs/demo/evaluation.json --pictures runs/demo/reconstructions.png
 
-# The tokenizer in the released models' form, the latents of the emoji, a DiT on them, its pictures and their distances.
+# The latents of the emoji, a DiT on them, its pictures and their distances.
 demo-generation: demo-tokenizer
-	rm -rf runs/demo/tokenizer
-	$(BIN)/python tools/convert_checkpoint.py --from runs/demo/checkpoints/latest --to hf-vtp --out runs/demo/tokenizer
 	$(LAUNCH) tools/extract_latents.py --tokenizer runs/demo/tokenizer --data data/emoji --label group \
 	  --out runs/demo/latents
 	$(LAUNCH) launchers/train_dit.py --config $(DEMO_DIT)
