@@ -60,8 +60,8 @@ def main() -> int:
     config = validate(replace(config, parallel=replace(config.parallel, tp=1, **ALONE)), None)
     need(
         not config.objectives.reconstruction.frozen_encoder,
-        "objectives.reconstruction.frozen_encoder: the planner knows training from end to end only, which needs more: "
-        "plan with frozen_encoder=false",
+        "objectives.reconstruction.frozen_encoder: the planner does not know a frozen encoder; plan with "
+        "frozen_encoder=false, which gives an upper bound",
     )
     if config.model.text.vocab_size is None:
         config = with_vocabulary(config, CLIP_VOCABULARY)

@@ -56,13 +56,13 @@ def _dino_head(model: ModelConfig) -> int:
 
 
 def parameter_counts(config: Config) -> dict[str, int]:
-    """Parameters of each tower that a validated ``config`` trains, and of the EMA teacher.
+    """Parameters of each tower that a validated ``config`` trains, of the EMA teacher, and of a frozen encoder.
 
     A vocabulary that the tokenizer decides counts as empty.
     """
     model, o = config.model, config.objectives
     trunk = _vision(model)
-    counts = {"vision": trunk}
+    counts = {"frozen_encoder" if o.reconstruction.frozen_encoder else "vision": trunk}
     if o.reconstruction.weight == 0 and model.bottleneck_reconstruction_only and model.bottleneck != model.vision.width:
         counts["vision"] -= model.vision.width * model.bottleneck  # nothing reads the bottleneck: it stays frozen
     if o.contrastive.weight > 0:
@@ -81,15 +81,15 @@ def state_bytes(config: Config, dp: int) -> int:
     Float32 throughout. ZeRO 1 and 2 keep a second, partitioned copy of the weights.
     """
     counts = parameter_counts(config)
-    teacher = counts.pop("teacher", 0)
-    return bytes_of_state(sum(counts.values()), teacher, config.parallel, dp)
+    untrained = counts.pop("teacher", 0) + counts.pop("frozen_encoder", 0)
+    return bytes_of_state(sum(counts.values()), untrained, config.parallel, dp)
 
 
-def bytes_of_state(trained: int, averaged: int, parallel: ParallelConfig, dp: int) -> int:
-    """The same for ``trained`` parameters and ``averaged`` ones that only follow."""
+def bytes_of_state(trained: int, untrained: int, parallel: ParallelConfig, dp: int) -> int:
+    """The same for ``trained`` parameters and ``untrained`` ones, which follow them or stand still."""
     whole, partitioned = {0: (16, 0), 1: (8, 12), 2: (4, 16), 3: (0, 16)}[parallel.zero_stage]
-    average = 4 * averaged / (dp if parallel.zero_stage == 3 else 1)
-    return int((trained * (whole + partitioned / dp) + average) / (parallel.tp * parallel.pp))
+    weights_alone = 4 * untrained / (dp if parallel.zero_stage == 3 else 1)
+    return int((trained * (whole + partitioned / dp) + weights_alone) / (parallel.tp * parallel.pp))
 
 
 def _tokens(config: Config, name: str) -> str:

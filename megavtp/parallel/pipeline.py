@@ -143,8 +143,10 @@ def forward_everywhere(
     results = forward(run, mode, inputs, micro_batches)
     if run.mesh.pp == 1:
         return results
-    if not run.mesh.is_last_stage:
-        shape, dtype = spec()
+    shape, dtype = spec()
+    if run.mesh.is_last_stage:
+        assert all((tuple(x.shape), x.dtype) == (shape, dtype) for x in results), (results[0].shape, shape, dtype)
+    else:
         results = [torch.empty(shape, dtype=dtype, device=run.device) for _ in range(micro_batches)]
     return [broadcast_last_stage(x.contiguous(), run.mesh) for x in results]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megavtp.checkpoint.formats.initial import fill, read_initial
 from megavtp.checkpoint.reading import has_checkpoints
+from megavtp.checkpoint.store import Checkpoint
 from megavtp.config.schema import Config
 from megavtp.config.share import Share, share
 from megavtp.config.validate import with_vocabulary
@@ -19,6 +20,7 @@ from megavtp.data.captions import load_tokenizer
 from megavtp.data.files import refuse_hub_id
 from megavtp.data.loader import Loader
 from megavtp.data.shards import open_dataset
+from megavtp.errors import UserError
 from megavtp.models.build import build_vtp
 from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS
 from megavtp.models.lpips_weights import load_lpips_weights
@@ -88,7 +90,7 @@ class PretrainRun:
         pairs = self.model.teacher_pairs() if self.share.self_distillation else []
         trainer = Trainer(
             config, self.engine, passes, pairs, teacher_momentum(config), telemetry, self.loader, every,
-            frozen=frozen_prototypes(config),
+            frozen=frozen_prototypes(config), check=lambda checkpoint: _check_same_stage(checkpoint, config),
         )
         phase.enter("reading the checkpoint", slow=True)
         for note in self._notes:
@@ -107,6 +109,16 @@ class PretrainRun:
         """This rank's share of the steps from ``start`` on."""
         dataset = StepDataset(self.train_set, self.tokenizer, self.config, self.mesh.dp_rank, self.mesh.dp)
         return Loader(dataset, start, self.config.train.steps, pin=self.device.type == "cuda")
+
+
+def _check_same_stage(checkpoint: Checkpoint, config: Config) -> None:
+    """UserError where a run of the decoder alone would go on in the checkpoints of a joint run, or the other way."""
+    then = checkpoint.meta["config"]["objectives"]["reconstruction"].get("frozen_encoder", False)
+    if then != config.objectives.reconstruction.frozen_encoder:
+        raise UserError(
+            f"{checkpoint.path} is of a run with objectives.reconstruction.frozen_encoder={str(then).lower()}, which "
+            "this one does not go on from: set another output_dir, and name that checkpoint with model.init_from"
+        )
 
 
 def build_perceptual(config: Config, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:

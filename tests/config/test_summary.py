@@ -40,6 +40,22 @@ def test_counts_are_the_models(overrides):
     assert sum(p.numel() for p in model.teacher.parameters()) == teacher
 
 
+def test_a_frozen_encoder_is_weights_alone():
+    overrides = [
+        "model.text.vocab_size=512", "objectives.contrastive.weight=0", "objectives.self_distillation.weight=0",
+        "model.init_from=x", "parallel.zero_stage=0",
+    ]
+    joint = validate(load_config(None, overrides), 1)
+    frozen = validate(load_config(None, [*overrides, "objectives.reconstruction.frozen_encoder=true"]), 1)
+    with torch.device("meta"):
+        model = VTP(frozen.model, objectives={"reconstruction"}, frozen_encoder=True)
+    parameters = list(model.parameters())
+    trained, still = (sum(p.numel() for p in parameters if p.requires_grad == wanted) for wanted in (True, False))
+    assert parameter_counts(frozen) == {"frozen_encoder": still, "decoder": trained}
+    assert state_bytes(frozen, 1) == 16 * trained + 4 * still
+    assert state_bytes(joint, 1) == 16 * (trained + still)
+
+
 def test_state_shrinks_with_the_layout():
     at = lambda stage, dp: state_bytes(  # noqa: E731
         validate(load_config(None, [f"parallel.zero_stage={stage}", "model.text.vocab_size=512"]), 1), dp

@@ -3,17 +3,22 @@ the tokenizer that it came from."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from distributed import run_ranks
-from launched import events, steps_done, succeed
+from launched import events, run, steps_done, succeed
 from layouts import Cell, run_cells, verdict
 from tiny_run import PlainRunner, build_model, data_of, optimizer_of, passes_of, tiny_config
+from vtp_oracle import TINY
 
 import megavtp
-from megavtp.checkpoint.formats.convert import convert
+from megavtp.checkpoint.formats.convert import convert, write_native
 from megavtp.checkpoint.formats.vtp_source import open_vtp
+from megavtp.config.schema import Config, DataConfig
 from megavtp.errors import UserError
+from megavtp.models.build import build_vtp
 from megavtp.objectives.reconstruction import reconstruction_terms
 from megavtp.parallel.mesh import SINGLE
 from megavtp.parallel.passes import execute
@@ -41,14 +46,23 @@ LAUNCHED = [
 ]
 
 
+def check(cells, world, extra):
+    results = run_ranks(world, run_cells, cells, extra, timeout=500)[0]
+    rows = [verdict(cell, outcome, extra) for cell, (outcome, _) in zip(cells, results, strict=True)]
+    assert rows and all(good for _, good in rows), "\n".join(row for row, _ in rows)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_layouts(world):
-    mine = [cell for cell in LAYOUTS if cell.world == world]
-    assert mine
-    results = run_ranks(world, run_cells, mine, DEEPER, timeout=500)[0]
-    rows = [verdict(cell, outcome, DEEPER) for cell, (outcome, _) in zip(mine, results, strict=True)]
-    assert all(good for _, good in rows), "\n".join(row for row, _ in rows)
+    check([cell for cell in LAYOUTS if cell.world == world], world, DEEPER)
+
+
+@pytest.mark.timeout(600)
+def test_latents_as_wide_as_the_encoder():
+    """Without a bottleneck they leave the last norm in float32, whatever the compute."""
+    wide = {**DEEPER, "model": {**DEEPER["model"], "bottleneck": 32}}
+    check([Cell(pp=2, zero=1, precision=precision) for precision in ("fp32", "bf16")], 2, wide)
 
 
 def test_gradient_is_that_of_the_decoder_alone():
@@ -112,9 +126,32 @@ def test_second_stage(recipe, tmp_path):
     assert torch.equal(tokenizer.decode(latents), megavtp.load_tokenizer(second / "checkpoints/latest").decode(latents))
 
     other = tmp_path / "other"
-    arguments = [f"output_dir={other}", "train.steps=1", "seed=9", "model.rope_dtype=bfloat16"]
-    succeed(["--config", recipe, *arguments], 1, tmp_path)
+    off = ["objectives.reconstruction.weight=0", "seed=9", "train.steps=1", "model.rope_dtype=bfloat16"]
+    succeed(["--config", recipe, f"output_dir={other}", *off], 1, tmp_path)
     with pytest.raises(UserError, match="was trained on another encoder"):
         convert(first / "checkpoints/latest", "hf-vtp", tmp_path / "no", decoder=other / "checkpoints/latest")
     assert not (tmp_path / "no").exists()
 
+    # What a run cannot go on from: an encoder with a bottleneck that nothing trained, and another stage's checkpoint.
+    for source, output, why in (
+        (other, tmp_path / "new", "does not give trunk.feature_bottleneck.weight"),
+        (second, first, "is of a run with objectives.reconstruction.frozen_encoder=false"),
+    ):
+        arguments = [f"output_dir={output}", *(argument.format(source) for argument in LAUNCHED)]
+        ranks = run(["--config", recipe, "model.rope_dtype=bfloat16", *arguments], 1, tmp_path)
+        assert ranks.processes[0].exitcode == 2 and len(ranks.errors) == 1 and why in ranks.errors[0], ranks.output
+
+
+def test_a_decoder_for_a_tokenizer_without_one(tmp_path):
+    config = Config(model=replace(TINY, rope_dtype="float32"), data=DataConfig(captions="clip"))
+    tensors = {f"model/{name}": p.detach() for name, p in build_vtp(config.model, seed=3).named_parameters()}
+    without = {name: t for name, t in tensors.items() if not name.startswith("model/pixel_decoder.")}
+    off = replace(config.objectives, reconstruction=replace(config.objectives.reconstruction, weight=0.0))
+    write_native(tmp_path / "whole", 5, tensors, config)
+    write_native(tmp_path / "without", 5, without, replace(config, objectives=off))
+    convert(tmp_path / "without", "native", tmp_path / "again", decoder=tmp_path / "whole")
+    again = open_vtp(tmp_path / "again")
+    assert {f"model/{name}" for name in again.tensors} == tensors.keys()
+    assert again.config.objectives.reconstruction.weight > 0
+    with pytest.raises(UserError, match="has no pixel decoder"):
+        convert(tmp_path / "whole", "native", tmp_path / "no", decoder=tmp_path / "without")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megavtp.config.schema import ModelConfig
 
-NOT_READ = {"trunk.mask_token", "trunk.rope_embed.periods"}  # not read when encoding; follows from the config
+NOT_READ = {"trunk.mask_token", "trunk.rope_embed.periods"}  # when encoding; the periods follow from the config
 
 
 def encoder_fingerprint(config: ModelConfig, tensors: Mapping[str, Tensor]) -> str:

@@ -23,6 +23,7 @@ from megavtp.models.vtp import VTP
 from megavtp.parallel.sharding import cut, shard_of
 
 _REMEDY = "model.init_from takes a checkpoint folder, a released folder, or an OpenCLIP or timm ViT weights file"
+_BOTTLENECK = "trunk.feature_bottleneck.weight"
 _HIDDEN = ("heads", "norm", "ffn", "clip_feature", "causal", "pool", "quick_gelu")
 
 
@@ -50,8 +51,8 @@ def read_initial(
         notes += [f"initial weights from {path}: {', '.join(towers)}", *(f"{path}: {note}" for note in found.notes())]
     if drawn := [n for n in shapes if _tower(n) in frozen and n not in tensors and n not in NOT_READ]:
         raise UserError(
-            f"{spec} does not give {', '.join(drawn)}, which would keep random values: the "
-            f"{', '.join(sorted(frozen))} is frozen; name a checkpoint that has all of it with model.init_from"
+            f"{spec} does not give {', '.join(drawn)}, which would keep random values under "
+            "objectives.reconstruction.frozen_encoder; name a checkpoint that has all of it with model.init_from"
         )
     if rest := sorted({_tower(name) for name in shapes if name not in tensors and _tower(name) != "teacher"}):
         notes.append(f"drawn anew, at least in part: {', '.join(rest)}")
@@ -99,12 +100,19 @@ def _read_vtp(path: Path, config: ModelConfig, shapes: Mapping[str, list[int]]) 
     check_periods(source)
     towers = {_tower(name) for name in shapes}
     found = ForeignWeights()
+    there = source.config
+    # A run without reconstruction has not trained its bottleneck, unless other objectives read it.
+    unread = source.step > 0 and there.objectives.reconstruction.weight == 0
+    if unread and there.model.bottleneck_reconstruction_only:
+        found.fresh.add(_BOTTLENECK)
     for name, tensor in source.tensors.items():
-        if _tower(name) not in towers:
+        if name in found.fresh:
+            found.left_out[name] = "its run had no use for it and did not train it"
+        elif _tower(name) not in towers:
             found.left_out[_tower(name)] = "the objective that needs it is off"
         elif not name.endswith(PERIODS):
             found.tensors[name] = tensor
-    if other := _other_settings(source.config.model, config, {_tower(name) for name in found.tensors}):
+    if other := _other_settings(there.model, config, {_tower(name) for name in found.tensors}):
         raise UserError(f"{path} was trained as another model: {'; '.join(other)}; set these keys as there")
     return found
 
