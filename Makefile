@@ -8,8 +8,8 @@ comma := ,
 STAMP := $(VENV)/.megavtp-$(subst $(comma),-,$(EXTRAS))
 CONSTRAINTS := -c constraints.txt
 DEMO := configs/demo/vtp_emoji.yaml
-# The decoder trained on, the encoder frozen, on pictures whose colours are as they are.
-DEMO_DECODER := output_dir=runs/demo_decoder model.init_from=runs/demo/checkpoints/latest \
+# The decoder trained further, the encoder frozen, on pictures whose colours are as they are.
+DEMO_DECODER := output_dir=runs/demo/decoder model.init_from=runs/demo/checkpoints/latest \
   objectives.reconstruction.frozen_encoder=true objectives.contrastive.weight=0 objectives.self_distillation.weight=0 \
   data.augment.plain_color_jitter=0 data.augment.plain_grayscale=0 train.batch_size=64 train.steps=700 \
   train.optimizer.lr=5e-4 train.optimizer.cooldown=0.5 telemetry.pictures_every=0 evaluation.at_end=false
@@ -47,7 +47,7 @@ demo-tokenizer: install
 	$(LAUNCH) launchers/pretrain.py --config $(DEMO) $(DEMO_DECODER)
 	rm -rf runs/demo/tokenizer
 	$(BIN)/python tools/convert_checkpoint.py --from runs/demo/checkpoints/latest \
-	  --decoder runs/demo_decoder/checkpoints/latest --to hf-vtp --out runs/demo/tokenizer
+	  --decoder runs/demo/decoder/checkpoints/latest --to hf-vtp --out runs/demo/tokenizer
 	$(BIN)/python tools/evaluate.py --checkpoint runs/demo/tokenizer --data data/emoji --untrained \
 	  --out runs/demo/evaluation.json --pictures runs/demo/reconstructions.png
 
