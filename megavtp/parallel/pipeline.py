@@ -144,11 +144,15 @@ def forward_everywhere(
     if run.mesh.pp == 1:
         return results
     shape, dtype = spec()
-    if run.mesh.is_last_stage:
-        assert all((tuple(x.shape), x.dtype) == (shape, dtype) for x in results), (results[0].shape, shape, dtype)
-    else:
-        results = [torch.empty(shape, dtype=dtype, device=run.device) for _ in range(micro_batches)]
-    return [broadcast_last_stage(x.contiguous(), run.mesh) for x in results]
+    assert all((tuple(x.shape), x.dtype) == (shape, dtype) for x in results), (results[0].shape, shape, dtype)
+    return _on_all_stages(run, results, [(shape, dtype)] * micro_batches)
+
+
+def _on_all_stages(run: Runner, tensors: list[Tensor], specs: Sequence[FlowSpec]) -> list[Tensor]:
+    """The last pipeline rank's ``tensors`` on every one; ``specs``: their shapes and dtypes."""
+    if not run.mesh.is_last_stage:
+        tensors = [torch.empty(shape, dtype=dtype, device=run.device) for shape, dtype in specs]
+    return [broadcast_last_stage(x.contiguous(), run.mesh) for x in tensors]
 
 
 def train(run: Runner, mode: str, inputs: Inputs, micro_batches: int, loss: Callable[[Any, int], Tensor]) -> None:
@@ -174,7 +178,5 @@ def infer(run: Runner, mode: str, **inputs: Any) -> Any:
     tensors = [result] if alone else list(result)
     specs = [(x.shape, x.dtype) for x in tensors]
     alone, specs = broadcast_last_stage_object((alone, specs), run.mesh)
-    if not run.mesh.is_last_stage:
-        tensors = [torch.empty(shape, dtype=dtype, device=run.device) for shape, dtype in specs]
-    tensors = [broadcast_last_stage(x.contiguous(), run.mesh) for x in tensors]
+    tensors = _on_all_stages(run, tensors, specs)
     return tensors[0] if alone else tuple(tensors)

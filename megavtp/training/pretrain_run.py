@@ -34,6 +34,7 @@ from megavtp.training.in_loop import InLoopEvaluation
 from megavtp.training.optimizer import build_optimizer
 from megavtp.training.output_dir import open_output_dir
 from megavtp.training.pretraining import build_passes, frozen_prototypes, teacher_momentum
+from megavtp.training.state import flat
 from megavtp.training.telemetry import Telemetry
 from megavtp.training.trainer import Trainer, checkpoint_root
 
@@ -75,7 +76,7 @@ class PretrainRun:
             refuse_hub_id(path.strip())
         return read_initial(
             config.model.init_from, config.model, frozenset(self.share.passes),
-            frozen={"trunk"} if config.objectives.reconstruction.frozen_encoder else frozenset(),
+            frozen_encoder=config.objectives.reconstruction.frozen_encoder,
         )
 
     def train(self) -> bool:
@@ -113,7 +114,7 @@ class PretrainRun:
 
 def _check_same_stage(checkpoint: Checkpoint, config: Config) -> None:
     """UserError where a run of the decoder alone would go on in the checkpoints of a joint run, or the other way."""
-    then = checkpoint.meta["config"]["objectives"]["reconstruction"].get("frozen_encoder", False)
+    then = flat(checkpoint.meta["config"]).get("objectives.reconstruction.frozen_encoder", False)
     if then != config.objectives.reconstruction.frozen_encoder:
         raise UserError(
             f"{checkpoint.path} is of a run with objectives.reconstruction.frozen_encoder={str(then).lower()}, which "

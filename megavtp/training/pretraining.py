@@ -204,10 +204,7 @@ class SelfDistillationPass(_PretrainingPass):
 
 
 class ReconstructionPass(_PretrainingPass):
-    """Pixels back from the bottleneck latents: L1 and, if asked for, LPIPS.
-
-    With a frozen encoder its latents come first, without graph, and the pass begins at the decoder.
-    """
+    """Pixels back from the bottleneck latents: L1 and, if asked for, LPIPS."""
 
     name = "reconstruction"
     mode = "reconstruction"
@@ -219,20 +216,11 @@ class ReconstructionPass(_PretrainingPass):
         super().__init__(config, share, mesh, device)
         self.term_weights = {"l1": self.settings.l1_weight, "perceptual": self.settings.perceptual_weight}
         self.perceptual = perceptual
-        if self.settings.frozen_encoder:
-            self.mode = "decode"
         self._last: tuple[int, Tensor] | None = None  # the micro-batch that came to the device last, and its images
 
     def prepare(self, run: Runner, batch: Batch) -> int:
         self._last = None
-        count = super().prepare(run, batch)
-        if self.settings.frozen_encoder:
-            images = self._meta_images()
-            self._latents = forward_everywhere(
-                run, "encode", lambda micro, first: {"images": self._images(micro) if first else images}, count,
-                lambda: run.flow("reconstruction", self.mesh.chunks, images=images)[0],  # what the decoder takes in
-            )
-        return count
+        return super().prepare(run, batch)
 
     def _images(self, micro: int) -> Tensor:
         if self._last is None or self._last[0] != micro:
@@ -243,13 +231,9 @@ class ReconstructionPass(_PretrainingPass):
         return torch.empty((self.share.micro_batch, *self.batch.images.shape[1:]), device="meta")
 
     def inputs(self, micro: int) -> dict[str, Any]:
-        if self.settings.frozen_encoder:
-            return {"latents": self._latents[micro], "noise": self._noise(micro)}
         return self._inputs(micro, self._images(micro))
 
     def later_inputs(self, micro: int) -> dict[str, Any]:
-        if self.settings.frozen_encoder:
-            return {"latents": self._latents[micro].to("meta")}
         return self._inputs(micro, self._meta_images())
 
     def _inputs(self, micro: int, images: Tensor) -> dict[str, Any]:
@@ -270,6 +254,27 @@ class ReconstructionPass(_PretrainingPass):
     def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
         target = self._images(micro)
         return reconstruction_terms(outputs, target, self.perceptual, images_total_local=self.share.local)
+
+
+class DecoderPass(ReconstructionPass):
+    """The same of a frozen encoder: its latents come first, without graph, and the pass begins at the decoder."""
+
+    mode = "decode"
+
+    def prepare(self, run: Runner, batch: Batch) -> int:
+        count = super().prepare(run, batch)
+        images = self._meta_images()
+        self._latents = forward_everywhere(
+            run, "encode", lambda micro, first: {"images": self._images(micro) if first else images}, count,
+            lambda: run.flow("reconstruction", self.mesh.chunks, images=images)[0],  # what the decoder takes in
+        )
+        return count
+
+    def inputs(self, micro: int) -> dict[str, Any]:
+        return {"latents": self._latents[micro], "noise": self._noise(micro)}
+
+    def later_inputs(self, micro: int) -> dict[str, Any]:
+        return {"latents": self._latents[micro].to("meta")}
 
 
 def teacher_momentum(config: Config) -> Callable[[int], float]:
@@ -296,5 +301,6 @@ def build_passes(
     if share.self_distillation:
         passes.append(SelfDistillationPass(config, share.self_distillation, mesh, device))
     if share.reconstruction:
-        passes.append(ReconstructionPass(config, share.reconstruction, mesh, device, perceptual))
+        kind = DecoderPass if config.objectives.reconstruction.frozen_encoder else ReconstructionPass
+        passes.append(kind(config, share.reconstruction, mesh, device, perceptual))
     return passes

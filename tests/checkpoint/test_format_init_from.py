@@ -55,7 +55,7 @@ def test_what_is_frozen_must_be_given_whole():
     config, path = config_for("dinov3"), str(DATA / "dinov3.safetensors")
     read_initial(path, config, {"reconstruction"})
     with pytest.raises(UserError, match=r"does not give trunk\.feature_bottleneck\.weight.*would keep random values"):
-        read_initial(path, config, {"reconstruction"}, frozen={"trunk"})
+        read_initial(path, config, {"reconstruction"}, frozen_encoder=True)
 
 
 def without_rotation(model):

@@ -28,14 +28,14 @@ _HIDDEN = ("heads", "norm", "ffn", "clip_feature", "causal", "pool", "quick_gelu
 
 
 def read_initial(
-    spec: str, config: ModelConfig, objectives: AbstractSet[str], frozen: AbstractSet[str] = frozenset()
+    spec: str, config: ModelConfig, objectives: AbstractSet[str], frozen_encoder: bool = False
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Whole tensors by our names, checked against the whole model, and notes for the user.
 
     Args:
         spec: one path, or several with commas; a later one replaces what an earlier one gave.
         config: resolved; with the vocabulary.
-        frozen: towers that are not trained, which the sources must give whole.
+        frozen_encoder: the encoder will not be trained, so the sources must give all that decides a latent.
 
     Raises:
         UserError: a source cannot be read or does not fit; every missing, unexpected and misshapen tensor is listed.
@@ -49,7 +49,8 @@ def read_initial(
         tensors |= found.tensors
         towers = sorted({_tower(name) for name in found.tensors})
         notes += [f"initial weights from {path}: {', '.join(towers)}", *(f"{path}: {note}" for note in found.notes())]
-    if drawn := [n for n in shapes if _tower(n) in frozen and n not in tensors and n not in NOT_READ]:
+    drawn = [name for name in shapes if _tower(name) == "trunk" and name not in tensors and name not in NOT_READ]
+    if frozen_encoder and drawn:
         raise UserError(
             f"{spec} does not give {', '.join(drawn)}, which would keep random values under "
             "objectives.reconstruction.frozen_encoder; name a checkpoint that has all of it with model.init_from"
@@ -101,7 +102,8 @@ def _read_vtp(path: Path, config: ModelConfig, shapes: Mapping[str, list[int]]) 
     towers = {_tower(name) for name in shapes}
     found = ForeignWeights()
     there = source.config
-    # A run without reconstruction has not trained its bottleneck, unless other objectives read it.
+    # A run without reconstruction has not trained its bottleneck, unless other objectives read it. Of a released model
+    # (step 0) nobody knows which run it is of.
     unread = source.step > 0 and there.objectives.reconstruction.weight == 0
     if unread and there.model.bottleneck_reconstruction_only:
         found.fresh.add(_BOTTLENECK)
