@@ -1,0 +1,64 @@
+"""JSON from a file is checked against a form before anything believes it: types, bounds, unknown keys."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import dataclasses as pydantic_dataclasses
+
+from megavtp.errors import UserError
+
+T = TypeVar("T")
+# Bounds that every file of ours keeps to: what lies beyond them is damage, and would be an error deep in a library.
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Positive = Annotated[int, Field(gt=0, lt=1 << 53)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+# A form is a frozen dataclass; a value of another type is refused rather than converted, and so is an unknown key.
+form = pydantic_dataclasses.dataclass(
+    frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=False)
+)
+
+
+def read_json(path: Path, expected: type[T], remedy: str) -> T:
+    """The content of a JSON file in the expected form: a ``form``, or a plain type such as ``dict[str, Any]``.
+
+    Raises:
+        UserError: the file is missing, cannot be read, or holds something else; the message ends in ``remedy``.
+    """
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+    return parse_json(text, expected, str(path), remedy)
+
+
+def parse_json(text: bytes | str, expected: type[T], where: str, remedy: str) -> T:
+    """As ``read_json``, of text that ``where`` names in the message."""
+    try:
+        return _adapter(expected).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise UserError(f"{where} is damaged or of another kind ({_first(error)}); {remedy}") from None
+
+
+def check_form(value: Any, expected: type[T], where: str, remedy: str) -> T:
+    """As ``parse_json``, of a value that is parsed already (part of a larger file)."""
+    return parse_json(json.dumps(value), expected, where, remedy)  # strict checks accept lists for tuples in text only
+
+
+@cache
+def _adapter(expected: Any) -> TypeAdapter:
+    return TypeAdapter(expected)
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, with the keys that lead to it."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(str(key) for key in first["loc"])
+    return f"{place}: {first['msg']}" if place else first["msg"]
