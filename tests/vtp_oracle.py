@@ -17,16 +17,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megavtp.config.schema import DecoderConfig, DinoHeadConfig, ModelConfig, TextConfig, VisionConfig
+from megavtp.config.sizes import resolve_model
 
 DATA = Path(__file__).parent / "data" / "vtp"
 
-TINY = ModelConfig(
+TINY = resolve_model(ModelConfig(
     image_size=64, bottleneck=16,
     vision=VisionConfig(width=128, depth=3, heads=2),
     text=TextConfig(width=64, depth=2, heads=4, context_length=16, vocab_size=512),
     decoder=DecoderConfig(width=128, depth=2, heads=2),
     dino_head=DinoHeadConfig(prototypes=96, hidden=48, bottleneck=24),
-)
+))
 
 
 def stored(name: str) -> dict[str, Tensor]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from megavtp.checkpoint.store import Checkpoint, open_checkpoint
-from megavtp.config.dit import DiTConfig
+from megavtp.config.dit import CompleteDiTConfig, DiTConfig, complete_config
 from megavtp.config.load import from_dict
+from megavtp.config.sizes import known
 from megavtp.data.artifact import TokenizerArtifact
 from megavtp.errors import UserError
 from megavtp.models.dit import DiT
@@ -30,7 +31,7 @@ class StoredDiT:
     """
 
     model: DiT
-    config: DiTConfig
+    config: CompleteDiTConfig
     artifact: TokenizerArtifact | None
     classes: list[str] | None
     step: int
@@ -38,7 +39,7 @@ class StoredDiT:
     @property
     def trained_classes(self) -> int:
         """Labels that it was trained on, as far as is known: of a class-conditioned DiT."""
-        return len(self.classes) if self.classes else self.config.model.num_classes
+        return len(self.classes) if self.classes else known(self.config.model.num_classes, "model.num_classes")
 
     def class_name(self, label: int) -> str:
         return self.classes[label] if self.classes and label < len(self.classes) else f"class {label}"
@@ -64,7 +65,7 @@ def load_dit(path: str | Path, device: torch.device | str = "cpu", *, average: b
     """
     with open_checkpoint(path) as checkpoint:
         artifact = artifact_of(checkpoint)
-        config = from_dict(checkpoint.meta["config"], DiTConfig)
+        config = complete_config(from_dict(checkpoint.meta["config"], DiTConfig))
         model = build_dit(config.model, device=device, attention=config.parallel.attention)
         prefix = AVERAGE if average else TRAINED
         names = [name for name in checkpoint.names if name.startswith(prefix)]

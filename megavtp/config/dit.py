@@ -6,16 +6,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megavtp.config.schema import LoggingConfig, ParallelConfig, TrainConfig
+from megavtp.config.run import LoggingConfig, ParallelConfig, TrainConfig
+from megavtp.config.sizes import narrowed
 
 DiTSize = Literal["tiny", "b", "l", "xl", "1p0b", "1p6b"]
 Condition = Literal["class", "caption"]
 
 # Width, depth, heads of LightningDiT's models; tiny is for a demonstration on a CPU.
-SIZES: dict[str, tuple[int, int, int]] = {
+SIZES: dict[DiTSize, tuple[int, int, int]] = {
     "tiny": (192, 8, 3), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16), "1p0b": (1536, 24, 24),
     "1p6b": (1792, 28, 28),
 }
@@ -75,10 +76,50 @@ class DiTConfig:
     deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed keys, passed through
 
 
-def resolve_dit(model: DiTModelConfig) -> DiTModelConfig:
+@dataclass(frozen=True)
+class ResolvedDiT(DiTModelConfig):
+    """The model's own sizes are known; those of the latents may still be open."""
+
+    width: int = field(kw_only=True)
+    depth: int = field(kw_only=True)
+    heads: int = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class CompleteDiT(ResolvedDiT):
+    """The sizes of the latents are known, too: all that a model is built from."""
+
+    latent_size: int = field(kw_only=True)
+    latent_channels: int = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class ResolvedDiTConfig(DiTConfig):
+    model: ResolvedDiT = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class CompleteDiTConfig(ResolvedDiTConfig):
+    model: CompleteDiT = field(kw_only=True)
+
+
+def resolve_dit(model: DiTModelConfig) -> ResolvedDiT:
     """Fill the width, depth and heads that are None from ``model.size``. Idempotent."""
-    filled = zip(("width", "depth", "heads"), SIZES[model.size])
-    return replace(model, **{name: size for name, size in filled if getattr(model, name) is None})
+    sizes = dict(zip(("width", "depth", "heads"), SIZES[model.size]))
+    kind = CompleteDiT if isinstance(model, CompleteDiT) else ResolvedDiT
+    return narrowed(model, kind, **{name: size for name, size in sizes.items() if getattr(model, name) is None})
+
+
+def complete_dit(model: DiTModelConfig) -> CompleteDiT:
+    """A model whose sizes are all known; ValueError if those of the latents are not."""
+    if model.latent_size is None or model.latent_channels is None:
+        raise ValueError("model.latent_size and model.latent_channels are still open; with_latents fills them")
+    return narrowed(resolve_dit(model), CompleteDiT)
+
+
+def complete_config(config: DiTConfig) -> CompleteDiTConfig:
+    """A configuration whose model's sizes are all known; ValueError if some are not."""
+    return narrowed(config, CompleteDiTConfig, model=complete_dit(config.model))
 
 
 def swiglu_hidden(width: int) -> int:

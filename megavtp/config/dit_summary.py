@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from megavtp.config.dit import TIME_FREQUENCIES, DiTConfig, DiTModelConfig, swiglu_hidden
+from megavtp.config.dit import TIME_FREQUENCIES, ResolvedDiT, ResolvedDiTConfig, swiglu_hidden
 from megavtp.config.dit_validate import flow_share
 from megavtp.config.summary import bytes_of_state, optimizer_line
 
 
-def dit_parameters(model: DiTModelConfig) -> int:
+def dit_parameters(model: ResolvedDiT) -> int:
     """Trainable parameters of a resolved model; sizes that only the latents decide count as empty."""
     width, hidden, values = model.width, swiglu_hidden(model.width), model.patch_size**2 * (model.latent_channels or 0)
     attention = 4 * width * width + 4 * width + (2 * width // model.heads if model.qk_norm else 0)
@@ -22,7 +22,7 @@ def dit_parameters(model: DiTModelConfig) -> int:
     return model.depth * block + time + condition + ends
 
 
-def dit_summary(config: DiTConfig, world_size: int) -> str:
+def dit_summary(config: ResolvedDiTConfig, world_size: int) -> str:
     """The page that ``--dry-run`` prints for a validated ``config`` on ``world_size`` processes."""
     p, train, data, model, flow = config.parallel, config.train, config.data, config.model, config.flow_matching
     dp = world_size // (p.tp * p.pp)

@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from megavtp.config import deepspeed_keys
-from megavtp.config.dit import DiTConfig, resolve_dit, swiglu_hidden
+from megavtp.config.dit import (
+    CompleteDiTConfig,
+    DiTConfig,
+    ResolvedDiTConfig,
+    complete_config,
+    resolve_dit,
+    swiglu_hidden,
+)
 from megavtp.config.layout import check_pipeline, check_sequence_parallel, data_parallel_size
 from megavtp.config.precision import with_precision
 from megavtp.config.ranges import INF, check_run, divides, need, within
 from megavtp.config.share import PassShare
+from megavtp.config.sizes import narrowed
 
 TOWER = "dit"  # the one name that learning rates and gradient norms know
 
 
-def validate_dit(config: DiTConfig, world_size: int | None) -> DiTConfig:
+def validate_dit(config: DiTConfig, world_size: int | None) -> ResolvedDiTConfig:
     """Check ``config`` for a run on ``world_size`` processes and fill the model's sizes.
 
     ``world_size`` None checks everything but the rules that need it. Raises UserError.
     """
-    config = replace(config, model=resolve_dit(config.model), parallel=with_precision(config.parallel))
-    check_run(config, (TOWER,))
-    _numbers(config)
-    _model(config)
-    _tensor_parallel(config)
-    check_pipeline(config.parallel, config.model.depth, "model.depth", "DiT")
+    resolved = narrowed(
+        config, ResolvedDiTConfig, model=resolve_dit(config.model), parallel=with_precision(config.parallel)
+    )
+    check_run(resolved, (TOWER,))
+    _numbers(resolved)
+    _model(resolved)
+    _tensor_parallel(resolved)
+    check_pipeline(resolved.parallel, resolved.model.depth, "model.depth", "DiT")
     divides(
-        config.data.streams, config.train.batch_size, "data.streams", "train.batch_size",
+        resolved.data.streams, resolved.train.batch_size, "data.streams", "train.batch_size",
         "every batch is an equal slice of every stream; change one of them",
     )
-    deepspeed_keys.check(config.deepspeed, config.parallel.zero_stage)
+    deepspeed_keys.check(resolved.deepspeed, resolved.parallel.zero_stage)
     if world_size is not None:
-        _layout(config, world_size)
-    return config
+        _layout(resolved, world_size)
+    return resolved
 
 
 def with_latents(
-    config: DiTConfig, *, latent_size: int, latent_channels: int, num_classes: int, caption_width: int | None,
+    config: ResolvedDiTConfig, *, latent_size: int, latent_channels: int, num_classes: int, caption_width: int | None,
     has_flips: bool,
-) -> DiTConfig:
+) -> CompleteDiTConfig:
     """``config`` with the sizes of the latents in ``data.root``, which keys that are given must equal.
 
     More classes than the latents have may be given: the labels of a part of a data set.
     """
-    model, found = config.model, {"latent_size": latent_size, "latent_channels": latent_channels}
+    model = config.model
+    found: dict[str, int | None] = {"latent_size": latent_size, "latent_channels": latent_channels}
     if model.condition == "caption":
         need(
             caption_width is not None,
@@ -65,9 +74,9 @@ def with_latents(
         f"data.flip = {config.data.flip}, but data.root = {config.data.root} has no latents of mirrored images: "
         "extract them, or set data.flip=0",
     )
-    config = replace(config, model=replace(model, **found))
-    _model(config)
-    return config
+    complete = complete_config(narrowed(config, type(config), model=narrowed(model, type(model), **found)))
+    _model(complete)
+    return complete
 
 
 def flow_share(config: DiTConfig, dp: int) -> PassShare:
@@ -76,7 +85,7 @@ def flow_share(config: DiTConfig, dp: int) -> PassShare:
     return PassShare(config.train.batch_size, local, config.flow_matching.micro_batch or local)
 
 
-def _numbers(config: DiTConfig) -> None:
+def _numbers(config: ResolvedDiTConfig) -> None:
     flow = config.flow_matching
     need(flow.time_sigma > 0, f"flow_matching.time_sigma = {flow.time_sigma}: must be above 0")
     within(flow, "flow_matching", 0, INF, "cosine_weight")
@@ -96,7 +105,7 @@ def _numbers(config: DiTConfig) -> None:
             within(config.model, "model", 1, INF, name)
 
 
-def _model(config: DiTConfig) -> None:
+def _model(config: ResolvedDiTConfig) -> None:
     model = config.model
     divides(model.heads, model.width, "model.heads", "model.width", "change one of them")
     head = model.width // model.heads
@@ -119,7 +128,7 @@ def _model(config: DiTConfig) -> None:
     )
 
 
-def _tensor_parallel(config: DiTConfig) -> None:
+def _tensor_parallel(config: ResolvedDiTConfig) -> None:
     model, tp = config.model, config.parallel.tp
     sizes = {
         "model.heads": model.heads, "model.width": model.width,
@@ -130,7 +139,7 @@ def _tensor_parallel(config: DiTConfig) -> None:
     check_sequence_parallel(config.parallel)
 
 
-def _layout(config: DiTConfig, world_size: int) -> None:
+def _layout(config: ResolvedDiTConfig, world_size: int) -> None:
     dp = data_parallel_size(config, world_size)
     part = flow_share(config, dp)
     divides(

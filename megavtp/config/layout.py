@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megavtp.config.ranges import divides, need
-from megavtp.config.schema import ParallelConfig
+from megavtp.config.run import ParallelConfig
 
 
 def check_pipeline(p: ParallelConfig, depth: int, depth_key: str, tower: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from megavtp.config.schema import ParallelConfig
+from megavtp.config.run import ParallelConfig
 
 _CPU_FEATURES = ("avx512_bf16", "amx_bf16")  # elsewhere bfloat16 products are made of float32 ones, or worse
 
@@ -24,5 +24,5 @@ def with_precision(parallel: ParallelConfig) -> ParallelConfig:
 def _has_native_bfloat16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(known.get(feature) for feature in _CPU_FEATURES)

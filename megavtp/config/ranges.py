@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megavtp.config.schema import AugmentConfig, Config, SelfDistillationConfig
-from megavtp.config.sizes import TOWERS
+from megavtp.config.schema import AugmentConfig, SelfDistillationConfig
+from megavtp.config.sizes import TOWERS, ResolvedConfig
 from megavtp.errors import UserError
 
 INF = float("inf")
@@ -77,7 +77,7 @@ def check_run(config: Any, towers: Sequence[str]) -> None:
     need(peak is None or peak > 0, f"telemetry.peak_tflops = {peak}: must be above 0, or null")
 
 
-def check_numbers(config: Config) -> None:
+def check_numbers(config: ResolvedConfig) -> None:
     """Each number of a pre-training run by itself."""
     check_run(config, TOWERS)
     data, o = config.data, config.objectives

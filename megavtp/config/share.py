@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megavtp.config.schema import Config
+from megavtp.config.sizes import ResolvedConfig
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Share:
         return {name: part for name, part in named.items() if part is not None}
 
 
-def share(config: Config, dp: int) -> Share:
+def share(config: ResolvedConfig, dp: int) -> Share:
     """The share of a rank in a validated ``config`` on ``dp`` data-parallel ranks."""
 
     def part(objective, batch: int) -> PassShare | None:

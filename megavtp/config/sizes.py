@@ -1,4 +1,7 @@
-"""What ``model.size`` stands for.
+"""What ``model.size`` stands for, and the types of a configuration whose sizes are known.
+
+A configuration as the user writes it may leave sizes open (``None``); what is built from it may not. So the two have
+different types, and no ``None`` travels into a model.
 
 s, b, l: the released VTP models (encoder and decoder alike, one 12 x 768 text tower). g is not a released size: its
 encoder has the shape of DINOv2's ViT-g (1536 x 40, 24 heads), its text tower that of OpenCLIP's ViT-bigG-14.
@@ -7,10 +10,10 @@ tiny is for a demonstration on a CPU. The 4-layer ViT-L decoder of the paper's s
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
-from megavtp.config.schema import Config, ModelConfig
+from megavtp.config.schema import Config, DecoderConfig, ModelConfig, TextConfig, VisionConfig
 
 Shape = tuple[int, int, int]  # width, depth, heads
 
@@ -27,19 +30,69 @@ TEXT: dict[str, Shape] = {
 DECODER: dict[str, Shape] = {**VISION, "tiny": (192, 4, 3)}
 
 
-def _fill(tower: Any, shape: Shape) -> Any:
-    given = {name: getattr(tower, name) for name in ("width", "depth", "heads")}
-    return replace(tower, **{n: v if given[n] is None else given[n] for n, v in zip(given, shape)})
+@dataclass(frozen=True)
+class ResolvedVision(VisionConfig):
+    width: int = field(kw_only=True)
+    depth: int = field(kw_only=True)
+    heads: int = field(kw_only=True)
 
 
-def resolve_model(model: ModelConfig) -> ModelConfig:
+@dataclass(frozen=True)
+class ResolvedText(TextConfig):
+    """The vocabulary's size may still be open: it is the caption tokenizer's."""
+
+    width: int = field(kw_only=True)
+    depth: int = field(kw_only=True)
+    heads: int = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class ResolvedDecoder(DecoderConfig):
+    width: int = field(kw_only=True)
+    depth: int = field(kw_only=True)
+    heads: int = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class ResolvedModel(ModelConfig):
+    vision: ResolvedVision = field(kw_only=True)
+    text: ResolvedText = field(kw_only=True)
+    decoder: ResolvedDecoder = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class ResolvedConfig(Config):
+    model: ResolvedModel = field(kw_only=True)
+
+
+R = TypeVar("R")
+
+
+def known(size: int | None, key: str) -> int:
+    """A size that comes from the data, when a model is built; ValueError if it is still open then."""
+    if size is None:
+        raise ValueError(f"{key} is still open when the model is built")
+    return size
+
+
+def narrowed(config: Any, kind: type[R], **values: Any) -> R:
+    """The same fields as a ``kind``, which narrows the type of some; ``values`` replace theirs."""
+    return kind(**{f.name: getattr(config, f.name) for f in fields(config)} | values)
+
+
+def resolve_model(model: ModelConfig) -> ResolvedModel:
     """Fill each tower's width, depth and heads that are None from ``model.size``. Idempotent."""
-    return replace(
-        model,
-        vision=_fill(model.vision, VISION[model.size]),
-        text=_fill(model.text, TEXT[model.size]),
-        decoder=_fill(model.decoder, DECODER[model.size]),
+    return narrowed(
+        model, ResolvedModel,
+        vision=_fill(model.vision, ResolvedVision, VISION[model.size]),
+        text=_fill(model.text, ResolvedText, TEXT[model.size]),
+        decoder=_fill(model.decoder, ResolvedDecoder, DECODER[model.size]),
     )
+
+
+def _fill(tower: Any, kind: type[R], shape: Shape) -> R:
+    sizes = dict(zip(("width", "depth", "heads"), shape))
+    return narrowed(tower, kind, **{name: sizes[name] for name in sizes if getattr(tower, name) is None})
 
 
 def contrastive_size(config: Config) -> int:
@@ -48,7 +101,7 @@ def contrastive_size(config: Config) -> int:
     return config.model.image_size if size is None else size
 
 
-def feature_width(model: ModelConfig) -> int:
+def feature_width(model: ResolvedModel) -> int:
     """Channels of what the contrastive and self-distillation objectives read."""
     return model.vision.width if model.bottleneck_reconstruction_only else model.bottleneck
 

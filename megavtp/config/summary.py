@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from megavtp.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
+from megavtp.config.run import OptimizerConfig, ParallelConfig
 from megavtp.config.share import share
-from megavtp.config.sizes import DECODER_MLP_RATIO, GLOBAL_CROPS, contrastive_size, feature_width, ffn_hidden
+from megavtp.config.sizes import (
+    DECODER_MLP_RATIO,
+    GLOBAL_CROPS,
+    ResolvedConfig,
+    ResolvedModel,
+    contrastive_size,
+    feature_width,
+    ffn_hidden,
+)
 
 
 def _transformer(tower: Any, ffn: str, ratio: float, norm_has_bias: bool) -> int:
@@ -23,7 +31,7 @@ def _transformer(tower: Any, ffn: str, ratio: float, norm_has_bias: bool) -> int
     return tower.depth * (attention + feed_forward + 2 * norm + scales) + norm
 
 
-def _vision(model: ModelConfig) -> int:
+def _vision(model: ResolvedModel) -> int:
     width, tower = model.vision.width, model.vision
     blocks = _transformer(tower, tower.ffn, tower.mlp_ratio, tower.norm != "rmsnorm")
     tokens = 2 * width  # class and mask token
@@ -31,7 +39,7 @@ def _vision(model: ModelConfig) -> int:
     return blocks + tokens + patches + (width * model.bottleneck if model.bottleneck != width else 0)
 
 
-def _text(model: ModelConfig) -> int:
+def _text(model: ResolvedModel) -> int:
     """The text tower, both projections into the shared space and the temperature."""
     text = model.text
     embeddings = ((text.vocab_size or 0) + text.context_length) * text.width
@@ -42,20 +50,20 @@ def _text(model: ModelConfig) -> int:
     return _transformer(text, "mlp", text.mlp_ratio, True) + embeddings + projections + scalars
 
 
-def _decoder(model: ModelConfig) -> int:
+def _decoder(model: ResolvedModel) -> int:
     tower, pixels = model.decoder, 3 * model.patch_size**2
     blocks = _transformer(tower, tower.ffn, DECODER_MLP_RATIO, tower.norm != "rmsnorm")
     return blocks + (model.bottleneck + 1) * tower.width + (tower.width + 1) * pixels
 
 
-def _dino_head(model: ModelConfig) -> int:
+def _dino_head(model: ResolvedModel) -> int:
     head = model.dino_head
     widths = [feature_width(model), *[head.hidden] * (head.layers - 1), head.bottleneck]
     layers = sum(a * b + b for a, b in zip(widths, widths[1:]))
     return layers + head.prototypes * (head.bottleneck + 1)
 
 
-def parameter_counts(config: Config) -> dict[str, int]:
+def parameter_counts(config: ResolvedConfig) -> dict[str, int]:
     """Parameters of each tower that a validated ``config`` trains, of the EMA teacher, and of a frozen encoder.
 
     A vocabulary that the tokenizer decides counts as empty.
@@ -75,7 +83,7 @@ def parameter_counts(config: Config) -> dict[str, int]:
     return counts
 
 
-def state_bytes(config: Config, dp: int) -> int:
+def state_bytes(config: ResolvedConfig, dp: int) -> int:
     """About how many bytes of weights, gradients, moments and teacher a rank holds; activations come on top.
 
     Float32 throughout. ZeRO 1 and 2 keep a second, partitioned copy of the weights.
@@ -92,7 +100,7 @@ def bytes_of_state(trained: int, untrained: int, parallel: ParallelConfig, dp: i
     return int((trained * (whole + partitioned / dp) + weights_alone) / (parallel.tp * parallel.pp))
 
 
-def _tokens(config: Config, name: str) -> str:
+def _tokens(config: ResolvedConfig, name: str) -> str:
     model, augment = config.model, config.data.augment
     size = contrastive_size(config) if name == "contrastive" else model.image_size
     per_image = (size // model.patch_size) ** 2 + 1
@@ -107,7 +115,7 @@ def _tokens(config: Config, name: str) -> str:
     )
 
 
-def layout_summary(config: Config, world_size: int) -> str:
+def layout_summary(config: ResolvedConfig, world_size: int) -> str:
     """The page that ``--dry-run`` prints for a validated ``config`` on ``world_size`` processes."""
     p, train, data, model = config.parallel, config.train, config.data, config.model
     dp = world_size // (p.tp * p.pp)

@@ -8,33 +8,43 @@ from megavtp.config import deepspeed_keys
 from megavtp.config.layout import check_pipeline, check_sequence_parallel, data_parallel_size
 from megavtp.config.precision import with_precision
 from megavtp.config.ranges import check_numbers, divides, need, within
-from megavtp.config.schema import Config, ModelConfig
+from megavtp.config.schema import Config
 from megavtp.config.share import Share, share
-from megavtp.config.sizes import DECODER_MLP_RATIO, contrastive_size, ffn_hidden, resolve_model
+from megavtp.config.sizes import (
+    DECODER_MLP_RATIO,
+    ResolvedConfig,
+    ResolvedModel,
+    contrastive_size,
+    ffn_hidden,
+    narrowed,
+    resolve_model,
+)
 
 __all__ = ["Share", "share", "validate", "with_vocabulary"]
 
 
-def validate(config: Config, world_size: int | None) -> Config:
+def validate(config: Config, world_size: int | None) -> ResolvedConfig:
     """Check ``config`` for a run on ``world_size`` processes and fill the model's sizes.
 
     ``world_size`` None checks everything but the rules that need it. Raises UserError.
     """
-    config = replace(config, model=resolve_model(config.model), parallel=with_precision(config.parallel))
-    check_numbers(config)
-    _objectives(config)
-    _model(config)
-    _frozen_encoder(config)
-    _tensor_parallel(config)
-    check_pipeline(config.parallel, config.model.vision.depth, "model.vision.depth", "encoder")
-    _batches(config)
-    deepspeed_keys.check(config.deepspeed, config.parallel.zero_stage)
+    resolved = narrowed(
+        config, ResolvedConfig, model=resolve_model(config.model), parallel=with_precision(config.parallel)
+    )
+    check_numbers(resolved)
+    _objectives(resolved)
+    _model(resolved)
+    _frozen_encoder(resolved)
+    _tensor_parallel(resolved)
+    check_pipeline(resolved.parallel, resolved.model.vision.depth, "model.vision.depth", "encoder")
+    _batches(resolved)
+    deepspeed_keys.check(resolved.deepspeed, resolved.parallel.zero_stage)
     if world_size is not None:
-        _layout(config, world_size)
-    return config
+        _layout(resolved, world_size)
+    return resolved
 
 
-def with_vocabulary(config: Config, vocab_size: int) -> Config:
+def with_vocabulary(config: ResolvedConfig, vocab_size: int) -> ResolvedConfig:
     """``config`` with the caption tokenizer's ``vocab_size``, which ``model.text.vocab_size`` must equal if given."""
     given, tp = config.model.text.vocab_size, config.parallel.tp
     need(
@@ -47,7 +57,7 @@ def with_vocabulary(config: Config, vocab_size: int) -> Config:
     return replace(config, model=replace(config.model, text=text))
 
 
-def _objectives(config: Config) -> None:
+def _objectives(config: ResolvedConfig) -> None:
     o = config.objectives
     need(
         o.contrastive.weight > 0 or o.self_distillation.weight > 0 or o.reconstruction.weight > 0,
@@ -77,7 +87,7 @@ def _objectives(config: Config) -> None:
     )
 
 
-def _frozen_encoder(config: Config) -> None:
+def _frozen_encoder(config: ResolvedConfig) -> None:
     o, key = config.objectives, "objectives.reconstruction.frozen_encoder"
     if not o.reconstruction.frozen_encoder:
         return
@@ -100,7 +110,7 @@ def _frozen_encoder(config: Config) -> None:
     check_pipeline(config.parallel, config.model.decoder.depth, "model.decoder.depth", tower)
 
 
-def _model(config: Config) -> None:
+def _model(config: ResolvedConfig) -> None:
     model, o, augment = config.model, config.objectives, config.data.augment
     for name in ("vision", "text", "decoder"):
         _tower(model, name)
@@ -127,7 +137,7 @@ def _model(config: Config) -> None:
             divides(model.patch_size, augment.local_size, "model.patch_size", "data.augment.local_size", crop)
 
 
-def _tower(model: ModelConfig, name: str) -> None:
+def _tower(model: ResolvedModel, name: str) -> None:
     tower, prefix = getattr(model, name), f"model.{name}"
     within(tower, prefix, 1, float("inf"), "width", "depth", "heads")
     divides(tower.heads, tower.width, f"{prefix}.heads", f"{prefix}.width", "change one of them")
@@ -142,7 +152,7 @@ def _tower(model: ModelConfig, name: str) -> None:
         need(tower.mlp_ratio > 0, f"{prefix}.mlp_ratio = {tower.mlp_ratio}: must be above 0")
 
 
-def _tensor_parallel(config: Config) -> None:
+def _tensor_parallel(config: ResolvedConfig) -> None:
     model, tp = config.model, config.parallel.tp
     use = "use a tp that divides it"
     sizes = {
@@ -169,7 +179,7 @@ def _tensor_parallel(config: Config) -> None:
     check_sequence_parallel(config.parallel)
 
 
-def _batches(config: Config) -> None:
+def _batches(config: ResolvedConfig) -> None:
     """Every batch is an equal slice of every logical stream, whatever the layout."""
     data, batch, o = config.data, config.train.batch_size, config.objectives
     remedy = "every batch is an equal slice of every stream; change one of them"
@@ -183,7 +193,7 @@ def _batches(config: Config) -> None:
         divides(data.streams, objective.batch, "data.streams", key, remedy)
 
 
-def _layout(config: Config, world_size: int) -> None:
+def _layout(config: ResolvedConfig, world_size: int) -> None:
     dp = data_parallel_size(config, world_size)
     for name, part in share(config, dp).passes.items():
         divides(

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megavtp.config.schema import Config
-from megavtp.config.sizes import GLOBAL_CROPS
+from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig
 from megavtp.data.augment import dino_view, plain_view
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.decode import BadSample, decode_image
@@ -73,7 +72,8 @@ class StepDataset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, dataset: ShardDataset, tokenizer: CaptionTokenizer, config: Config, dp_rank: int = 0, dp_size: int = 1
+        self, dataset: ShardDataset, tokenizer: CaptionTokenizer, config: ResolvedConfig, dp_rank: int = 0,
+        dp_size: int = 1,
     ):
         self.dataset = dataset
         self.tokenizer = tokenizer

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megavtp.config.dit import DiTConfig
+from megavtp.config.dit import CompleteDiTConfig
 from megavtp.data.batch import REPLACEMENTS
 from megavtp.data.latents import BadLatent, LatentFolder, LatentSample
 from megavtp.data.order import SampleOrder, step_positions
@@ -49,7 +49,7 @@ class Draw:
     noise: np.ndarray
 
     @classmethod
-    def of(cls, config: DiTConfig, step: int, position: int, shape: tuple[int, ...]) -> Draw:
+    def of(cls, config: CompleteDiTConfig, step: int, position: int, shape: tuple[int, ...]) -> Draw:
         rng, settings = generator(config.seed, "flow", step, position), config.flow_matching
         flip, drop = rng.random(2)
         time = 1 / (1 + np.exp(-(settings.time_mu + settings.time_sigma * rng.standard_normal())))
@@ -64,7 +64,7 @@ class LatentStepDataset(torch.utils.data.Dataset):
     REPLACEMENTS + 1 samples that stand in for one another are all broken.
     """
 
-    def __init__(self, folder: LatentFolder, config: DiTConfig, dp_rank: int = 0, dp_size: int = 1):
+    def __init__(self, folder: LatentFolder, config: CompleteDiTConfig, dp_rank: int = 0, dp_size: int = 1):
         self.folder, self.config = folder, config
         self.dp_rank, self.dp_size = dp_rank, dp_size
         data = config.data

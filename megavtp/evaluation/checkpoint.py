@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megavtp.checkpoint.formats.vtp_source import build_tokenizer, captions_beside, open_vtp
 from megavtp.config.schema import Config
+from megavtp.config.sizes import ResolvedConfig
 from megavtp.data.captions import CaptionTokenizer, load_tokenizer
 from megavtp.data.files import refuse_hub_id
 from megavtp.data.loader import EvalDataset
@@ -56,7 +57,7 @@ def untrained_like(model: VTP, seed: int, device: torch.device) -> VTP:
     return build_vtp(model.config, objectives=model.objectives, seed=seed, device=device)
 
 
-def find_tokenizer(model: VTP, config: Config, data: Path, spec: str | None) -> CaptionTokenizer | NoCaptions:
+def find_tokenizer(model: VTP, config: ResolvedConfig, data: Path, spec: str | None) -> CaptionTokenizer | NoCaptions:
     """The tokenizer the model was trained with: ``spec``, else the run's, whose data set may lie elsewhere now.
 
     Raises ``UserError`` when its vocabulary is not the model's.
@@ -76,7 +77,7 @@ def find_tokenizer(model: VTP, config: Config, data: Path, spec: str | None) -> 
     return tokenizer
 
 
-def find_perceptual(config: Config, device: torch.device, skipped: dict[str, str]) -> dict[str, Perceptual]:
+def find_perceptual(config: ResolvedConfig, device: torch.device, skipped: dict[str, str]) -> dict[str, Perceptual]:
     """LPIPS with the network of the run's loss, else VGG; the reason goes to ``skipped`` if it cannot be had."""
     settings = config.objectives.reconstruction
     net = PERCEPTUAL_NETS.get(settings.perceptual, "vgg")

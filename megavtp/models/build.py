@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from megavtp.config.schema import ModelConfig
+from megavtp.config.sizes import ResolvedModel
 from megavtp.errors import UserError
 from megavtp.models.init import initialise
 from megavtp.models.vtp import OBJECTIVES, VTP
@@ -20,7 +20,7 @@ from megavtp.parallel.sharding import cut, mark, shard_of
 
 
 def build_vtp(
-    config: ModelConfig, mesh: Mesh = SINGLE, *, objectives: AbstractSet[str] = OBJECTIVES, seed: int = 0,
+    config: ResolvedModel, mesh: Mesh = SINGLE, *, objectives: AbstractSet[str] = OBJECTIVES, seed: int = 0,
     device: torch.device | str = "cpu", recompute: Recompute = "none", attention: Kernel = "auto",
     max_scale: float = 100.0, compute_dtype: torch.dtype = torch.float32, frozen_encoder: bool = False,
 ) -> VTP:
@@ -44,10 +44,10 @@ def build_vtp(
 @contextmanager
 def realised(model: nn.Module, device: torch.device | str) -> Iterator[None]:
     """Give a model from the meta device memory, filled with NaN; the block has to give every parameter a value."""
-    shards = {name: shard_of(parameter) for name, parameter in model.named_parameters()}
+    shards = {name: s for name, parameter in model.named_parameters() if (s := shard_of(parameter)) is not None}
     model.to_empty(device=device)  # makes new parameter objects, without their attributes
     for name, parameter in model.named_parameters():
-        if shards[name] is not None:
+        if name in shards:
             mark(parameter, shards[name])
     with torch.no_grad():
         for parameter in model.parameters():

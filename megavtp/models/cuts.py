@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
 
-from megavtp.config.schema import ModelConfig
-from megavtp.config.sizes import DECODER_MLP_RATIO, feature_width, ffn_hidden
+from megavtp.config.sizes import DECODER_MLP_RATIO, ResolvedModel, feature_width, ffn_hidden
 from megavtp.parallel.striping import cut_tower
 
 # How often a row goes through the DINO head, for one time that a token goes through the trunk. Class tokens and masked
@@ -13,7 +12,7 @@ from megavtp.parallel.striping import cut_tower
 _HEAD_ROWS = 0.04
 
 
-def tower_cuts(config: ModelConfig, objectives: AbstractSet[str], chunks: int) -> dict[str, tuple[range, ...]]:
+def tower_cuts(config: ResolvedModel, objectives: AbstractSet[str], chunks: int) -> dict[str, tuple[range, ...]]:
     """Block numbers of each chunk of ``trunk``, ``text`` and ``pixel_decoder``; ``config`` has resolved sizes.
 
     Balanced by weights used per token: a tower's blocks are alike, what else there is stands at its ends.

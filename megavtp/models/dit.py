@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megavtp.config.dit import DiTModelConfig
+from megavtp.config.dit import CompleteDiT
+from megavtp.config.sizes import known
 from megavtp.errors import UserError
 from megavtp.models.dit_block import DiTBlock, FinalLayer
 from megavtp.models.dit_embed import CaptionEmbed, ClassEmbed, LatentEmbed, TimeEmbed
@@ -29,6 +30,9 @@ Flow = tuple[Tensor, Tensor]  # between chunks: tokens (b, N, D), sum of the emb
 
 class PairRope(nn.Module):
     """The rotary table as LightningDiT's checkpoints hold it."""
+
+    freqs_cos: Tensor
+    freqs_sin: Tensor
 
     def __init__(self, head_dim: int, side: int):
         super().__init__()
@@ -51,15 +55,17 @@ class DiT(nn.Module):
     Parameters come uninitialised: use ``models.dit_build.build_dit``.
 
     Args:
-        config: resolved, with no None among the sizes that its condition needs.
+        config: with the sizes of the latents, and of what its condition needs.
         mesh: tensor-parallel layout.
         stripe: the blocks on this rank; None = all.
         recompute: what blocks make again in the backward pass, see ``nn.block``.
         attention: kernel choice, see ``nn.attention_kernels``.
     """
 
+    pos_embed: Tensor
+
     def __init__(
-        self, config: DiTModelConfig, mesh: Mesh = SINGLE, *, stripe: Stripe | None = None,
+        self, config: CompleteDiT, mesh: Mesh = SINGLE, *, stripe: Stripe | None = None,
         recompute: Recompute = "none", attention: Kernel = "auto",
     ):
         super().__init__()
@@ -71,10 +77,11 @@ class DiT(nn.Module):
             self.register_buffer("pos_embed", torch.empty(1, self.side**2, width))
             self.x_embedder = LatentEmbed(channels, width, patch)
             self.t_embedder = TimeEmbed(width, mesh)
-            self.y_embedder = (
-                ClassEmbed(config.num_classes, width) if config.condition == "class"
-                else CaptionEmbed(config.caption_width, width, mesh)
-            )
+            self.y_embedder: ClassEmbed | CaptionEmbed
+            if config.condition == "class":
+                self.y_embedder = ClassEmbed(known(config.num_classes, "model.num_classes"), width)
+            else:
+                self.y_embedder = CaptionEmbed(known(config.caption_width, "model.caption_width"), width, mesh)
         self.feat_rope = PairRope(width // config.heads, self.side)
         self.blocks = nn.ModuleDict({
             str(index): DiTBlock(width, config.heads, qk_norm=config.qk_norm, kernel=attention, mesh=mesh)
@@ -103,7 +110,11 @@ class DiT(nn.Module):
                 not x, t and y; all but the last return such a flow.
         """
         part = self.stripe.part(chunk)
-        tokens, embedding = self.embed(x, t, y) if part.first else flow
+        if part.first:
+            assert x is not None and t is not None and y is not None, "the first chunk reads latents, times, conditions"
+            tokens, embedding = self.embed(x, t, y)
+        else:
+            tokens, embedding = flow
         condition = copy_to_tp(F.silu(embedding), self.mesh)
         tokens = self._run_blocks(part.blocks, tokens, condition)
         return self._velocity(tokens, condition) if part.last else (tokens, embedding)

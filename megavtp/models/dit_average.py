@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megavtp.config.dit import DiTModelConfig, resolve_dit, swiglu_hidden
+from megavtp.config.dit import CompleteDiT, DiTModelConfig, ResolvedDiT, complete_dit, swiglu_hidden
 from megavtp.models.build import realised
 from megavtp.models.dit import DiT, Flow
 from megavtp.models.dit_build import initialise_dit
@@ -26,12 +26,12 @@ class AveragedDiT(nn.Module):
     Under pipeline parallelism both hold this rank's chunks only.
 
     Args:
-        config: resolved, with no None among the sizes that its condition needs.
+        config: with the sizes of the latents, and of what its condition needs.
         compute_dtype: of the matrix products (autocast); parameters stay float32.
     """
 
     def __init__(
-        self, config: DiTModelConfig, mesh: Mesh = SINGLE, *, recompute: Recompute = "none", attention: Kernel = "auto",
+        self, config: CompleteDiT, mesh: Mesh = SINGLE, *, recompute: Recompute = "none", attention: Kernel = "auto",
         compute_dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
@@ -78,7 +78,7 @@ class AveragedDiT(nn.Module):
                 average.copy_(trained)
 
 
-def dit_cuts(config: DiTModelConfig, chunks: int) -> tuple[range, ...]:
+def dit_cuts(config: ResolvedDiT, chunks: int) -> tuple[range, ...]:
     """Block numbers of each pipeline chunk, balanced by weights used per token; ``config`` is resolved."""
     block = 4 * config.width + 3 * swiglu_hidden(config.width)
     ends = config.patch_size**2 * (config.latent_channels or 0) / block
@@ -92,7 +92,7 @@ def build_averaged_dit(
     """In float32 on ``device``, initialised; the same full weights for every ``mesh``."""
     with torch.device("meta"):
         model = AveragedDiT(
-            resolve_dit(config), mesh, recompute=recompute, attention=attention, compute_dtype=compute_dtype
+            complete_dit(config), mesh, recompute=recompute, attention=attention, compute_dtype=compute_dtype
         )
     with realised(model, device):
         initialise_dit(model.dit, mesh, seed)

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megavtp.config.dit import DiTModelConfig, resolve_dit
+from megavtp.config.dit import DiTModelConfig, complete_dit
 from megavtp.errors import UserError
 from megavtp.models.build import realised
 from megavtp.models.dit import DiT
@@ -40,7 +40,7 @@ _RULES: list[tuple[str, Fill]] = [
 ]
 
 
-def initialise_dit(model: nn.Module, mesh: Mesh, seed: int) -> None:
+def initialise_dit(model: DiT, mesh: Mesh, seed: int) -> None:
     """Fill every parameter of a DiT, whole or a part of its blocks, and its positions."""
     fill_parameters(model.named_parameters(), _RULES, mesh, seed)
     model.reset_positions()
@@ -52,7 +52,7 @@ def build_dit(
 ) -> DiT:
     """A whole DiT in float32, initialised."""
     with torch.device("meta"):
-        model = DiT(resolve_dit(config), mesh, attention=attention)
+        model = DiT(complete_dit(config), mesh, attention=attention)
     with realised(model, device):
         initialise_dit(model, mesh, seed)
     return model

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from megavtp.config.schema import ModelConfig
-from megavtp.config.sizes import feature_width
+from megavtp.config.sizes import ResolvedModel, feature_width
 from megavtp.models.vtp import DEFAULT_LOGIT_SCALE
 from megavtp.nn.rope import AxialRope
 from megavtp.nn.seeded import named_generator
@@ -43,7 +42,7 @@ def _trunc_normal(std: float) -> Fill:
     return lambda t, g: nn.init.trunc_normal_(t, std=std, generator=g)
 
 
-def _rules(config: ModelConfig) -> list[tuple[str, Fill]]:
+def _rules(config: ResolvedModel) -> list[tuple[str, Fill]]:
     """(pattern of the whole logical name, distribution); the first match counts."""
     text, width = config.text, config.text.width
     residual = width**-0.5 * (2 * text.depth) ** -0.5
@@ -73,7 +72,7 @@ def _rules(config: ModelConfig) -> list[tuple[str, Fill]]:
     ]
 
 
-def initialise(model: nn.Module, config: ModelConfig, mesh: Mesh, seed: int) -> None:
+def initialise(model: nn.Module, config: ResolvedModel, mesh: Mesh, seed: int) -> None:
     """Fill every parameter of a VTP (or of a part with the same names) but the teacher's, and the RoPE buffers."""
     student = ((name, p) for name, p in model.named_parameters() if not name.startswith("teacher."))
     fill_parameters(student, _rules(config), mesh, seed)

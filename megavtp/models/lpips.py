@@ -99,7 +99,7 @@ class LPIPS(nn.Module):
         return total
 
     def _taps(self, x: Tensor) -> list[Tensor]:
-        dtype = self.conv_0_weight.dtype
+        dtype = self.get_buffer("conv_0_weight").dtype
         channels = zip(x.float().unbind(1), SHIFT, SCALE)
         x = torch.stack([(channel - shift) / scale for channel, shift, scale in channels], 1).to(dtype)
         taps = []

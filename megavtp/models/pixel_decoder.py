@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megavtp.config.schema import ModelConfig
-from megavtp.config.sizes import DECODER_MLP_RATIO
+from megavtp.config.sizes import DECODER_MLP_RATIO, ResolvedModel
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Block, Recompute
@@ -22,7 +21,7 @@ class PixelDecoder(nn.Module):
     """(b, bottleneck, h, w) -> (b, 3, h * patch, w * patch) in the space of the encoder's input (normalised)."""
 
     def __init__(
-        self, config: ModelConfig, mesh: Mesh = SINGLE, *, stripe: Stripe | None = None,
+        self, config: ResolvedModel, mesh: Mesh = SINGLE, *, stripe: Stripe | None = None,
         recompute: Recompute = "none", attention: Kernel = "auto",
     ):
         super().__init__()
@@ -31,7 +30,8 @@ class PixelDecoder(nn.Module):
         self.patch, self.recompute = config.patch_size, recompute
         norm = NORMS[decoder.norm]
         self.stripe = stripe = stripe or whole(decoder.depth)
-        self.proj_in = nn.Conv2d(config.bottleneck, width, 1) if stripe.first else None
+        if stripe.first:
+            self.proj_in = nn.Conv2d(config.bottleneck, width, 1)
         self.rope_embed = AxialRope(width // heads, config.rope_dtype)
         self.blocks = nn.ModuleDict({
             str(index): Block(
@@ -40,8 +40,9 @@ class PixelDecoder(nn.Module):
             )
             for index in stripe.blocks
         })
-        self.norm = norm(width) if stripe.last else None
-        self.proj_out = nn.Conv2d(width, 3 * config.patch_size**2, 1) if stripe.last else None
+        if stripe.last:
+            self.norm = norm(width)
+            self.proj_out = nn.Conv2d(width, 3 * config.patch_size**2, 1)
 
     def forward(self, latents: Tensor, chunk: int | None = None, x: Tensor | None = None) -> Tensor:
         """Images; or with ``chunk``, one chunk of the tower: the first takes latents, a later one the packed tokens
@@ -55,6 +56,7 @@ class PixelDecoder(nn.Module):
         segments = ((batch, rows * columns),)
         tables = [self.rope_embed.tables(rows, columns)]
         blocks = [(index, self.blocks[str(index)]) for index in part.blocks]
+        assert x is not None, "a chunk after the first is given its tokens"
         x = run_blocks(blocks, x, segments, tables, recompute=self.recompute)
         if not part.last:
             return x

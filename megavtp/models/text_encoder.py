@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megavtp.config.schema import TextConfig
+from megavtp.config.sizes import ResolvedText, known
 from megavtp.errors import UserError
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Kernel
@@ -31,17 +31,18 @@ class TextEncoder(nn.Module):
     """
 
     def __init__(
-        self, config: TextConfig, mesh: Mesh = SINGLE, *, stripe: Stripe | None = None,
+        self, config: ResolvedText, mesh: Mesh = SINGLE, *, stripe: Stripe | None = None,
         recompute: Recompute = "none", attention: Kernel = "auto",
     ):
         super().__init__()
         width = config.width
         self.pool, self.recompute = config.pool, recompute
         self.context_length = config.context_length
-        share(config.vocab_size, mesh, "the vocabulary (model.text.vocab_size)")
+        vocabulary = known(config.vocab_size, "model.text.vocab_size")
+        share(vocabulary, mesh, "the vocabulary (model.text.vocab_size)")
         self.stripe = stripe = stripe or whole(config.depth)
         if stripe.first:
-            self.token_embedding = VocabParallelEmbedding(config.vocab_size, width, mesh=mesh)
+            self.token_embedding = VocabParallelEmbedding(vocabulary, width, mesh=mesh)
             self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
         activation = quick_gelu if config.quick_gelu else F.gelu
         self.blocks = nn.ModuleDict({
@@ -51,9 +52,10 @@ class TextEncoder(nn.Module):
             )
             for index in stripe.blocks
         })
-        self.norm = _norm(width) if stripe.last else None
-        self.projection = None
-        if config.projection == "linear" and stripe.last:
+        self.projection: RowParallelLinear | None = None
+        if stripe.last:
+            self.norm = _norm(width)
+        if stripe.last and config.projection == "linear":
             self.projection = RowParallelLinear(
                 width, width, bias=config.projection_bias, mesh=mesh, input_is_parallel=False
             )
@@ -72,8 +74,9 @@ class TextEncoder(nn.Module):
             )
         if part.first:
             x = (self.token_embedding(tokens) + self.positional_embedding).flatten(0, 1)
-        segments = (tuple(tokens.shape),)
+        segments = ((len(tokens), self.context_length),)
         blocks = [(index, self.blocks[str(index)]) for index in part.blocks]
+        assert x is not None, "a chunk after the first is given its tokens"
         x = run_blocks(blocks, x, segments, recompute=self.recompute)
         if not part.last:
             return x

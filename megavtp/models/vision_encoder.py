@@ -6,11 +6,12 @@ Letters: b images, N patches, D width. A sequence is one class token, then the p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from megavtp.config.schema import ModelConfig
+from megavtp.config.sizes import ResolvedModel
 from megavtp.errors import UserError
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Kernel, Segments
@@ -47,7 +48,7 @@ class VisionEncoder(nn.Module):
     """Takes crops of several sizes at once; all tokens run through norms and linears as one packed tensor."""
 
     def __init__(
-        self, config: ModelConfig, mesh: Mesh = SINGLE, *, stripe: Stripe | None = None,
+        self, config: ResolvedModel, mesh: Mesh = SINGLE, *, stripe: Stripe | None = None,
         recompute: Recompute = "none", attention: Kernel = "auto",
     ):
         super().__init__()
@@ -68,9 +69,10 @@ class VisionEncoder(nn.Module):
             )
             for index in stripe.blocks
         })
-        self.norm = norm(width) if stripe.last else None
-        self.feature_bottleneck = None
-        if config.bottleneck != width and stripe.last:
+        self.feature_bottleneck: RowParallelLinear | None = None
+        if stripe.last:
+            self.norm = norm(width)
+        if stripe.last and config.bottleneck != width:
             share(width, mesh, "the encoder width")
             self.feature_bottleneck = RowParallelLinear(
                 width, config.bottleneck, bias=False, mesh=mesh, input_is_parallel=False
@@ -106,13 +108,13 @@ class VisionEncoder(nn.Module):
         wanted = None if layers is None else [self._block_index(i) for i in layers]
         taken: dict[int, Tensor | None] = dict.fromkeys(wanted or ())
         blocks = [(index, self.blocks[str(index)]) for index in part.blocks]
+        assert x is not None, "a chunk after the first is given its tokens"
         x = run_blocks(blocks, x, segments, tables, drop, self.recompute, taken)
         if not part.last:
             return x
-        finish = self.norm if normalise else (lambda tokens: tokens)
-        if wanted is None:
-            return _unpack(finish(x), segments)
-        return [_unpack(finish(taken[index]), segments) for index in wanted]
+        outputs = [x] if wanted is None else [cast(Tensor, taken[index]) for index in wanted]
+        unpacked = [_unpack(self.norm(y) if normalise else y, segments) for y in outputs]
+        return unpacked[0] if wanted is None else unpacked
 
     def bottleneck(self, features: Tensor) -> Tensor:
         """The linear map to latent channels, (..., D) -> (..., bottleneck); the identity when the widths agree."""
@@ -120,7 +122,7 @@ class VisionEncoder(nn.Module):
 
     def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
         x = self.patch_embed(images)
-        cls_token = self.cls_token
+        cls_token: Tensor = self.cls_token
         if mask is None:
             cls_token = cls_token + 0 * self.mask_token  # every parameter gets a gradient in every pass
         else:

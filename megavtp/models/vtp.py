@@ -6,7 +6,7 @@ Letters: b images, c global crops, N patches, D width, E embedding width, K prot
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megavtp.config.schema import ModelConfig
-from megavtp.config.sizes import feature_width
+from megavtp.config.sizes import ResolvedModel, feature_width
 from megavtp.errors import UserError
 from megavtp.models.cuts import tower_cuts
 from megavtp.models.dino_head import DinoHead
@@ -34,12 +33,7 @@ from megavtp.parallel.striping import FlowSpec, Stripe
 
 OBJECTIVES = frozenset({"contrastive", "self_distillation", "reconstruction"})
 DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
-# Mode -> the method of each leg, the towers it goes through one after another.
-_ROUTES = {
-    "contrastive": ("contrast",), "teacher": ("teach",), "student": ("study",),
-    "reconstruction": ("encode", "decode"), "encode": ("encode",), "decode": ("decode",),
-    "encode_image": ("embed_image",), "encode_text": ("embed_text",), "features": ("features",),
-}
+Leg = Callable[..., Any]  # a method (chunk, flow, **inputs) that runs one chunk of one tower
 
 
 class Teacher(nn.Module):
@@ -73,7 +67,7 @@ class VTP(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, mesh: Mesh = SINGLE, *, objectives: AbstractSet[str] = OBJECTIVES,
+        self, config: ResolvedModel, mesh: Mesh = SINGLE, *, objectives: AbstractSet[str] = OBJECTIVES,
         recompute: Recompute = "none", attention: Kernel = "auto", max_scale: float = 100.0,
         compute_dtype: torch.dtype = torch.float32, frozen_encoder: bool = False,
     ):
@@ -91,8 +85,10 @@ class VTP(nn.Module):
             if mesh.is_last_stage:
                 self._add_contrastive_head()
         if "self_distillation" in objectives:
-            heads = [DinoHead(feature_width(config), config.dino_head, mesh) for _ in range(2 * mesh.is_last_stage)]
-            self.dino_head, teacher_head = heads or (None, None)
+            self.dino_head = teacher_head = None
+            if mesh.is_last_stage:
+                self.dino_head = DinoHead(feature_width(config), config.dino_head, mesh)
+                teacher_head = DinoHead(feature_width(config), config.dino_head, mesh)
             self.teacher = Teacher(
                 VisionEncoder(config, mesh, stripe=stripes["trunk"], attention=attention), teacher_head
             )
@@ -103,6 +99,12 @@ class VTP(nn.Module):
             self.trunk.feature_bottleneck.requires_grad_(False)
         if frozen_encoder:
             self.trunk.requires_grad_(False)
+        # Mode -> its legs: the towers that a pass goes through one after another.
+        self._routes: dict[str, tuple[Leg, ...]] = {
+            "contrastive": (self._contrast,), "teacher": (self._teach,), "student": (self._study,),
+            "reconstruction": (self._encode, self._decode), "encode": (self._encode,), "decode": (self._decode,),
+            "encode_image": (self._embed_image,), "encode_text": (self._embed_text,), "features": (self._features,),
+        }
 
     def _add_contrastive_head(self) -> None:
         width = feature_width(self.config)
@@ -124,21 +126,21 @@ class VTP(nn.Module):
         with self._precision():
             if stage is not None:
                 leg, chunk = divmod(stage, self.mesh.chunks)
-                result = getattr(self, f"_{_ROUTES[mode][leg]}")(chunk, flow, **inputs)
+                result = self._routes[mode][leg](chunk, flow, **inputs)
                 return (result,) if self._ends(chunk) and leg + 1 < self.legs(mode) else result
-            for leg in _ROUTES[mode]:
-                result = getattr(self, f"_{leg}")(None, flow, **inputs)
+            for run_leg in self._routes[mode]:
+                result = run_leg(None, flow, **inputs)
                 flow = (result,)
             return result
 
     def legs(self, mode: str) -> int:
         """How many towers the pass goes through one after another; each is as many stages as it has chunks."""
-        return len(_ROUTES[mode])
+        return len(self._routes[mode])
 
     def flow(self, mode: str, stage: int, **inputs: Any) -> list[FlowSpec]:
         """Shape and dtype of each tensor that enters ``stage`` > 0 of a pass with these inputs (shapes suffice)."""
         leg, chunk = divmod(stage, self.mesh.chunks)
-        if _ROUTES[mode][leg] == "decode":
+        if self._routes[mode][leg] == self._decode:
             latents = self._latent_shape(**inputs)
             if chunk == 0:
                 bottleneck = self.config.bottleneck != self.config.vision.width
@@ -157,6 +159,7 @@ class VTP(nn.Module):
     def _latent_shape(self, images: Tensor | None = None, latents: Tensor | None = None, **_: Any) -> tuple[int, ...]:
         if latents is not None:
             return tuple(latents.shape)
+        assert images is not None, "a decoder is given latents, or the images that they were encoded from"
         rows, columns = (size // self.config.patch_size for size in images.shape[-2:])
         return len(images), self.config.bottleneck, rows, columns
 
@@ -173,15 +176,15 @@ class VTP(nn.Module):
 
     def _contrast(
         self, chunk: int | None, flow: Sequence[Tensor], images: Tensor, tokens: Tensor, drop: DropPlan | None = None
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         """images (b, 3, H, W) and tokens (b, L) -> unit features (b, E) of both in float32, scale (), bias () or None.
 
         The optimizer keeps the scale's parameter at its ceiling; only weights from elsewhere can be above it. It is
         straight-through: the value is clamped, the gradient is not, so a parameter at the ceiling can come down again,
         and gradients of parts of a batch still add up to the whole's.
         """
-        image, text = flow or (None, None)
-        image, text = self._run_trunk(chunk, image, [images], drop=drop), self.text(tokens, chunk, text)
+        image = self._run_trunk(chunk, flow[:1], [images], drop=drop)
+        text = self.text(tokens, chunk, *flow[1:])
         if not self._ends(chunk):
             return image, text
         log_scale = self.logit_scale.float().squeeze(0)
@@ -200,9 +203,10 @@ class VTP(nn.Module):
         and of the masked patches (m, bottleneck), and prototypes (K / tp, bottleneck).
         """
         trunk = self.teacher.trunk
-        tokens = self._run_trunk(chunk, *(flow or (None,)), [global_crops], trunk=trunk)
+        tokens = self._run_trunk(chunk, flow, [global_crops], trunk=trunk)
         if not self._ends(chunk):
             return (tokens,)
+        assert self.teacher.dino_head is not None  # it is on the last stage
         cls, masked = self._wide(trunk, tokens[0][:, 0]), self._pick(trunk, tokens[0], masked_rows)
         features, prototypes = self.teacher.dino_head(torch.cat([cls, masked]))
         cls, masked = features.split([len(cls), len(masked)])
@@ -218,12 +222,14 @@ class VTP(nn.Module):
         crops. Returns unit head features of the global class tokens, the local class tokens and the masked patches,
         the prototypes, and the global class tokens before the head (c * b, D), which KoLeo reads.
         """
-        crops, crop_masks = [global_crops], [masks]
+        crops: list[Tensor] = [global_crops]
+        crop_masks: list[Tensor | None] = [masks]
         if local_crops is not None and len(local_crops):
-            crops, crop_masks = [global_crops, local_crops], [masks, None]
-        tokens = self._run_trunk(chunk, *(flow or (None,)), crops, crop_masks, drop)
+            crops, crop_masks = [*crops, local_crops], [*crop_masks, None]
+        tokens = self._run_trunk(chunk, flow, crops, crop_masks, drop)
         if not self._ends(chunk):
             return (tokens,)
+        assert self.dino_head is not None  # it is on the last stage
         inputs = [self._wide(self.trunk, t[:, 0]) for t in tokens]
         inputs.append(self._pick(self.trunk, tokens[0], masked_rows))
         features, prototypes = self.dino_head(torch.cat(inputs))
@@ -236,7 +242,7 @@ class VTP(nn.Module):
         noise: LatentNoise | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """images (b, 3, H, W), normalised -> latents (b, bottleneck, H / patch, W / patch)."""
-        tokens = self._run_trunk(chunk, *(flow or (None,)), [images], drop=drop)
+        tokens = self._run_trunk(chunk, flow, [images], drop=drop)
         if not self._ends(chunk):
             return (tokens,)
         shape = self._latent_shape(images)
@@ -254,13 +260,14 @@ class VTP(nn.Module):
             latents, x = torch.empty(self._latent_shape(images, latents), device="meta"), flow[0]
         else:
             latents, x = flow[0] if flow else latents, None
-            latents = latents if noise is None else noise.add(latents)
+            if latents is not None and noise is not None:
+                latents = noise.add(latents)
         x = self.pixel_decoder(latents, chunk, x)
         return x if self._ends(chunk) else (x,)
 
     def _embed_image(self, chunk: int | None, flow: Sequence[Tensor], images: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Unit image features (b, E), float32."""
-        tokens = self._run_trunk(chunk, *(flow or (None,)), [images])
+        tokens = self._run_trunk(chunk, flow, [images])
         return self._image_feature(tokens[0]) if self._ends(chunk) else (tokens,)
 
     def _embed_text(self, chunk: int | None, flow: Sequence[Tensor], tokens: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -277,14 +284,14 @@ class VTP(nn.Module):
             if chunk is not None:
                 raise UserError("features of inner layers need the whole encoder on one rank: set parallel.pp=1")
             return [(tokens[:, 0], tokens[:, 1:]) for (tokens,) in self.trunk([images], layers=layers)]
-        tokens = self._run_trunk(chunk, *(flow or (None,)), [images])
+        tokens = self._run_trunk(chunk, flow, [images])
         return (tokens[0][:, 0], tokens[0][:, 1:]) if self._ends(chunk) else (tokens,)
 
     def _run_trunk(
-        self, chunk: int | None, x: Tensor | None, crops: list[Tensor], masks: list[Tensor | None] | None = None,
-        drop: DropPlan | None = None, trunk: VisionEncoder | None = None,
+        self, chunk: int | None, flow: Sequence[Tensor], crops: list[Tensor],
+        masks: Sequence[Tensor | None] | None = None, drop: DropPlan | None = None, trunk: VisionEncoder | None = None,
     ) -> Any:
-        return (trunk or self.trunk)(crops, masks, drop, None, True, chunk, x)
+        return (trunk or self.trunk)(crops, masks, drop, None, True, chunk, *flow)
 
     def _ends(self, chunk: int | None) -> bool:
         return chunk is None or chunk == self.mesh.chunks - 1

@@ -28,7 +28,7 @@ class HeadNorm(RMSNorm):
         super().__init__(head_dim, eps)
         self.mesh = mesh
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
         return rms_norm(x, copy_to_tp(self.weight, self.mesh), self.eps)
 
 
@@ -69,7 +69,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """All that follows it."""
         q, k, v = qkv.unflatten(-1, (3, self.local_heads, self.head_dim)).unbind(1)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             # Back to 16 bits where the norm's float32 weights raised them: the fast kernels take nothing else.
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if tables is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ def find_varlen() -> Varlen | None:
     return adapt_torch_varlen(varlen_attn)
 
 
-def adapt_torch_varlen(varlen_attn: Callable[..., Tensor]) -> Varlen | None:
+def adapt_torch_varlen(varlen_attn: Callable[..., Any]) -> Varlen | None:
     """Torch's kernel says causal by ``is_causal`` in its first releases and by ``window_size`` later."""
     parameters = inspect.signature(varlen_attn).parameters
     if "window_size" in parameters:
@@ -61,11 +61,13 @@ def check_kernel(kernel: Kernel) -> None:
         )
 
 
-def _suits_varlen(q: Tensor) -> bool:
-    return (
+def _varlen_of(q: Tensor) -> Varlen | None:
+    """The variable-length kernel, where there is one that takes such tensors."""
+    suits = (
         q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-        and torch.cuda.get_device_capability(q.device) >= (8, 0) and find_varlen() is not None
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
     )
+    return find_varlen() if suits else None
 
 
 def sequence_offsets(segments: Segments, device: torch.device) -> Tensor:
@@ -93,15 +95,14 @@ def attend(
     if not segments:
         return q + k + v  # no tokens: empty, but in the graph
     wants_varlen = kernel == "flash" or (kernel == "auto" and len(segments) > 1)
-    if wants_varlen and _suits_varlen(q):
+    if wants_varlen and (varlen := _varlen_of(q)) is not None:
         longest = max(length for _, length in segments)
-        return find_varlen()(q, k, v, sequence_offsets(segments, q.device), longest, causal)
+        return varlen(q, k, v, sequence_offsets(segments, q.device), longest, causal)
     outputs, start = [], 0
     for sequences, length in segments:
         end = start + sequences * length
-        heads_first = [x[start:end].unflatten(0, (sequences, length)).transpose(1, 2) for x in (q, k, v)]
-        out = _sdpa(*heads_first, causal)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        own_q, own_k, own_v = (x[start:end].unflatten(0, (sequences, length)).transpose(1, 2) for x in (q, k, v))
+        outputs.append(_sdpa(own_q, own_k, own_v, causal).transpose(1, 2).flatten(0, 1))
         start = end
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

@@ -17,7 +17,7 @@ With sequence parallelism the residual stream is this rank's rows: its D terms a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +45,21 @@ class LayerScale(nn.Module):
         return x * (self.gamma if cut is None else cut.share(self.gamma))
 
 
+class TwoHalves(Protocol):
+    """A network that is called in two halves: its first matrix product, and all that follows it."""
+
+    @property
+    def expand(self) -> Callable[..., Tensor]: ...
+
+    @property
+    def contract(self) -> Callable[..., Tensor]: ...
+
+
 class Block(nn.Module):
     """x += ls1(attn(norm1 x)), then x += ls2(mlp(norm2 x)), on packed tokens (T, width)."""
 
     def __init__(
-        self, width: int, attention: Attention, mlp: nn.Module, norm: Callable[[int], nn.Module],
+        self, width: int, attention: Attention, mlp: TwoHalves, norm: Callable[[int], nn.Module],
         layer_scale: float | None = None,
     ):
         super().__init__()
@@ -84,7 +94,7 @@ def _scaled(y: Tensor, scale: LayerScale | None, cut: TokenCut | None) -> Tensor
 
 
 def branch(
-    x: Tensor, norm: Callable[[Tensor, TokenCut | None], Tensor], net: nn.Module, cut: TokenCut | None,
+    x: Tensor, norm: Callable[[Tensor, TokenCut | None], Tensor], net: TwoHalves, cut: TokenCut | None,
     recompute: Recompute, *more: Any,
 ) -> Tensor:
     """net(norm x), recomputed as said; ``more`` goes to the net's second half."""

@@ -90,6 +90,6 @@ class MLP(nn.Module):
         return self.fc2(self.activation(hidden), cut)
 
 
-def feed_forward(kind: str, width: int, ratio: float, mesh: Mesh) -> nn.Module:
+def feed_forward(kind: str, width: int, ratio: float, mesh: Mesh) -> MLP | SwiGLU:
     """The network ``kind`` ("mlp", "swiglu", "swiglu32", ...) of the config."""
     return (MLP if kind == "mlp" else SwiGLU)(width, ffn_hidden(kind, width, ratio), mesh=mesh)

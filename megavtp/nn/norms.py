@@ -30,8 +30,9 @@ def _apex() -> Any | None:
     return fused_layer_norm
 
 
-def _fusable(x: Tensor, weight: Tensor) -> bool:
-    return x.is_cuda and x.dtype == weight.dtype and x.numel() > 0 and _apex() is not None
+def _fused(x: Tensor, weight: Tensor) -> Any | None:
+    """Apex's norms, where they are installed and take such tensors."""
+    return _apex() if x.is_cuda and x.dtype == weight.dtype and x.numel() > 0 else None
 
 
 class RMSNorm(nn.Module):
@@ -48,8 +49,8 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm of (..., width) with a weight (width,); a 16-bit x is rounded before the weight is applied."""
-    if _fusable(x, weight):
-        return _apex().fused_rms_norm_affine(x, weight, weight.shape, eps)
+    if (fused := _fused(x, weight)) is not None:
+        return fused.fused_rms_norm_affine(x, weight, weight.shape, eps)
     if x.dtype == torch.float32:
         return F.rms_norm(x, weight.shape, weight.float(), eps)
     return F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype) * weight
@@ -65,11 +66,9 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
-        weight, bias = self.weight, self.bias
-        if cut is not None:
-            weight, bias = cut.share(weight), cut.share(bias)
-        if _fusable(x, weight):
-            return _apex().fused_layer_norm_affine(x, weight, bias, (self.width,), self.eps)
+        weight, bias = (p if cut is None else cut.share(p) for p in (self.weight, self.bias))
+        if (fused := _fused(x, weight)) is not None:
+            return fused.fused_layer_norm_affine(x, weight, bias, (self.width,), self.eps)
         return F.layer_norm(x, (self.width,), weight, bias, self.eps)
 
 

@@ -30,6 +30,7 @@ class AxialRope(nn.Module):
     1e-2). ``periods`` is a buffer because official checkpoints store it; it keeps its dtype when the model is cast.
     """
 
+    periods: Tensor
     CACHED_GRIDS = 16  # a run sees a handful of crop sizes; evaluation on free sizes must not grow without bound
 
     def __init__(self, head_dim: int, dtype: str = "bfloat16"):
@@ -68,9 +69,9 @@ class AxialRope(nn.Module):
         return self._cache[key]
 
     def _build(self, rows: int, columns: int, prefix: int) -> Table:
-        options = {"device": self.periods.device, "dtype": self.dtype}
-        y = torch.arange(0.5, rows, **options) / rows
-        x = torch.arange(0.5, columns, **options) / columns
+        device, dtype = self.periods.device, self.dtype
+        y = torch.arange(0.5, rows, device=device, dtype=dtype) / rows
+        x = torch.arange(0.5, columns, device=device, dtype=dtype) / columns
         centres = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)  # (N, 2), row coordinate first
         centres = 2.0 * centres - 1.0
         angles = 2 * math.pi * centres[:, :, None] / self.periods[None, None, :]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from megavtp.nn.attention_kernels import Segments
 from megavtp.nn.block import Block, Recompute, run_block
@@ -14,7 +15,7 @@ from megavtp.parallel.sequence import TokenCut
 
 
 def run_blocks(
-    blocks: Iterable[tuple[int, Block]], x: Tensor, segments: Segments, tables: Sequence[Table] | None = None,
+    blocks: Iterable[tuple[int, nn.Module]], x: Tensor, segments: Segments, tables: Sequence[Table] | None = None,
     drop: DropPlan | None = None, recompute: Recompute = "none", taken: dict[int, Tensor | None] | None = None,
 ) -> Tensor:
     """Packed tokens (T, width) through ``blocks`` -> (T, width).
@@ -29,10 +30,10 @@ def run_blocks(
         recompute: what the backward pass makes again, see ``nn.block``.
         taken: its keys name blocks; the output (T, width) of each that is among ``blocks`` becomes its value.
     """
-    blocks = list(blocks)
-    cut = TokenCut(blocks[0][1].mesh, len(x)) if blocks and blocks[0][1].mesh.sequence_parallel else None
+    chosen = [(index, cast(Block, block)) for index, block in blocks]
+    cut = TokenCut(chosen[0][1].mesh, len(x)) if chosen and chosen[0][1].mesh.sequence_parallel else None
     x = x if cut is None else cut.split(x)
-    for index, block in blocks:
+    for index, block in chosen:
         choice = None if drop is None else drop.blocks[index]
         x = run_block(block, recompute, x, segments, tables, choice, cut)
         if taken is not None and index in taken:

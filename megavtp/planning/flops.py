@@ -8,8 +8,16 @@ save memory (recompute, the second contrastive forward, chunked logits) is not c
 
 from __future__ import annotations
 
-from megavtp.config.schema import Config, DinoHeadConfig, ModelConfig
-from megavtp.config.sizes import DECODER_MLP_RATIO, GLOBAL_CROPS, contrastive_size, feature_width, ffn_hidden
+from megavtp.config.schema import DinoHeadConfig
+from megavtp.config.sizes import (
+    DECODER_MLP_RATIO,
+    GLOBAL_CROPS,
+    ResolvedConfig,
+    ResolvedModel,
+    contrastive_size,
+    feature_width,
+    ffn_hidden,
+)
 from megavtp.models.lpips import NETS, PERCEPTUAL_NETS
 
 _RGB = 3
@@ -21,12 +29,12 @@ def transformer_flops(tokens: int, width: int, depth: int, hidden: int, *, gated
     return float(depth * (2 * weights * tokens + 4 * tokens * tokens * width))
 
 
-def patches_of(model: ModelConfig, size: int) -> int:
+def patches_of(model: ResolvedModel, size: int) -> int:
     """Patch tokens of a square image of ``size`` pixels."""
     return (size // model.patch_size) ** 2
 
 
-def vision_flops(model: ModelConfig, size: int, kept: float = 1.0) -> float:
+def vision_flops(model: ResolvedModel, size: int, kept: float = 1.0) -> float:
     """Forward of the trunk on one image of ``size`` pixels; ``kept``: share of the blocks that drop-path leaves."""
     vision, patches = model.vision, patches_of(model, size)
     hidden = ffn_hidden(vision.ffn, vision.width, vision.mlp_ratio)
@@ -35,7 +43,7 @@ def vision_flops(model: ModelConfig, size: int, kept: float = 1.0) -> float:
     return embedding + kept * blocks
 
 
-def text_flops(model: ModelConfig) -> float:
+def text_flops(model: ResolvedModel) -> float:
     """Forward of the text tower and its projection on one caption; all of the context length is computed."""
     text = model.text
     hidden = int(text.width * text.mlp_ratio)
@@ -43,7 +51,7 @@ def text_flops(model: ModelConfig) -> float:
     return blocks + (2 * text.width**2 if text.projection == "linear" else 0)
 
 
-def decoder_flops(model: ModelConfig, size: int) -> float:
+def decoder_flops(model: ResolvedModel, size: int) -> float:
     """Forward of the pixel decoder to one image of ``size`` pixels."""
     decoder, patches = model.decoder, patches_of(model, size)
     hidden = ffn_hidden(decoder.ffn, decoder.width, DECODER_MLP_RATIO)
@@ -70,7 +78,7 @@ def perceptual_flops(kind: str, size: int) -> float:
     return float(total)
 
 
-def flops_per_step(config: Config) -> dict[str, float]:
+def flops_per_step(config: ResolvedConfig) -> dict[str, float]:
     """Model FLOPs of one optimizer step over all devices: of each objective (0 if it is off) and their ``total``.
 
     ``config`` has its model sizes resolved. The number of masked patches is its expectation.
@@ -89,7 +97,7 @@ def flops_per_step(config: Config) -> dict[str, float]:
     return {**step, "total": sum(step.values())}
 
 
-def _contrastive(config: Config) -> float:
+def _contrastive(config: ResolvedConfig) -> float:
     """One pair. The logits, B columns each, are below a thousandth of it and left out."""
     model, kept = config.model, 1 - config.objectives.contrastive.drop_path
     size = contrastive_size(config)
@@ -98,7 +106,7 @@ def _contrastive(config: Config) -> float:
     return 3 * (vision_flops(model, size, kept) + projections + text_flops(model))
 
 
-def _self_distillation(config: Config) -> float:
+def _self_distillation(config: ResolvedConfig) -> float:
     """One image: student (3 forwards) on global and local crops, teacher (1) on global crops, heads of both."""
     model, augment, settings = config.model, config.data.augment, config.objectives.self_distillation
     kept, masked = 1 - settings.drop_path, expected_masked_patches(config)
@@ -110,7 +118,7 @@ def _self_distillation(config: Config) -> float:
     return 3 * (student + student_rows * row) + teacher + (GLOBAL_CROPS + masked) * row
 
 
-def _reconstruction(config: Config) -> float:
+def _reconstruction(config: ResolvedConfig) -> float:
     """One image. The frozen LPIPS network sees two images and passes one gradient on: 3 forwards. A frozen encoder has
     its forward alone."""
     model, settings = config.model, config.objectives.reconstruction
@@ -121,7 +129,7 @@ def _reconstruction(config: Config) -> float:
     return encoder + 3 * (decoder_flops(model, size) + perceptual_flops(settings.perceptual, size))
 
 
-def expected_masked_patches(config: Config) -> float:
+def expected_masked_patches(config: ResolvedConfig) -> float:
     """Expected masked patches of an image's global crops."""
     settings = config.objectives.self_distillation
     if settings.ibot_weight == 0:
@@ -130,5 +138,5 @@ def expected_masked_patches(config: Config) -> float:
     return GLOBAL_CROPS * share * patches_of(config.model, config.data.augment.global_size)
 
 
-def _bottleneck_if_shared(model: ModelConfig) -> float:
+def _bottleneck_if_shared(model: ResolvedModel) -> float:
     return 0.0 if model.bottleneck_reconstruction_only else 2.0 * model.vision.width * model.bottleneck

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavtp.config.schema import Config
 from megavtp.config.share import share
-from megavtp.config.sizes import GLOBAL_CROPS, contrastive_size, feature_width
+from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig, contrastive_size, feature_width
 from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS, weight_shapes
 from megavtp.models.vtp import VTP
 from megavtp.nn.attention_kernels import Segments
@@ -131,7 +130,7 @@ class Parts:
     ``rehearsal``'s, for runs on GPUs.
     """
 
-    def __init__(self, config: Config, *, fused_norms: bool):
+    def __init__(self, config: ResolvedConfig, *, fused_norms: bool):
         self.config, self.fused_norms = config, fused_norms
         self.dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
         self.objectives = frozenset(share(config, 1).passes)

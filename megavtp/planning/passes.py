@@ -9,8 +9,8 @@ from functools import lru_cache
 
 import torch
 
-from megavtp.config.schema import Config
 from megavtp.config.share import PassShare, share
+from megavtp.config.sizes import ResolvedConfig
 from megavtp.models.cuts import tower_cuts
 from megavtp.nn.block import Recompute
 from megavtp.parallel.orders import Schedule, bubble, train_order
@@ -61,7 +61,7 @@ class PassCost:
     forwards: float = 3.0
 
 
-def place_of(config: Config, world_size: int, pp_rank: int) -> Place:
+def place_of(config: ResolvedConfig, world_size: int, pp_rank: int) -> Place:
     p = config.parallel
     layout = TensorLayout(p.tp, p.sequence_parallel)
     return Place(
@@ -69,13 +69,13 @@ def place_of(config: Config, world_size: int, pp_rank: int) -> Place:
     )
 
 
-def pass_costs(parts: Parts, config: Config, place: Place) -> dict[str, PassCost]:
+def pass_costs(parts: Parts, config: ResolvedConfig, place: Place) -> dict[str, PassCost]:
     """Of each objective that is on; ``config`` is validated."""
     shares = share(config, place.dp).passes
     return {name: pass_cost(parts, config, place, name, part) for name, part in shares.items()}
 
 
-def pass_cost(parts: Parts, config: Config, place: Place, name: str, part: PassShare) -> PassCost:
+def pass_cost(parts: Parts, config: ResolvedConfig, place: Place, name: str, part: PassShare) -> PassCost:
     """One objective with the micro-batches of ``part``."""
     mode, m, count = MODES[name], part.micro_batch, part.micro_batches
     chains = _chains(parts, config, place, mode, m)
@@ -150,7 +150,7 @@ class _Chain:
 
 
 def _chains(
-    parts: Parts, config: Config, place: Place, mode: str, m: int, *, loss: bool = True, redo: bool = True
+    parts: Parts, config: ResolvedConfig, place: Place, mode: str, m: int, *, loss: bool = True, redo: bool = True
 ) -> list[_Chain]:
     """Stage by stage what this rank runs of a pass; with one rank everything is one stage."""
     cuts = tower_cuts(config.model, parts.objectives, place.chunks)
@@ -226,11 +226,11 @@ def _times(sent: Sent, count: float) -> Sent:
     return Counter({key: round(value * count) for key, value in sent.items()})
 
 
-def _embeddings(config: Config, mode: str) -> int:
+def _embeddings(config: ResolvedConfig, mode: str) -> int:
     return 2 if mode == "student" and config.data.augment.local_crops else 1
 
 
-def _terms(config: Config, mode: str) -> int:
+def _terms(config: ResolvedConfig, mode: str) -> int:
     """How many loss terms a pass reports."""
     if mode == "contrastive":
         return 1

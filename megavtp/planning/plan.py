@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from megavtp.config.schema import Config
 from megavtp.config.share import share
+from megavtp.config.sizes import ResolvedConfig
 from megavtp.parallel.traffic import Transfer
 from megavtp.planning import zero
 from megavtp.planning.devices import Device
@@ -48,7 +48,7 @@ class RankPlan:
 class Plan:
     """A validated configuration on ``world_size`` devices, ``gpus_per_node`` in a machine."""
 
-    config: Config
+    config: ResolvedConfig
     world_size: int
     gpus_per_node: int
     device: Device
@@ -114,14 +114,14 @@ class Planner:
     """
 
     def __init__(
-        self, config: Config, groups: zero.Groups, device: Device, gpus_per_node: int = 8, *, cuda: bool = True
+        self, config: ResolvedConfig, groups: zero.Groups, device: Device, gpus_per_node: int = 8, *, cuda: bool = True
     ):
         self.device, self.gpus_per_node = device, gpus_per_node
         self.parts = Parts(config, fused_norms=cuda)
         self.inventory = zero.Inventory(config.model, self.parts.objectives, groups)
         self._known: dict[tuple, object] = {}
 
-    def plan(self, config: Config, world_size: int, *, draft: bool = False) -> Plan:
+    def plan(self, config: ResolvedConfig, world_size: int, *, draft: bool = False) -> Plan:
         """``config``: this planner's with another ``parallel`` section or micro-batches, validated for the size.
 
         A ``draft`` looks only at three pipeline ranks: the first, which holds most micro-batches at a time, the last,
@@ -132,7 +132,7 @@ class Planner:
         ranks = tuple(self._rank(config, world_size, rank) for rank in chosen)
         return Plan(config, world_size, self.gpus_per_node, self.device, ranks)
 
-    def pieces(self, config: Config, pp_rank: int) -> list[zero.Piece]:
+    def pieces(self, config: ResolvedConfig, pp_rank: int) -> list[zero.Piece]:
         """This pipeline rank's parameters."""
         p = config.parallel
         key = ("pieces", p.tp, p.pp, pp_rank, p.virtual_stages)
@@ -143,19 +143,19 @@ class Planner:
             self._known[key] = make()
         return self._known[key]
 
-    def least_state(self, config: Config, world_size: int) -> int:
+    def least_state(self, config: ResolvedConfig, world_size: int) -> int:
         """Bytes without activations, on the rank that has least."""
         pp = config.parallel.pp
         return min(self._state(config, world_size, rank).total for rank in {0, pp // 2, pp - 1})
 
-    def _state(self, config: Config, world_size: int, pp_rank: int) -> zero.State:
+    def _state(self, config: ResolvedConfig, world_size: int, pp_rank: int) -> zero.State:
         p = config.parallel
         dp, first = world_size // (p.tp * p.pp), MODES[next(iter(share(config, 1).passes))]
         key = ("state", p.tp, p.pp, pp_rank, p.virtual_stages, dp, p.zero_stage, p.zero3_gather)
         hold, pieces = p.zero3_gather == "step", self.pieces(config, pp_rank)
         return self._once(key, lambda: zero.state(pieces, p.zero_stage, dp, first_mode=first, hold=hold))
 
-    def _rank(self, config: Config, world_size: int, pp_rank: int) -> RankPlan:
+    def _rank(self, config: ResolvedConfig, world_size: int, pp_rank: int) -> RankPlan:
         p, place = config.parallel, place_of(config, world_size, pp_rank)
         shares = share(config, place.dp).passes
         sizes = tuple((name, part.micro_batch) for name, part in shares.items())

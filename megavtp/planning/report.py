@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
-from megavtp.config.schema import Config
 from megavtp.config.share import share
+from megavtp.config.sizes import ResolvedConfig
 from megavtp.planning.flops import flops_per_step
 from megavtp.planning.plan import GIB, Plan
 from megavtp.planning.search import Search
@@ -15,7 +15,7 @@ from megavtp.planning.search import Search
 _SHORT = {"contrastive": "pairs", "self_distillation": "ssl", "reconstruction": "rec"}
 
 
-def model_lines(config: Config, counts: Mapping[str, int]) -> list[str]:
+def model_lines(config: ResolvedConfig, counts: Mapping[str, int]) -> list[str]:
     """Parameters of each tower, and model FLOPs of each objective; ``config`` has resolved sizes."""
     flops, batches = flops_per_step(config), {name: part.batch for name, part in share(config, 1).passes.items()}
     each = ", ".join(f"{name} {flops[name] / batch / 1e12:.3g}" for name, batch in batches.items())

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from megavtp.config.schema import Config, ParallelConfig
+from megavtp.config.run import ParallelConfig
 from megavtp.config.share import share
+from megavtp.config.sizes import ResolvedConfig
 from megavtp.config.validate import validate
 from megavtp.errors import UserError
 from megavtp.nn.block import Recompute
@@ -39,7 +40,7 @@ class Search:
     refused: dict[str, int]
 
 
-def search(planner: Planner, config: Config, world_size: int, budget: float, keep: int = 5) -> Search:
+def search(planner: Planner, config: ResolvedConfig, world_size: int, budget: float, keep: int = 5) -> Search:
     """The best ``keep`` layouts; ``budget``: bytes on a device that a run may use.
 
     Of each layout the mildest means to save memory that suffices is taken: what saves more costs time.
@@ -63,7 +64,7 @@ def search(planner: Planner, config: Config, world_size: int, budget: float, kee
     return Search(best, len(fitting), None if best else closest, refused)
 
 
-def _mildest(planner: Planner, variants: list[list[Config]], world_size: int, budget: float) -> Iterator[Plan]:
+def _mildest(planner: Planner, variants: list[list[ResolvedConfig]], world_size: int, budget: float) -> Iterator[Plan]:
     """For each way to cut micro-batches the first plan that fits, saving more and more; and the last one tried."""
     for saving in _SAVING:
         if saving[0] and variants[0][0].parallel.tp == 1:
@@ -80,7 +81,7 @@ def _mildest(planner: Planner, variants: list[list[Config]], world_size: int, bu
             return
 
 
-def _with(config: Config, saving: tuple[bool, Recompute]) -> Config:
+def _with(config: ResolvedConfig, saving: tuple[bool, Recompute]) -> ResolvedConfig:
     tokens, recompute = saving
     tokens = tokens and config.parallel.tp > 1
     return replace(config, parallel=replace(config.parallel, sequence_parallel=tokens, recompute=recompute))
@@ -102,7 +103,7 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _micro_batches(config: Config, world_size: int) -> Iterator[list[Config]]:
+def _micro_batches(config: ResolvedConfig, world_size: int) -> Iterator[list[ResolvedConfig]]:
     """Ways to cut a rank's share, each from large to small: all pairs at once for the contrastive objective, which
     saves its second forward, and the given micro-batches, or what divides the share, halved and halved again.
 
@@ -127,7 +128,7 @@ def _micro_batches(config: Config, world_size: int) -> Iterator[list[Config]]:
             yield configs
 
 
-def _sized(config: Config, sizes: dict[str, int], world_size: int) -> Config:
+def _sized(config: ResolvedConfig, sizes: dict[str, int], world_size: int) -> ResolvedConfig:
     objectives = {name: replace(getattr(config.objectives, name), micro_batch=m) for name, m in sizes.items()}
     return validate(replace(config, objectives=replace(config.objectives, **objectives)), world_size)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megavtp.config.schema import ModelConfig
+from megavtp.config.sizes import ResolvedModel
 from megavtp.models.cuts import tower_cuts
 from megavtp.models.vtp import VTP
 from megavtp.parallel.mesh import Mesh
@@ -47,7 +47,7 @@ class Inventory:
     ``groups`` is the optimizer's grouping. ``towers``: how many it tells apart.
     """
 
-    def __init__(self, model: ModelConfig, objectives: frozenset[str], groups: Groups):
+    def __init__(self, model: ResolvedModel, objectives: frozenset[str], groups: Groups):
         self._model, self._objectives = model, objectives
         with torch.device("meta"):
             named = list(VTP(model, objectives=objectives).named_parameters())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavtp.config.dit import DiTConfig
+from megavtp.config.dit import CompleteDiTConfig
 from megavtp.config.share import PassShare
 from megavtp.data.latent_batch import LatentBatch
 from megavtp.objectives.flow_matching import flow_matching_terms, straight_path
@@ -22,7 +22,7 @@ class FlowMatchingPass(Pass):
     mode = "velocity"
     weight = 1.0
 
-    def __init__(self, config: DiTConfig, share: PassShare, device: torch.device):
+    def __init__(self, config: CompleteDiTConfig, share: PassShare, device: torch.device):
         self.share, self.device = share, device
         self._last: tuple[int, Tensor, Tensor] | None = None  # micro-batch, points and velocities that were made last
         self.term_weights = {"cosine": config.flow_matching.cosine_weight}

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from megavtp.checkpoint.native_dit import FACTS, artifact_of
 from megavtp.checkpoint.store import Checkpoint
-from megavtp.config.dit import DiTConfig, DiTModelConfig, resolve_dit
+from megavtp.config.dit import CompleteDiT, DiTConfig, DiTModelConfig, resolve_dit
 from megavtp.config.load import from_dict
 from megavtp.data.artifact import check_same_tokenizer
 from megavtp.data.latents import LatentFolder
@@ -17,7 +17,7 @@ from megavtp.errors import UserError
 _IDENTITY = tuple(f.name for f in fields(DiTModelConfig) if f.name not in ("size", "latent_size"))
 
 
-def check_goes_on(checkpoint: Checkpoint, model: DiTModelConfig, folder: LatentFolder) -> None:
+def check_goes_on(checkpoint: Checkpoint, model: CompleteDiT, folder: LatentFolder) -> None:
     """Compare a run's ``model`` and latents with those that the checkpoint was trained with.
 
     Raises:

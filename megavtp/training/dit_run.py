@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megavtp.checkpoint.native_dit import FACTS
-from megavtp.config.dit import DiTConfig, DiTModelConfig
+from megavtp.config.dit import CompleteDiT, CompleteDiTConfig, ResolvedDiTConfig
 from megavtp.config.dit_validate import TOWER, flow_share, with_latents
 from megavtp.data.latent_batch import LatentStepDataset
 from megavtp.data.latents import LatentFolder
@@ -35,7 +35,7 @@ class DiTRun:
         config: with the sizes of the latents filled in.
     """
 
-    def __init__(self, config: DiTConfig, device: torch.device):
+    def __init__(self, config: ResolvedDiTConfig, device: torch.device):
         phase.enter("opening latents and building the model", slow=True)
         self.device = device
         p = config.parallel
@@ -43,7 +43,7 @@ class DiTRun:
         together(lambda: self._open(config))
         self.engine, self.model = build_dit_engine(self.config, self.mesh, device)
 
-    def _open(self, config: DiTConfig) -> None:
+    def _open(self, config: ResolvedDiTConfig) -> None:
         """All that reads or writes files, any of which may be missing on one machine only."""
         self.folder = LatentFolder(config.data.root)
         self.config = with_sizes_of(self.folder, config)
@@ -52,7 +52,7 @@ class DiTRun:
     def train(self) -> bool:
         """Resume or start, and train; False if a signal stopped the run early (its state is saved)."""
         config, mesh = self.config, self.mesh
-        telemetry = Telemetry.of_run(config, mesh, dit_flops_per_step)
+        telemetry = Telemetry.of_run(config, mesh, dit_flops_per_step(config)["total"])
         flow = FlowMatchingPass(config, flow_share(config, mesh.dp), self.device)
         trainer = Trainer(
             config, self.engine, [flow], self.model.averaged(), lambda step: config.ema_momentum, telemetry,
@@ -78,7 +78,7 @@ class DiTRun:
         return Loader(dataset, start, self.config.train.steps, pin=self.device.type == "cuda")
 
 
-def with_sizes_of(folder: LatentFolder, config: DiTConfig) -> DiTConfig:
+def with_sizes_of(folder: LatentFolder, config: ResolvedDiTConfig) -> CompleteDiTConfig:
     """``config`` with what the latents decide."""
     channels, size, _ = folder.shape
     return with_latents(
@@ -87,7 +87,7 @@ def with_sizes_of(folder: LatentFolder, config: DiTConfig) -> DiTConfig:
     )
 
 
-def untrained_classes(model: DiTModelConfig, folder: LatentFolder) -> str | None:
+def untrained_classes(model: CompleteDiT, folder: LatentFolder) -> str | None:
     """What to tell when the model has room for more classes than the latents have."""
     if model.condition != "class" or model.num_classes == folder.num_classes:
         return None
@@ -102,7 +102,7 @@ def facts_of(folder: LatentFolder) -> dict:
     return {FACTS: {"visual_tokenizer": folder.artifact.to_dict(), "classes": folder.classes}}
 
 
-def build_dit_engine(config: DiTConfig, mesh: Mesh, device: torch.device) -> tuple[Engine, AveragedDiT]:
+def build_dit_engine(config: CompleteDiTConfig, mesh: Mesh, device: torch.device) -> tuple[Engine, AveragedDiT]:
     """The DiT, its average a copy of it, inside an engine."""
     p = config.parallel
     model = build_averaged_dit(

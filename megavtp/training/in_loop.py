@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megavtp.config.schema import Config
+from megavtp.config.sizes import ResolvedConfig
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.loader import EvalDataset
 from megavtp.data.shards import open_dataset
@@ -28,7 +28,7 @@ class InLoopEvaluation:
     """
 
     def __init__(
-        self, config: Config, engine: Engine, mesh: Mesh, tokenizer: CaptionTokenizer,
+        self, config: ResolvedConfig, engine: Engine, mesh: Mesh, tokenizer: CaptionTokenizer,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None, telemetry: Telemetry,
     ):
         self.config, self.engine, self.mesh = config, engine, mesh

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megavtp.config.load import DEMO_CONFIG, load_config
-from megavtp.config.schema import Config
+from megavtp.config.sizes import ResolvedConfig
 from megavtp.config.summary import layout_summary
 from megavtp.config.validate import validate
 from megavtp.data.sources.emoji import prepare_emoji
@@ -66,14 +66,14 @@ def _main() -> int:
     return 0 if run.train() else launch.STOPPED
 
 
-def _brings_its_data(recipe: Path | None, config: Config) -> bool:
+def _brings_its_data(recipe: Path | None, config: ResolvedConfig) -> bool:
     """Whether this is the demo where it keeps its own data. Another ``data.root`` is the user's to fill: a mistyped one
     must not become a run on emoji."""
     is_demo = recipe is None or recipe.resolve() == DEMO_CONFIG.resolve()
     return is_demo and Path(config.data.root) == Path(load_config(recipe).data.root)
 
 
-def _prepare_demo_data(config: Config, rank: int) -> None:
+def _prepare_demo_data(config: ResolvedConfig, rank: int) -> None:
     root = Path(config.data.root)
 
     def prepare() -> None:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from megavtp.config.schema import OptimizerConfig
+from megavtp.config.run import OptimizerConfig
 
 _TOWER_OF = {"trunk": "vision", "visual_proj": "vision", "pixel_decoder": "decoder", "dino_head": "dino_head"}
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from megavtp.checkpoint.formats.initial import fill, read_initial
 from megavtp.checkpoint.reading import has_checkpoints
 from megavtp.checkpoint.store import Checkpoint
-from megavtp.config.schema import Config
 from megavtp.config.share import Share, share
+from megavtp.config.sizes import ResolvedConfig
 from megavtp.config.validate import with_vocabulary
 from megavtp.data.batch import StepDataset
 from megavtp.data.captions import load_tokenizer
@@ -30,6 +30,7 @@ from megavtp.parallel import phase
 from megavtp.parallel.collectives import together
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import Mesh, build_mesh
+from megavtp.planning.flops import flops_per_step
 from megavtp.training.in_loop import InLoopEvaluation
 from megavtp.training.optimizer import build_optimizer
 from megavtp.training.output_dir import open_output_dir
@@ -46,7 +47,7 @@ class PretrainRun:
         config: with the caption tokenizer's vocabulary filled in.
     """
 
-    def __init__(self, config: Config, device: torch.device):
+    def __init__(self, config: ResolvedConfig, device: torch.device):
         phase.enter("opening data and building the model", slow=True)
         self.device = device
         p = config.parallel
@@ -56,7 +57,7 @@ class PretrainRun:
         self.engine, self.model = build_engine(self.config, self.share, self.mesh, device, self._initial)
         del self._initial
 
-    def _open(self, config: Config) -> None:
+    def _open(self, config: ResolvedConfig) -> None:
         """All that reads or writes files, any of which may be missing on one machine only."""
         root = Path(config.data.root)
         self.train_set = open_dataset(root / "train")
@@ -82,7 +83,7 @@ class PretrainRun:
     def train(self) -> bool:
         """Resume or start, train, evaluate; False if a signal stopped the run early (its state is saved)."""
         config, mesh = self.config, self.mesh
-        telemetry = Telemetry.of_run(config, mesh)
+        telemetry = Telemetry.of_run(config, mesh, flops_per_step(config)["total"])
         passes = build_passes(config, self.share, mesh, self.device, self.perceptual)
         evaluation = InLoopEvaluation(config, self.engine, mesh, self.tokenizer, self.perceptual, telemetry)
         every = [
@@ -112,7 +113,7 @@ class PretrainRun:
         return Loader(dataset, start, self.config.train.steps, pin=self.device.type == "cuda")
 
 
-def _check_same_stage(checkpoint: Checkpoint, config: Config) -> None:
+def _check_same_stage(checkpoint: Checkpoint, config: ResolvedConfig) -> None:
     """UserError where a run of the decoder alone would go on in the checkpoints of a joint run, or the other way."""
     then = flat(checkpoint.meta["config"]).get("objectives.reconstruction.frozen_encoder", False)
     if then != config.objectives.reconstruction.frozen_encoder:
@@ -122,7 +123,7 @@ def _check_same_stage(checkpoint: Checkpoint, config: Config) -> None:
         )
 
 
-def build_perceptual(config: Config, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
+def build_perceptual(config: ResolvedConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
     """The perceptual distance that the reconstruction objective asks for, None if it is off."""
     settings = config.objectives.reconstruction
     if settings.weight == 0 or settings.perceptual == "none":
@@ -132,7 +133,7 @@ def build_perceptual(config: Config, device: torch.device) -> Callable[[Tensor, 
 
 
 def build_engine(
-    config: Config, shares: Share, mesh: Mesh, device: torch.device,
+    config: ResolvedConfig, shares: Share, mesh: Mesh, device: torch.device,
     initial: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[Engine, VTP]:
     """The model of the objectives that are on, its teacher a copy of the student, inside an engine.

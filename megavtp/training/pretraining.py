@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megavtp.config.schema import Config
 from megavtp.config.share import PassShare, Share
-from megavtp.config.sizes import GLOBAL_CROPS, contrastive_size
+from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig, contrastive_size
 from megavtp.data.batch import Batch, masked_rows
 from megavtp.models.latent_noise import LatentNoise, draw_latent_noise
 from megavtp.nn.drop_path import DropPlan, draw_drop_plan
@@ -37,7 +36,7 @@ CONTRASTIVE_LOSSES = {"infonce": info_nce, "siglip": siglip}
 class _PretrainingPass(Pass):
     """What the three passes share: their slice of the batch, the device, and the drop-path draws."""
 
-    def __init__(self, config: Config, share: PassShare, mesh: Mesh, device: torch.device):
+    def __init__(self, config: ResolvedConfig, share: PassShare, mesh: Mesh, device: torch.device):
         self.config = config
         self.settings = getattr(config.objectives, self.name)
         self.weight = self.settings.weight
@@ -121,7 +120,7 @@ class SelfDistillationPass(_PretrainingPass):
     name = "self_distillation"
     mode = "student"
 
-    def __init__(self, config: Config, share: PassShare, mesh: Mesh, device: torch.device):
+    def __init__(self, config: ResolvedConfig, share: PassShare, mesh: Mesh, device: torch.device):
         super().__init__(config, share, mesh, device)
         self.term_weights = {
             "dino_local": self.settings.dino_weight, "dino_global": self.settings.dino_weight,
@@ -210,7 +209,7 @@ class ReconstructionPass(_PretrainingPass):
     mode = "reconstruction"
 
     def __init__(
-        self, config: Config, share: PassShare, mesh: Mesh, device: torch.device,
+        self, config: ResolvedConfig, share: PassShare, mesh: Mesh, device: torch.device,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None,
     ):
         super().__init__(config, share, mesh, device)
@@ -277,21 +276,21 @@ class DecoderPass(ReconstructionPass):
         return {"latents": self._latents[micro].to("meta")}
 
 
-def teacher_momentum(config: Config) -> Callable[[int], float]:
+def teacher_momentum(config: ResolvedConfig) -> Callable[[int], float]:
     """How slowly the teacher follows the student, by step."""
     settings = config.objectives.self_distillation
     start, end = settings.teacher_momentum, settings.teacher_momentum_end
     return lambda step: cosine(step, config.train.steps, start, end)
 
 
-def frozen_prototypes(config: Config) -> Callable[[int, dict], bool]:
+def frozen_prototypes(config: ResolvedConfig) -> Callable[[int, dict], bool]:
     """Whether a parameter group stands still in a step: the prototypes, at first."""
     steps = config.objectives.self_distillation.freeze_last_layer * config.train.steps
     return lambda step, group: group["prototypes"] and step < steps
 
 
 def build_passes(
-    config: Config, share: Share, mesh: Mesh, device: torch.device,
+    config: ResolvedConfig, share: Share, mesh: Mesh, device: torch.device,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> list[Pass]:
     """The passes of the objectives that are on, in the order in which a step runs them."""

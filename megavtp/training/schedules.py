@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megavtp.config.schema import OptimizerConfig
+from megavtp.config.run import OptimizerConfig
 
 
 def cosine(step: int, steps: int, start: float, end: float) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megavtp import __version__
 from megavtp.checkpoint.store import Checkpoint, CheckpointStore
 from megavtp.config.load import to_dict
-from megavtp.config.schema import Config
+from megavtp.config.run import RunConfig
 from megavtp.errors import UserError
 from megavtp.parallel.collectives import all_gather, together
 from megavtp.parallel.deepspeed_adapter import MOMENTS
@@ -24,7 +24,7 @@ _CENTER = Shard(0)  # centres are cut like the prototypes
 
 
 def save(
-    store: CheckpointStore, engine: Engine, config: Config, step: int, centers: dict[str, Tensor],
+    store: CheckpointStore, engine: Engine, config: RunConfig, step: int, centers: dict[str, Tensor],
     facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Start a background save of the state after ``step`` steps. Collective: every rank writes its part.
@@ -87,7 +87,7 @@ def _check_names_and_shapes(checkpoint: Checkpoint, engine: Engine) -> None:
             )
 
 
-def changed_data_keys(checkpoint: Checkpoint, config: Config) -> list[str]:
+def changed_data_keys(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
     """Keys that decide which data a step sees and that differ from the run that wrote the checkpoint."""
     then = flat(checkpoint.meta["config"])
     return [key for key, value in flat(to_dict(config)).items() if _decides_data(key) and then.get(key) != value]

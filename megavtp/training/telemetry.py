@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from megavtp.config.load import to_dict
-from megavtp.config.schema import Config, TelemetryConfig
+from megavtp.config.run import RunConfig
+from megavtp.config.schema import TelemetryConfig
 from megavtp.parallel.collectives import all_reduce
 from megavtp.parallel.mesh import Mesh
 from megavtp.planning.devices import device_peak_tflops
-from megavtp.planning.flops import flops_per_step
 from megavtp.training.metrics_file import MetricsFile
 from megavtp.training.progress import ProgressLine, peak_memory_gib
 from megavtp.training.sinks import Sink, check_sinks, open_sinks
@@ -70,8 +70,8 @@ class Telemetry:
         self._waited = 0.0
 
     @classmethod
-    def of_run(cls, config: Config, mesh: Mesh, flops: Callable[[Config], dict] = flops_per_step) -> Telemetry:
-        """The telemetry of a run, ``flops`` giving its model FLOPs per step. UserError if a sink is not installed."""
+    def of_run(cls, config: RunConfig, mesh: Mesh, flops: float) -> Telemetry:
+        """The telemetry of a run of ``flops`` model FLOPs per step. UserError if a sink is not installed."""
         settings = config.telemetry
         check_sinks(settings)
         device, known_peak = torch.device("cpu"), None
@@ -82,7 +82,7 @@ class Telemetry:
         output_dir = Path(config.output_dir)
         return cls(
             settings, output_dir, is_main=mesh.rank == 0, total_steps=config.train.steps,
-            images_per_step=config.train.batch_size, flops_per_step=flops(config)["total"],
+            images_per_step=config.train.batch_size, flops_per_step=flops,
             peak_tflops=peak * mesh.world_size if peak else None, device=device,
             reduce=lambda x: all_reduce(x, mesh, "dp") / mesh.dp,
             make_sinks=lambda start: open_sinks(settings, output_dir, start, to_dict(config)),

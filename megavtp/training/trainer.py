@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megavtp.checkpoint.reading import has_checkpoints
 from megavtp.checkpoint.store import Checkpoint, CheckpointStore, find_latest, open_checkpoint
-from megavtp.config.schema import Config
+from megavtp.config.run import RunConfig
 from megavtp.data.batch import Batch
 from megavtp.data.loader import Loader
 from megavtp.errors import UserError
@@ -46,7 +46,7 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, engine: Engine, passes: list[Pass], averaged: list, momentum: Momentum,
+        self, config: RunConfig, engine: Engine, passes: list[Pass], averaged: list, momentum: Momentum,
         telemetry: Telemetry, make_loader: Callable[[int], Loader], every: list[tuple[int, Hook]], *,
         frozen: Frozen = lambda step, group: False, facts: Mapping[str, Any] = MappingProxyType({}),
         check: Callable[[Checkpoint], None] = lambda checkpoint: None,
@@ -167,7 +167,7 @@ class Trainer:
             )
 
 
-def checkpoint_root(config: Config) -> Path:
+def checkpoint_root(config: RunConfig) -> Path:
     return Path(config.output_dir) / "checkpoints"
 
 

@@ -23,7 +23,7 @@ from megavtp.checkpoint.formats.lightningdit import dit_shapes, read_lightningdi
 from megavtp.checkpoint.formats.vtp_source import open_vtp
 from megavtp.checkpoint.native_dit import load_dit
 from megavtp.checkpoint.store import open_checkpoint
-from megavtp.config.dit import DiTModelConfig, resolve_dit
+from megavtp.config.dit import DiTModelConfig, complete_dit, resolve_dit
 from megavtp.config.schema import Config, DataConfig
 from megavtp.data.artifact import LatentStatistics, TokenizerArtifact, check_same_tokenizer
 from megavtp.data.captions import load_tokenizer as load_captions
@@ -183,7 +183,7 @@ def test_lightningdit_to_native_and_back(official_dit, tmp_path):
     convert(official_dit, "native", tmp_path / "native")
     stored_model = load_dit(tmp_path / "native", average=False)
     assert stored_model.step == 30 and stored_model.artifact is None
-    assert replace(stored_model.config.model, size=OFFICIAL.size) == resolve_dit(OFFICIAL)
+    assert replace(stored_model.config.model, size=OFFICIAL.size) == complete_dit(OFFICIAL)
     state = stored_dit("state")
     for name, parameter in stored_model.model.named_parameters():
         assert torch.equal(parameter, state[name]), name

@@ -19,7 +19,7 @@ from megavtp.checkpoint.formats.hf_vtp import save_folder
 from megavtp.checkpoint.formats.lightningdit import POSITIONS, read_lightningdit
 from megavtp.checkpoint.formats.lightningdit_config import dit_shapes
 from megavtp.checkpoint.native_dit import load_dit
-from megavtp.config.dit import resolve_dit
+from megavtp.config.dit import complete_dit
 from megavtp.data.artifact import FILE, LatentStatistics, TokenizerArtifact, check_same_tokenizer
 from megavtp.data.latents import LatentFolder
 from megavtp.errors import UserError
@@ -80,7 +80,7 @@ def replaced(name, *shape):
 
 def test_what_the_official_script_saved(official, tmp_path):
     found = read_lightningdit(official)
-    assert replace(found.config, size=OFFICIAL.size) == resolve_dit(OFFICIAL)
+    assert replace(found.config, size=OFFICIAL.size) == complete_dit(OFFICIAL)
     assert (found.step, found.notes) == (1, [])
     tree = torch.load(official, weights_only=True)
     assert set(tree) == {"model", "ema", "opt", "config"} and all(name.startswith("module.") for name in tree["model"])

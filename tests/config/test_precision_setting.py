@@ -7,7 +7,7 @@ import torch
 
 from megavtp.config import precision
 from megavtp.config.load import load_config
-from megavtp.config.schema import ParallelConfig
+from megavtp.config.run import ParallelConfig
 from megavtp.config.validate import validate
 
 

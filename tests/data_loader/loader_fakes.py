@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megavtp.config.run import TrainConfig
 from megavtp.config.schema import (
     AugmentConfig,
     Config,
@@ -16,7 +17,6 @@ from megavtp.config.schema import (
     ObjectivesConfig,
     ReconstructionConfig,
     SelfDistillationConfig,
-    TrainConfig,
 )
 from megavtp.data.decode import BadSample
 from megavtp.data.shards import RawSample

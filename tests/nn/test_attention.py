@@ -56,8 +56,7 @@ def test_varlen_path_gets_offsets_and_longest(monkeypatch, causal):
 
     q, k, v = tokens(SEGMENTS)
     expected = attend(q, k, v, SEGMENTS, causal, "sdpa")
-    monkeypatch.setattr(attention_kernels, "_suits_varlen", lambda q: True)
-    monkeypatch.setattr(attention_kernels, "find_varlen", lambda: kernel)
+    monkeypatch.setattr(attention_kernels, "_varlen_of", lambda q: kernel)
     assert torch.allclose(attend(q, k, v, SEGMENTS, causal, "auto"), expected, atol=1e-6)
     assert torch.allclose(attend(q, k, v, SEGMENTS, causal, "flash"), expected, atol=1e-6)
     assert torch.equal(attend(q, k, v, SEGMENTS, causal, "sdpa"), expected)

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from megavtp.config.load import from_dict
-from megavtp.config.schema import Config, ParallelConfig
+from megavtp.config.run import ParallelConfig
+from megavtp.config.schema import Config
 from megavtp.config.share import share
 from megavtp.config.validate import validate
 from megavtp.data.batch import Batch, StepDataset

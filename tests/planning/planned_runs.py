@@ -9,7 +9,8 @@ from typing import Any
 
 from tiny_run import build_engine, data_of, learning_rate, merged, passes_of, tiny_config
 
-from megavtp.config.schema import Config, ParallelConfig
+from megavtp.config.run import ParallelConfig
+from megavtp.config.schema import Config
 from megavtp.models.vtp import OBJECTIVES, VTP
 from megavtp.parallel.deepspeed_adapter import _flat_partitions, _inner
 from megavtp.parallel.engine import Engine

@@ -14,7 +14,8 @@ import yaml
 from planned_runs import layout
 
 from megavtp.config.load import from_dict, merged, to_dict
-from megavtp.config.schema import Config, ParallelConfig
+from megavtp.config.run import ParallelConfig
+from megavtp.config.schema import Config
 from megavtp.config.validate import validate
 from megavtp.errors import UserError
 from megavtp.planning import report

@@ -8,7 +8,7 @@ import torch
 from distributed import run_ranks
 from torch import nn
 
-from megavtp.config.schema import OptimizerConfig
+from megavtp.config.run import OptimizerConfig
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import SINGLE
 from megavtp.training.optimizer import _apex_adam, build_optimizer, parameter_groups

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from megavtp.config.schema import OptimizerConfig
+from megavtp.config.run import OptimizerConfig
 from megavtp.training.schedules import cosine, learning_rate, linear_warmup, warmup_cosine, warmup_hold
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megavtp.config.schema import Config, ModelConfig, ParallelConfig, TelemetryConfig, TrainConfig
+from megavtp.config.run import ParallelConfig, TrainConfig
+from megavtp.config.schema import Config, ModelConfig, TelemetryConfig
 from megavtp.config.sizes import resolve_model
 from megavtp.errors import UserError
 from megavtp.parallel.mesh import SINGLE

@@ -20,8 +20,9 @@ from megavtp.checkpoint.formats.vtp_source import VTPSource, check_periods, open
 from megavtp.checkpoint.native_dit import AVERAGE, FACTS, TRAINED, artifact_of, is_dit
 from megavtp.checkpoint.reading import INDEX, open_checkpoint, step_folder
 from megavtp.checkpoint.store import CheckpointStore
-from megavtp.config.dit import DiTConfig, resolve_dit
+from megavtp.config.dit import CompleteDiTConfig, DiTConfig, complete_config
 from megavtp.config.load import from_dict, to_dict
+from megavtp.config.sizes import narrowed
 from megavtp.data.artifact import LatentStatistics, TokenizerArtifact, check_same_tokenizer
 from megavtp.data.torch_file import write_torch_file
 from megavtp.errors import UserError
@@ -184,13 +185,13 @@ def convert_dit(
 def _read_native_dit(path: Path) -> LightningDiT:
     with open_checkpoint(path) as checkpoint:
         artifact = artifact_of(checkpoint)  # first, as it says if this is no DiT
-        config = from_dict(checkpoint.meta["config"], DiTConfig)
+        config = complete_config(from_dict(checkpoint.meta["config"], DiTConfig))
         weights, average = (
             {name.removeprefix(p): checkpoint.tensor(name) for name in checkpoint.names if name.startswith(p)}
             for p in (TRAINED, AVERAGE)
         )
         facts = checkpoint.meta[FACTS]
-        return LightningDiT(resolve_dit(config.model), weights, average, checkpoint.step, [], artifact, config, facts)
+        return LightningDiT(config.model, weights, average, checkpoint.step, [], artifact, config, facts)
 
 
 def _save_native_dit(folder: Path, dit: LightningDiT) -> None:
@@ -198,7 +199,7 @@ def _save_native_dit(folder: Path, dit: LightningDiT) -> None:
         f"{prefix}{name}": tensor
         for prefix, state in ((TRAINED, dit.weights), (AVERAGE, dit.average)) for name, tensor in state.items()
     }
-    config = replace(dit.run or DiTConfig(), model=dit.config)
+    config = narrowed(dit.run or DiTConfig(), CompleteDiTConfig, model=dit.config)
     artifact = dit.artifact.to_dict() if dit.artifact else None
     facts = {"classes": None, **(dit.facts or {}), "visual_tokenizer": artifact}
     write_native(folder, dit.step, tensors, config, {FACTS: facts})

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megavtp.config.schema import ModelConfig
+from megavtp.config.sizes import ResolvedModel
 
 NOT_READ = {"trunk.mask_token", "trunk.rope_embed.periods"}  # when encoding; the periods follow from the config
 
 
-def encoder_fingerprint(config: ModelConfig, tensors: Mapping[str, Tensor]) -> str:
+def encoder_fingerprint(config: ResolvedModel, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the encoder's weights in float32 and the settings that their shapes do not show.
 
     ``tensors``: by our names, whole; others than the encoder's are ignored. The same for a run's checkpoint and for

@@ -19,7 +19,7 @@ from torch import Tensor
 from megavtp.checkpoint.formats.fitting import check
 from megavtp.checkpoint.formats.hf_vtp_config import config_from_official, config_to_official, read_keys
 from megavtp.checkpoint.tensor_file import write_tensors, write_text
-from megavtp.config.schema import ModelConfig
+from megavtp.config.sizes import ResolvedModel
 from megavtp.data.files import read_json_object
 from megavtp.errors import UserError
 from megavtp.models.vtp import OBJECTIVES, VTP
@@ -39,7 +39,7 @@ _TEXT_BLOCK = {
 SCALARS = ("logit_scale", "logit_bias")  # of shape () officially, (1,) here
 
 
-def official_name(name: str, config: ModelConfig) -> str:
+def official_name(name: str, config: ResolvedModel) -> str:
     """Official name of one of our tensors."""
     if not name.startswith("text."):
         return name
@@ -52,24 +52,24 @@ def official_name(name: str, config: ModelConfig) -> str:
     return re.sub(r"^norm\.", "ln_final.", re.sub(r"^projection\.", "text_projection.", name))
 
 
-def _is_transposed(name: str, config: ModelConfig) -> bool:
+def _is_transposed(name: str, config: ResolvedModel) -> bool:
     """The bias-free text projection is stored as (in, out), to be used as x @ P."""
     return name == "text.projection.weight" and not config.text.projection_bias
 
 
-def our_shapes(config: ModelConfig, objectives: AbstractSet[str]) -> dict[str, list[int]]:
+def our_shapes(config: ResolvedModel, objectives: AbstractSet[str]) -> dict[str, list[int]]:
     """Our name and shape of every tensor of a tokenizer with the towers of ``objectives``."""
     with torch.device("meta"):
         model = VTP(config, objectives=EXPORTED & objectives)
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def official_shapes(config: ModelConfig, objectives: AbstractSet[str] = OBJECTIVES) -> dict[str, list[int]]:
+def official_shapes(config: ResolvedModel, objectives: AbstractSet[str] = OBJECTIVES) -> dict[str, list[int]]:
     """Official name and shape of every tensor of ``config``'s model."""
     return _to_official_shapes(our_shapes(config, objectives), config)
 
 
-def _to_official_shapes(shapes: Mapping[str, list[int]], config: ModelConfig) -> dict[str, list[int]]:
+def _to_official_shapes(shapes: Mapping[str, list[int]], config: ResolvedModel) -> dict[str, list[int]]:
     shapes = {**shapes, **{name: [] for name in SCALARS if name in shapes}}
     return {
         official_name(name, config): shape[::-1] if _is_transposed(name, config) else shape
@@ -87,7 +87,7 @@ def objectives_of(names: AbstractSet[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def to_official(state: Mapping[str, Tensor], config: ResolvedModel) -> dict[str, Tensor]:
     """Our full tensors as official ones: float32, RoPE periods bfloat16.
 
     ``state`` may lack the periods (they follow from the config) and may hold the DINO head and the teacher, which
@@ -105,7 +105,7 @@ def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
 
 
 def from_official(
-    tensors: Mapping[str, Tensor], config: ModelConfig, objectives: AbstractSet[str] | None = None
+    tensors: Mapping[str, Tensor], config: ResolvedModel, objectives: AbstractSet[str] | None = None
 ) -> dict[str, Tensor]:
     """Official tensors under our names, float32 (periods in their own dtype).
 
@@ -128,7 +128,7 @@ def from_official(
     return result
 
 
-def _periods(config: ModelConfig, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+def _periods(config: ResolvedModel, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
     dtype = DTYPES[config.rope_dtype]
     return {name: rope_periods(4 * shape[0], dtype) for name, shape in shapes.items() if name.endswith(PERIODS)}
 
@@ -144,7 +144,7 @@ def load_tensors(folder: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is not a whole safetensors file ({error}); download it again") from None
 
 
-def load_folder(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+def load_folder(folder: str | Path) -> tuple[ResolvedModel, dict[str, Tensor]]:
     """Model config and full tensors by our names of an official folder. UserError for anything that does not fit."""
     data = read_json_object(Path(folder) / "config.json", "give the folder of an official VTP checkpoint")
     values, config = read_keys(data), config_from_official(data)
@@ -153,7 +153,7 @@ def load_folder(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, from_official(load_tensors(folder), config, objectives)
 
 
-def save_folder(folder: str | Path, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
+def save_folder(folder: str | Path, config: ResolvedModel, state: Mapping[str, Tensor]) -> None:
     """Write an official folder from our full tensors. UserError when the model has no official form."""
     folder = Path(folder)
     objectives = objectives_of(state.keys())

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-from megavtp.config.schema import DecoderConfig, ModelConfig, TextConfig, VisionConfig
-from megavtp.config.sizes import VISION
+from megavtp.config.sizes import VISION, ResolvedDecoder, ResolvedModel, ResolvedText, ResolvedVision
 from megavtp.errors import UserError
 from megavtp.models.vtp import OBJECTIVES
 
@@ -72,27 +71,27 @@ def read_keys(data: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def config_from_official(data: Mapping[str, Any]) -> ModelConfig:
+def config_from_official(data: Mapping[str, Any]) -> ResolvedModel:
     """The model config of an official ``config.json``, all sizes explicit. UserError names a bad value."""
     v = read_keys(data)
     sizes = {shape: name for name, shape in VISION.items()}
     shape = (v["vision_embed_dim"], v["vision_depth"], v["vision_num_heads"])
-    return ModelConfig(
+    return ResolvedModel(
         size=sizes.get(shape, "b"), image_size=v["image_size"], patch_size=v["vision_patch_size"],
         bottleneck=v["vision_feature_bottleneck"], bottleneck_reconstruction_only=v["vision_bottleneck_ae_only"],
         init_logit_scale=v["init_logit_scale"] or None, init_logit_bias=v["init_logit_bias"],
-        vision=VisionConfig(
+        vision=ResolvedVision(
             width=shape[0], depth=shape[1], heads=shape[2], mlp_ratio=v["vision_mlp_ratio"],
             ffn=v["vision_ffn_layer"], norm=v["vision_norm_layer"], layer_scale=v["vision_init_values"] or None,
             qk_norm=v["vision_use_qk_norm"], clip_feature=v["vision_clip_feat"],
         ),
-        text=TextConfig(
+        text=ResolvedText(
             width=v["text_embed_dim"], depth=v["text_depth"], heads=v["text_num_heads"], mlp_ratio=v["text_mlp_ratio"],
             context_length=v["text_context_length"], vocab_size=v["text_vocab_size"],
             layer_scale=v["text_ls_init_value"], causal=not v["text_no_causal_mask"], pool=v["text_pool_type"],
             projection=v["text_proj_type"], projection_bias=v["text_proj_bias"], quick_gelu=v["text_quick_gelu"],
         ),
-        decoder=DecoderConfig(
+        decoder=ResolvedDecoder(
             width=v["decoder_embed_dim"], depth=v["decoder_depth"], heads=v["decoder_num_heads"],
             ffn=v["decoder_ffn_layer"], norm=v["decoder_norm_layer"], layer_scale=v["decoder_init_values"] or None,
             qk_norm=v["decoder_use_qk_norm"],
@@ -100,7 +99,7 @@ def config_from_official(data: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def config_to_official(config: ModelConfig, objectives: AbstractSet[str] = OBJECTIVES) -> dict[str, Any]:
+def config_to_official(config: ResolvedModel, objectives: AbstractSet[str] = OBJECTIVES) -> dict[str, Any]:
     """The official ``config.json`` of a resolved config; UserError for what that format cannot say."""
     if config.rope_dtype != "bfloat16":
         raise UserError(

@@ -17,7 +17,7 @@ from megavtp.checkpoint.formats.openclip import from_openclip, is_openclip
 from megavtp.checkpoint.formats.timm_vit import from_timm, is_timm_vit
 from megavtp.checkpoint.formats.vtp_source import check_periods, open_vtp
 from megavtp.checkpoint.formats.weights_file import read_weights_file
-from megavtp.config.schema import ModelConfig
+from megavtp.config.sizes import ResolvedModel
 from megavtp.errors import UserError
 from megavtp.models.vtp import VTP
 from megavtp.parallel.sharding import cut, shard_of
@@ -28,7 +28,7 @@ _HIDDEN = ("heads", "norm", "ffn", "clip_feature", "causal", "pool", "quick_gelu
 
 
 def read_initial(
-    spec: str, config: ModelConfig, objectives: AbstractSet[str], frozen_encoder: bool = False
+    spec: str, config: ResolvedModel, objectives: AbstractSet[str], frozen_encoder: bool = False
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Whole tensors by our names, checked against the whole model, and notes for the user.
 
@@ -71,7 +71,7 @@ def fill(model: VTP, tensors: Mapping[str, Tensor]) -> None:
         model.start_teacher()
 
 
-def _whole_shapes(config: ModelConfig, objectives: AbstractSet[str]) -> dict[str, list[int]]:
+def _whole_shapes(config: ResolvedModel, objectives: AbstractSet[str]) -> dict[str, list[int]]:
     with torch.device("meta"):
         model = VTP(config, objectives=objectives)
     return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
@@ -81,7 +81,7 @@ def _tower(name: str) -> str:
     return name.split(".")[0]
 
 
-def _read(path: Path, config: ModelConfig, shapes: Mapping[str, list[int]]) -> ForeignWeights:
+def _read(path: Path, config: ResolvedModel, shapes: Mapping[str, list[int]]) -> ForeignWeights:
     if path.is_dir():
         return _read_vtp(path, config, shapes)
     state = unwrapped(read_weights_file(path, "no weights", _REMEDY))
@@ -96,7 +96,7 @@ def _read(path: Path, config: ModelConfig, shapes: Mapping[str, list[int]]) -> F
     return found
 
 
-def _read_vtp(path: Path, config: ModelConfig, shapes: Mapping[str, list[int]]) -> ForeignWeights:
+def _read_vtp(path: Path, config: ResolvedModel, shapes: Mapping[str, list[int]]) -> ForeignWeights:
     source = open_vtp(path)
     check_periods(source)
     towers = {_tower(name) for name in shapes}
@@ -119,7 +119,7 @@ def _read_vtp(path: Path, config: ModelConfig, shapes: Mapping[str, list[int]]) 
     return found
 
 
-def _other_settings(there: ModelConfig, here: ModelConfig, towers: AbstractSet[str]) -> list[str]:
+def _other_settings(there: ResolvedModel, here: ResolvedModel, towers: AbstractSet[str]) -> list[str]:
     """Settings that change what the weights compute and that their shapes do not show."""
     sections = {"trunk": "vision", "text": "text", "pixel_decoder": "decoder"}
     found = [] if there.rope_dtype == here.rope_dtype else [f"model.rope_dtype is {there.rope_dtype} there"]

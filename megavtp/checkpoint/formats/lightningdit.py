@@ -23,7 +23,7 @@ from megavtp.checkpoint.formats.lightningdit_config import (
     stated_settings,
 )
 from megavtp.checkpoint.formats.weights_file import read_weights_file
-from megavtp.config.dit import DiTConfig, DiTModelConfig
+from megavtp.config.dit import CompleteDiT, CompleteDiTConfig, DiTConfig
 from megavtp.config.dit_validate import validate_dit
 from megavtp.data.artifact import TokenizerArtifact
 from megavtp.errors import UserError
@@ -48,13 +48,13 @@ class LightningDiT:
         artifact: the tokenizer of the latents, run: the whole configuration, facts: further ones; a ``.pt`` has none.
     """
 
-    config: DiTModelConfig
+    config: CompleteDiT
     weights: dict[str, Tensor]
     average: dict[str, Tensor]
     step: int
     notes: list[str]
     artifact: TokenizerArtifact | None = None
-    run: DiTConfig | None = None
+    run: CompleteDiTConfig | None = None
     facts: dict[str, Any] | None = None
 
 
@@ -82,7 +82,7 @@ def read_lightningdit(path: str | Path) -> LightningDiT:
 
 
 def lightningdit_tree(
-    config: DiTModelConfig, weights: Mapping[str, Tensor], average: Mapping[str, Tensor], *, module_prefix: bool = False
+    config: CompleteDiT, weights: Mapping[str, Tensor], average: Mapping[str, Tensor], *, module_prefix: bool = False
 ) -> dict[str, Any]:
     """What ``torch.save`` writes, position tables included. UserError for what the format cannot say.
 
@@ -113,7 +113,7 @@ def _parts(tree: Mapping[str, Any], path: Path) -> Parts:
     return {"ema": _plain(tree)}
 
 
-def _check(parts: Parts, config: DiTModelConfig, stated: Mapping[str, int], path: Path) -> None:
+def _check(parts: Parts, config: CompleteDiT, stated: Mapping[str, int], path: Path) -> None:
     """UserError that lists all that does not fit, in every part."""
     depth = stated.get("depth", 0)  # its missing blocks are listed
     shapes = dit_shapes(replace(config, depth=depth) if 0 < depth <= _DEEPEST else config)
@@ -130,7 +130,7 @@ def _check(parts: Parts, config: DiTModelConfig, stated: Mapping[str, int], path
         raise UserError(f"{path} does not fit its model config: {'; '.join(found)}; use a file that is whole")
 
 
-def _invalid(config: DiTModelConfig) -> list[str]:
+def _invalid(config: CompleteDiT) -> list[str]:
     """Sizes that fit one another, and yet make no DiT."""
     try:
         validate_dit(DiTConfig(model=config), None)
@@ -139,13 +139,13 @@ def _invalid(config: DiTModelConfig) -> list[str]:
     return []
 
 
-def _positions(config: DiTModelConfig) -> dict[str, Tensor]:
+def _positions(config: CompleteDiT) -> dict[str, Tensor]:
     side = config.latent_size // config.patch_size
     tables = pair_tables(config.width // config.heads, side)
     return dict(zip(POSITIONS, (sine_positions(config.width, side)[None], *tables)))
 
 
-def _other_positions(state: Mapping[str, Tensor], config: DiTModelConfig) -> list[str]:
+def _other_positions(state: Mapping[str, Tensor], config: CompleteDiT) -> list[str]:
     return [
         f"{name} is not the fixed position table of its sizes, and this DiT has no other"
         for name, expected in _positions(config).items()

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from megavtp.checkpoint.formats.fitting import faults
-from megavtp.config.dit import SIZES, DiTModelConfig
+from megavtp.config.dit import SIZES, CompleteDiT, DiTModelConfig, DiTSize, complete_dit
 from megavtp.errors import UserError
 from megavtp.models.dit import DiT
 
 Parts = Mapping[str, Mapping[str, Tensor]]  # "model", "ema" or both -> LightningDiT's keys -> tensors
 
 REMEDY = "give a LightningDiT checkpoint (STEP.pt); OpenCLIP and timm weights go into model.init_from"
-_NAMES = {"b": "B", "l": "L", "xl": "XL", "1p0b": "1p0B", "1p6b": "1p6B"}
+_NAMES: dict[DiTSize, str] = {"b": "B", "l": "L", "xl": "XL", "1p0b": "1p0B", "1p6b": "1p6B"}
 # Where the sizes are read off, with the number of dimensions.
 _TELLING = {
     "x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2, "final_layer.linear.weight": 2,
@@ -34,14 +34,14 @@ _STATED = {
 }
 
 
-def dit_shapes(config: DiTModelConfig) -> dict[str, list[int]]:
+def dit_shapes(config: CompleteDiT) -> dict[str, list[int]]:
     """LightningDiT's key and shape of every tensor, position tables included, of a resolved config."""
     with torch.device("meta"):
         state = DiT(config).state_dict()
     return {name: list(tensor.shape) for name, tensor in state.items()}
 
 
-def infer_config(parts: Parts, stated: Mapping[str, int], path: Path) -> DiTModelConfig:
+def infer_config(parts: Parts, stated: Mapping[str, int], path: Path) -> CompleteDiT:
     """The settings that the tensors' shapes show. They need not be in all parts, nor fit: see ``fitting.faults``.
 
     Raises:
@@ -58,12 +58,12 @@ def infer_config(parts: Parts, stated: Mapping[str, int], path: Path) -> DiTMode
         raise UserError(f"{path} does not show its sizes: {wrong}; use a file that is whole")
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
     heads = max(width // shapes["feat_rope.freqs_cos"][1], 1)
-    return DiTModelConfig(
-        size=next((name for name, size in SIZES.items() if size == (width, depth, heads)), "xl"), width=width,
-        depth=depth, heads=heads, patch_size=patch, qk_norm=qk_norm,
-        latent_size=math.isqrt(shapes["pos_embed"][1]) * patch, latent_channels=channels,
+    known_sizes: list[DiTSize] = [name for name, size in SIZES.items() if size == (width, depth, heads)]
+    return complete_dit(DiTModelConfig(
+        size=known_sizes[0] if known_sizes else "xl", width=width, depth=depth, heads=heads, patch_size=patch,
+        qk_norm=qk_norm, latent_size=math.isqrt(shapes["pos_embed"][1]) * patch, latent_channels=channels,
         num_classes=shapes["y_embedder.embedding_table.weight"][0] - 1,
-    )
+    ))
 
 
 def stated_settings(tree: Mapping[str, Any]) -> dict[str, int]:
@@ -74,7 +74,7 @@ def stated_settings(tree: Mapping[str, Any]) -> dict[str, int]:
     found: dict[str, int] = {}
     kind = re.fullmatch(r"LightningDiT-(\w+)/(\d+)", str(sections.get("model", {}).get("model_type")))
     size = next((size for size, name in _NAMES.items() if kind and name == kind[1]), None)
-    if size is not None:
+    if kind and size:
         found = {**dict(zip(("width", "depth", "heads"), SIZES[size])), "patch_size": int(kind[2])}
     for name, places in _STATED.items():
         for section, key in places:
@@ -83,7 +83,7 @@ def stated_settings(tree: Mapping[str, Any]) -> dict[str, int]:
     return found
 
 
-def settings_to_state(config: DiTModelConfig) -> dict[str, Any]:
+def settings_to_state(config: CompleteDiT) -> dict[str, Any]:
     """The constructor arguments of LightningDiT, of a resolved config."""
     shape = (config.width, config.depth, config.heads)
     size = next((_NAMES[name] for name, known in SIZES.items() if known == shape and name in _NAMES), None)
@@ -128,9 +128,9 @@ def _refuse_variants(
 
 def _faults_without_sizes(parts: Parts, depth: int, qk_norm: bool) -> str:
     """What can be said by the names alone, and of the tensors that should tell the sizes."""
-    some = DiTModelConfig(
+    some = complete_dit(DiTModelConfig(
         width=4, depth=depth, heads=1, qk_norm=qk_norm, latent_size=1, latent_channels=1, num_classes=1
-    )
+    ))
     found = []
     for part, state in parts.items():
         expected = {name: state[name].shape if name in state else shape for name, shape in dit_shapes(some).items()}

@@ -16,7 +16,7 @@ from megavtp.checkpoint.formats.fitting import misshapen
 from megavtp.checkpoint.formats.foreign import ForeignWeights
 from megavtp.checkpoint.formats.hf_vtp import official_name
 from megavtp.checkpoint.formats.timm_vit import from_timm
-from megavtp.config.schema import ModelConfig
+from megavtp.config.sizes import ResolvedModel
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -32,7 +32,7 @@ def is_openclip(names: Mapping[str, Tensor]) -> bool:
     return any(name.startswith("visual.") for name in names) and _plain_text(names).keys() >= {"token_embedding.weight"}
 
 
-def from_openclip(state: Mapping[str, Tensor], config: ModelConfig, shapes: Shapes) -> ForeignWeights:
+def from_openclip(state: Mapping[str, Tensor], config: ResolvedModel, shapes: Shapes) -> ForeignWeights:
     """Tensors for the towers of a model with ``shapes``, by our names.
 
     The text encoder must fit (what does not is for the caller to find); the image encoder is taken whole or not at
@@ -51,7 +51,7 @@ def _plain_text(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("text."): tensor for name, tensor in state.items()}
 
 
-def _text(state: Mapping[str, Tensor], config: ModelConfig, shapes: Shapes, found: ForeignWeights) -> None:
+def _text(state: Mapping[str, Tensor], config: ResolvedModel, shapes: Shapes, found: ForeignWeights) -> None:
     theirs = {
         official_name(name, config).replace("text_transformer.", "transformer."): name
         for name in shapes if name.startswith("text.")

@@ -18,11 +18,11 @@ from megavtp.config.schema import (
     Config,
     ContrastiveConfig,
     DataConfig,
-    ModelConfig,
     ObjectivesConfig,
     ReconstructionConfig,
     SelfDistillationConfig,
 )
+from megavtp.config.sizes import ResolvedConfig, ResolvedModel
 from megavtp.data import artifact as artifact_file
 from megavtp.data.artifact import TokenizerArtifact
 from megavtp.errors import UserError
@@ -47,7 +47,7 @@ class VTPSource:
     """
 
     path: Path
-    config: Config
+    config: ResolvedConfig
     tensors: dict[str, Tensor]
     artifact: TokenizerArtifact
     captions: str | Path | None
@@ -83,7 +83,7 @@ def open_vtp(path: str | Path, form: str | None = None) -> VTPSource:
     return VTPSource(path, config, tensors, _artifact(path, config.model, tensors, captions), captions, step)
 
 
-def _read_native(checkpoint: Checkpoint) -> tuple[Config, dict[str, Tensor], int]:
+def _read_native(checkpoint: Checkpoint) -> tuple[ResolvedConfig, dict[str, Tensor], int]:
     if is_dit(checkpoint):
         raise UserError(
             f"{checkpoint.path} holds a DiT, no tokenizer: give a checkpoint of a VTP run, or a released model's folder"
@@ -95,7 +95,7 @@ def _read_native(checkpoint: Checkpoint) -> tuple[Config, dict[str, Tensor], int
     return config, {name: checkpoint.tensor(f"model/{name}") for name in names}, checkpoint.step
 
 
-def released_config(model: ModelConfig, objectives: AbstractSet[str]) -> Config:
+def released_config(model: ResolvedModel, objectives: AbstractSet[str]) -> ResolvedConfig:
     """The configuration that says of a model without a run what is known: its towers; and CLIP's captions."""
     on = ObjectivesConfig()
     return Config(
@@ -122,7 +122,7 @@ def find_captions(path: str | Path, data: DataConfig) -> str | Path:
 
 
 def _artifact(
-    path: Path, model: ModelConfig, tensors: dict[str, Tensor], captions: str | Path | None
+    path: Path, model: ResolvedModel, tensors: dict[str, Tensor], captions: str | Path | None
 ) -> TokenizerArtifact:
     fingerprint = encoder_fingerprint(model, tensors)
     if not (path / artifact_file.FILE).is_file():
