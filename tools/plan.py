@@ -42,12 +42,12 @@ def main() -> int:
     options, overrides = parse()
     from megavtp.config.load import load_config
     from megavtp.config.ranges import need
-    from megavtp.config.summary import parameter_counts
     from megavtp.config.validate import validate, with_vocabulary
     from megavtp.planning import report
     from megavtp.planning.devices import find_device
     from megavtp.planning.plan import GIB, Planner
     from megavtp.planning.search import search
+    from megavtp.planning.summary import parameter_counts
     from megavtp.training.optimizer import parameter_groups
 
     need(options.gpus >= 1, f"--gpus {options.gpus}: must be at least 1")

@@ -6,13 +6,13 @@ import sys
 from typing import NoReturn
 
 from megavtp.config.dit import DiTConfig
-from megavtp.config.dit_summary import dit_summary
 from megavtp.config.dit_validate import validate_dit
 from megavtp.config.load import load_config
 from megavtp.errors import UserError
 from megavtp.parallel import launch
 from megavtp.parallel.rendezvous import detect
 from megavtp.parallel.two_on_a_cpu import processes_of_run, start_two_on_a_cpu
+from megavtp.planning.dit_summary import dit_summary
 from megavtp.training.dit_run import DiTRun
 from megavtp.training.launcher import launcher_parser
 

@@ -9,7 +9,6 @@ from typing import NoReturn
 
 from megavtp.config.load import DEMO_CONFIG, load_config
 from megavtp.config.sizes import ResolvedConfig
-from megavtp.config.summary import layout_summary
 from megavtp.config.validate import validate
 from megavtp.data.sources.emoji import prepare_emoji
 from megavtp.errors import UserError
@@ -17,6 +16,7 @@ from megavtp.parallel import launch, phase
 from megavtp.parallel.collectives import together
 from megavtp.parallel.rendezvous import detect
 from megavtp.parallel.two_on_a_cpu import processes_of_run, start_two_on_a_cpu
+from megavtp.planning.summary import layout_summary
 from megavtp.training.pretrain_run import PretrainRun
 
 

@@ -8,7 +8,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megavtp.config.dit import SIZES, DiTConfig, DiTModelConfig, resolve_dit
-from megavtp.config.dit_summary import dit_parameters, dit_summary
 from megavtp.config.dit_validate import flow_share, validate_dit, with_latents
 from megavtp.config.load import from_dict, load_config, to_dict
 from megavtp.config.share import PassShare
@@ -16,6 +15,7 @@ from megavtp.errors import UserError
 from megavtp.models.dit import DiT
 from megavtp.models.dit_build import build_dit
 from megavtp.planning.dit_flops import dit_flops, dit_flops_per_step
+from megavtp.planning.dit_summary import dit_parameters, dit_summary
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").rglob("dit_*.yaml"))
 BASE = """

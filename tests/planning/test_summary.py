@@ -5,9 +5,9 @@ import torch
 
 from megavtp.config.load import load_config
 from megavtp.config.schema import Config, ModelConfig
-from megavtp.config.summary import layout_summary, parameter_counts, state_bytes
 from megavtp.config.validate import validate
 from megavtp.models.vtp import VTP
+from megavtp.planning.summary import layout_summary, parameter_counts, state_bytes
 
 
 @pytest.mark.parametrize(("size", "vision", "decoder", "total"), [

@@ -1,86 +1,42 @@
-"""What a run would be, in a page of text: sizes, batches, layout, schedule. Arithmetic only; nothing is built."""
+"""What a run would be, in a page of text: sizes, batches, layout, schedule. No memory is taken, no data is read."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from dataclasses import replace
+
+import torch
 
 from megavtp.config.run import OptimizerConfig, ParallelConfig
 from megavtp.config.share import share
-from megavtp.config.sizes import (
-    DECODER_MLP_RATIO,
-    GLOBAL_CROPS,
-    ResolvedConfig,
-    ResolvedModel,
-    contrastive_size,
-    feature_width,
-    ffn_hidden,
-)
+from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig, contrastive_size
+from megavtp.models.vtp import VTP
 
-
-def _transformer(tower: Any, ffn: str, ratio: float, norm_has_bias: bool) -> int:
-    """Parameters of ``tower.depth`` blocks and the final norm."""
-    width, norm = tower.width, tower.width * (2 if norm_has_bias else 1)
-    hidden = ffn_hidden(ffn, width, ratio)
-    attention = 4 * width * width + 4 * width
-    if getattr(tower, "qk_norm", False):
-        attention += 2 * width // tower.heads
-    feed_forward = 2 * width * hidden + hidden + width
-    if ffn != "mlp":
-        feed_forward += width * hidden + hidden
-    scales = 2 * width if tower.layer_scale is not None else 0
-    return tower.depth * (attention + feed_forward + 2 * norm + scales) + norm
-
-
-def _vision(model: ResolvedModel) -> int:
-    width, tower = model.vision.width, model.vision
-    blocks = _transformer(tower, tower.ffn, tower.mlp_ratio, tower.norm != "rmsnorm")
-    tokens = 2 * width  # class and mask token
-    patches = 3 * model.patch_size**2 * width + width
-    return blocks + tokens + patches + (width * model.bottleneck if model.bottleneck != width else 0)
-
-
-def _text(model: ResolvedModel) -> int:
-    """The text tower, both projections into the shared space and the temperature."""
-    text = model.text
-    embeddings = ((text.vocab_size or 0) + text.context_length) * text.width
-    projections = feature_width(model) * text.width
-    if text.projection == "linear":
-        projections += text.width**2 + (text.width if text.projection_bias else 0)
-    scalars = 1 if model.init_logit_bias is None else 2
-    return _transformer(text, "mlp", text.mlp_ratio, True) + embeddings + projections + scalars
-
-
-def _decoder(model: ResolvedModel) -> int:
-    tower, pixels = model.decoder, 3 * model.patch_size**2
-    blocks = _transformer(tower, tower.ffn, DECODER_MLP_RATIO, tower.norm != "rmsnorm")
-    return blocks + (model.bottleneck + 1) * tower.width + (tower.width + 1) * pixels
-
-
-def _dino_head(model: ResolvedModel) -> int:
-    head = model.dino_head
-    widths = [feature_width(model), *[head.hidden] * (head.layers - 1), head.bottleneck]
-    layers = sum(a * b + b for a, b in zip(widths, widths[1:]))
-    return layers + head.prototypes * (head.bottleneck + 1)
+_PARTS = ("frozen_encoder", "vision", "text", "decoder", "dino_head", "teacher")
+_PART_OF = {"trunk": "vision", "pixel_decoder": "decoder", "dino_head": "dino_head", "teacher": "teacher"}
 
 
 def parameter_counts(config: ResolvedConfig) -> dict[str, int]:
     """Parameters of each tower that a validated ``config`` trains, of the EMA teacher, and of a frozen encoder.
 
-    A vocabulary that the tokenizer decides counts as empty.
+    They are read off the model itself, on the meta device. ``text`` has the projections into the shared space and the
+    temperature as well. A vocabulary that the tokenizer decides counts as empty.
     """
-    model, o = config.model, config.objectives
-    trunk = _vision(model)
-    counts = {"frozen_encoder" if o.reconstruction.frozen_encoder else "vision": trunk}
-    if o.reconstruction.weight == 0 and model.bottleneck_reconstruction_only and model.bottleneck != model.vision.width:
-        counts["vision"] -= model.vision.width * model.bottleneck  # nothing reads the bottleneck: it stays frozen
-    if o.contrastive.weight > 0:
-        counts["text"] = _text(model)
-    if o.reconstruction.weight > 0:
-        counts["decoder"] = _decoder(model)
-    if o.self_distillation.weight > 0:
-        counts["dino_head"] = _dino_head(model)
-        counts["teacher"] = trunk + counts["dino_head"]
-    return counts
+    text = replace(config.model.text, vocab_size=config.model.text.vocab_size or 0)
+    frozen_encoder = config.objectives.reconstruction.frozen_encoder
+    with torch.device("meta"):
+        model = VTP(
+            replace(config.model, text=text), objectives=frozenset(share(config, 1).passes),
+            frozen_encoder=frozen_encoder,
+        )
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        part = _PART_OF.get(name.split(".")[0], "text")
+        if part == "vision" and frozen_encoder:
+            part = "frozen_encoder"
+        if parameter.requires_grad or part in ("teacher", "frozen_encoder"):
+            counts[part] += parameter.numel()
+    return {part: counts[part] for part in _PARTS if part in counts}
 
 
 def state_bytes(config: ResolvedConfig, dp: int) -> int:

@@ -1,25 +1,28 @@
-"""What a DiT's run would be, in a page of text. Arithmetic only; nothing is built, no data is read."""
+"""What a DiT's run would be, in a page of text. No memory is taken, no data is read."""
 
 from __future__ import annotations
 
-from megavtp.config.dit import TIME_FREQUENCIES, ResolvedDiT, ResolvedDiTConfig, swiglu_hidden
+import warnings
+
+import torch
+
+from megavtp.config.dit import CompleteDiT, ResolvedDiT, ResolvedDiTConfig
 from megavtp.config.dit_validate import flow_share
-from megavtp.config.summary import bytes_of_state, optimizer_line
+from megavtp.config.sizes import narrowed
+from megavtp.models.dit import DiT
+from megavtp.planning.summary import bytes_of_state, optimizer_line
 
 
 def dit_parameters(model: ResolvedDiT) -> int:
-    """Trainable parameters of a resolved model; sizes that only the latents decide count as empty."""
-    width, hidden, values = model.width, swiglu_hidden(model.width), model.patch_size**2 * (model.latent_channels or 0)
-    attention = 4 * width * width + 4 * width + (2 * width // model.heads if model.qk_norm else 0)
-    feed_forward = 3 * width * hidden + 2 * hidden + width
-    block = attention + feed_forward + 6 * width * (width + 1) + 2 * width
-    time = (TIME_FREQUENCIES + 1) * width + (width + 1) * width
-    if model.condition == "class":
-        condition = ((model.num_classes or 0) + 1) * width
-    else:
-        condition = ((model.caption_width or 0) + 1) * width + (width + 1) * width
-    ends = (values + 1) * width + (width + 1) * values + width + 2 * width * (width + 1)
-    return model.depth * block + time + condition + ends
+    """Trainable parameters, read off the model itself on the meta device; sizes that only the latents decide count as
+    empty."""
+    sizes = {
+        name: getattr(model, name) or 0 for name in ("latent_size", "latent_channels", "num_classes", "caption_width")
+    }
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of a tensor without elements
+        dit = DiT(narrowed(model, CompleteDiT, **sizes))
+    return sum(parameter.numel() for parameter in dit.parameters())
 
 
 def dit_summary(config: ResolvedDiTConfig, world_size: int) -> str:
