@@ -121,8 +121,13 @@ def open_checkpoint(path: str | Path, verify: bool | Literal["sizes"] = True) ->
     return Checkpoint(path, index, lock)
 
 
-def find_latest(root: str | Path, verify: bool | Literal["sizes"] = True) -> Path | None:
-    """The newest checkpoint under ``root`` that verifies, or None; each skipped one is logged with the reason."""
+def find_latest(
+    root: str | Path, verify: bool | Literal["sizes"] = True, last: int | None = None
+) -> Path | None:
+    """The newest checkpoint under ``root`` that verifies, or None; each skipped one is logged with the reason.
+
+    ``last``: checkpoints of later steps are passed over.
+    """
     root = Path(root)
     if not root.is_dir():
         return None
@@ -132,6 +137,9 @@ def find_latest(root: str | Path, verify: bool | Literal["sizes"] = True) -> Pat
             candidates.append((int(match[1]), match[2] is None, entry))
         elif match := _PARTIAL_FOLDER.fullmatch(entry.name):
             partials.append((int(match[1]), entry))
+    if last is not None:
+        candidates = [candidate for candidate in candidates if candidate[0] <= last]
+        partials = [partial for partial in partials if partial[0] <= last]
     found = None
     for step, _, entry in sorted(candidates, reverse=True):
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -95,10 +95,20 @@ def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
             whole = objective.global_terms(*objective.global_inputs(outputs))
             terms.update({name: value.detach() for name, value in whole.items()})
             total += objective.weighted(whole)
-        return sum(total) * objective.weight
+        return _not_finite_with(terms.values(), sum(total) * objective.weight)
 
     train(run, objective.mode, inputs, count, loss)
     return {f"{objective.name}/{name}": value for name, value in _on_all_stages(objective, run, terms).items()}
+
+
+def _not_finite_with(terms: Iterable[Tensor], loss: Tensor) -> Tensor:
+    """``loss``, with a gradient that is NaN throughout if one of ``terms`` is not finite.
+
+    A term can be NaN while its gradient is finite: L1 against a NaN pixel, or a term of weight 0. With this the norm of
+    the gradient, which every rank knows and reads anyway, tells of it; nothing more is sent, and nothing read.
+    """
+    finite = torch.stack([term.float() for term in terms]).isfinite().all()
+    return loss * torch.where(finite, 1.0, torch.nan)
 
 
 def _on_all_stages(objective: Pass, run: Runner, terms: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from megavtp.parallel.two_on_a_cpu import processes_of_run, start_two_on_a_cpu
 from megavtp.planning.dit_summary import dit_summary
 from megavtp.training.dit_run import DiTRun
 from megavtp.training.launcher import launcher_parser
+from megavtp.training.replay import check_replayed
 
 
 def train_dit() -> NoReturn:
@@ -36,9 +37,13 @@ def _main() -> int:
     config = load_config(arguments.config, arguments.overrides, arguments.deepspeed_config, DiTConfig)
     world = processes_of_run(place.world)
     config = validate_dit(config, world)
+    check_replayed(arguments.replay, config.train.steps)
     if arguments.dry_run:
         if place.rank == 0:
             print(dit_summary(config, world))
         return 0
     device = launch.start(config.parallel.timeout)
-    return 0 if DiTRun(config, device).train() else launch.STOPPED
+    run = DiTRun(config, device, writes=arguments.replay is None)
+    if arguments.replay is not None:
+        return run.replay(arguments.replay)
+    return 0 if run.train() else launch.STOPPED

@@ -24,6 +24,7 @@ from megavtp.training.dit_resume import check_goes_on
 from megavtp.training.optimizer import build_optimizer
 from megavtp.training.output_dir import open_output_dir
 from megavtp.training.pictures import loss_curves
+from megavtp.training.replay import Unrecorded, replay
 from megavtp.training.telemetry import METRICS_FILE, Telemetry
 from megavtp.training.trainer import Trainer
 
@@ -31,13 +32,16 @@ from megavtp.training.trainer import Trainer
 class DiTRun:
     """Everything of one run on this rank.
 
+    Args:
+        writes: False for a replay, which leaves the run's folder as it is.
+
     Attributes:
         config: with the sizes of the latents filled in.
     """
 
-    def __init__(self, config: ResolvedDiTConfig, device: torch.device):
+    def __init__(self, config: ResolvedDiTConfig, device: torch.device, *, writes: bool = True):
         phase.enter("opening latents and building the model", slow=True)
-        self.device = device
+        self.device, self._writes = device, writes
         p = config.parallel
         self.mesh = build_mesh(p.tp, p.pp, p.virtual_stages, p.sequence_parallel)
         together(lambda: self._open(config))
@@ -47,18 +51,14 @@ class DiTRun:
         """All that reads or writes files, any of which may be missing on one machine only."""
         self.folder = LatentFolder(config.data.root)
         self.config = with_sizes_of(self.folder, config)
-        open_output_dir(self.config, self.mesh.rank == 0)
+        if self._writes:
+            open_output_dir(self.config, self.mesh.rank == 0)
 
     def train(self) -> bool:
         """Resume or start, and train; False if a signal stopped the run early (its state is saved)."""
         config, mesh = self.config, self.mesh
         telemetry = Telemetry.of_run(config, mesh, dit_flops_per_step(config)["total"])
-        flow = FlowMatchingPass(config, flow_share(config, mesh.dp), self.device)
-        trainer = Trainer(
-            config, self.engine, [flow], self.model.averaged(), lambda step: config.ema_momentum, telemetry,
-            self.loader, [], facts=facts_of(self.folder),
-            check=lambda checkpoint: check_goes_on(checkpoint, config.model, self.folder),
-        )
+        trainer = self._trainer(telemetry)
         phase.enter("reading the checkpoint", slow=True)
         start = trainer.resume()
         if note := untrained_classes(config.model, self.folder):
@@ -71,6 +71,22 @@ class DiTRun:
         telemetry.close()
         self.engine.close()
         return finished
+
+    def replay(self, step: int) -> int:
+        """Do ``step`` (from 1) again and print what in it is not finite; returns the exit status."""
+        phase.enter("reading the checkpoint", slow=True)
+        status = replay(self._trainer(Unrecorded(self.mesh)), step)
+        self.engine.close()
+        return status
+
+    def _trainer(self, telemetry: Telemetry) -> Trainer:
+        config = self.config
+        flow = FlowMatchingPass(config, flow_share(config, self.mesh.dp), self.device)
+        return Trainer(
+            config, self.engine, [flow], self.model.averaged(), lambda step: config.ema_momentum, telemetry,
+            self.loader, [], facts=facts_of(self.folder),
+            check=lambda checkpoint: check_goes_on(checkpoint, config.model, self.folder),
+        )
 
     def loader(self, start: int) -> Loader:
         """This rank's share of the steps from ``start`` on."""

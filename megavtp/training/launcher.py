@@ -18,6 +18,7 @@ from megavtp.parallel.rendezvous import detect
 from megavtp.parallel.two_on_a_cpu import processes_of_run, start_two_on_a_cpu
 from megavtp.planning.summary import layout_summary
 from megavtp.training.pretrain_run import PretrainRun
+from megavtp.training.replay import check_replayed
 
 
 def pretrain() -> NoReturn:
@@ -41,6 +42,10 @@ def launcher_parser(name: str, description: str, recipe: str, example: str) -> a
     )
     parser.add_argument("--config", type=Path, help=recipe)
     parser.add_argument("--deepspeed_config", type=Path, help="JSON with further DeepSpeed keys")
+    parser.add_argument(
+        "--replay", type=int, metavar="STEP",
+        help="do a step again from the checkpoint before it, print what in it is not finite (then status 3), and stop",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # habit of DeepSpeed scripts
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
@@ -54,6 +59,7 @@ def _main() -> int:
     config = load_config(arguments.config, arguments.overrides, arguments.deepspeed_config)
     world = processes_of_run(place.world)
     config = validate(config, world)
+    check_replayed(arguments.replay, config.train.steps)
     if arguments.dry_run:
         if place.rank == 0:
             print(layout_summary(config, world))
@@ -62,7 +68,9 @@ def _main() -> int:
     phase.enter("preparing data", slow=True)
     if _brings_its_data(arguments.config, config):
         _prepare_demo_data(config, place.rank)
-    run = PretrainRun(config, device)
+    run = PretrainRun(config, device, writes=arguments.replay is None)
+    if arguments.replay is not None:
+        return run.replay(arguments.replay)
     return 0 if run.train() else launch.STOPPED
 
 

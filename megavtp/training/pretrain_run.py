@@ -35,21 +35,25 @@ from megavtp.training.in_loop import InLoopEvaluation
 from megavtp.training.optimizer import build_optimizer
 from megavtp.training.output_dir import open_output_dir
 from megavtp.training.pretraining import build_passes, frozen_prototypes, teacher_momentum
+from megavtp.training.replay import Unrecorded, replay
 from megavtp.training.state import flat
 from megavtp.training.telemetry import Telemetry
-from megavtp.training.trainer import Trainer, checkpoint_root
+from megavtp.training.trainer import Hook, Trainer, checkpoint_root
 
 
 class PretrainRun:
     """Everything of one run on this rank.
 
+    Args:
+        writes: False for a replay, which leaves the run's folder as it is.
+
     Attributes:
         config: with the caption tokenizer's vocabulary filled in.
     """
 
-    def __init__(self, config: ResolvedConfig, device: torch.device):
+    def __init__(self, config: ResolvedConfig, device: torch.device, *, writes: bool = True):
         phase.enter("opening data and building the model", slow=True)
-        self.device = device
+        self.device, self._writes = device, writes
         p = config.parallel
         self.mesh = build_mesh(p.tp, p.pp, p.virtual_stages, p.sequence_parallel)
         self.share = share(config, self.mesh.dp)
@@ -63,7 +67,8 @@ class PretrainRun:
         self.train_set = open_dataset(root / "train")
         self.tokenizer = load_tokenizer(config.data.captions, root, config.model.text.context_length)
         self.config = with_vocabulary(config, self.tokenizer.vocab_size)
-        open_output_dir(self.config, self.mesh.rank == 0)
+        if self._writes:
+            open_output_dir(self.config, self.mesh.rank == 0)
         self.perceptual = build_perceptual(config, self.device)
         self._initial, self._notes = self._read_initial()
 
@@ -84,16 +89,11 @@ class PretrainRun:
         """Resume or start, train, evaluate; False if a signal stopped the run early (its state is saved)."""
         config, mesh = self.config, self.mesh
         telemetry = Telemetry.of_run(config, mesh, flops_per_step(config)["total"])
-        passes = build_passes(config, self.share, mesh, self.device, self.perceptual)
         evaluation = InLoopEvaluation(config, self.engine, mesh, self.tokenizer, self.perceptual, telemetry)
         every = [
             (config.telemetry.pictures_every, evaluation.pictures), (config.evaluation.every, evaluation.metrics)
         ]
-        pairs = self.model.teacher_pairs() if self.share.self_distillation else []
-        trainer = Trainer(
-            config, self.engine, passes, pairs, teacher_momentum(config), telemetry, self.loader, every,
-            frozen=frozen_prototypes(config), check=lambda checkpoint: _check_same_stage(checkpoint, config),
-        )
+        trainer = self._trainer(telemetry, every)
         phase.enter("reading the checkpoint", slow=True)
         for note in self._notes:
             telemetry.event("initial_weights", step=0, note=note)
@@ -106,6 +106,22 @@ class PretrainRun:
         telemetry.close()
         self.engine.close()
         return finished
+
+    def replay(self, step: int) -> int:
+        """Do ``step`` (from 1) again and print what in it is not finite; returns the exit status."""
+        phase.enter("reading the checkpoint", slow=True)
+        status = replay(self._trainer(Unrecorded(self.mesh), []), step)
+        self.engine.close()
+        return status
+
+    def _trainer(self, telemetry: Telemetry, every: list[tuple[int, Hook]]) -> Trainer:
+        config = self.config
+        passes = build_passes(config, self.share, self.mesh, self.device, self.perceptual)
+        pairs = self.model.teacher_pairs() if self.share.self_distillation else []
+        return Trainer(
+            config, self.engine, passes, pairs, teacher_momentum(config), telemetry, self.loader, every,
+            frozen=frozen_prototypes(config), check=lambda checkpoint: _check_same_stage(checkpoint, config),
+        )
 
     def loader(self, start: int) -> Loader:
         """This rank's share of the steps from ``start`` on."""

@@ -18,8 +18,8 @@ from megavtp.data.batch import Batch
 from megavtp.data.loader import Loader
 from megavtp.errors import UserError
 from megavtp.parallel import phase
-from megavtp.parallel.collectives import all_gather_object, all_reduce, broadcast_object
-from megavtp.parallel.engine import Engine
+from megavtp.parallel.collectives import all_gather_object, broadcast_object
+from megavtp.parallel.engine import Engine, StepResult
 from megavtp.parallel.passes import Pass, execute
 from megavtp.parallel.stop_signal import StopSignal
 from megavtp.training import state
@@ -62,14 +62,17 @@ class Trainer:
         self.distillation = next((p for p in passes if isinstance(p, SelfDistillationPass)), None)
         token = broadcast_object(secrets.token_hex(8))
         self.store = CheckpointStore(checkpoint_root(config), config.train.keep_last, run_token=token)
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row, self.max_skipped = 0, float(config.train.max_skipped_steps)
 
-    def resume(self) -> int:
-        """Load the newest checkpoint that verifies, if ``train.resume`` allows; returns the first step to do."""
+    def resume(self, last: int | None = None) -> int:
+        """Load the newest checkpoint that verifies, if ``train.resume`` allows; returns the first step to do.
+
+        ``last``: there must be one, of this step or an earlier one.
+        """
         if self.config.train.resume == "never":
             return 0
         root = checkpoint_root(self.config)
-        found = broadcast_object(_outcome(lambda: _newest(root)) if self.engine.mesh.rank == 0 else None)
+        found = broadcast_object(_outcome(lambda: _newest(root, last)) if self.engine.mesh.rank == 0 else None)
         if isinstance(found, UserError):
             raise found
         if found is None:
@@ -127,6 +130,13 @@ class Trainer:
         self.telemetry.event("checkpoint", step=step)
 
     def _step(self, batch: Batch, loader: Loader) -> None:
+        terms, result = self.do_step(batch)
+        self.telemetry.step(
+            batch.step, terms, result.grad_norm, self.lr, loader.wait_seconds, tower_norms=result.tower_norms
+        )
+
+    def do_step(self, batch: Batch) -> tuple[dict[str, Tensor], StepResult]:
+        """All passes and the update of one step; its terms, and what became of it."""
         self._set_lr(batch.step)
         self.engine.begin_step()
         terms: dict[str, Tensor] = {}
@@ -143,27 +153,30 @@ class Trainer:
             if self.distillation:
                 self.distillation.centers = centers  # they have taken in this step's teacher outputs
             self._skipped(batch, terms)
-        self.telemetry.step(
-            batch.step, terms, result.grad_norm, self.lr, loader.wait_seconds, tower_norms=result.tower_norms
-        )
+        return terms, result
 
     def _set_lr(self, step: int) -> None:
         self.lr = learning_rate(step, self.config.train.steps, self.config.train.optimizer)
         self.engine.set_lr(lambda g: 0.0 if self.frozen(step, g) else self.lr * g["lr_scale"])
 
     def _skipped(self, batch: Batch, terms: dict[str, Tensor]) -> None:
-        """A non-finite gradient: nothing was updated. Name the terms and keep the sample ids for a replay."""
-        values = all_reduce(torch.stack(list(terms.values())).float(), self.engine.mesh, "dp").tolist()
-        bad = [name for name, value in zip(terms, values) if not abs(value) < float("inf")]
+        """Something was not finite, and nothing updated. Name the terms that were not, on whichever ranks."""
+        step, finite = batch.step + 1, torch.stack(list(terms.values())).isfinite().tolist()
+        own = [name for name, is_finite in zip(terms, finite) if not is_finite]
+        ranks = all_gather_object((own, batch.ids))
+        bad = [name for name in terms if any(name in of_rank for of_rank, _ in ranks)]
         replica = self.engine.mesh.tp * self.engine.mesh.pp  # consecutive ranks, with the same share
-        ids = [name for share in all_gather_object(batch.ids)[::replica] for name in share]
-        self.telemetry.event("skipped", step=batch.step + 1, terms=bad or ["gradient"], ids=ids)
+        ids = [name for _, share in ranks[::replica] for name in share]
+        self.telemetry.event(
+            "skipped", step=step, terms=bad or ["gradient"], replay=f"--replay {step}", ids=ids
+        )
         self.skipped_in_a_row += 1
-        if self.skipped_in_a_row > self.config.train.max_skipped_steps:
+        if self.skipped_in_a_row > self.max_skipped:
             raise UserError(
-                f"{self.skipped_in_a_row} steps in a row had a non-finite gradient (last: step {batch.step}, "
-                f"{', '.join(bad) or 'all terms finite'}); nothing was updated: lower train.optimizer.lr or use "
-                "parallel.precision=fp32; more than train.max_skipped_steps is an error"
+                f"{self.skipped_in_a_row} steps in a row had a non-finite gradient (last: step {step}, "
+                f"{', '.join(bad) or 'all terms finite'}); nothing was updated: see where it comes from with "
+                f"--replay {step}, lower train.optimizer.lr or use parallel.precision=fp32; more than "
+                "train.max_skipped_steps is an error"
             )
 
 
@@ -171,13 +184,19 @@ def checkpoint_root(config: RunConfig) -> Path:
     return Path(config.output_dir) / "checkpoints"
 
 
-def _newest(root: Path) -> Path | None:
+def _newest(root: Path, last: int | None) -> Path | None:
     """The newest checkpoint that verifies, None if there is none at all.
 
     Raises:
-        UserError: there are some, all damaged. Starting over would silently throw the run away.
+        UserError: there are some, all damaged: starting over would silently throw the run away. Or ``last`` is given,
+            and there is none that is whole of this step or an earlier one.
     """
-    found = find_latest(root)
+    found = find_latest(root, last=last)
+    if found is None and last is not None:
+        raise UserError(
+            f"no checkpoint in {root} is of step {last} or an earlier one, to begin from: restore one from a copy, or "
+            "do the steps from the first one again with train.resume=never"
+        )
     if found is None and has_checkpoints(root):
         raise UserError(
             f"no checkpoint in {root} is whole (each one's damage is logged above): restore one from a copy, or start "

@@ -67,6 +67,15 @@ def whole(recipe, tmp_path_factory) -> Path:
     return folder / "run"
 
 
+def test_replay_from_the_start(whole, recipe):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    ranks = start(recipe, whole.parent, 1, "parallel.zero_stage=0", "train.resume=never", "--replay", "2")
+    assert statuses(ranks) == {0}, ranks.output
+    (line,) = (line for line in ranks.output.splitlines() if line.startswith("step 2: flow_matching/mse "))
+    assert float(line.split()[-1]) == pytest.approx(steps_done(whole)[2]["terms"]["flow_matching/mse"], rel=1e-7)
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
 def test_resumed_on_another_layout(whole, recipe, tmp_path):
     for world, overrides in (
         (2, ("parallel.tp=2", "parallel.zero_stage=3", "train.steps=3")),
