@@ -41,4 +41,6 @@ def _main() -> int:
             print(dit_summary(config, world))
         return 0
     device = launch.start(config.parallel.timeout)
-    return 0 if DiTRun(config, device).train() else launch.STOPPED
+    run = DiTRun(config, device)
+    with run.output:
+        return 0 if run.train() else launch.STOPPED

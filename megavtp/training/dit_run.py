@@ -22,7 +22,7 @@ from megavtp.planning.dit_flops import dit_flops_per_step
 from megavtp.training.dit_flow import FlowMatchingPass
 from megavtp.training.dit_resume import check_goes_on
 from megavtp.training.optimizer import build_optimizer
-from megavtp.training.output_dir import open_output_dir
+from megavtp.training.output_dir import OutputDir
 from megavtp.training.pictures import loss_curves
 from megavtp.training.telemetry import METRICS_FILE, Telemetry
 from megavtp.training.trainer import Trainer
@@ -47,12 +47,12 @@ class DiTRun:
         """All that reads or writes files, any of which may be missing on one machine only."""
         self.folder = LatentFolder(config.data.root)
         self.config = with_sizes_of(self.folder, config)
-        open_output_dir(self.config, self.mesh.rank == 0)
+        self.output = OutputDir(self.config, self.mesh.rank == 0)
 
     def train(self) -> bool:
         """Resume or start, and train; False if a signal stopped the run early (its state is saved)."""
         config, mesh = self.config, self.mesh
-        telemetry = Telemetry.of_run(config, mesh, dit_flops_per_step)
+        telemetry = Telemetry.of_run(config, mesh, dit_flops_per_step, self.output.keep)
         flow = FlowMatchingPass(config, flow_share(config, mesh.dp), self.device)
         trainer = Trainer(
             config, self.engine, [flow], self.model.averaged(), lambda step: config.ema_momentum, telemetry,
@@ -64,6 +64,7 @@ class DiTRun:
         if note := untrained_classes(config.model, self.folder):
             telemetry.event("untrained_classes", step=start, note=note)
         telemetry.start(start)
+        self.output.begin()
         finished = trainer.run(start)
         if finished and mesh.rank == 0:
             output = Path(config.output_dir)

@@ -63,7 +63,8 @@ def _main() -> int:
     if _brings_its_data(arguments.config, config):
         _prepare_demo_data(config, place.rank)
     run = PretrainRun(config, device)
-    return 0 if run.train() else launch.STOPPED
+    with run.output:
+        return 0 if run.train() else launch.STOPPED
 
 
 def _brings_its_data(recipe: Path | None, config: Config) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megavtp.config.schema import TelemetryConfig
+from megavtp.data.files import unwritable, write_atomic
 from megavtp.errors import UserError
 
 _RUN_ID = "wandb_run_id"  # file in the output folder: a resumed run goes on in the same chart
@@ -66,7 +67,10 @@ class WandbSink:
             )
         except wandb.errors.Error as error:
             raise UserError(f"wandb: {error}; log in with `wandb login`, or set telemetry.wandb=offline") from error
-        id_file.write_text(self._run.id)
+        try:
+            write_atomic(id_file, self._run.id.encode())
+        except OSError as error:
+            raise unwritable(id_file, error) from None
         # Our own step axis: wandb's must only grow, but a resumed run repeats the steps since its checkpoint.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

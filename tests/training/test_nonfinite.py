@@ -79,4 +79,5 @@ def test_too_many_skipped_steps_are_an_error(recipe, tmp_path):
     assert [process.exitcode for process in ranks.processes] == [2, 2], ranks.output
     assert len(ranks.errors) == 2 and "Traceback" not in ranks.output
     assert all("3 steps in a row had a non-finite gradient" in line for line in ranks.errors)
-    assert len(events(tmp_path / "run", "skipped")) == 3
+    skipped = events(tmp_path / "run", "skipped")
+    assert len(skipped) == 3 and all(f"last: step {skipped[-1]['step']}, " in line for line in ranks.errors)
