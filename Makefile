@@ -1,4 +1,4 @@
-# make install | demo | test | matrix | test-gpu | lint | clean
+# make install | demo | test | matrix | crash-sweep | test-gpu | lint | clean
 # PYTHON: the interpreter of a new environment; VENV: where it is; EXTRAS: what of setup.py's extras to install.
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +19,7 @@ LAUNCH := $(BIN)/deepspeed
 DRAW := --dit runs/demo_dit/checkpoints/latest --tokenizer runs/demo/tokenizer --method heun --steps 8 --shift 0.5 \
   --precision bf16
 
-.PHONY: install demo demo-tokenizer demo-generation test matrix test-gpu lint clean
+.PHONY: install demo demo-tokenizer demo-generation test matrix crash-sweep test-gpu lint clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -68,6 +68,10 @@ test: install
 # CELLS="zero=3 pp=2,4" narrows it.
 matrix: install
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python tests/parallel/matrix.py $(CELLS)
+
+# A run is killed at each of its operations on a file and started again, some 200 times: 10 minutes.
+crash-sweep: install
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 CRASH_POINTS=all $(BIN)/python -m pytest -s tests/training/test_crash_sweep.py
 
 # The tests that need a GPU, then the benchmark of a step; on a machine without one both say so and end.
 test-gpu: install

@@ -6,8 +6,10 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +23,7 @@ from megavtp.errors import UserError
 FORMAT = "megavtp-checkpoint"
 VERSION = 1
 INDEX = "checkpoint.json"
+LATEST = "latest"  # the link to the newest
 STEP_FOLDER = re.compile(r"step-(\d{8,})(\.replaced-.+)?")  # the second form: a good one in the middle of a swap
 _PARTIAL_FOLDER = re.compile(r"step-(\d{8,})\.partial-.+")
 _TENSOR_FILE = re.compile(r"tensors-\d{5}\.safetensors")  # nothing else is opened: an index cannot name ../secrets
@@ -104,12 +107,19 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, verify: bool | Literal["sizes"] = True) -> Checkpoint:
-    """Open one checkpoint folder (or the ``latest`` link).
+    """Open one checkpoint folder; by the name ``latest`` the newest beside it that verifies, wherever the link leads: a
+    run may have been killed before it was set. Each skipped one is logged with the reason.
 
     ``verify``: True compares every file's size and SHA-256 with the index; "sizes" (or False) only the sizes, for the
     other ranks of a job whose first rank compares the hashes. Raises UserError that names the bad file and the remedy.
     """
-    path = Path(path).resolve()
+    path = Path(path)
+    for _, newest in _newest_first(path.parent) if path.name == LATEST else ():
+        try:
+            return open_checkpoint(newest, verify)
+        except UserError as error:
+            log.warning("checkpoint skipped: %s", error)
+    path = path.resolve()
     lock, index = _read_index(path)
     try:
         _check_sizes(path, index)
@@ -131,17 +141,11 @@ def find_latest(
     root = Path(root)
     if not root.is_dir():
         return None
-    candidates, partials = [], []
-    for entry in root.iterdir():
-        if match := STEP_FOLDER.fullmatch(entry.name):
-            candidates.append((int(match[1]), match[2] is None, entry))
-        elif match := _PARTIAL_FOLDER.fullmatch(entry.name):
-            partials.append((int(match[1]), entry))
-    if last is not None:
-        candidates = [candidate for candidate in candidates if candidate[0] <= last]
-        partials = [partial for partial in partials if partial[0] <= last]
     found = None
-    for step, _, entry in sorted(candidates, reverse=True):
+    latest = math.inf if last is None else last
+    for step, entry in _newest_first(root):
+        if step > latest:
+            continue
         try:
             open_checkpoint(entry, verify).close()
         except UserError as error:
@@ -149,15 +153,30 @@ def find_latest(
         else:
             found = (step, entry)
             break
-    for step, entry in partials:
-        if found is None or step > found[0]:
+    for entry in root.iterdir():
+        match = _PARTIAL_FOLDER.fullmatch(entry.name)
+        if match and int(match[1]) <= latest and (found is None or int(match[1]) > found[0]):
             log.warning("checkpoint skipped: %s: its writing was interrupted", entry)
     return found[1] if found else None
 
 
+def _newest_first(root: Path) -> Iterator[tuple[int, Path]]:
+    """(step, folder) of the published checkpoints, whole or not."""
+    entries = root.iterdir() if root.is_dir() else ()
+    matches = ((STEP_FOLDER.fullmatch(entry.name), entry) for entry in entries)
+    found = [(int(match[1]), match[2] is None, entry) for match, entry in matches if match]
+    return ((step, entry) for step, _, entry in sorted(found, reverse=True))
+
+
 def has_checkpoints(root: str | Path) -> bool:
     """Whether ``root`` holds any published checkpoint, whole or not."""
-    return Path(root).is_dir() and any(STEP_FOLDER.fullmatch(entry.name) for entry in Path(root).iterdir())
+    return any(_newest_first(Path(root)))
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether ``path`` is for ``open_checkpoint``: a checkpoint, whole or not, or the ``latest`` of some."""
+    path = Path(path)
+    return (path / INDEX).is_file() or (path.name == LATEST and has_checkpoints(path.parent))
 
 
 def try_exclusive(path: Path) -> int | None:

@@ -31,6 +31,7 @@ from megavtp.checkpoint.background import BackgroundTask
 from megavtp.checkpoint.reading import (
     FORMAT,
     INDEX,
+    LATEST,
     STEP_FOLDER,
     VERSION,
     Checkpoint,
@@ -91,6 +92,17 @@ class CheckpointStore:
     def wait(self) -> None:
         """Return when this writer's save is done (writer 0: published). Raises UserError if it failed."""
         self._task.wait()
+
+    def tidy(self, newest: Path) -> None:
+        """Finish what a run left undone that was killed; for writer 0 of one that goes on from the checkpoint
+        ``newest``, before the first save."""
+        newest = newest.with_name(newest.name.split(".")[0])  # the name that a checkpoint out of a swap is given back
+        try:
+            self._clean(None)
+            self._prune(newest)
+        except OSError as error:
+            self._untidy(error)
+        self._point_latest(newest)
 
     def _write(
         self, partial: Path, step: int, tensors: dict[str, Tensor], meta_text: str, writer: int, writers: int
@@ -155,16 +167,22 @@ class CheckpointStore:
             self._set_aside_later(step)
             self._prune(final)
         except OSError as error:  # the checkpoint itself is safe
-            log.warning("%s: old checkpoints could not be tidied up (%s)", self.root, error)
+            self._untidy(error)
 
-    def _point_latest(self, final: Path) -> None:
-        link = self.root / "latest.tmp"
+    def _untidy(self, error: OSError) -> None:
+        log.warning("%s: old checkpoints could not be tidied up (%s)", self.root, error)
+
+    def _point_latest(self, newest: Path) -> None:
+        """Let the link lead to the checkpoint ``newest``."""
+        latest, link = self.root / LATEST, self.root / f"{LATEST}.tmp"
         try:
+            if latest.is_symlink() and os.readlink(latest) == newest.name:
+                return
             link.unlink(missing_ok=True)
-            os.symlink(final.name, link)
-            os.replace(link, self.root / "latest")
-        except OSError as error:  # a convenience for people; resuming does not read it
-            log.warning("%s: the link could not be set (%s)", self.root / "latest", error.strerror)
+            os.symlink(newest.name, link)
+            os.replace(link, latest)
+        except OSError as error:  # for people; who opens it here is given the newest all the same
+            log.warning("%s: the link could not be set (%s)", latest, error.strerror)
 
     def _set_aside_later(self, step: int) -> None:
         """The run went back to an earlier step: later checkpoints belong to a future that did not happen."""
@@ -199,7 +217,7 @@ class CheckpointStore:
         finally:
             os.close(lock)
 
-    def _clean(self, partial: Path) -> None:
+    def _clean(self, partial: Path | None) -> None:
         """Remove what dead runs and failed attempts left; other writers may already be in ``partial``."""
         for folder in list(self.root.iterdir()):
             plain = folder.with_name(folder.name.split(".")[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,12 +15,22 @@ from megavtp.errors import UserError
 def write_atomic(path: Path, data: bytes, flush: bool = False) -> None:
     """Write beside ``path`` and rename into place: readers see all of it or nothing. ``flush``: to the disk before."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        if flush:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()  # give the space back
+        raise
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """What to tell when a file of a run cannot be written."""
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); free disk space or set output_dir")
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:

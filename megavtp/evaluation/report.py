@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megavtp.data.files import write_json
 from megavtp.errors import UserError
 
 _CHANCE = "chance/"
@@ -44,13 +43,11 @@ def _show(name: str, value: float | None) -> str:
 def write_metrics(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write nested metrics as JSON, beside and then renamed into place; a value that is not finite becomes null."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
-        beside.replace(path)
+        write_json(path, _finite(content), indent=2)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; name another file") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; free disk space or name another file") from None
 
 
 def _finite(value: Any) -> Any:

@@ -23,6 +23,7 @@ from torch import Tensor
 from megavtp.checkpoint.tensor_file import flush_folder, write_tensors
 from megavtp.data.artifact import FILE, STATISTICS_FILE, TokenizerArtifact, check_same_tokenizer
 from megavtp.data.files import read_json_object, refuse_remote, write_json
+from megavtp.data.folder_lock import LOCK_FILE, FolderLock
 from megavtp.data.latents import CLASSES_FILE
 from megavtp.errors import UserError
 from megavtp.extraction.moments import Moments, join_all
@@ -42,11 +43,19 @@ class UnfinishedLatents:
         self.folder, self.artifact, self.shards = refuse_remote(folder), artifact, shards
         tokenizer = replace(artifact, statistics=None).to_dict()
         self.settings = json.loads(json.dumps({"tokenizer": tokenizer, **settings}))
+        self._lock: FolderLock | None = None
 
     def claim(self) -> None:
-        """Make the folder, or see that it was begun with the same settings. UserError if it was not, or was finished
-        with other statistics."""
+        """Make the folder, or see that it was begun with the same settings, and have it alone until ``release``.
+        UserError if it was not, was finished with other statistics, or another process fills it."""
         path = self.folder / SETTINGS_FILE
+        if self.folder.exists() and not path.exists() and not self._is_empty():
+            raise UserError(f"{self.folder} exists and was not made by an extraction; choose another --out")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.folder, "choose another --out")
+        except OSError as error:
+            raise self._cannot_write(error) from None
         if path.exists():
             remedy = "remove that folder, or choose another --out"
             begun = read_json_object(path, remedy)
@@ -59,13 +68,20 @@ class UnfinishedLatents:
                 done = TokenizerArtifact.read(self.folder)
                 check_same_tokenizer(done, str(self.folder), self.artifact, "the given tokenizer")
             return
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(f"{self.folder} exists and was not made by an extraction; choose another --out")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_json(path, self.settings, indent=1)
         except OSError as error:
             raise self._cannot_write(error) from None
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def _is_empty(self) -> bool:
+        """But for what an extraction leaves that was killed before it could note its settings."""
+        return self.folder.is_dir() and {file.name for file in self.folder.iterdir()} <= {
+            LOCK_FILE, f"{SETTINGS_FILE}.partial"
+        }
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not there, or not whole."""

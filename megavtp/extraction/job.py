@@ -98,7 +98,13 @@ class Extraction:
         A collective call."""
         phase.enter("preparing the extraction", slow=True)
         labels = find_labels(self.data, self.settings.label, self.mesh)  # a wrong key leaves nothing behind
-        together(lambda: self.folder.claim() if self.mesh.rank == 0 else None)
+        try:
+            together(lambda: self.folder.claim() if self.mesh.rank == 0 else None)
+            return self._fill(labels)
+        finally:
+            self.folder.release()
+
+    def _fill(self, labels: Labels) -> tuple[TokenizerArtifact, int]:
         # As one process sees the folder: others may see an older state of a network's file system.
         missing = together(lambda: self.folder.missing() if self.mesh.rank == 0 else None)
         own = broadcast_object(missing)[self.mesh.dp_rank :: self.mesh.dp]

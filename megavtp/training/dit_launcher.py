@@ -46,4 +46,5 @@ def _main() -> int:
     run = DiTRun(config, device, writes=arguments.replay is None)
     if arguments.replay is not None:
         return run.replay(arguments.replay)
-    return 0 if run.train() else launch.STOPPED
+    with run.output:
+        return 0 if run.train() else launch.STOPPED

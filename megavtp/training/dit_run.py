@@ -22,7 +22,7 @@ from megavtp.planning.dit_flops import dit_flops_per_step
 from megavtp.training.dit_flow import FlowMatchingPass
 from megavtp.training.dit_resume import check_goes_on
 from megavtp.training.optimizer import build_optimizer
-from megavtp.training.output_dir import open_output_dir
+from megavtp.training.output_dir import OutputDir
 from megavtp.training.pictures import loss_curves
 from megavtp.training.replay import Unrecorded, replay
 from megavtp.training.telemetry import METRICS_FILE, Telemetry
@@ -52,18 +52,19 @@ class DiTRun:
         self.folder = LatentFolder(config.data.root)
         self.config = with_sizes_of(self.folder, config)
         if self._writes:
-            open_output_dir(self.config, self.mesh.rank == 0)
+            self.output = OutputDir(self.config, self.mesh.rank == 0)
 
     def train(self) -> bool:
         """Resume or start, and train; False if a signal stopped the run early (its state is saved)."""
         config, mesh = self.config, self.mesh
-        telemetry = Telemetry.of_run(config, mesh, dit_flops_per_step(config)["total"])
+        telemetry = Telemetry.of_run(config, mesh, dit_flops_per_step(config)["total"], self.output.keep)
         trainer = self._trainer(telemetry)
         phase.enter("reading the checkpoint", slow=True)
         start = trainer.resume()
         if note := untrained_classes(config.model, self.folder):
             telemetry.event("untrained_classes", step=start, note=note)
         telemetry.start(start)
+        self.output.begin()
         finished = trainer.run(start)
         if finished and mesh.rank == 0:
             output = Path(config.output_dir)

@@ -71,7 +71,8 @@ def _main() -> int:
     run = PretrainRun(config, device, writes=arguments.replay is None)
     if arguments.replay is not None:
         return run.replay(arguments.replay)
-    return 0 if run.train() else launch.STOPPED
+    with run.output:
+        return 0 if run.train() else launch.STOPPED
 
 
 def _brings_its_data(recipe: Path | None, config: ResolvedConfig) -> bool:

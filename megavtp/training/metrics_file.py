@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,41 +10,58 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megavtp.data.files import write_atomic
-from megavtp.errors import UserError
+from megavtp.data.files import unwritable, write_atomic
+from megavtp.data.folder_lock import leads_to
 
 
 class MetricsFile:
     """Appends records to ``path``; opening it for a run that continues after ``start_step`` drops what came later.
 
-    A line is one ``write``: a crash can tear the last line only, and the next opening drops it.
+    A crash can tear the last line only, and the next opening drops it; a line that the disk has no room for is taken
+    back. A file that was deleted or moved away is made anew.
     """
 
     def __init__(self, path: Path, start_step: int):
         self.path = path
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 kept = [_line(record) for record in read_metrics(path) if 0 < start_step >= record["step"]]
-                write_atomic(path, b"".join(kept))
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                write_atomic(path, b"".join(kept), flush=True)
+            self._descriptor = self._open()
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record, which has a ``kind`` and a ``step``."""
         try:
-            os.write(self._descriptor, _line(record))
+            if not leads_to(self.path, self._descriptor):
+                self.close()
+                self._descriptor = self._open()
+            self._write(_line(record))
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
 
     def close(self) -> None:
         os.close(self._descriptor)
 
+    def _open(self) -> int:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def _write(self, line: bytes) -> None:
+        before = os.fstat(self._descriptor).st_size
+        try:
+            while line:  # a disk that fills up takes part of it
+                line = line[os.write(self._descriptor, line) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, before)
+            raise
+
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of the file; a torn line is left out."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    """The records of the file, if it is there; a torn line is left out."""
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)
@@ -66,7 +84,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be written ({error.strerror or error}); free disk space or set output_dir")

@@ -2,21 +2,61 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from megavtp.config.load import to_yaml
 from megavtp.data.files import write_atomic
+from megavtp.data.folder_lock import FolderLock
 from megavtp.errors import UserError
 
+log = logging.getLogger(__name__)
 
-def open_output_dir(config: Any, is_main: bool) -> None:
-    """Make ``output_dir`` and, on the main rank, write ``config.yaml``; before the model, so that a bad path is found
-    early. UserError if it cannot be written."""
-    folder = Path(config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if is_main:
-            write_atomic(folder / "config.yaml", to_yaml(config).encode())
-    except OSError as error:
-        raise UserError(f"output_dir = {folder} cannot be written ({error.strerror}); set another one") from None
+
+class OutputDir:
+    """Makes ``output_dir`` and, on the main rank, locks it against other runs; what is in it stays as it is until
+    ``begin``. The end of a ``with`` block lets other runs have it.
+
+    Raises:
+        UserError: it cannot be written, or another run has it.
+    """
+
+    def __init__(self, config: Any, is_main: bool):
+        self._config, self._folder = config, Path(config.output_dir)
+        self._lock: FolderLock | None = None
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if is_main:
+                self._lock = FolderLock(self._folder, "set another output_dir")
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def begin(self) -> None:
+        """Write ``config.yaml``, once nothing can refuse the run any more."""
+        if self._lock is not None:
+            try:
+                write_atomic(self._folder / "config.yaml", to_yaml(self._config).encode())
+            except OSError as error:
+                raise self._unwritable(error) from None
+
+    def keep(self) -> None:
+        """If the folder was deleted or moved away, make it anew: the run's state may be nowhere else by now."""
+        try:
+            renewed = self._lock is not None and self._lock.renew()
+        except OSError as error:
+            raise self._unwritable(error) from None
+        if renewed:
+            log.warning("%s was deleted or moved away: it is made anew, and the run goes on there", self._folder)
+            self.begin()
+
+    def __enter__(self) -> OutputDir:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def _unwritable(self, error: OSError) -> UserError:
+        where = f"output_dir = {self._folder}"
+        return UserError(f"{where} cannot be written ({error.strerror}); free disk space or set another one")

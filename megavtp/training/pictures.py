@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from megavtp.data.files import write_atomic
+from megavtp.data.files import unwritable, write_atomic
 from megavtp.training.metrics_file import read_metrics
 
 _COLUMNS = 8  # pairs side by side before the next band begins
@@ -125,7 +125,10 @@ def _curves(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 def _save(picture: Image.Image, path: Path) -> None:
     """As a PNG file, in place at once: a viewer never sees half a picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     file = io.BytesIO()
     picture.save(file, format="PNG")
-    write_atomic(path, file.getvalue())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, file.getvalue())
+    except OSError as error:
+        raise unwritable(path, error) from None

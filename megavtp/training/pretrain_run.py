@@ -33,7 +33,7 @@ from megavtp.parallel.mesh import Mesh, build_mesh
 from megavtp.planning.flops import flops_per_step
 from megavtp.training.in_loop import InLoopEvaluation
 from megavtp.training.optimizer import build_optimizer
-from megavtp.training.output_dir import open_output_dir
+from megavtp.training.output_dir import OutputDir
 from megavtp.training.pretraining import build_passes, frozen_prototypes, teacher_momentum
 from megavtp.training.replay import Unrecorded, replay
 from megavtp.training.state import flat
@@ -67,10 +67,10 @@ class PretrainRun:
         self.train_set = open_dataset(root / "train")
         self.tokenizer = load_tokenizer(config.data.captions, root, config.model.text.context_length)
         self.config = with_vocabulary(config, self.tokenizer.vocab_size)
-        if self._writes:
-            open_output_dir(self.config, self.mesh.rank == 0)
         self.perceptual = build_perceptual(config, self.device)
         self._initial, self._notes = self._read_initial()
+        if self._writes:
+            self.output = OutputDir(self.config, self.mesh.rank == 0)
 
     def _read_initial(self) -> tuple[dict[str, Tensor], list[str]]:
         """What ``model.init_from`` gives, unless there is a checkpoint to go on from."""
@@ -88,7 +88,7 @@ class PretrainRun:
     def train(self) -> bool:
         """Resume or start, train, evaluate; False if a signal stopped the run early (its state is saved)."""
         config, mesh = self.config, self.mesh
-        telemetry = Telemetry.of_run(config, mesh, flops_per_step(config)["total"])
+        telemetry = Telemetry.of_run(config, mesh, flops_per_step(config)["total"], self.output.keep)
         evaluation = InLoopEvaluation(config, self.engine, mesh, self.tokenizer, self.perceptual, telemetry)
         every = [
             (config.telemetry.pictures_every, evaluation.pictures), (config.evaluation.every, evaluation.metrics)
@@ -99,6 +99,7 @@ class PretrainRun:
             telemetry.event("initial_weights", step=0, note=note)
         start = trainer.resume()
         telemetry.start(start)
+        self.output.begin()
         finished = trainer.run(start)
         if finished:
             phase.enter("the last evaluation", slow=True)

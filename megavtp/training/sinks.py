@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from megavtp.config.schema import TelemetryConfig
+from megavtp.data.files import unwritable, write_atomic
 from megavtp.errors import UserError
 
 _RUN_ID = "wandb_run_id"  # file in the output folder: a resumed run goes on in the same chart
@@ -66,7 +68,10 @@ class WandbSink:
             )
         except wandb.errors.Error as error:
             raise UserError(f"wandb: {error}; log in with `wandb login`, or set telemetry.wandb=offline") from error
-        id_file.write_text(self._run.id)
+        try:
+            write_atomic(id_file, self._run.id.encode())
+        except OSError as error:
+            raise unwritable(id_file, error) from None
         # Our own step axis: wandb's must only grow, but a resumed run repeats the steps since its checkpoint.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -85,20 +90,38 @@ class TensorBoardSink:
     """Event files in ``output_dir/tensorboard``; what a resumed run repeats replaces what was there."""
 
     def __init__(self, output_dir: Path, start_step: int):
+        self._folder = output_dir / "tensorboard"
+        self._open(start_step + 1)
+
+    def _open(self, first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_step + 1)
+        self._writer = SummaryWriter(str(self._folder), purge_step=first)
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        with self._writing(step):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
         import numpy as np
         from PIL import Image
 
         with Image.open(path) as image:
-            self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            pixels = np.asarray(image.convert("RGB"))
+        with self._writing(step):
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
-        self._writer.close()
+        if self._folder.is_dir():
+            self._writer.close()
+
+    @contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        """With a new file if the folder was deleted: the writer would not survive it."""
+        try:
+            if not self._folder.is_dir():
+                self._open(step)
+            yield
+        except OSError as error:
+            raise unwritable(self._folder, error) from None

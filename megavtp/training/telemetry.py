@@ -41,12 +41,14 @@ class Telemetry:
         peak_tflops: of all devices together; None = no MFU.
         reduce: mean over data-parallel ranks of a float32 vector, called on every rank once per line.
         make_sinks: start step -> further receivers; called on rank 0 only.
+        keep_folder: called on rank 0 before a record is written; makes ``output_dir`` anew if it was deleted.
     """
 
     def __init__(
         self, config: TelemetryConfig, output_dir: Path, *, is_main: bool, total_steps: int, images_per_step: int,
         flops_per_step: float | None = None, peak_tflops: float | None = None, device: torch.device | None = None,
         reduce: Callable[[Tensor], Tensor] = lambda x: x, make_sinks: Callable[[int], list[Sink]] = lambda step: [],
+        keep_folder: Callable[[], None] = lambda: None,
     ):
         self._config = config
         self._output_dir = Path(output_dir)
@@ -57,7 +59,7 @@ class Telemetry:
         self._peak_tflops = peak_tflops
         self._device = torch.device("cpu") if device is None else device
         self._reduce = reduce
-        self._make_sinks = make_sinks
+        self._make_sinks, self._keep_folder = make_sinks, keep_folder
         self._names: list[str] = []
         self._steps: list[list[Tensor]] = []  # terms of the steps since the last line, on the device
         self._norms: list[Tensor | float] = []
@@ -70,7 +72,9 @@ class Telemetry:
         self._waited = 0.0
 
     @classmethod
-    def of_run(cls, config: RunConfig, mesh: Mesh, flops: float) -> Telemetry:
+    def of_run(
+        cls, config: RunConfig, mesh: Mesh, flops: float, keep_folder: Callable[[], None] = lambda: None
+    ) -> Telemetry:
         """The telemetry of a run of ``flops`` model FLOPs per step. UserError if a sink is not installed."""
         settings = config.telemetry
         check_sinks(settings)
@@ -85,14 +89,14 @@ class Telemetry:
             images_per_step=config.train.batch_size, flops_per_step=flops,
             peak_tflops=peak * mesh.world_size if peak else None, device=device,
             reduce=lambda x: all_reduce(x, mesh, "dp") / mesh.dp,
-            make_sinks=lambda start: open_sinks(settings, output_dir, start, to_dict(config)),
+            make_sinks=lambda start: open_sinks(settings, output_dir, start, to_dict(config)), keep_folder=keep_folder,
         )
 
     def start(self, step: int) -> None:
         """Begin after ``step`` done steps: lines of later steps, which will be done again, are dropped."""
         if self._is_main:
+            self._sinks = self._make_sinks(step)  # first: it may refuse, and nothing is dropped then
             self._file = MetricsFile(self._output_dir / METRICS_FILE, step)
-            self._sinks = self._make_sinks(step)
             for record in self._before_start:
                 self._emit(record)
             self._before_start.clear()
@@ -198,6 +202,7 @@ class Telemetry:
         return [values[row * width : (row + 1) * width] for row in range(steps)], norms, wait
 
     def _emit(self, record: dict[str, Any]) -> None:
+        self._keep_folder()
         self._file.append(record)
         if record["kind"] == "step":
             self._progress.update(record, self._total_steps)

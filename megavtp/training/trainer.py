@@ -18,7 +18,7 @@ from megavtp.data.batch import Batch
 from megavtp.data.loader import Loader
 from megavtp.errors import UserError
 from megavtp.parallel import phase
-from megavtp.parallel.collectives import all_gather_object, broadcast_object
+from megavtp.parallel.collectives import all_gather_object, broadcast_object, together
 from megavtp.parallel.engine import Engine, StepResult
 from megavtp.parallel.passes import Pass, execute
 from megavtp.parallel.stop_signal import StopSignal
@@ -79,10 +79,13 @@ class Trainer:
             return 0
         with open_checkpoint(found, verify="sizes") as checkpoint:  # rank 0 has checked the hashes
             self.check(checkpoint)
-            step = state.load(checkpoint, self.engine, self.distillation)
+            # All have read it when the first goes on: tidying up may rename it.
+            step = together(lambda: state.load(checkpoint, self.engine, self.distillation))
             changed = state.changed_data_keys(checkpoint, self.config)
         if changed:
             self.telemetry.event("data_changed", step=step, keys=changed)
+        if self.engine.mesh.rank == 0 and last is None:
+            self.store.tidy(found)
         self.telemetry.event("resumed", step=step, checkpoint=found.name)
         return step
 
@@ -126,8 +129,8 @@ class Trainer:
     def save(self, step: int) -> None:
         phase.enter(f"step {step}, checkpoint", slow=True)
         centers = self.distillation.centers if self.distillation else {}
+        self.telemetry.event("checkpoint", step=step)  # first: a run that is killed goes on after it
         state.save(self.store, self.engine, self.config, step, centers, self.facts)
-        self.telemetry.event("checkpoint", step=step)
 
     def _step(self, batch: Batch, loader: Loader) -> None:
         terms, result = self.do_step(batch)

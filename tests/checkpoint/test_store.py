@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from megavtp.checkpoint import store as store_module
+from megavtp.checkpoint.formats.convert import detect
+from megavtp.checkpoint.formats.vtp_source import open_vtp
+from megavtp.checkpoint.reading import is_checkpoint
 from megavtp.checkpoint.store import CheckpointStore, find_latest, open_checkpoint
 from megavtp.checkpoint.tensor_file import DTYPE_NAMES, write_tensors
 from megavtp.errors import UserError
@@ -33,6 +36,26 @@ def save(root, step, tensors=None, keep_last=3, meta=None, **options):
     store = CheckpointStore(root, keep_last, **options)
     store.save(step, some_tensors(step) if tensors is None else tensors, {"note": step} if meta is None else meta)
     store.wait()
+
+
+def test_latest_is_the_newest_that_verifies_wherever_the_link_leads(tmp_path, caplog):
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    latest = tmp_path / "latest"
+    for leads_to in ("step-00000020", "step-00000010", None):
+        latest.unlink()
+        if leads_to:
+            latest.symlink_to(leads_to)
+        with open_checkpoint(latest) as checkpoint:
+            assert checkpoint.step == 30 and checkpoint.path == tmp_path / "step-00000030"
+        assert is_checkpoint(latest) and detect(latest) == "native"
+        with pytest.raises(UserError, match="step-00000030 is no tokenizer's checkpoint"):
+            open_vtp(latest)
+    (tmp_path / "step-00000030" / "tensors-00000.safetensors").unlink()
+    assert not caplog.records
+    with open_checkpoint(latest) as checkpoint:
+        assert checkpoint.step == 20 and "checkpoint skipped: " in caplog.text and "step-00000030" in caplog.text
+    assert not is_checkpoint(tmp_path / "other") and not is_checkpoint(tmp_path / "none" / "latest")
 
 
 def test_round_trip_is_bit_equal(tmp_path):

@@ -14,15 +14,18 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_ranks
+from folder_holder import held
 from picture_shards import GROUPS, write_shards
 from safetensors import safe_open
 from safetensors.torch import load_file
 from vtp_oracle import DATA
 
 import megavtp
+from megavtp.data import folder_lock
 from megavtp.data.artifact import LatentStatistics, TokenizerArtifact
 from megavtp.data.augment import center_crop
 from megavtp.data.decode import decode_image
+from megavtp.data.folder_lock import LOCK_FILE
 from megavtp.data.latents import LatentFolder
 from megavtp.data.shards import open_dataset
 from megavtp.errors import UserError
@@ -144,7 +147,7 @@ def test_killed_and_started_again(data, whole, tmp_path, shards):
     with pytest.raises(UserError, match="visual_tokenizer.json is missing"):
         LatentFolder(out)
     left = set(contents(out))
-    assert {"extraction.json", "latents_rank00_shard000.safetensors"} <= left < set(contents(whole))
+    assert {"extraction.json", "latents_rank00_shard000.safetensors"} <= left < {*contents(whole), LOCK_FILE}
     # what a kill in the midst of writing leaves, and what a failing disk does
     (out / "latents_rank00_shard001.safetensors.partial").write_bytes(b"half")
     made_before = (out / "latents_rank00_shard000.safetensors").stat().st_mtime_ns
@@ -156,6 +159,18 @@ def test_killed_and_started_again(data, whole, tmp_path, shards):
     extract(data, out, on_shard=written.append)
     assert contents(out) == contents(whole) and 0 not in written
     assert (out / "latents_rank00_shard000.safetensors").stat().st_mtime_ns == made_before
+
+
+def test_only_one_extraction_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_lock, "_PATIENCE", 0.0)
+    data, out = write_shards(tmp_path / "train", [6]), tmp_path / "out"
+    out.mkdir()
+    with held(out) as pid:
+        with pytest.raises(UserError, match=f"out is in use by another run .*pid {pid}.*choose another --out"):
+            extract(data, out)
+    assert [path.name for path in out.iterdir()] == [LOCK_FILE]  # its process was killed
+    extract(data, out)
+    assert (out / "visual_tokenizer.json").exists() and not (out / LOCK_FILE).exists()
 
 
 def test_a_finished_folder_is_left_alone(data, whole, tmp_path):

@@ -133,5 +133,6 @@ def test_too_many_skipped_steps_are_an_error(recipe, tmp_path):
     ranks: Ranks = run([*command, "train.max_skipped_steps=2"], 2, tmp_path, partial(poison, how))
     assert [process.exitcode for process in ranks.processes] == [2, 2], ranks.output
     assert len(ranks.errors) == 2 and "Traceback" not in ranks.output
+    skipped = events(tmp_path / "run", "skipped")
+    assert len(skipped) == 3 and skipped[-1]["step"] == 3
     assert all("3 steps in a row had a non-finite gradient (last: step 3" in line for line in ranks.errors)
-    assert len(events(tmp_path / "run", "skipped")) == 3

@@ -133,7 +133,15 @@ def test_resume_never_starts_over(copied, whole):
 
 
 def test_a_finished_run_only_evaluates(copied):
+    checkpoints = copied.output / "checkpoints"
+    (checkpoints / "latest").unlink()
+    (checkpoints / "latest").symlink_to("step-00000009")  # as a kill between the last two steps of a save leaves it
+    (checkpoints / f"step-{STEPS:08d}.partial-x-1").mkdir()
     copied.finish(1)
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "latest", "step-00000006", "step-00000009", "step-00000012",
+    ]
+    assert (checkpoints / "latest").resolve().name == f"step-{STEPS:08d}"
     assert events(copied.output, "resumed")[-1]["step"] == STEPS and not seen(copied.seen)
     assert max(steps_done(copied.output)) == STEPS
 
@@ -164,8 +172,10 @@ def test_with_all_checkpoints_damaged_the_run_does_not_start_over_by_itself(copi
     [(2, "model.vision.width=48", "has shape"), (1, "model.vision.depth=3", "has no tensor")],
 )
 def test_a_checkpoint_of_another_model_is_refused(copied, world, change, message):
+    before = contents(copied.output)
     ranks = run([*copied.command, change, "train.steps=13"], world, copied.folder)
     assert [process.exitcode for process in ranks.processes] == [2] * world, ranks.output
+    assert contents(copied.output) == before  # config.yaml among them
     assert len(ranks.errors) == world and "Traceback" not in ranks.output
     assert all(message in line and "output_dir" in line for line in ranks.errors)
 
@@ -180,6 +190,10 @@ def test_changed_data_settings_are_told(copied):
     copied.finish(1, "train.steps=13", "seed=4")
     (event,) = events(copied.output, "data_changed")
     assert event["keys"] == ["seed"] and event["step"] == STEPS
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def damage(folder: Path) -> None:

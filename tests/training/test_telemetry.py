@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -313,6 +314,16 @@ def test_tensorboard_files_are_written(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     sink.numbers(1, {"a": 1.0})
     sink.picture(1, "grid", tmp_path / "x.png")
+    sink.close()
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_tensorboard_files_are_begun_anew_where_their_folder_was_deleted(tmp_path):
+    pytest.importorskip("tensorboard")
+    (sink,) = sinks.open_sinks(TelemetryConfig(tensorboard=True), tmp_path, 0, {})
+    sink._writer.flush()
+    shutil.rmtree(tmp_path / "tensorboard")
+    sink.numbers(1, {"a": 1.0})
     sink.close()
     assert list((tmp_path / "tensorboard").glob("events*"))
 

@@ -18,7 +18,7 @@ from megavtp.checkpoint.formats.lightningdit import LightningDiT, lightningdit_t
 from megavtp.checkpoint.formats.output import new_path
 from megavtp.checkpoint.formats.vtp_source import VTPSource, check_periods, open_vtp
 from megavtp.checkpoint.native_dit import AVERAGE, FACTS, TRAINED, artifact_of, is_dit
-from megavtp.checkpoint.reading import INDEX, open_checkpoint, step_folder
+from megavtp.checkpoint.reading import INDEX, is_checkpoint, open_checkpoint, step_folder
 from megavtp.checkpoint.store import CheckpointStore
 from megavtp.config.dit import CompleteDiTConfig, DiTConfig, complete_config
 from megavtp.config.load import from_dict, to_dict
@@ -35,7 +35,7 @@ _WEIGHTS_ONLY = "weights only: training that goes on from them starts with a fre
 def detect(path: str | Path) -> Format:
     """The form of what lies at ``path``. Raises UserError."""
     path = Path(path)
-    if (path / INDEX).is_file():
+    if is_checkpoint(path):
         return "native"
     if (path / "config.json").is_file():
         return "hf-vtp"
@@ -158,7 +158,7 @@ def convert_dit(
         module_prefix: see ``lightningdit_tree``.
     """
     path, out = Path(path), Path(out)
-    dit = _read_native_dit(path) if path.is_dir() else read_lightningdit(path)
+    dit = _read_native_dit(path) if path.is_dir() or is_checkpoint(path) else read_lightningdit(path)
     notes = list(dit.notes)
     if tokenizer is not None:
         artifact = TokenizerArtifact.read(tokenizer)

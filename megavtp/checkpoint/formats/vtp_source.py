@@ -12,7 +12,7 @@ from torch import Tensor
 from megavtp.checkpoint.formats.fingerprint import encoder_fingerprint
 from megavtp.checkpoint.formats.hf_vtp import PERIODS, load_folder, objectives_of
 from megavtp.checkpoint.native_dit import is_dit
-from megavtp.checkpoint.reading import INDEX, Checkpoint, open_checkpoint
+from megavtp.checkpoint.reading import INDEX, Checkpoint, is_checkpoint, open_checkpoint
 from megavtp.config.load import from_dict
 from megavtp.config.schema import (
     Config,
@@ -68,8 +68,9 @@ def open_vtp(path: str | Path, form: str | None = None) -> VTPSource:
         UserError: it is neither, is damaged, does not fit its own config, or has an artifact of other weights.
     """
     path = Path(path)
-    if form == "native" or (form is None and (path / INDEX).is_file()):
+    if form == "native" or (form is None and is_checkpoint(path)):
         with open_checkpoint(path) as checkpoint:
+            path = checkpoint.path
             config, tensors, step = _read_native(checkpoint)
     elif form == "hf-vtp" or (path / "config.json").is_file():
         model, tensors = load_folder(path)

@@ -1,0 +1,125 @@
+"""One run writes to a folder: a lock that the system lets go of when the process ends, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import shlex
+import socket
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from megavtp.errors import UserError
+from megavtp.json_file import form, parse_json
+
+LOCK_FILE = "run.lock"
+_PATIENCE = 10.0  # seconds to wait for it: a run that was just killed may take some to be gone
+_COMMAND = 300  # characters of it that are told
+
+log = logging.getLogger(__name__)
+
+
+@form
+class _Owner:
+    host: str
+    pid: int
+    started: str
+    command: str
+
+
+class FolderLock:
+    """Held until ``close``, or until the process is gone.
+
+    It is a record lock (fcntl), not one of flock: forked children such as loader workers, which may live on for a while
+    after their run was killed, do not hold it. The system drops it when this process closes any descriptor of the file,
+    so nothing else here opens it.
+
+    Args:
+        folder: exists.
+        remedy: what the user can do if another run holds it, besides waiting for that one.
+
+    Raises:
+        UserError: another run holds it. OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, remedy: str):
+        self.path = folder / LOCK_FILE
+        self._remedy = remedy
+        self._descriptor: int | None = self._acquire(_PATIENCE)
+
+    def renew(self) -> bool:
+        """If the folder was deleted or moved away: make it anew, and lock it. Returns whether that was so.
+
+        Raises:
+            UserError: another run has taken the place. OSError: it cannot be made.
+        """
+        if self._descriptor is None or leads_to(self.path, self._descriptor):
+            return False
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        old, self._descriptor = self._descriptor, self._acquire(0)
+        os.close(old)
+        return True
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                if leads_to(self.path, self._descriptor):
+                    self.path.unlink()  # while it is locked: who waits for it sees that it is no longer the file there
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _acquire(self, patience: float) -> int:
+        deadline = time.monotonic() + patience
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    log.warning(
+                        "%s: no lock on this file system (%s): see to it yourself that no other run writes there",
+                        self.path.parent, error.strerror,
+                    )
+                    return self._signed(descriptor)
+                owner = _owner(descriptor)
+                os.close(descriptor)
+                if time.monotonic() >= deadline:
+                    raise UserError(
+                        f"{self.path.parent} is in use by another run ({owner}); wait for it, end it, or "
+                        f"{self._remedy}"
+                    ) from None
+                time.sleep(0.1)
+            else:
+                if leads_to(self.path, descriptor):
+                    return self._signed(descriptor)
+                os.close(descriptor)  # its owner has just removed it
+
+    def _signed(self, descriptor: int) -> int:
+        """The same, once the file says who holds it."""
+        started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        owner = _Owner(socket.gethostname(), os.getpid(), started, shlex.join(sys.argv))
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(asdict(owner)).encode(), 0)
+        return descriptor
+
+
+def leads_to(path: Path, descriptor: int) -> bool:
+    """Whether ``path`` is the open file, which may have been deleted, moved or replaced since."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _owner(descriptor: int) -> str:
+    try:
+        owner = parse_json(os.pread(descriptor, 1 << 16, 0), _Owner, LOCK_FILE, "")
+    except (OSError, UserError):
+        return "which has not told of itself yet"
+    return f"host {owner.host}, pid {owner.pid}, since {owner.started}: {owner.command[:_COMMAND]}"
