@@ -83,16 +83,16 @@ def measure(options: argparse.Namespace, case: dict) -> dict:
     import torch
 
     from megavtp.config.share import share
-    from megavtp.parallel import launch
+    from megavtp.launch import ranks
     from megavtp.parallel.mesh import build_mesh
     from megavtp.parallel.passes import execute
     from megavtp.planning.devices import device_peak_tflops
     from megavtp.planning.flops import flops_per_step
-    from megavtp.training.pretrain_run import build_engine
-    from megavtp.training.pretraining import build_passes
+    from megavtp.pretraining.passes import build_passes
+    from megavtp.pretraining.recipe import build_engine
     from megavtp.training.progress import peak_memory_gib
 
-    device = launch.start()
+    device = ranks.start()
     config = make_config(options, case, device.type == "cuda")
     mesh, shares, batch = build_mesh(1, 1), share(config, 1), make_batch(config, device.type == "cuda")
     engine, model = build_engine(config, shares, mesh, device)
@@ -119,7 +119,7 @@ def measure(options: argparse.Namespace, case: dict) -> dict:
         "mfu": flops_per_step(config)["total"] / pace / (peak * 1e12) if peak else None,
     }
     engine.close()
-    launch.stop()
+    ranks.stop()
     return result
 
 

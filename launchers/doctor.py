@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
-from megavtp.parallel.doctor import doctor  # noqa: E402
+from megavtp.launch.doctor.check import doctor  # noqa: E402
 
 if __name__ == "__main__":
     doctor()

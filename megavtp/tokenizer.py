@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from megavtp.checkpoint.formats.vtp_source import VTPSource, build_tokenizer, open_vtp
-from megavtp.data.artifact import LatentStatistics, TokenizerArtifact, check_same_tokenizer
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.captions import load_tokenizer as load_captions
 from megavtp.data.files import refuse_hub_id
 from megavtp.errors import UserError
+from megavtp.latents.artifact import LatentStatistics, TokenizerArtifact, check_same_tokenizer
 from megavtp.pixels import denormalise, normalise
 
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megavtp.config.dit import DiTModelConfig
-from megavtp.models.dit import DiT
-from megavtp.models.dit_build import build_dit, load_full_dit
+from megavtp.dit.config import DiTModelConfig
+from megavtp.dit.model.build import build_dit, load_full_dit
+from megavtp.dit.model.model import DiT
 
 DATA = Path(__file__).parent / "data" / "lightningdit"
 OFFICIAL = DiTModelConfig(width=144, depth=2, heads=2, latent_size=4, latent_channels=8, num_classes=10)

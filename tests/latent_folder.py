@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megavtp.data.artifact import LatentStatistics, TokenizerArtifact
+from megavtp.latents.artifact import LatentStatistics, TokenizerArtifact
 
 FINGERPRINT = "ab" * 32
 

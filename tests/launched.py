@@ -103,7 +103,7 @@ def _rank(
     import torch
 
     torch.set_num_threads(1)
-    from megavtp.training.launcher import pretrain
+    from megavtp.pretraining.launcher import pretrain
 
     if hook is not None:
         hook(rank)

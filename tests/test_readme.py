@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from megavtp.config.dit import DiTConfig
-from megavtp.config.dit_validate import validate_dit
 from megavtp.config.load import load_config
 from megavtp.config.schema import Config
 from megavtp.config.validate import validate
-from megavtp.training.launcher import launcher_parser
+from megavtp.dit.config import DiTConfig
+from megavtp.dit.validate import validate_dit
+from megavtp.pretraining.launcher import launcher_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

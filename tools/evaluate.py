@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
-from megavtp.sampling.options import add_sampling_options  # noqa: E402
+from megavtp.dit.sampling.options import add_sampling_options  # noqa: E402
 
 GENERATION = """Distances of generated images to a reference: gFID, KID, precision and recall with the weights of
 Inception, FD-EfficientNet and its like without. docs/metrics.md says which numbers can be compared.
@@ -76,10 +76,10 @@ def parse_generation(arguments: list[str]) -> argparse.Namespace:
 def checkpoint(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from megavtp.evaluation import format_table, write_metrics
-    from megavtp.evaluation.checkpoint import CheckpointEvaluation, choose_device
-    from megavtp.evaluation.features import load_network
+    from megavtp.evaluation.distances.features import load_network
+    from megavtp.evaluation.tokenizer.checkpoint import CheckpointEvaluation, choose_device
+    from megavtp.launch.tool import join_others
     from megavtp.parallel.collectives import together
-    from megavtp.parallel.tool import join_others
     from megavtp.training.pictures import reconstruction_grid
 
     device, mesh = join_others(options.device, choose_device)
@@ -107,9 +107,10 @@ def checkpoint(options: argparse.Namespace) -> None:
 
 def generation(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    from megavtp.evaluation.checkpoint import choose_device
-    from megavtp.evaluation.generation_job import run_generation
-    from megavtp.parallel.tool import join_others
+    from megavtp.evaluation.distances.measure.job import run_generation
+
+    from megavtp.evaluation.tokenizer.checkpoint import choose_device
+    from megavtp.launch.tool import join_others
 
     device, mesh = join_others(options.device, choose_device)
     for line in run_generation(options, device, mesh):
@@ -123,6 +124,6 @@ if __name__ == "__main__":
         main, told = generation, parse_generation(words[1:])
     else:
         main, told = checkpoint, parse(words)
-    from megavtp.parallel.tool import run_tool
+    from megavtp.launch.tool import run_tool
 
     run_tool(lambda: main(told))

@@ -42,9 +42,9 @@ def main(options: argparse.Namespace) -> None:
     import torch
 
     from megavtp.data.shards import shards_at
-    from megavtp.evaluation.checkpoint import choose_device
+    from megavtp.evaluation.tokenizer.checkpoint import choose_device
     from megavtp.extraction.job import Extraction, ExtractionSettings
-    from megavtp.parallel.tool import join_others
+    from megavtp.launch.tool import join_others
     from megavtp.tokenizer import load_tokenizer
 
     settings = ExtractionSettings(
@@ -75,6 +75,6 @@ def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     told = parse()  # before the imports, which take seconds
-    from megavtp.parallel.tool import run_tool
+    from megavtp.launch.tool import run_tool
 
     run_tool(lambda: main(told))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
-from megavtp.sampling.options import add_sampling_options  # noqa: E402
+from megavtp.dit.sampling.options import add_sampling_options  # noqa: E402
 
 
 def parse() -> argparse.Namespace:
@@ -39,11 +39,11 @@ def main(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     import torch
 
-    from megavtp.evaluation.checkpoint import choose_device
-    from megavtp.parallel.tool import join_others
-    from megavtp.sampling.command import names_of, samples_of, settings_of
-    from megavtp.sampling.output import open_output
-    from megavtp.sampling.sampler import all_images, open_sampler
+    from megavtp.dit.sampling.command import names_of, samples_of, settings_of
+    from megavtp.dit.sampling.output import open_output
+    from megavtp.dit.sampling.sampler import all_images, open_sampler
+    from megavtp.evaluation.tokenizer.checkpoint import choose_device
+    from megavtp.launch.tool import join_others
 
     device, mesh = join_others(options.device, choose_device)
     sampler = open_sampler(
@@ -63,6 +63,6 @@ def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     told = parse()  # before the imports, which take seconds
-    from megavtp.parallel.tool import run_tool
+    from megavtp.launch.tool import run_tool
 
     run_tool(lambda: main(told))

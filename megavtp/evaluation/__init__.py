@@ -1,7 +1,7 @@
 """Metrics of a tokenizer: zero-shot, retrieval, k-NN on frozen features, reconstruction; distances of image sets."""
 
-from megavtp.evaluation.interface import VTPEvaluated
 from megavtp.evaluation.report import format_table, write_metrics
-from megavtp.evaluation.suite import evaluate
+from megavtp.evaluation.tokenizer.interface import VTPEvaluated
+from megavtp.evaluation.tokenizer.suite import evaluate
 
 __all__ = ["VTPEvaluated", "evaluate", "format_table", "write_metrics"]

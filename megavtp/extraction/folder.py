@@ -21,12 +21,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megavtp.checkpoint.tensor_file import flush_folder, write_tensors
-from megavtp.data.artifact import FILE, STATISTICS_FILE, TokenizerArtifact, check_same_tokenizer
 from megavtp.data.files import read_json_object, refuse_remote, write_json
 from megavtp.data.folder_lock import LOCK_FILE, FolderLock
-from megavtp.data.latents import CLASSES_FILE
 from megavtp.errors import UserError
 from megavtp.extraction.moments import Moments, join_all
+from megavtp.latents.artifact import FILE, STATISTICS_FILE, TokenizerArtifact, check_same_tokenizer
+from megavtp.latents.folder import CLASSES_FILE
 
 SETTINGS_FILE = "extraction.json"
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megavtp.checkpoint.background import BackgroundTask
-from megavtp.data.artifact import TokenizerArtifact
 from megavtp.data.loader import Loader
 from megavtp.data.shards import ShardDataset, open_dataset
 from megavtp.errors import UserError
@@ -27,7 +26,8 @@ from megavtp.extraction.folder import UnfinishedLatents
 from megavtp.extraction.images import ImageBatch, ImageBatches
 from megavtp.extraction.labels import Labels, find_labels
 from megavtp.extraction.moments import Moments, channel_moments, join_all
-from megavtp.parallel import phase
+from megavtp.latents.artifact import TokenizerArtifact
+from megavtp.launch import phase
 from megavtp.parallel.collectives import all_gather_object, broadcast_object, together
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megavtp.data.artifact import LatentStatistics
+from megavtp.latents.artifact import LatentStatistics
 
 
 def channel_moments(latents: Tensor) -> Tensor:

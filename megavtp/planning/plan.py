@@ -9,8 +9,8 @@ from functools import cached_property
 
 from megavtp.config.share import share
 from megavtp.config.sizes import ResolvedConfig
-from megavtp.parallel.traffic import Transfer
 from megavtp.planning import zero
+from megavtp.planning.counting.traffic import Transfer
 from megavtp.planning.devices import Device
 from megavtp.planning.flops import flops_per_step
 from megavtp.planning.parts import MODES, Parts, Sent

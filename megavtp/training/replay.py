@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megavtp.data.batch import Batch
 from megavtp.errors import UserError
-from megavtp.parallel import phase
+from megavtp.launch import phase
 from megavtp.parallel.collectives import all_gather_object
 from megavtp.parallel.engine import StepResult
 from megavtp.parallel.mesh import Mesh

@@ -18,7 +18,7 @@ from megavtp.parallel.collectives import all_gather, together
 from megavtp.parallel.deepspeed_adapter import MOMENTS
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.sharding import Shard, cut
-from megavtp.training.pretraining import SelfDistillationPass
+from megavtp.pretraining.passes import SelfDistillationPass
 
 _CENTER = Shard(0)  # centres are cut like the prototypes
 

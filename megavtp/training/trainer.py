@@ -17,13 +17,13 @@ from megavtp.config.run import RunConfig
 from megavtp.data.batch import Batch
 from megavtp.data.loader import Loader
 from megavtp.errors import UserError
-from megavtp.parallel import phase
+from megavtp.launch import phase
+from megavtp.launch.stop_signal import StopSignal
 from megavtp.parallel.collectives import all_gather_object, broadcast_object, together
 from megavtp.parallel.engine import Engine, StepResult
 from megavtp.parallel.passes import Pass, execute
-from megavtp.parallel.stop_signal import StopSignal
+from megavtp.pretraining.passes import SelfDistillationPass
 from megavtp.training import state
-from megavtp.training.pretraining import SelfDistillationPass
 from megavtp.training.schedules import learning_rate
 from megavtp.training.telemetry import Telemetry
 

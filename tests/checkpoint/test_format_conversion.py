@@ -19,17 +19,17 @@ from vtp_oracle import DATA, TINY, assert_equals, assert_matches_oracle, stored
 
 import megavtp
 from megavtp.checkpoint.formats.convert import convert, write_native
-from megavtp.checkpoint.formats.lightningdit import dit_shapes, read_lightningdit
 from megavtp.checkpoint.formats.vtp_source import open_vtp
-from megavtp.checkpoint.native_dit import load_dit
 from megavtp.checkpoint.store import open_checkpoint
-from megavtp.config.dit import DiTModelConfig, complete_dit, resolve_dit
 from megavtp.config.schema import Config, DataConfig
-from megavtp.data.artifact import LatentStatistics, TokenizerArtifact, check_same_tokenizer
 from megavtp.data.captions import load_tokenizer as load_captions
 from megavtp.data.captions import train_sentencepiece
+from megavtp.dit.checkpoint import load_dit
+from megavtp.dit.config import DiTModelConfig, complete_dit, resolve_dit
+from megavtp.dit.lightningdit import dit_shapes, read_lightningdit
 from megavtp.errors import UserError
-from megavtp.evaluation.checkpoint import find_tokenizer, open_model
+from megavtp.evaluation.tokenizer.checkpoint import find_tokenizer, open_model
+from megavtp.latents.artifact import LatentStatistics, TokenizerArtifact, check_same_tokenizer
 from megavtp.models.build import build_vtp, load_full
 
 ROOT = Path(__file__).parents[2]

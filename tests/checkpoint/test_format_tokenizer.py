@@ -9,8 +9,8 @@ from vtp_oracle import DATA
 import megavtp
 from megavtp.checkpoint.formats.convert import convert
 from megavtp.checkpoint.formats.hf_vtp import load_folder, save_folder
-from megavtp.data.artifact import LatentStatistics, TokenizerArtifact
 from megavtp.errors import UserError
+from megavtp.latents.artifact import LatentStatistics, TokenizerArtifact
 from megavtp.pixels import normalise, to_uint8
 
 

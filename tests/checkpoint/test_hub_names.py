@@ -13,7 +13,7 @@ from launched import ROOT
 import megavtp
 from megavtp.data.files import refuse_hub_id
 from megavtp.errors import UserError
-from megavtp.evaluation.checkpoint import open_model
+from megavtp.evaluation.tokenizer.checkpoint import open_model
 
 NAME = "MiniMaxAI/VTP-Large-f16d64"
 SAYS = f"{NAME} is no folder here.*nothing is downloaded, fetch its folder yourself"

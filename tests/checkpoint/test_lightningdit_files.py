@@ -16,13 +16,13 @@ from vtp_oracle import TINY
 import megavtp
 from megavtp.checkpoint.formats.convert import convert
 from megavtp.checkpoint.formats.hf_vtp import save_folder
-from megavtp.checkpoint.formats.lightningdit import POSITIONS, read_lightningdit
-from megavtp.checkpoint.formats.lightningdit_config import dit_shapes
-from megavtp.checkpoint.native_dit import load_dit
-from megavtp.config.dit import complete_dit
-from megavtp.data.artifact import FILE, LatentStatistics, TokenizerArtifact, check_same_tokenizer
-from megavtp.data.latents import LatentFolder
+from megavtp.dit.checkpoint import load_dit
+from megavtp.dit.config import complete_dit
+from megavtp.dit.lightningdit import POSITIONS, read_lightningdit
+from megavtp.dit.lightningdit_config import dit_shapes
 from megavtp.errors import UserError
+from megavtp.latents.artifact import FILE, LatentStatistics, TokenizerArtifact, check_same_tokenizer
+from megavtp.latents.folder import LatentFolder
 from megavtp.models.build import build_vtp
 
 TABLE = "y_embedder.embedding_table.weight"

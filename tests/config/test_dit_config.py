@@ -7,15 +7,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megavtp.config.dit import SIZES, DiTConfig, DiTModelConfig, resolve_dit
-from megavtp.config.dit_validate import flow_share, validate_dit, with_latents
 from megavtp.config.load import from_dict, load_config, to_dict
 from megavtp.config.share import PassShare
+from megavtp.dit.config import SIZES, DiTConfig, DiTModelConfig, resolve_dit
+from megavtp.dit.flops import dit_flops, dit_flops_per_step
+from megavtp.dit.model.build import build_dit
+from megavtp.dit.model.model import DiT
+from megavtp.dit.summary import dit_parameters, dit_summary
+from megavtp.dit.validate import flow_share, validate_dit, with_latents
 from megavtp.errors import UserError
-from megavtp.models.dit import DiT
-from megavtp.models.dit_build import build_dit
-from megavtp.planning.dit_flops import dit_flops, dit_flops_per_step
-from megavtp.planning.dit_summary import dit_parameters, dit_summary
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").rglob("dit_*.yaml"))
 BASE = """

@@ -11,14 +11,14 @@ import torch
 from dit_oracle import DATA, stored
 from latent_folder import FINGERPRINT, artifact, random_latents, random_shard, write_latents
 
-from megavtp.config.dit import DiTConfig
-from megavtp.config.dit_validate import validate_dit, with_latents
 from megavtp.config.load import from_dict
-from megavtp.data.artifact import LatentStatistics, TokenizerArtifact
-from megavtp.data.latent_batch import LatentBatch, LatentStepDataset
-from megavtp.data.latents import BadLatent, LatentFolder
 from megavtp.data.loader import Loader
+from megavtp.dit.batch import LatentBatch, LatentStepDataset
+from megavtp.dit.config import DiTConfig
+from megavtp.dit.validate import validate_dit, with_latents
 from megavtp.errors import UserError
+from megavtp.latents.artifact import LatentStatistics, TokenizerArtifact
+from megavtp.latents.folder import BadLatent, LatentFolder
 
 
 def config_for(folder: LatentFolder, world: int = 1, **sections) -> DiTConfig:

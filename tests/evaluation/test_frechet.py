@@ -7,8 +7,14 @@ from distributed import run_ranks
 from dit_oracle import stored
 
 from megavtp.errors import UserError
-from megavtp.evaluation.frechet import FeatureStatistics, Moments, few_samples_warning, frechet_distance, statistics_of
-from megavtp.evaluation.frechet_reference import read_statistics, write_statistics
+from megavtp.evaluation.distances.frechet import (
+    FeatureStatistics,
+    Moments,
+    few_samples_warning,
+    frechet_distance,
+    statistics_of,
+)
+from megavtp.evaluation.distances.reference_file import read_statistics, write_statistics
 from megavtp.parallel.mesh import build_mesh
 
 # rows of either set, dimensions: more rows than dimensions, and a singular covariance on one side and on both

@@ -15,26 +15,27 @@ import pytest
 import torch
 from distributed import run_ranks
 from evaluation_fakes import FakeModel, FakeSet, FakeTokenizer
+from megavtp.evaluation.distances.measure.samples import samples_like
 from PIL import Image
 
-from megavtp.checkpoint.native_dit import load_dit
 from megavtp.config.schema import EvaluationConfig
 from megavtp.data.index import build_index
+from megavtp.dit.checkpoint import load_dit
+from megavtp.dit.sampling.sampler import open_sampler
+from megavtp.dit.sampling.samples import Sample, SampleNoise
+from megavtp.dit.sampling.settings import SamplingSettings
 from megavtp.errors import UserError
-from megavtp.evaluation import evaluate, features
-from megavtp.evaluation.features_network import FeatureNetwork
-from megavtp.evaluation.frechet import frechet_distance, statistics_of
-from megavtp.evaluation.generation import Reference, measure_generation, open_reference
-from megavtp.evaluation.generation_samples import samples_like
-from megavtp.evaluation.image_sources import open_images
-from megavtp.evaluation.kid import kernel_distance
-from megavtp.evaluation.precision_recall import precision_recall
-from megavtp.evaluation.scale import Noise, blur, untrained
+from megavtp.evaluation import evaluate
+from megavtp.evaluation.distances import features
+from megavtp.evaluation.distances.frechet import frechet_distance, statistics_of
+from megavtp.evaluation.distances.image_sources import open_images
+from megavtp.evaluation.distances.kid import kernel_distance
+from megavtp.evaluation.distances.measure import Reference, measure_generation, open_reference
+from megavtp.evaluation.distances.network import FeatureNetwork
+from megavtp.evaluation.distances.precision_recall import precision_recall
+from megavtp.evaluation.generation.scale import Noise, blur, untrained
 from megavtp.parallel.mesh import SINGLE, build_mesh
 from megavtp.pixels import normalise, to_uint8
-from megavtp.sampling.sampler import open_sampler
-from megavtp.sampling.samples import Sample, SampleNoise
-from megavtp.sampling.settings import SamplingSettings
 
 sys.path.append(str(Path(__file__).parents[1] / "sampling"))
 from sampling_fakes import NAMES, STATISTICS, TOKENIZER, tokenizer_facts, write_dit  # noqa: E402
@@ -216,9 +217,9 @@ def run_tool(monkeypatch, *arguments) -> int:
 
 @pytest.fixture
 def pools(monkeypatch):
-    from megavtp.evaluation import generation_job
+    from megavtp.evaluation.distances.measure import job
 
-    monkeypatch.setattr(generation_job, "load_network", lambda inception, device: Pools())
+    monkeypatch.setattr(job, "load_network", lambda inception, device: Pools())
 
 
 def test_tool_on_files(folders, tmp_path, pools, monkeypatch, capsys):

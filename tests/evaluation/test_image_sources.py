@@ -8,8 +8,8 @@ from PIL import Image
 
 from megavtp.data.augment import center_crop
 from megavtp.errors import UserError
-from megavtp.evaluation.image_sources import open_images
-from megavtp.evaluation.npz_images import NpzImages, holds_images
+from megavtp.evaluation.distances.image_sources import open_images
+from megavtp.evaluation.distances.npz_images import NpzImages, holds_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), dtype=np.uint8)
 

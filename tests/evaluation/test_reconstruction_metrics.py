@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megavtp.evaluation.reconstruction import flat_psnr, psnr, ssim
+from megavtp.evaluation.tokenizer.reconstruction import flat_psnr, psnr, ssim
 
 
 def images(n=2, size=20, seed=0):

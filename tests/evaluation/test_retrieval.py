@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megavtp.evaluation.retrieval import caption_retrieval, cross_style_retrieval
+from megavtp.evaluation.tokenizer.retrieval import caption_retrieval, cross_style_retrieval
 
 
 def unit(n, seed=0, dim=16):

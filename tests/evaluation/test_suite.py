@@ -10,7 +10,7 @@ from evaluation_fakes import FakeModel, FakeSet, FakeTokenizer
 from megavtp.config.schema import EvaluationConfig
 from megavtp.errors import UserError
 from megavtp.evaluation import VTPEvaluated, evaluate, gathering
-from megavtp.evaluation.collect import collect
+from megavtp.evaluation.tokenizer.collect import collect
 from megavtp.parallel.mesh import SINGLE, build_mesh
 
 CONFIG = EvaluationConfig(batch_size=4, knn=3, templates=("{}", "a {}"))

@@ -22,14 +22,14 @@ from vtp_oracle import DATA
 
 import megavtp
 from megavtp.data import folder_lock
-from megavtp.data.artifact import LatentStatistics, TokenizerArtifact
 from megavtp.data.augment import center_crop
 from megavtp.data.decode import decode_image
 from megavtp.data.folder_lock import LOCK_FILE
-from megavtp.data.latents import LatentFolder
 from megavtp.data.shards import open_dataset
 from megavtp.errors import UserError
 from megavtp.extraction.job import Extraction, ExtractionSettings, shard_size
+from megavtp.latents.artifact import LatentStatistics, TokenizerArtifact
+from megavtp.latents.folder import LatentFolder
 from megavtp.parallel.mesh import build_mesh
 
 TOKENIZER = DATA / "default"

@@ -16,7 +16,7 @@ from megavtp.data.batch import Batch, StepDataset
 from megavtp.objectives.prototypes import matmul_wide
 from megavtp.parallel.mesh import SINGLE
 from megavtp.parallel.passes import Pass, execute
-from megavtp.training.pretraining import build_passes
+from megavtp.pretraining.passes import build_passes
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from megavtp.errors import UserError
-from megavtp.parallel import launch, phase, watchdog
+from megavtp.launch import phase, ranks, watchdog
 from megavtp.parallel.collectives import all_gather_object
 
 STEP = 3  # in which it happens, in the second pass
@@ -44,7 +44,7 @@ def run(kind: str, victim: int, timeout: float, rank: int | None = None) -> None
     """Never returns; ``rank`` as a hook of ``launched.Ranks`` gets it."""
 
     def main() -> int:
-        launch.start(timeout)
+        ranks.start(timeout)
         for step in range(1, 100_000):
             for name in ("contrastive", "reconstruction"):
                 phase.enter(f"step {step}, pass {name}")
@@ -58,7 +58,7 @@ def run(kind: str, victim: int, timeout: float, rank: int | None = None) -> None
 
     if kind == "hangs in C":
         watchdog.STUCK = 8.0
-    launch.run_ranks(main)
+    ranks.run_ranks(main)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ import torch.distributed as dist
 from launched import Ranks
 
 from megavtp.errors import UserError
-from megavtp.parallel import doctor, doctor_facts, launch
-from megavtp.parallel.bandwidth import Link, rounds, slow_links
+from megavtp.launch import ranks
+from megavtp.launch.doctor import check, machine
+from megavtp.launch.doctor.bandwidth import Link, rounds, slow_links
+from megavtp.launch.doctor.links import Board, _greet, _try, clock_problems
+from megavtp.launch.doctor.machine import Facts, compare, load_facts, ranks_in_words
 from megavtp.parallel.deepspeed_adapter import SUPPORTED_VERSION
-from megavtp.parallel.doctor_facts import Facts, compare, load_facts, ranks_in_words
-from megavtp.parallel.doctor_links import Board, _greet, _try, clock_problems
 
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "deepspeed": SUPPORTED_VERSION, "megavtp": "ab", "GPU driver": ""}
 MACHINES = [  # two ranks on each of two machines
@@ -115,13 +116,13 @@ def _examine(fault: str, rank: int) -> None:
     """Never returns."""
     sys.argv = ["doctor", "--timeout", "4", "--megabytes", "1"]
     if rank == 1 and fault == "other version":
-        versions = doctor_facts._versions
-        doctor_facts._versions = lambda gpu: versions(gpu) | {"numpy": "1.0"}
+        versions = machine._versions
+        machine._versions = lambda gpu: versions(gpu) | {"numpy": "1.0"}
     if rank == 1 and fault == "hangs":
-        doctor.gather_facts = lambda place: time.sleep(600)
+        check.gather_facts = lambda place: time.sleep(600)
     if rank == 1 and fault == "hangs in a collective":
-        doctor.bandwidth.links = lambda *arguments: time.sleep(600)
-    launch.run_ranks(doctor.main)
+        check.bandwidth.links = lambda *arguments: time.sleep(600)
+    ranks.run_ranks(check.main)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 from distributed import free_port
 from launched import Launched, Ranks
 
-from megavtp.parallel.launch import STOPPED
-from megavtp.training import pretraining
+from megavtp.launch.ranks import STOPPED
+from megavtp.pretraining import passes
 
 TIMEOUT = 5.0  # seconds that a phase may take in these runs
 # kind, seconds until all have ended, what the others say of rank 1 (of 3, in step 3's second pass).
@@ -83,14 +83,14 @@ def test_under_the_deepspeed_launcher(kind, tmp_path):
 def _reconstruction_hangs(rank: int) -> None:
     """On rank 1, in the third step."""
     if rank == 1:
-        inputs = pretraining.ReconstructionPass.inputs
+        inputs = passes.ReconstructionPass.inputs
 
         def hang(self, micro):
             if self.batch.step == 2:
                 time.sleep(600)
             return inputs(self, micro)
 
-        pretraining.ReconstructionPass.inputs = hang
+        passes.ReconstructionPass.inputs = hang
 
 
 def test_a_training_says_which_pass_hangs(recipe, tmp_path):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megavtp.errors import UserError
-from megavtp.parallel import rendezvous
-from megavtp.parallel.rendezvous import Place, detect, expand_counts, first_host, gloo_interface
+from megavtp.launch import rendezvous
+from megavtp.launch.rendezvous import Place, detect, expand_counts, first_host, gloo_interface
 
 MASTER = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 DEEPSPEED = {  # as DeepSpeed 0.19.8 sets it for the second of two hosts with four devices each

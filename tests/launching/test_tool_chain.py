@@ -16,10 +16,10 @@ from vtp_oracle import TINY
 
 from megavtp.checkpoint.formats.convert import convert
 from megavtp.checkpoint.formats.hf_vtp import save_folder
-from megavtp.data.latents import LatentFolder
-from megavtp.evaluation import features_efficientnet
+from megavtp.dit.launcher import train_dit
+from megavtp.evaluation.distances import efficientnet
+from megavtp.latents.folder import LatentFolder
 from megavtp.models.build import build_vtp
-from megavtp.training.dit_launcher import train_dit
 
 sys.path.append(str(Path(__file__).parents[1] / "extraction"))
 from picture_shards import GROUPS, write_shards  # noqa: E402
@@ -53,7 +53,7 @@ def start(entry, arguments: list, folder: Path) -> str:
 
 @pytest.mark.slow
 def test_from_a_tokenizer_to_measured_samples(tmp_path):
-    pytest.importorskip(features_efficientnet.PACKAGE)
+    pytest.importorskip(efficientnet.PACKAGE)
     save_folder(tmp_path / "vtp", TINY, build_vtp(TINY, objectives={"reconstruction"}).state_dict())
     convert(tmp_path / "vtp", "hf-vtp", tmp_path / "tokenizer")
     shards = write_shards(tmp_path / "shards", [16, 8])

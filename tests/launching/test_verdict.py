@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megavtp.parallel import phase
-from megavtp.parallel.verdict import Report, judge, load_report, load_verdict, main_thread_position
+from megavtp.launch import phase
+from megavtp.launch.verdict import Report, judge, load_report, load_verdict, main_thread_position
 
 WAITS = dict(at="engine.py:7 in step", in_collective=True)
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from dit_oracle import OFFICIAL, official_dit, plain_dit, stored, stored_json
 
-from megavtp.config.dit import DiTModelConfig, resolve_dit
+from megavtp.dit.config import DiTModelConfig, resolve_dit
+from megavtp.dit.model.average import build_averaged_dit
+from megavtp.dit.model.build import build_dit, load_full_dit
+from megavtp.dit.model.embed import time_frequencies
+from megavtp.dit.model.model import DiT
 from megavtp.errors import UserError
-from megavtp.models.dit import DiT
-from megavtp.models.dit_average import build_averaged_dit
-from megavtp.models.dit_build import build_dit, load_full_dit
-from megavtp.models.dit_embed import time_frequencies
 
 SIZES = {"B": "b", "L": "l", "XL": "xl", "1p0B": "1p0b", "1p6B": "1p6b"}
 

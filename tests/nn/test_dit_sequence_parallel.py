@@ -9,9 +9,9 @@ from torch import Tensor
 from watch import Watch
 from whole_gradients import whole_gradients
 
-from megavtp.config.dit import DiTModelConfig
-from megavtp.models.dit import DiT
-from megavtp.models.dit_build import build_dit
+from megavtp.dit.config import DiTModelConfig
+from megavtp.dit.model.build import build_dit
+from megavtp.dit.model.model import DiT
 from megavtp.models.init import constant, fill_parameters, normal
 from megavtp.parallel.collectives import all_gather
 from megavtp.parallel.mesh import SINGLE, Mesh, build_mesh

@@ -4,7 +4,7 @@ import pytest
 import torch
 from dit_oracle import official_dit, stored
 
-from megavtp.objectives.flow_matching import flow_matching_terms, straight_path
+from megavtp.dit.flow_matching import flow_matching_terms, straight_path
 
 CASES = ("lognorm_cos", "lognorm_mu-0.5_sigma1.25")
 

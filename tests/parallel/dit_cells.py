@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megavtp.config.dit import DiTConfig
-from megavtp.config.dit_validate import flow_share, validate_dit
 from megavtp.config.load import from_dict
-from megavtp.data.latent_batch import LatentStepDataset
-from megavtp.data.latents import LatentFolder
-from megavtp.models.dit_average import AveragedDiT, build_averaged_dit
+from megavtp.dit.batch import LatentStepDataset
+from megavtp.dit.config import DiTConfig
+from megavtp.dit.flow_matching import flow_matching_terms, straight_path
+from megavtp.dit.model.average import AveragedDiT, build_averaged_dit
+from megavtp.dit.passes import FlowMatchingPass
+from megavtp.dit.recipe import build_dit_engine, with_sizes_of
+from megavtp.dit.validate import flow_share, validate_dit
+from megavtp.latents.folder import LatentFolder
 from megavtp.models.init import constant, fill_parameters, normal
-from megavtp.objectives.flow_matching import flow_matching_terms, straight_path
 from megavtp.parallel.collectives import all_gather_object, all_reduce
 from megavtp.parallel.mesh import SINGLE, build_mesh
 from megavtp.parallel.passes import execute
-from megavtp.training.dit_flow import FlowMatchingPass
-from megavtp.training.dit_run import build_dit_engine, with_sizes_of
 
 STEPS = 3  # of a run
 BASE = {

@@ -11,10 +11,11 @@ from distributed import run_ranks
 from dit_cells import Cell, CellRun, Outcome, cells, plain
 from latent_folder import FINGERPRINT, random_latents
 
-from megavtp.checkpoint.native_dit import load_dit
 from megavtp.checkpoint.store import CheckpointStore, open_checkpoint
+from megavtp.dit import recipe
+from megavtp.dit.checkpoint import load_dit
 from megavtp.parallel.collectives import all_gather_object
-from megavtp.training import dit_run, state
+from megavtp.training import state
 
 TOLERANCE = 1e-5  # relative, float32
 SHORT = 2  # steps in each cell
@@ -95,7 +96,7 @@ def _chain(rank: int, root: Path, folder: Path, first: int, links: list[Cell]) -
                 assert state.load(checkpoint, run.engine, None) == step
         outcomes.append(run.train(step, step + 1))
         store = CheckpointStore(folder, len(CHAIN), run_token=f"chain{step}")
-        state.save(store, run.engine, run.config, step + 1, {}, dit_run.facts_of(run.folder))
+        state.save(store, run.engine, run.config, step + 1, {}, recipe.facts_of(run.folder))
         store.wait()
         all_gather_object(None)  # published by rank 0, and so by all
         run.engine.close()

@@ -11,8 +11,8 @@ from layouts import Cell, Run, differences
 from tiny_run import Outcome, merged, reference
 
 from megavtp.checkpoint.store import CheckpointStore, find_latest, open_checkpoint
+from megavtp.pretraining.passes import SelfDistillationPass
 from megavtp.training import state
-from megavtp.training.pretraining import SelfDistillationPass
 
 # Softmax centering: its running means are state as well.
 SETTINGS = {"objectives": {"self_distillation": {"centering": "softmax"}}}

@@ -12,7 +12,7 @@ from layouts import BASIC, HEADER, Cell, basic_layouts, cells, legal, pairs, pai
 from tiny_run import reference
 
 from megavtp.errors import UserError
-from megavtp.training import pretraining
+from megavtp.pretraining import passes
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +65,8 @@ def test_no_prediction_meets_its_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
         apart.append(float((prediction - target).detach().abs().min()))
         return terms(prediction, target, *rest, **options)
 
-    terms = pretraining.reconstruction_terms
-    monkeypatch.setattr(pretraining, "reconstruction_terms", noted)
+    terms = passes.reconstruction_terms
+    monkeypatch.setattr(passes, "reconstruction_terms", noted)
     last = reference(Cell().plain_config(BASIC)).terms[-1]
     assert len(apart) == BASIC["train"]["steps"] and min(apart) > 0.1
     assert {term.split("/")[0] for term in last} == {"contrastive", "self_distillation", "reconstruction"}

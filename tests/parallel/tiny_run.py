@@ -23,8 +23,8 @@ from megavtp.nn.block import Block
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.passes import Pass, execute
+from megavtp.pretraining.passes import build_passes
 from megavtp.training.optimizer import build_optimizer, tower_of
-from megavtp.training.pretraining import build_passes
 
 TOWER = {"width": 32, "depth": 2, "heads": 4}
 BASE = {

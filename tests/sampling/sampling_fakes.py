@@ -9,10 +9,10 @@ from vtp_oracle import DATA
 
 import megavtp
 from megavtp.checkpoint.formats.convert import write_native
-from megavtp.checkpoint.native_dit import AVERAGE, FACTS, TRAINED
-from megavtp.config.dit import DiTConfig, DiTModelConfig
-from megavtp.data.artifact import LatentStatistics, TokenizerArtifact
-from megavtp.models.dit_build import build_dit
+from megavtp.dit.checkpoint import AVERAGE, FACTS, TRAINED
+from megavtp.dit.config import DiTConfig, DiTModelConfig
+from megavtp.dit.model.build import build_dit
+from megavtp.latents.artifact import LatentStatistics, TokenizerArtifact
 
 TOKENIZER = DATA / "default"
 NAMES = ["Animals", "Flags", "Food & Drink"]

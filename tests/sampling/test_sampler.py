@@ -5,17 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 from distributed import run_ranks
+from megavtp.evaluation.distances.measure.samples import samples_like
 from sampling_fakes import NAMES, STATISTICS, TOKENIZER, tokenizer_facts, write_dit
 
-from megavtp.checkpoint.native_dit import load_dit
 from megavtp.data.randomness import generator
+from megavtp.dit.checkpoint import load_dit
+from megavtp.dit.sampling.command import interval_of, names_of, samples_of
+from megavtp.dit.sampling.sampler import GeneratedImages, all_images, open_sampler
+from megavtp.dit.sampling.samples import Sample, SampleNoise, each, in_proportion, parse_classes
+from megavtp.dit.sampling.settings import SamplingSettings
 from megavtp.errors import UserError
-from megavtp.evaluation.generation_samples import samples_like
 from megavtp.parallel.mesh import build_mesh
-from megavtp.sampling.command import interval_of, names_of, samples_of
-from megavtp.sampling.sampler import GeneratedImages, all_images, open_sampler
-from megavtp.sampling.samples import Sample, SampleNoise, each, in_proportion, parse_classes
-from megavtp.sampling.settings import SamplingSettings
 
 SAMPLES = each([2, 0, 1], 3)
 SETTINGS = {

@@ -4,10 +4,10 @@ import pytest
 import torch
 from dit_oracle import official_dit, stored
 
-from megavtp.sampling.dopri5 import dopri5
-from megavtp.sampling.guidance import GuidedField
-from megavtp.sampling.settings import SamplingSettings
-from megavtp.sampling.solvers import euler, euler_maruyama
+from megavtp.dit.sampling.dopri5 import dopri5
+from megavtp.dit.sampling.guidance import GuidedField
+from megavtp.dit.sampling.settings import SamplingSettings
+from megavtp.dit.sampling.solvers import euler, euler_maruyama
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from sampling_fakes import STATISTICS, TOKENIZER, tokenizer_facts, write_dit
 
+from megavtp.dit.sampling.output import draw_sheet, open_output
 from megavtp.errors import UserError
-from megavtp.sampling.output import draw_sheet, open_output
 
 TOOL = Path(__file__).parents[2] / "tools" / "sample.py"
 IMAGES = torch.randint(0, 256, (11, 3, 6, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from megavtp.dit.sampling.dopri5 import dopri5
+from megavtp.dit.sampling.settings import SamplingSettings
+from megavtp.dit.sampling.solvers import euler, euler_maruyama, heun
 from megavtp.errors import UserError
-from megavtp.sampling.dopri5 import dopri5
-from megavtp.sampling.settings import SamplingSettings
-from megavtp.sampling.solvers import euler, euler_maruyama, heun
 
 MEAN, STD = 0.7, 0.3
 NO_CONDITION = torch.zeros(4)

@@ -134,8 +134,8 @@ def _start(command: list[str], output: Path, log: Path, at: str | None = None, n
         sys.argv = [str(SCRIPT), *command, f"output_dir={output}"]
         status = 1
         try:
-            from megavtp.parallel import launch
-            from megavtp.training import launcher
+            from megavtp.launch import ranks
+            from megavtp.pretraining import launcher
 
             operations = Operations(output, at)
             leave = os._exit
@@ -147,7 +147,7 @@ def _start(command: list[str], output: Path, log: Path, at: str | None = None, n
 
             os._exit = noting
             operations.patch()
-            launch.run_ranks(launcher._main)
+            ranks.run_ranks(launcher._main)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -184,7 +184,7 @@ def sweep(recipe: str, folder: Path) -> None:
     import matplotlib.figure  # noqa: F401
     import torch
 
-    import megavtp.training.launcher  # noqa: F401
+    import megavtp.pretraining.launcher  # noqa: F401
 
     torch.set_num_threads(1)
     command, log = ["--config", recipe, *TINY], folder / "log"

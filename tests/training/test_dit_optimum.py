@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megavtp.config.dit import DiTConfig, DiTModelConfig, FlowMatchingConfig
 from megavtp.config.share import PassShare
-from megavtp.data.latent_batch import LatentBatch
-from megavtp.models.dit_average import build_averaged_dit
-from megavtp.objectives.flow_matching import straight_path
+from megavtp.dit.batch import LatentBatch
+from megavtp.dit.config import DiTConfig, DiTModelConfig, FlowMatchingConfig
+from megavtp.dit.flow_matching import straight_path
+from megavtp.dit.model.average import build_averaged_dit
+from megavtp.dit.passes import FlowMatchingPass
 from megavtp.parallel.mesh import SINGLE
 from megavtp.parallel.passes import execute
-from megavtp.training.dit_flow import FlowMatchingPass
 
 MEANS, STDS = torch.tensor([1.0, -0.5]), torch.tensor([0.4, 0.8])  # of the two classes' Gaussian latents
 SHAPE = (2, 2, 2)

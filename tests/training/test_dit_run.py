@@ -13,14 +13,14 @@ import yaml
 from latent_folder import random_latents
 from launched import Ranks, events, steps_done
 
-from megavtp.checkpoint.native_dit import load_dit
 from megavtp.checkpoint.store import find_latest, open_checkpoint
-from megavtp.config.dit import DiTConfig
 from megavtp.config.load import from_dict
-from megavtp.data.latents import LatentFolder
+from megavtp.dit.checkpoint import load_dit
+from megavtp.dit.config import DiTConfig
+from megavtp.dit.launcher import train_dit
+from megavtp.dit.resume import check_goes_on
 from megavtp.errors import UserError
-from megavtp.training.dit_launcher import train_dit
-from megavtp.training.dit_resume import check_goes_on
+from megavtp.latents.folder import LatentFolder
 
 STEPS = 6
 RECIPE = {

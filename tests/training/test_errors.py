@@ -20,9 +20,9 @@ from megavtp.data.shards import open_dataset
 
 def _hurry(hook: Hook | None, rank: int) -> None:
     """No launcher ends the ranks here once rank 0 has spoken: the others are not to wait for it as long."""
-    from megavtp.parallel import launch
+    from megavtp.launch import ranks
 
-    launch._PATIENCE = 1.0
+    ranks._PATIENCE = 1.0
     if hook is not None:
         hook(rank)
 
@@ -73,11 +73,11 @@ def test_output_dir_that_cannot_be(recipe, tmp_path):
 
 
 def _no_data_here(rank: int) -> None:
-    from megavtp.training import pretrain_run
+    from megavtp.pretraining import recipe
 
     if rank == 1:
-        found = pretrain_run.open_dataset
-        pretrain_run.open_dataset = lambda folder: found("/mnt/not/mounted/here")
+        found = recipe.open_dataset
+        recipe.open_dataset = lambda folder: found("/mnt/not/mounted/here")
 
 
 def test_a_file_missing_on_one_machine_ends_all_ranks(recipe, tmp_path):

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from launched import deepspeed, run, steps_done, succeed
 
-from megavtp.parallel import two_on_a_cpu
+from megavtp.launch import two_on_a_cpu
 
 LAUNCH = ["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=eyI", "launchers/pretrain.py"]
 RUNNER = ["python", "/bin/deepspeed"]

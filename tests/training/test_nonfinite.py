@@ -10,7 +10,7 @@ import pytest
 import torch
 from launched import Ranks, events, run, steps_done, succeed
 
-from megavtp.training.pretraining import ReconstructionPass
+from megavtp.pretraining.passes import ReconstructionPass
 from megavtp.training.trainer import Trainer
 
 SHORT = ["train.checkpoint_every=0", "objectives.self_distillation.centering=softmax"]

@@ -21,8 +21,8 @@ from megavtp.config.schema import Config, TelemetryConfig
 from megavtp.data import files, folder_lock
 from megavtp.data.files import write_atomic
 from megavtp.data.folder_lock import LOCK_FILE, FolderLock
+from megavtp.dit.launcher import train_dit
 from megavtp.errors import UserError
-from megavtp.training.dit_launcher import train_dit
 from megavtp.training.metrics_file import MetricsFile, read_metrics
 from megavtp.training.output_dir import OutputDir
 from megavtp.training.pictures import reconstruction_grid

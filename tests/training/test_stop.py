@@ -9,7 +9,7 @@ import psutil
 import pytest
 from launched import Ranks, deepspeed, events, steps_done, succeed, torchrun, wait_for
 
-from megavtp.parallel.launch import STOPPED
+from megavtp.launch.ranks import STOPPED
 
 pytestmark = pytest.mark.timeout(900)  # seconds of work, on an idle machine
 LONG = ["train.steps=5000", "train.checkpoint_every=0"]  # it would take minutes

@@ -14,18 +14,18 @@ from torch import Tensor
 
 from megavtp import __version__
 from megavtp.checkpoint.formats.hf_vtp import PERIODS, save_folder
-from megavtp.checkpoint.formats.lightningdit import LightningDiT, lightningdit_tree, read_lightningdit
-from megavtp.checkpoint.formats.output import new_path
 from megavtp.checkpoint.formats.vtp_source import VTPSource, check_periods, open_vtp
-from megavtp.checkpoint.native_dit import AVERAGE, FACTS, TRAINED, artifact_of, is_dit
 from megavtp.checkpoint.reading import INDEX, is_checkpoint, open_checkpoint, step_folder
 from megavtp.checkpoint.store import CheckpointStore
-from megavtp.config.dit import CompleteDiTConfig, DiTConfig, complete_config
 from megavtp.config.load import from_dict, to_dict
 from megavtp.config.sizes import narrowed
-from megavtp.data.artifact import LatentStatistics, TokenizerArtifact, check_same_tokenizer
+from megavtp.data.new_path import new_path
 from megavtp.data.torch_file import write_torch_file
+from megavtp.dit.checkpoint import AVERAGE, FACTS, TRAINED, artifact_of, is_dit
+from megavtp.dit.config import CompleteDiTConfig, DiTConfig, complete_config
+from megavtp.dit.lightningdit import LightningDiT, lightningdit_tree, read_lightningdit
 from megavtp.errors import UserError
+from megavtp.latents.artifact import LatentStatistics, TokenizerArtifact, check_same_tokenizer
 
 Format = Literal["native", "hf-vtp", "lightningdit"]
 _DECODER = "pixel_decoder."

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from megavtp.checkpoint.formats.fingerprint import encoder_fingerprint
 from megavtp.checkpoint.formats.hf_vtp import PERIODS, load_folder, objectives_of
-from megavtp.checkpoint.native_dit import is_dit
 from megavtp.checkpoint.reading import INDEX, Checkpoint, is_checkpoint, open_checkpoint
 from megavtp.config.load import from_dict
 from megavtp.config.schema import (
@@ -23,9 +22,10 @@ from megavtp.config.schema import (
     SelfDistillationConfig,
 )
 from megavtp.config.sizes import ResolvedConfig, ResolvedModel
-from megavtp.data import artifact as artifact_file
-from megavtp.data.artifact import TokenizerArtifact
+from megavtp.dit.checkpoint import is_dit
 from megavtp.errors import UserError
+from megavtp.latents import artifact as artifact_file
+from megavtp.latents.artifact import TokenizerArtifact
 from megavtp.models.build import load_full
 from megavtp.models.vtp import VTP
 from megavtp.nn.rope import DTYPES, AxialRope, rope_periods

@@ -45,7 +45,7 @@ def main() -> None:
     from efficientnet_lite_pytorch import EfficientNet
 
     sys.path.insert(0, str(HERE.parents[2]))
-    from megavtp.evaluation.features_efficientnet import weight_shapes
+    from megavtp.evaluation.distances.efficientnet import weight_shapes
 
     with contextlib.redirect_stdout(io.StringIO()):
         network = EfficientNet.from_pretrained(

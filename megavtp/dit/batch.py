@@ -1,0 +1,109 @@
+"""One rank's share of a DiT's training step: latents and all random choices, as a pure function of (seed, step).
+
+Letters: b samples of the share, C channels, h = w positions, E caption features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megavtp.data.batch import REPLACEMENTS
+from megavtp.data.order import SampleOrder, step_positions
+from megavtp.data.randomness import generator, stable_hash
+from megavtp.dit.config import CompleteDiTConfig
+from megavtp.errors import UserError
+from megavtp.latents.folder import BadLatent, LatentFolder, LatentSample
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """A rank's share of a step; with dp ranks in order, concatenation gives the batch of a single process."""
+
+    step: int
+    ids: list[str]
+    positions: Tensor  # (b,) int64, place in the global batch
+    latents: Tensor  # (b, C, h, w) float32, normalised
+    noise: Tensor  # (b, C, h, w) float32
+    times: Tensor  # (b,) float32 in (0, 1): 0 is noise, 1 data
+    conditions: Tensor  # labels (b,) int64 or caption features (b, E) float32, some dropped
+    bad: list[str]  # "name: reason" of samples that were replaced
+
+    def pin_memory(self) -> LatentBatch:
+        """Every tensor in page-locked memory (needs CUDA). torch's loader calls this in its pinning thread."""
+        values = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return dataclasses.replace(self, **{name: x.pin_memory() for name, x in values if isinstance(x, Tensor)})
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random choices of one sample: functions of (seed, step, position) and of the settings."""
+
+    flip: bool
+    drop: bool
+    time: float
+    noise: np.ndarray
+
+    @classmethod
+    def of(cls, config: CompleteDiTConfig, step: int, position: int, shape: tuple[int, ...]) -> Draw:
+        rng, settings = generator(config.seed, "flow", step, position), config.flow_matching
+        flip, drop = rng.random(2)
+        time = 1 / (1 + np.exp(-(settings.time_mu + settings.time_sigma * rng.standard_normal())))
+        noise = rng.standard_normal(shape, dtype=np.float32)
+        return cls(flip < config.data.flip, drop < settings.condition_dropout, time, noise)
+
+
+class LatentStepDataset(torch.utils.data.Dataset):
+    """``self[step]`` is the share of data-parallel rank ``dp_rank`` of ``dp_size`` in that step.
+
+    ``config`` has the sizes of the folder. Raises ``UserError`` if streams, batch and dp_size do not divide, or if
+    REPLACEMENTS + 1 samples that stand in for one another are all broken.
+    """
+
+    def __init__(self, folder: LatentFolder, config: CompleteDiTConfig, dp_rank: int = 0, dp_size: int = 1):
+        self.folder, self.config = folder, config
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        data = config.data
+        self.order = SampleOrder(folder.shard_counts, data.streams, data.shuffle_block, config.seed)
+        step_positions(0, config.train.batch_size, data.streams, dp_rank, dp_size)
+
+    def __getitem__(self, step: int) -> LatentBatch:
+        place = step_positions(step, self.config.train.batch_size, self.config.data.streams, self.dp_rank, self.dp_size)
+        bad: list[str] = []
+        draws = [Draw.of(self.config, step, position, self.folder.shape) for position in place.positions.tolist()]
+        samples = [
+            self._sample(stream, index, draw.flip, bad)
+            for stream, index, draw in zip(place.streams.tolist(), place.indices.tolist(), draws)
+        ]
+        return LatentBatch(
+            step=step, ids=[sample.id for sample in samples], positions=torch.from_numpy(place.positions),
+            latents=self.folder.statistics.normalise(torch.stack([sample.latents for sample in samples])),
+            noise=torch.from_numpy(np.stack([draw.noise for draw in draws])),
+            times=torch.tensor([draw.time for draw in draws], dtype=torch.float32),
+            conditions=self._conditions(samples, torch.tensor([draw.drop for draw in draws])), bad=bad,
+        )
+
+    def _conditions(self, samples: list[LatentSample], drop: Tensor) -> Tensor:
+        model = self.config.model
+        if model.condition == "class":
+            return torch.tensor([sample.label for sample in samples]).masked_fill(drop, model.num_classes)
+        return torch.stack([sample.caption for sample in samples]).masked_fill(drop[:, None], 0.0)
+
+    def _sample(self, stream: int, index: int, flip: bool, bad: list[str]) -> LatentSample:
+        """The stream's ``index``-th sample, or the first candidate in its place that is not broken."""
+        at = index
+        for attempt in range(1, REPLACEMENTS + 2):
+            shard, row = self.order.locate(stream, at)
+            try:
+                return self.folder.read(shard, row, flip)
+            except BadLatent as error:
+                bad.append(f"{self.folder.name(shard, row)}: {error}")
+            at = index + 1 + stable_hash(self.config.seed, "replace", stream, index, attempt) % self.order.length
+        raise UserError(
+            f"{REPLACEMENTS + 1} latents that stand in for one another are all broken, last: {bad[-1]}; "
+            "extract them again with tools/extract_latents.py"
+        )

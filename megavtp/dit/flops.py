@@ -1,0 +1,24 @@
+"""Floating-point operations of a DiT and of its training step; counted as in ``flops``."""
+
+from __future__ import annotations
+
+from megavtp.config.sizes import known
+from megavtp.dit.config import TIME_FREQUENCIES, CompleteDiT, CompleteDiTConfig, swiglu_hidden
+from megavtp.planning.flops import transformer_flops
+
+
+def dit_flops(model: CompleteDiT) -> float:
+    """Forward of one latent map; ``model`` is resolved."""
+    width, tokens = model.width, (model.latent_size // model.patch_size) ** 2
+    ends = 2 * 2 * tokens * model.patch_size**2 * model.latent_channels * width  # embedding and last layer
+    adaptive = 2 * (6 * model.depth + 2) * width**2  # once for a sample
+    embeddings = 2 * (TIME_FREQUENCIES + width) * width
+    if model.condition == "caption":
+        embeddings += 2 * (known(model.caption_width, "model.caption_width") + width) * width
+    blocks = transformer_flops(tokens, width, model.depth, swiglu_hidden(width), gated=True)
+    return ends + adaptive + embeddings + blocks
+
+
+def dit_flops_per_step(config: CompleteDiTConfig) -> dict[str, float]:
+    """Model FLOPs of one optimizer step over all devices; ``config`` has the sizes of its latents."""
+    return {"total": 3.0 * config.train.batch_size * dit_flops(config.model)}

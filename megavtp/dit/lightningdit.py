@@ -1,0 +1,166 @@
+"""LightningDiT's checkpoint: one ``.pt`` with ``model``, ``ema`` and ``config`` (github.com/hustvl/LightningDiT).
+
+``DiT.state_dict`` has its keys, so only prefixes, the fixed position tables and the settings are translated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megavtp.checkpoint.formats.fitting import check, faults
+from megavtp.checkpoint.formats.weights_file import read_weights_file
+from megavtp.dit.config import CompleteDiT, CompleteDiTConfig, DiTConfig
+from megavtp.dit.lightningdit_config import (
+    REMEDY,
+    Parts,
+    dit_shapes,
+    infer_config,
+    settings_to_state,
+    stated_settings,
+)
+from megavtp.dit.model.positions import pair_tables, sine_positions
+from megavtp.dit.validate import validate_dit
+from megavtp.errors import UserError
+from megavtp.latents.artifact import TokenizerArtifact
+
+POSITIONS = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
+_WRAPPED = "module."  # what DistributedDataParallel puts before every key
+_SAME = 1e-5  # of a position table: the official one comes from another order of the same operations
+_DEEPEST = 1000  # blocks; a number beyond is no depth
+_NOT_IN_SHAPES = ("depth", "heads", "num_classes")  # a file that lacks blocks or rows is one of other settings
+
+
+@dataclass(frozen=True)
+class LightningDiT:
+    """What was read, from whichever form.
+
+    Attributes:
+        weights, average: trained parameters and their moving average, by LightningDiT's keys, without prefixes and
+            position tables.
+        step: from the file's name, else 0.
+        notes: for the user.
+        artifact: the tokenizer of the latents, run: the whole configuration, facts: further ones; a ``.pt`` has none.
+    """
+
+    config: CompleteDiT
+    weights: dict[str, Tensor]
+    average: dict[str, Tensor]
+    step: int
+    notes: list[str]
+    artifact: TokenizerArtifact | None = None
+    run: CompleteDiTConfig | None = None
+    facts: dict[str, Any] | None = None
+
+
+def read_lightningdit(path: str | Path) -> LightningDiT:
+    """Read a checkpoint, or a bare state dict, ``.pt`` or ``.safetensors``; keys may carry ``module.``.
+
+    Raises:
+        UserError: not such a file, one that holds more than tensors, a variant that MegaVTP does not have, or tensors
+            that do not fit together, or what the file states of them: every missing, unexpected and misshapen one is
+            listed.
+    """
+    path = Path(path)
+    tree = read_weights_file(path, "not a checkpoint", REMEDY)
+    parts, stated, notes = _parts(tree, path), stated_settings(tree), []
+    config = infer_config(parts, stated, path)
+    _check(parts, config, stated, path)
+    if unsaid := [name for name in _NOT_IN_SHAPES if name not in stated]:
+        notes.append(f"{path} does not state its {', '.join(unsaid)}: taken from the tensors that are there")
+    if len(parts) == 1:
+        (only,) = parts.values()
+        parts = {"model": only, "ema": only}
+        notes.append(f"{path} has only one set of weights: it serves as the trained and as the averaged one")
+    weights, average = ({k: v.float() for k, v in parts[p].items() if k not in POSITIONS} for p in ("model", "ema"))
+    return LightningDiT(config, weights, average, int(path.stem) if path.stem.isdecimal() else 0, notes)
+
+
+def lightningdit_tree(
+    config: CompleteDiT, weights: Mapping[str, Tensor], average: Mapping[str, Tensor], *, module_prefix: bool = False
+) -> dict[str, Any]:
+    """What ``torch.save`` writes, position tables included. UserError for what the format cannot say.
+
+    ``module_prefix``: before the keys of the trained weights, which LightningDiT's own training resumes from.
+    """
+    if config.condition != "class":
+        raise UserError(f"model.condition={config.condition} has no LightningDiT form: only class-conditioned ones do")
+    tables, shapes = _positions(config), dit_shapes(config)
+    parts = {}
+    for part, state in (("model", weights), ("ema", average)):
+        whole = {**tables, **state}
+        check(whole, shapes, f"the DiT ({part})")
+        before = _WRAPPED if module_prefix and part == "model" else ""
+        parts[part] = {before + name: whole[name].detach().to("cpu", torch.float32).contiguous() for name in shapes}
+    return {**parts, "config": {"model": settings_to_state(config)}}
+
+
+def _parts(tree: Mapping[str, Any], path: Path) -> Parts:
+    """One or both sets of weights. UserError for something else in their place, which must not be passed over."""
+    given = [name for name in ("model", "ema") if name in tree]
+    for name in given:
+        if not _is_state(tree[name]):
+            raise UserError(f"{path}: its {name!r} is no state dict of tensors; use a file that is whole")
+    if given:
+        return {name: _plain(tree[name]) for name in given}
+    if not _is_state(tree):
+        raise UserError(f"{path} holds neither model nor ema nor a state dict; {REMEDY}")
+    return {"ema": _plain(tree)}
+
+
+def _check(parts: Parts, config: CompleteDiT, stated: Mapping[str, int], path: Path) -> None:
+    """UserError that lists all that does not fit, in every part."""
+    depth = stated.get("depth", 0)  # its missing blocks are listed
+    shapes = dit_shapes(replace(config, depth=depth) if 0 < depth <= _DEEPEST else config)
+    found = [f"({part}) {'; '.join(wrong)}" for part, state in parts.items() if (wrong := faults(state, shapes))]
+    found += [
+        f"its own config says {name} {value}, the tensors {getattr(config, name)}" for name, value in stated.items()
+        if value != getattr(config, name)
+    ]
+    if not found:
+        found = _invalid(config) or [
+            f"({part}) {fault}" for part, state in parts.items() for fault in _other_positions(state, config)
+        ]
+    if found:
+        raise UserError(f"{path} does not fit its model config: {'; '.join(found)}; use a file that is whole")
+
+
+def _invalid(config: CompleteDiT) -> list[str]:
+    """Sizes that fit one another, and yet make no DiT."""
+    try:
+        validate_dit(DiTConfig(model=config), None)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def _positions(config: CompleteDiT) -> dict[str, Tensor]:
+    side = config.latent_size // config.patch_size
+    tables = pair_tables(config.width // config.heads, side)
+    return dict(zip(POSITIONS, (sine_positions(config.width, side)[None], *tables)))
+
+
+def _other_positions(state: Mapping[str, Tensor], config: CompleteDiT) -> list[str]:
+    return [
+        f"{name} is not the fixed position table of its sizes, and this DiT has no other"
+        for name, expected in _positions(config).items()
+        if not torch.allclose(state[name].float(), expected, rtol=0, atol=_SAME)
+    ]
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+    )
+
+
+def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefixes of wrappers, if all keys have them."""
+    while all(name.startswith(_WRAPPED) for name in state):
+        state = {name.removeprefix(_WRAPPED): tensor for name, tensor in state.items()}
+    return dict(state)

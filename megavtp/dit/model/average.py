@@ -1,0 +1,101 @@
+"""What a DiT's training holds: the DiT and the moving average of its weights, which samples are drawn with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megavtp.dit.config import CompleteDiT, DiTModelConfig, ResolvedDiT, complete_dit, swiglu_hidden
+from megavtp.dit.model.build import initialise_dit
+from megavtp.dit.model.model import DiT, Flow
+from megavtp.models.build import realised
+from megavtp.nn.attention_kernels import Kernel
+from megavtp.nn.block import Recompute
+from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.parallel.striping import FlowSpec, Stripe, cut_tower
+
+
+class AveragedDiT(nn.Module):
+    """``dit`` learns, ``ema`` follows it. ``forward(mode, ...)`` is the only entry, as sharding engines hook the root
+    module's forward.
+
+    Under pipeline parallelism both hold this rank's chunks only.
+
+    Args:
+        config: with the sizes of the latents, and of what its condition needs.
+        compute_dtype: of the matrix products (autocast); parameters stay float32.
+    """
+
+    def __init__(
+        self, config: CompleteDiT, mesh: Mesh = SINGLE, *, recompute: Recompute = "none", attention: Kernel = "auto",
+        compute_dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.config, self.mesh, self.compute_dtype = config, mesh, compute_dtype
+        stripe = Stripe(dit_cuts(config, mesh.chunks), mesh.pp, mesh.pp_rank)
+        self.dit = DiT(config, mesh, stripe=stripe, recompute=recompute, attention=attention)
+        self.ema = DiT(config, mesh, stripe=stripe, attention=attention).requires_grad_(False)
+
+    def forward(
+        self, mode: str, stage: int | None = None, flow: Sequence[Tensor] = (), *, x: Tensor, t: Tensor, y: Tensor
+    ) -> Tensor | Flow:
+        """Velocities, see ``DiT.forward``: ``mode`` "velocity" of the trained weights, "average" of the averaged.
+
+        With ``stage``, only that chunk, which this rank must hold; one after the first reads ``flow`` alone.
+        """
+        with self._precision():
+            return (self.dit if mode == "velocity" else self.ema)(x, t, y, stage, *flow)
+
+    def legs(self, mode: str) -> int:
+        """How many towers a pass goes through one after another."""
+        return 1
+
+    def flow(self, mode: str, stage: int, *, x: Tensor, **_: Any) -> list[FlowSpec]:
+        """Shape and dtype of each tensor that enters ``stage`` > 0 of a pass with these inputs (shapes suffice)."""
+        tokens = (self.config.latent_size // self.config.patch_size) ** 2
+        shapes = (len(x), tokens, self.config.width), (len(x), self.config.width)
+        return [(shape, torch.float32) for shape in shapes]
+
+    def _precision(self) -> AbstractContextManager:
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        # A forward reads each weight once: a cache of cast weights would only hold a 16-bit copy of the model.
+        device = self.dit.feat_rope.freqs_cos.device.type
+        return torch.autocast(device, dtype=self.compute_dtype, cache_enabled=False)
+
+    def averaged(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(average, trained) parameters, always in the same order."""
+        return list(zip(self.ema.parameters(), self.dit.parameters(), strict=True))
+
+    def start_average(self) -> None:
+        """Make the average a copy of the trained weights."""
+        with torch.no_grad():
+            for average, trained in self.averaged():
+                average.copy_(trained)
+
+
+def dit_cuts(config: ResolvedDiT, chunks: int) -> tuple[range, ...]:
+    """Block numbers of each pipeline chunk, balanced by weights used per token; ``config`` is resolved."""
+    block = 4 * config.width + 3 * swiglu_hidden(config.width)
+    ends = config.patch_size**2 * (config.latent_channels or 0) / block
+    return cut_tower([1.0] * config.depth, chunks, first=ends, last=ends)
+
+
+def build_averaged_dit(
+    config: DiTModelConfig, mesh: Mesh = SINGLE, *, seed: int = 0, device: torch.device | str = "cpu",
+    recompute: Recompute = "none", attention: Kernel = "auto", compute_dtype: torch.dtype = torch.float32,
+) -> AveragedDiT:
+    """In float32 on ``device``, initialised; the same full weights for every ``mesh``."""
+    with torch.device("meta"):
+        model = AveragedDiT(
+            complete_dit(config), mesh, recompute=recompute, attention=attention, compute_dtype=compute_dtype
+        )
+    with realised(model, device):
+        initialise_dit(model.dit, mesh, seed)
+        model.ema.reset_positions()
+        model.start_average()
+    return model

@@ -1,0 +1,120 @@
+"""The transformer block of LightningDiT: adaptive norms (DiT, arXiv 2212.09748), rotary attention, SwiGLU.
+
+Letters: b samples, N tokens, D width. ``condition`` (b, D) is SiLU of the sum of the embeddings, put through
+``copy_to_tp`` once for all blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megavtp.dit.config import swiglu_hidden
+from megavtp.dit.model.positions import rotate_pairs
+from megavtp.nn.attention import Attention
+from megavtp.nn.attention_kernels import Kernel
+from megavtp.nn.block import Recompute, branch
+from megavtp.nn.norms import RMSNorm
+from megavtp.nn.rope import Table
+from megavtp.nn.split import share
+from megavtp.parallel.collectives import gather_from_tp
+from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.sequence import TokenCut
+
+NORM_EPS = 1e-6
+
+
+class FusedSwiGLU(nn.Module):
+    """w3(silu(a) * b) with (a, b) = w12 x, (..., D) -> (..., D)."""
+
+    def __init__(self, width: int, mesh: Mesh):
+        super().__init__()
+        hidden = swiglu_hidden(width)
+        share(hidden, mesh, "the feed-forward hidden width")
+        self.w12 = ColumnParallelLinear(width, 2 * hidden, mesh=mesh, parts=2)
+        self.w3 = RowParallelLinear(hidden, width, mesh=mesh)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.contract(self.expand(x))
+
+    def expand(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
+        """The first matrix product: a and b side by side."""
+        return self.w12(x, cut)
+
+    def contract(self, hidden: Tensor, cut: TokenCut | None = None) -> Tensor:
+        """All that follows it."""
+        a, b = hidden.chunk(2, -1)
+        return self.w3(F.silu(a) * b, cut)
+
+
+class Modulation(nn.Module):
+    """The linear layer behind adaptive norms: condition (b, D) -> ``parts`` tensors (b, 1, D).
+
+    It holds a third of a DiT's weights. Cut over tp, its few output rows (one per sample) are gathered.
+    """
+
+    def __init__(self, width: int, parts: int, mesh: Mesh):
+        super().__init__()
+        share(width, mesh, "the width of the DiT")
+        self.mesh, self.parts = mesh, parts
+        # The name is the linear's place in LightningDiT's pair of SiLU and linear.
+        self.add_module("1", ColumnParallelLinear(width, parts * width, mesh=mesh, parts=parts, copy_input=False))
+
+    def forward(self, condition: Tensor, cut: TokenCut | None = None) -> tuple[Tensor, ...]:
+        """``cut``: under sequence parallelism, where each rank modulates its own tokens with the result."""
+        own = self.get_submodule("1")(condition).unflatten(-1, (self.parts, 1, -1))
+        whole = gather_from_tp(own, self.mesh)
+        return (whole if cut is None else cut.share(whole)).unbind(1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (b, N, D), shift and scale (b, 1, D)."""
+    return x * (1 + scale) + shift
+
+
+class DiTBlock(nn.Module):
+    """x += gate * attn(modulate(norm1 x)), then the same with the feed-forward network; (b, N, D) -> (b, N, D)."""
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool, kernel: Kernel, mesh: Mesh):
+        super().__init__()
+        self.norm1 = RMSNorm(width, NORM_EPS)
+        self.attn = Attention(
+            width, heads, qk_norm=qk_norm, norm_eps=NORM_EPS, rotation=rotate_pairs, kernel=kernel, mesh=mesh
+        )
+        self.norm2 = RMSNorm(width, NORM_EPS)
+        self.mlp = FusedSwiGLU(width, mesh)
+        self.adaLN_modulation = Modulation(width, 6, mesh)
+
+    def forward(
+        self, x: Tensor, condition: Tensor, table: Table, cut: TokenCut | None = None, recompute: Recompute = "none"
+    ) -> Tensor:
+        """``cut``: under sequence parallelism, x has this rank's n of the N tokens, and so has the result.
+        ``recompute``: see ``nn.block``; "full" is the caller's to do."""
+        samples = len(x)
+        segments = ((samples, len(table[0])),)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition, cut)
+
+        def modulated(norm: RMSNorm, shift: Tensor, scale: Tensor) -> Callable[[Tensor, TokenCut | None], Tensor]:
+            return lambda y, cut: modulate(norm(y, cut), shift, scale).flatten(0, 1)
+
+        y = branch(x, modulated(self.norm1, shift_a, scale_a), self.attn, cut, recompute, segments, (table,))
+        x = x + gate_a * y.unflatten(0, (samples, -1))
+        y = branch(x, modulated(self.norm2, shift_m, scale_m), self.mlp, cut, recompute)
+        return x + gate_m * y.unflatten(0, (samples, -1))
+
+
+class FinalLayer(nn.Module):
+    """Tokens (b, N, D) -> the velocity of each token's latent patch (b, N, outputs)."""
+
+    def __init__(self, width: int, outputs: int, mesh: Mesh):
+        super().__init__()
+        self.norm_final = RMSNorm(width, NORM_EPS)
+        self.linear = nn.Linear(width, outputs)
+        self.adaLN_modulation = Modulation(width, 2, mesh)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition)
+        return self.linear(modulate(self.norm_final(x), shift, scale))

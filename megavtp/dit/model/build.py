@@ -1,0 +1,85 @@
+"""Build a DiT with LightningDiT's initial values, the same on every layout, or from full tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megavtp.dit.config import DiTModelConfig, complete_dit
+from megavtp.dit.model.model import DiT
+from megavtp.errors import UserError
+from megavtp.models.build import realised
+from megavtp.models.init import Fill, constant, fill_parameters, normal
+from megavtp.nn.attention_kernels import Kernel
+from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.parallel.sharding import cut, shard_of
+
+
+def _xavier() -> Fill:
+    """Of a weight as a matrix (outputs, all that goes into one of them)."""
+
+    def fill(t: Tensor, g: torch.Generator) -> Tensor:
+        bound = math.sqrt(6 / (t.shape[0] + t[0].numel()))
+        return t.uniform_(-bound, bound, generator=g)
+
+    return fill
+
+
+# Adaptive norms and the last layer start at zero: the first output is 0 and every block the identity.
+_RULES: list[tuple[str, Fill]] = [
+    (r".*norm\w*\.weight", constant(1.0)),
+    (r".*\.adaLN_modulation\.1\.(weight|bias)", constant(0.0)),
+    (r"final_layer\.linear\.(weight|bias)", constant(0.0)),
+    (r".*\.bias", constant(0.0)),
+    (r"y_embedder\.embedding_table\.weight", normal(0.02)),
+    (r"[ty]_embedder\.mlp\.[02]\.weight", normal(0.02)),
+    (r".*\.weight", _xavier()),
+]
+
+
+def initialise_dit(model: DiT, mesh: Mesh, seed: int) -> None:
+    """Fill every parameter of a DiT, whole or a part of its blocks, and its positions."""
+    fill_parameters(model.named_parameters(), _RULES, mesh, seed)
+    model.reset_positions()
+
+
+def build_dit(
+    config: DiTModelConfig, mesh: Mesh = SINGLE, *, seed: int = 0, device: torch.device | str = "cpu",
+    attention: Kernel = "auto",
+) -> DiT:
+    """A whole DiT in float32, initialised."""
+    with torch.device("meta"):
+        model = DiT(complete_dit(config), mesh, attention=attention)
+    with realised(model, device):
+        initialise_dit(model, mesh, seed)
+    return model
+
+
+def load_full_dit(model: DiT, tensors: Mapping[str, Tensor]) -> None:
+    """Copy full (uncut) tensors into this rank's slices, by LightningDiT's keys; the fixed positions may be left out.
+
+    UserError names everything that is missing, unexpected or of the wrong shape; then nothing is copied.
+    """
+    own = model.state_dict(keep_vars=True)
+    shapes = {name: _whole_shape(tensor, model.mesh) for name, tensor in own.items()}
+    faults = [f"unexpected {name}" for name in tensors if name not in own]
+    faults += [f"missing {name}" for name, _ in model.named_parameters() if name not in tensors]
+    faults += [
+        f"{name} has shape {list(value.shape)}, not {shapes[name]}"
+        for name, value in tensors.items() if name in own and list(value.shape) != shapes[name]
+    ]
+    if faults:
+        raise UserError("the weights do not fit the model config: " + "; ".join(faults))
+    with torch.no_grad():
+        for name, value in tensors.items():
+            own[name].copy_(cut(value, shard_of(own[name]), model.mesh.tp_rank, model.mesh.tp))
+
+
+def _whole_shape(tensor: Tensor, mesh: Mesh) -> list[int]:
+    shape, shard = list(tensor.shape), shard_of(tensor)
+    if shard is not None:
+        shape[shard.dim] *= mesh.tp
+    return shape

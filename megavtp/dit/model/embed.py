@@ -1,0 +1,82 @@
+"""What goes into a DiT: latents as tokens, time and class or caption as one conditioning vector.
+
+Letters: b samples, C channels, N tokens, D width. Module names are LightningDiT's, so its keys are ours.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megavtp.dit.config import TIME_FREQUENCIES
+from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megavtp.parallel.mesh import Mesh
+
+
+class LatentEmbed(nn.Module):
+    """(b, C, H, W) -> (b, N, D), tokens in row-major order."""
+
+    def __init__(self, channels: int, width: int, patch: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, patch)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.proj(latents).flatten(2).transpose(1, 2)
+
+
+def _mlp(inputs: int, width: int, mesh: Mesh) -> nn.Sequential:
+    return nn.Sequential(
+        ColumnParallelLinear(inputs, width, mesh=mesh), nn.SiLU(), RowParallelLinear(width, width, mesh=mesh)
+    )
+
+
+def time_frequencies(t: Tensor) -> Tensor:
+    """Times (b,) in [0, 1] -> (b, 256) float32: 128 cosines, then 128 sines, of 1 down to almost 1/10000."""
+    half = TIME_FREQUENCIES // 2
+    frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class TimeEmbed(nn.Module):
+    """Times (b,) -> (b, D)."""
+
+    def __init__(self, width: int, mesh: Mesh):
+        super().__init__()
+        self.mlp = _mlp(TIME_FREQUENCIES, width, mesh)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(time_frequencies(t))
+
+
+class ClassEmbed(nn.Module):
+    """Labels (b,) in 0 .. classes -> (b, D); the last row, label ``classes``, stands for "no class"."""
+
+    def __init__(self, classes: int, width: int):
+        super().__init__()
+        self.classes = classes
+        self.embedding_table = nn.Embedding(classes + 1, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+    def none(self, count: int, device: torch.device) -> Tensor:
+        """The condition (count,) of samples without a class."""
+        return torch.full((count,), self.classes, device=device)
+
+
+class CaptionEmbed(nn.Module):
+    """The tokenizer's unit caption features (b, E) -> (b, D). A feature of zeros, which no caption has, stands for "no
+    caption"; what it maps to is learnt, by the biases."""
+
+    def __init__(self, features: int, width: int, mesh: Mesh):
+        super().__init__()
+        self.features = features
+        self.mlp = _mlp(features, width, mesh)
+
+    def forward(self, captions: Tensor) -> Tensor:
+        return self.mlp(captions)
+
+    def none(self, count: int, device: torch.device) -> Tensor:
+        """The condition (count, E) of samples without a caption."""
+        return torch.zeros(count, self.features, device=device)

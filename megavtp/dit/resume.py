@@ -1,0 +1,48 @@
+"""Does a DiT's checkpoint go on in this run? What the names and shapes of its tensors do not tell."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from megavtp.checkpoint.store import Checkpoint
+from megavtp.config.load import from_dict
+from megavtp.dit.checkpoint import FACTS, artifact_of
+from megavtp.dit.config import CompleteDiT, DiTConfig, DiTModelConfig, resolve_dit
+from megavtp.errors import UserError
+from megavtp.latents.artifact import check_same_tokenizer
+from megavtp.latents.folder import LatentFolder
+
+# With another value the same weights would mean something else, or some would be left out. May change: the name of the
+# size, and the side of the latents, as positions are not learnt.
+_IDENTITY = tuple(f.name for f in fields(DiTModelConfig) if f.name not in ("size", "latent_size"))
+
+
+def check_goes_on(checkpoint: Checkpoint, model: CompleteDiT, folder: LatentFolder) -> None:
+    """Compare a run's ``model`` and latents with those that the checkpoint was trained with.
+
+    Raises:
+        UserError: it is of another tokenizer's latents, of latents normalised by other statistics, of other classes, or
+            of another model.
+    """
+    where, latents = str(checkpoint.path), str(folder.folder)
+    trained_on = artifact_of(checkpoint)
+    if trained_on is not None:
+        check_same_tokenizer(trained_on, where, folder.artifact, latents)
+    before = resolve_dit(from_dict(checkpoint.meta["config"], DiTConfig).model)
+    for name in _IDENTITY:
+        own, trained = getattr(model, name), getattr(before, name)
+        if own != trained:
+            raise UserError(
+                f"{where} has model.{name} = {trained}, this run {own}: set model.{name}={trained}, or another "
+                "output_dir"
+            )
+    classes = checkpoint.meta[FACTS]["classes"]
+    if model.condition == "class" and classes is not None and classes != folder.classes:
+        raise UserError(
+            f"{where} was trained on other classes ({_some(classes)}) than those of {latents} "
+            f"({_some(folder.classes)}): extract the latents with the same --label, or set another output_dir"
+        )
+
+
+def _some(names: list[str] | None) -> str:
+    return "numbers without names" if names is None else ", ".join(names[:5]) + ", ..." * (len(names) > 5)

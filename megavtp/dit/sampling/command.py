@@ -1,0 +1,56 @@
+"""What the options of ``tools/sample.py`` mean for a DiT."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from megavtp.dit.checkpoint import StoredDiT
+from megavtp.dit.sampling.samples import Sample, each, parse_classes
+from megavtp.dit.sampling.settings import SamplingSettings
+from megavtp.errors import UserError
+
+
+def interval_of(text: str) -> tuple[float, float]:
+    """Two times from "0.1,1"."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise UserError(f"--interval {text}: give two times from 0 (noise) to 1 (data), such as 0.1,1") from None
+    return low, high
+
+
+def settings_of(options: argparse.Namespace) -> SamplingSettings:
+    """Of ``options.add_sampling_options``."""
+    return SamplingSettings(
+        options.method, options.steps, options.shift, options.guidance, interval_of(options.interval),
+        options.guided_channels, options.diffusion, seed=options.seed,
+    )
+
+
+def samples_of(
+    dit: StoredDiT, classes: str | None, captions: list[str] | None, per_class: int, batch_size: int
+) -> list[Sample]:
+    """The samples to draw. UserError for options that do not fit the DiT."""
+    for name, value in (("--per-class", per_class), ("--batch-size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} {value}: must be at least 1")
+    model = dit.config.model
+    if model.condition == "caption":
+        if captions is None or classes is not None:
+            raise UserError('this DiT is conditioned on captions: give --caption "..." and no --classes')
+        return each(captions, per_class)
+    if classes is None or captions is not None:
+        raise UserError(
+            f"this DiT is conditioned on classes: give --classes, some of 0 to {model.num_classes - 1} or all, and no "
+            "--caption"
+        )
+    if classes.strip() == "all":
+        return each(range(dit.trained_classes), per_class)
+    return each(parse_classes(classes, model.num_classes, dit.classes), per_class)
+
+
+def names_of(dit: StoredDiT, samples: Sequence[Sample]) -> list[str]:
+    """What a sheet writes beside each sample."""
+    conditions = [sample.condition for sample in samples]
+    return [value if isinstance(value, str) else dit.class_name(value) for value in conditions]

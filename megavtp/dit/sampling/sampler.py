@@ -1,0 +1,150 @@
+"""Images from a trained DiT and the tokenizer whose latents it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megavtp.dit.checkpoint import StoredDiT, load_dit
+from megavtp.dit.sampling.dopri5 import dopri5
+from megavtp.dit.sampling.guidance import GuidedField
+from megavtp.dit.sampling.samples import Sample, SampleNoise
+from megavtp.dit.sampling.settings import SamplingSettings
+from megavtp.dit.sampling.solvers import euler, euler_maruyama, heun
+from megavtp.errors import UserError
+from megavtp.parallel.collectives import all_gather
+from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.tokenizer import Tokenizer, load_tokenizer
+
+
+class Sampler:
+    """Draws images; the same one for the same (seed, condition, index) and settings.
+
+    The noise is equal bit for bit whatever else is drawn, in batches of any size, on any number of processes. What is
+    computed from it differs by the rounding of the matrix products, which may depend on the batch's size (and on the
+    number of threads of a CPU): latents by some 1e-6 of their size, pixels hardly anywhere and by 1 of 255. Rounding
+    can tip a choice of dopri5, seldom; such a sample differs by a part of the tolerance.
+
+    Args:
+        dit: with the tokenizer that its latents belong to. where: its place, for messages.
+        tokenizer: the same one; the DiT's latent statistics are taken over.
+        dtype: of the DiT's matrix products.
+
+    Attributes:
+        size: pixels of an image's side. shape: (C, h, w) of its latents.
+
+    Raises:
+        UserError: another tokenizer than the DiT's, no latent statistics, no pixel decoder.
+    """
+
+    def __init__(
+        self, dit: StoredDiT, where: str, tokenizer: Tokenizer, settings: SamplingSettings,
+        dtype: torch.dtype = torch.float32,
+    ):
+        if dit.artifact is None:
+            raise UserError(
+                f"{where} does not say which tokenizer it belongs to, nor its latent statistics; convert it again with "
+                "tools/convert_checkpoint.py --tokenizer LATENTS, the folder of the latents it was trained on"
+            )
+        tokenizer.take_statistics(dit.artifact, where)
+        if "reconstruction" not in tokenizer.model.objectives:
+            raise UserError(f"{tokenizer.path} has no pixel decoder; use a tokenizer with the reconstruction objective")
+        config = dit.config.model
+        channels = config.latent_channels
+        if settings.guided_channels is not None and settings.guided_channels > channels:
+            raise UserError(f"sampling: guided channels {settings.guided_channels}: the latents have {channels}")
+        self.dit, self.tokenizer, self.settings, self.dtype = dit, tokenizer, settings, dtype
+        self.shape = (channels, config.latent_size, config.latent_size)
+        self.size = config.latent_size * tokenizer.artifact.patch_size
+        self.device = tokenizer.device
+        self.field = GuidedField(
+            dit.model, settings.guidance, settings.interval, settings.guided_channels, dtype
+        )
+
+    @torch.no_grad()
+    def latents(self, samples: Sequence[Sample]) -> Tensor:
+        """(b, C, h, w) float32 on the device, normalised."""
+        noise = SampleNoise(self.settings.seed, samples, self.shape, self.device)
+        x, y, settings = noise(), self._conditions(samples), self.settings
+        if settings.method == "dopri5":
+            return dopri5(self.field, x, y, settings.rtol, settings.atol)
+        times = settings.times()
+        if settings.method == "sde":
+            return euler_maruyama(self.field, x, y, times, settings.diffusion, noise)
+        return (heun if settings.method == "heun" else euler)(self.field, x, y, times)
+
+    def images(self, samples: Sequence[Sample]) -> Tensor:
+        """(b, 3, H, W) uint8 on the device."""
+        return self.tokenizer.decode(self.latents(samples), normalised=True).mul_(255).round_().to(torch.uint8)
+
+    def _conditions(self, samples: Sequence[Sample]) -> Tensor:
+        values, model = [sample.condition for sample in samples], self.dit.config.model
+        kind = int if model.condition == "class" else str
+        if not all(isinstance(value, kind) for value in values):
+            raise UserError(f"this DiT was trained with model.condition={model.condition}: give its samples "
+                            f"{'labels' if kind is int else 'captions'}")
+        if kind is str:
+            return self.tokenizer.encode_text(values)
+        if not 0 <= min(values) <= max(values) < model.num_classes:
+            raise UserError(f"label {max(values)}: this DiT has {model.num_classes} classes, from 0")
+        return torch.tensor(values, device=self.device)
+
+
+def open_sampler(
+    dit: str | Path, tokenizer: str | Path, settings: SamplingSettings, device: torch.device | str = "cpu", *,
+    average: bool = True, dtype: torch.dtype = torch.float32,
+) -> Sampler:
+    """The DiT of a checkpoint, by default its averaged weights, with a tokenizer's folder. Raises UserError."""
+    stored = load_dit(dit, device, average=average)
+    return Sampler(stored, str(dit), load_tokenizer(tokenizer, device), settings, dtype)
+
+
+class GeneratedImages:
+    """The images of ``samples`` as a source for an evaluation (``evaluation.image_sources.ImageSource``), drawn when
+    they are asked for:
+
+        source = GeneratedImages(open_sampler(dit, tokenizer, settings), in_proportion([1.0] * num_classes, 10_000))
+
+    Attributes:
+        size: pixels of a side.
+    """
+
+    def __init__(self, sampler: Sampler, samples: Sequence[Sample], quiet: bool = True):
+        self.sampler, self.samples, self.quiet = sampler, samples, quiet
+        self.size = sampler.size
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share: numbers (b,) int64 on the CPU and images (b, 3, size, size) uint8 on the device.
+
+        Batches are cut from all samples and dealt to the processes in turn, so each image is in the same batch for
+        every number of processes. Shares may differ by one batch; no process waits for another.
+        """
+        starts = range(rank * batch_size, len(self.samples), world * batch_size)
+        for start in tqdm(starts, "sampling", disable=self.quiet, unit="batch"):
+            batch = self.samples[start : start + batch_size]
+            yield torch.arange(start, start + len(batch)), self.sampler.images(batch)
+
+
+def all_images(
+    sampler: Sampler, samples: Sequence[Sample], batch_size: int, mesh: Mesh = SINGLE, quiet: bool = True
+) -> Iterator[Tensor]:
+    """The images of all ``samples`` in their order, on every process, as uint8 batches (b, 3, H, W) on the CPU.
+
+    A collective call: each batch of the result holds one of every process.
+    """
+    batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    for start in tqdm(range(0, len(batches), mesh.dp), "sampling", disable=quiet, unit="batch"):
+        turn = batches[start : start + mesh.dp]
+        own = torch.zeros(batch_size, 3, sampler.size, sampler.size, dtype=torch.uint8, device=sampler.device)
+        if mesh.dp_rank < len(turn):
+            own[: len(turn[mesh.dp_rank])] = sampler.images(turn[mesh.dp_rank])
+        # Only the very last batch may be short, so what is not wanted lies at the end.
+        yield all_gather(own, mesh, "dp")[: sum(map(len, turn))].cpu()
+

@@ -1,0 +1,148 @@
+"""The rules between a DiT's keys, checked before anything runs. Each error names the keys and the remedy."""
+
+from __future__ import annotations
+
+from megavtp.config import deepspeed_keys
+from megavtp.config.layout import check_pipeline, check_sequence_parallel, data_parallel_size
+from megavtp.config.precision import with_precision
+from megavtp.config.ranges import INF, check_run, divides, need, within
+from megavtp.config.share import PassShare
+from megavtp.config.sizes import narrowed
+from megavtp.dit.config import (
+    CompleteDiTConfig,
+    DiTConfig,
+    ResolvedDiTConfig,
+    complete_config,
+    resolve_dit,
+    swiglu_hidden,
+)
+
+TOWER = "dit"  # the one name that learning rates and gradient norms know
+
+
+def validate_dit(config: DiTConfig, world_size: int | None) -> ResolvedDiTConfig:
+    """Check ``config`` for a run on ``world_size`` processes and fill the model's sizes.
+
+    ``world_size`` None checks everything but the rules that need it. Raises UserError.
+    """
+    resolved = narrowed(
+        config, ResolvedDiTConfig, model=resolve_dit(config.model), parallel=with_precision(config.parallel)
+    )
+    check_run(resolved, (TOWER,))
+    _numbers(resolved)
+    _model(resolved)
+    _tensor_parallel(resolved)
+    check_pipeline(resolved.parallel, resolved.model.depth, "model.depth", "DiT")
+    divides(
+        resolved.data.streams, resolved.train.batch_size, "data.streams", "train.batch_size",
+        "every batch is an equal slice of every stream; change one of them",
+    )
+    deepspeed_keys.check(resolved.deepspeed, resolved.parallel.zero_stage)
+    if world_size is not None:
+        _layout(resolved, world_size)
+    return resolved
+
+
+def with_latents(
+    config: ResolvedDiTConfig, *, latent_size: int, latent_channels: int, num_classes: int, caption_width: int | None,
+    has_flips: bool,
+) -> CompleteDiTConfig:
+    """``config`` with the sizes of the latents in ``data.root``, which keys that are given must equal.
+
+    More classes than the latents have may be given: the labels of a part of a data set.
+    """
+    model = config.model
+    found: dict[str, int | None] = {"latent_size": latent_size, "latent_channels": latent_channels}
+    if model.condition == "caption":
+        need(
+            caption_width is not None,
+            f"model.condition = caption, but the latents in data.root = {config.data.root} have no captions: extract "
+            "them with captions, or set model.condition=class",
+        )
+        found["caption_width"] = caption_width
+    else:
+        found["num_classes"] = max(num_classes, model.num_classes or 0)
+    for key, size in found.items():
+        given = getattr(model, key)
+        need(
+            given in (None, size),
+            f"model.{key} = {given}, but the latents in data.root = {config.data.root} have {size}: set "
+            f"model.{key}=null, which takes theirs, or another data.root",
+        )
+    need(
+        has_flips or config.data.flip == 0,
+        f"data.flip = {config.data.flip}, but data.root = {config.data.root} has no latents of mirrored images: "
+        "extract them, or set data.flip=0",
+    )
+    complete = complete_config(narrowed(config, type(config), model=narrowed(model, type(model), **found)))
+    _model(complete)
+    return complete
+
+
+def flow_share(config: DiTConfig, dp: int) -> PassShare:
+    """What one of ``dp`` data-parallel ranks does of a step of a validated ``config``."""
+    local = config.train.batch_size // dp
+    return PassShare(config.train.batch_size, local, config.flow_matching.micro_batch or local)
+
+
+def _numbers(config: ResolvedDiTConfig) -> None:
+    flow = config.flow_matching
+    need(flow.time_sigma > 0, f"flow_matching.time_sigma = {flow.time_sigma}: must be above 0")
+    within(flow, "flow_matching", 0, INF, "cosine_weight")
+    within(flow, "flow_matching", 0, 1, "condition_dropout")
+    need(
+        flow.condition_dropout < 1,
+        "flow_matching.condition_dropout = 1: must be below 1, or no sample would train with its class or caption",
+    )
+    if flow.micro_batch is not None:
+        within(flow, "flow_matching", 1, INF, "micro_batch")
+    within(config, "config", 0, 1, "ema_momentum")
+    within(config.data, "data", 0, 1, "flip")
+    for name in ("width", "depth", "heads", "patch_size"):
+        within(config.model, "model", 1, INF, name)
+    for name in ("latent_size", "latent_channels", "num_classes", "caption_width"):
+        if getattr(config.model, name) is not None:
+            within(config.model, "model", 1, INF, name)
+
+
+def _model(config: ResolvedDiTConfig) -> None:
+    model = config.model
+    divides(model.heads, model.width, "model.heads", "model.width", "change one of them")
+    head = model.width // model.heads
+    need(
+        head % 4 == 0,
+        f"model.width = {model.width} over model.heads = {model.heads} gives heads of {head} channels: the rotary "
+        "position embedding needs a multiple of 4",
+    )
+    if model.latent_size is not None:
+        divides(
+            model.patch_size, model.latent_size, "model.patch_size", "model.latent_size", "choose a patch that divides"
+        )
+    need(
+        model.condition == "class" or model.num_classes is None,
+        f"model.num_classes = {model.num_classes} is given, but model.condition = caption: remove one of them",
+    )
+    need(
+        model.condition == "caption" or model.caption_width is None,
+        f"model.caption_width = {model.caption_width} is given, but model.condition = class: remove one of them",
+    )
+
+
+def _tensor_parallel(config: ResolvedDiTConfig) -> None:
+    model, tp = config.model, config.parallel.tp
+    sizes = {
+        "model.heads": model.heads, "model.width": model.width,
+        "the feed-forward width of model.width": swiglu_hidden(model.width),
+    }
+    for key, size in sizes.items():
+        divides(tp, size, "parallel.tp", key, "use a tp that divides it")
+    check_sequence_parallel(config.parallel)
+
+
+def _layout(config: ResolvedDiTConfig, world_size: int) -> None:
+    dp = data_parallel_size(config, world_size)
+    part = flow_share(config, dp)
+    divides(
+        part.micro_batch, part.local, "flow_matching.micro_batch", "a rank's share of the batch",
+        f"the share is {part.batch} / {dp} data-parallel ranks; use a micro-batch that divides it",
+    )

@@ -1,0 +1,53 @@
+"""Features of the Inception-v3 of 2015 that FID is defined on, by torch-fidelity, with the user's file of weights."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megavtp.errors import UserError
+from megavtp.evaluation.distances.network import INCEPTION, FeatureNetwork
+
+# Of weights-inception-2015-12-05-6726825d.pth (torch-fidelity), which is pt_inception-2015-12-05-6726825d.pth
+# (pytorch-fid). torch-fidelity would unpickle any file, and another network's distance would be no FID.
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
+class Inception(FeatureNetwork):
+    """Input: resized to 299 x 299 as TensorFlow 1 did, bilinear; the 2048 averaged activations "pool3"."""
+
+    name, title, dims = INCEPTION, "Inception", 2048
+
+    def __init__(self, path: str | Path, device: torch.device | str = "cpu"):
+        """Raises ``UserError``: the file is not these weights, or torch-fidelity is missing."""
+        _check(Path(path))
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except Exception as error:  # its torchvision may be missing, or made for another torch
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"--inception needs torch-fidelity, which cannot be imported ({reason}): pip install torch-fidelity, "
+                "with a torchvision for this torch"
+            ) from None
+        self._network = FeatureExtractorInceptionV3(
+            INCEPTION, [str(self.dims)], feature_extractor_weights_path=str(path)
+        ).to(device)
+
+    def _features(self, images: Tensor) -> Tensor:
+        return self._network(images)[0]
+
+
+def _check(path: Path) -> None:
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"--inception {path} cannot be read: {error.strerror}; give the file of the weights") from None
+    if digest != SHA256:
+        raise UserError(
+            f"--inception {path} is not the Inception network of FID (its SHA-256 differs), and is not opened: give "
+            "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release"
+        )

@@ -1,0 +1,123 @@
+"""Distances of generated images to a reference: gFID or FD-EfficientNet, kernel distance, precision and recall."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from megavtp.errors import UserError
+from megavtp.evaluation.distances.features import FeatureSummary, summarise
+from megavtp.evaluation.distances.frechet import FeatureStatistics, few_samples_warning, frechet_distance
+from megavtp.evaluation.distances.image_sources import ImageSource, open_images
+from megavtp.evaluation.distances.kid import kernel_distance
+from megavtp.evaluation.distances.network import INCEPTION, FeatureNetwork, metric_name
+from megavtp.evaluation.distances.npz_images import holds_images
+from megavtp.evaluation.distances.precision_recall import precision_recall
+from megavtp.evaluation.distances.reference_file import read_statistics
+from megavtp.parallel.collectives import broadcast_object, together
+from megavtp.parallel.mesh import SINGLE, Mesh
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Images, or statistics of theirs that somebody else took, or both (ADM's files). Notes tell what was not used."""
+
+    images: ImageSource | None
+    statistics: FeatureStatistics | None = None
+    notes: tuple[str, ...] = ()
+
+
+def open_reference(path: str | Path, network: FeatureNetwork, size: int, limit: int | None = None) -> Reference:
+    """A folder of images or shards, or an .npz file with ``arr_0``, with ``mu`` and ``sigma``, or with all three.
+
+    Images are cropped to ``size``, that of the samples. Statistics in a file serve for the Frechet distance; those of
+    another network are passed over if there are images, else refused. Raises ``UserError``.
+    """
+    path = Path(path)
+    if path.suffix != ".npz" or not path.is_file():
+        return Reference(open_images(path, size, limit))
+    images = open_images(path, size, limit) if holds_images(path) else None
+    try:
+        statistics, notes = read_statistics(path, network.name, network.dims), ()
+    except UserError as error:
+        if images is None:
+            raise
+        statistics, notes = None, (f"the statistics in the reference are not used: {error}",)
+    if images is None and statistics is None:
+        raise UserError(f"{path} holds neither images (arr_0) nor statistics (mu and sigma); name another reference")
+    return Reference(images, statistics, notes)
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """``metrics`` by name; ``skipped``: those left out and why; ``notes``: what to know when reading them.
+
+    ``reference``: its statistics, to be written to a file and used again. ``compare``: metrics of other image sets.
+    """
+
+    metrics: dict[str, float]
+    reference: FeatureStatistics
+    compare: dict[str, dict[str, float]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def measure_generation(
+    samples: ImageSource, reference: Reference, network: FeatureNetwork, *, batch_size: int = 64, seed: int = 0,
+    mesh: Mesh = SINGLE, device: torch.device | str = "cpu", compare: Mapping[str, ImageSource] | None = None,
+) -> GenerationResult:
+    """All distances that the reference allows; a collective call with the same result on every rank.
+
+    Args:
+        seed: of the kernel distance's subsets.
+        compare: other images, by what they are called, to be measured against the same reference.
+
+    Raises:
+        UserError: samples or references of fewer than two images.
+    """
+    device = torch.device(device)
+    options = {"batch_size": batch_size, "mesh": mesh, "device": device}
+    made = summarise(samples, network, title="samples", **options)
+    real = None if reference.images is None else summarise(reference.images, network, title="reference", **options)
+    statistics = real.statistics if reference.statistics is None else reference.statistics
+    statistics = FeatureStatistics(statistics.mean.to(device), statistics.covariance.to(device), statistics.count)
+    others = {name: summarise(source, network, title=name, **options) for name, source in (compare or {}).items()}
+
+    def measured() -> tuple[dict[str, float], dict[str, str], dict[str, dict[str, float]]]:
+        metrics, skipped = _distances(made, real, statistics, network.name, seed)
+        compared = {name: _distances(other, real, statistics, network.name, seed)[0] for name, other in others.items()}
+        return metrics, skipped, compared
+
+    # The eigenvalues are worth seconds: one rank computes, instead of all ranks of a machine at the same time.
+    metrics, skipped, compared = broadcast_object(together(lambda: measured() if mesh.rank == 0 else None))
+    notes = list(reference.notes)
+    name = metric_name("frechet", network.name, "generation")
+    for what, of in (("samples", made.statistics), ("reference images", statistics)):
+        if of.too_few:
+            notes.append(few_samples_warning(name, what, of))
+    if network.name != INCEPTION:
+        notes.append(f"{name} is a distance of {network.title} features, no FID: do not compare it with published FID")
+    return GenerationResult(metrics, statistics, compared, skipped, tuple(notes))
+
+
+def _distances(
+    made: FeatureSummary, real: FeatureSummary | None, reference: FeatureStatistics, network: str, seed: int
+) -> tuple[dict[str, float], dict[str, str]]:
+    metrics = {"samples": float(made.statistics.count)}
+    if reference.count is not None:
+        metrics["reference_samples"] = float(reference.count)
+    key: Callable[..., str] = lambda kind: metric_name(kind, network, "generation")  # noqa: E731
+    metrics[key("frechet")] = frechet_distance(made.statistics, reference)
+    skipped: dict[str, str] = {}
+    if real is None:
+        kinds = ("kernel", "precision", "recall")
+        return metrics, {key(kind): "the reference holds statistics, but no images" for kind in kinds}
+    metrics[key("kernel")], metrics[key("kernel_std")] = kernel_distance(made.features, real.features, seed=seed)
+    try:
+        metrics[key("precision")], metrics[key("recall")] = precision_recall(real.features, made.features)
+    except UserError as error:
+        skipped = {key(kind): str(error) for kind in ("precision", "recall")}
+    return metrics, skipped

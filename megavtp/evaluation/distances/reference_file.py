@@ -1,0 +1,60 @@
+"""Mean and covariance of a reference in a file: ADM's .npz, arrays ``mu`` (d,) and ``sigma`` (d, d)."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megavtp.errors import UserError
+from megavtp.evaluation.distances.frechet import FeatureStatistics
+from megavtp.evaluation.distances.network import INCEPTION
+
+_REMEDY = "give a reference of the same network, or its images"
+
+
+def read_statistics(path: str | Path, network: str, dims: int) -> FeatureStatistics | None:
+    """The statistics in the file, on the CPU, or None if it has none (ADM's files also hold images).
+
+    A file that does not say whose features they are, as ADM's, is Inception's. Nothing is unpickled.
+    Raises ``UserError``: the file is damaged, or its statistics are another network's.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if not {"mu", "sigma"} <= set(arrays.files):
+                return None
+            made_by = str(arrays["network"]) if "network" in arrays.files else INCEPTION
+            count = int(arrays["count"]) if "count" in arrays.files else None
+            mean, covariance = (np.asarray(arrays[name], dtype=np.float64) for name in ("mu", "sigma"))
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
+        raise UserError(f"{path} is no whole .npz file of plain arrays ({error}); copy or write it again") from None
+    if made_by != network:
+        raise UserError(f"{path} holds statistics of {made_by} features, these images' are {network}'s; {_REMEDY}")
+    if mean.shape != (dims,) or covariance.shape != (dims, dims):
+        raise UserError(
+            f"{path}: mu {mean.shape} and sigma {covariance.shape} do not belong to {dims} features; {_REMEDY}"
+        )
+    if not (np.isfinite(mean).all() and np.allclose(covariance, covariance.T)):
+        raise UserError(f"{path}: mu is not finite or sigma is no symmetric matrix; copy or write it again")
+    return FeatureStatistics(torch.from_numpy(mean), torch.from_numpy(covariance), count)
+
+
+def write_statistics(path: str | Path, statistics: FeatureStatistics, network: str) -> None:
+    """Write them where ``read_statistics``, ADM's and other FID scripts find them; beside, then renamed into place."""
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise UserError(f"{path}: statistics go into an .npz file; name one")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.npz")
+    arrays = {"mu": statistics.mean.cpu().numpy(), "sigma": statistics.covariance.cpu().numpy()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(partial, **arrays, network=network, count=statistics.count)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; name another file") from None
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,92 @@
+"""What the options of `tools/evaluate.py generation` ask for."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from megavtp.dit.sampling.command import settings_of
+from megavtp.dit.sampling.sampler import GeneratedImages, open_sampler
+from megavtp.errors import UserError
+from megavtp.evaluation.distances.features import load_network
+from megavtp.evaluation.distances.image_sources import ImageSource, open_images
+from megavtp.evaluation.distances.measure import GenerationResult, Reference, measure_generation, open_reference
+from megavtp.evaluation.distances.measure.samples import samples_like
+from megavtp.evaluation.distances.network import FeatureNetwork
+from megavtp.evaluation.distances.reference_file import write_statistics
+from megavtp.evaluation.generation.scale import BLURS, Blurred, Noise, untrained
+from megavtp.evaluation.report import format_table, write_metrics
+from megavtp.parallel.collectives import together
+from megavtp.parallel.mesh import Mesh
+
+_DRAWN = 10_000  # samples that a DiT draws if nothing is said: FID-10k, as the paper's studies
+
+
+def run_generation(options: argparse.Namespace, device: torch.device, mesh: Mesh) -> list[str]:
+    """Measure, write what is to be written, and return the lines to print (none but on the first rank).
+
+    Raises ``UserError`` on every rank.
+    """
+    for name in ("samples", "reference_samples", "size", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    network = together(lambda: load_network(options.inception, device))
+    samples = together(lambda: _samples(options, device))
+    reference = together(lambda: open_reference(options.reference, network, samples.size, options.reference_samples))
+    compare = together(lambda: _scale(options, samples, reference)) if options.scale else {}
+    result = measure_generation(
+        samples, reference, network, batch_size=options.batch_size, seed=options.seed, mesh=mesh, device=device,
+        compare=compare,
+    )
+    if mesh.rank:
+        return []
+    if options.save_reference:
+        write_statistics(options.save_reference, result.reference, network.name)
+    if options.out:
+        write_metrics(options.out, _record(options, network, result))
+    left_out = [f"left out: {name}: {reason}" for name, reason in result.skipped.items()]
+    return [format_table(result.metrics, result.compare), *left_out, *(f"note: {note}" for note in result.notes)]
+
+
+def _samples(options: argparse.Namespace, device: torch.device) -> ImageSource:
+    if options.dit is None:
+        for name in ("tokenizer", "label"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name} belongs to --dit; leave it out, the samples are there already")
+        return open_images(options.samples_from, options.size, options.samples)
+    if options.tokenizer is None:
+        raise UserError("--dit needs --tokenizer, the folder of the tokenizer whose latents it makes")
+    if options.size is not None:
+        raise UserError("--size is for --samples-from; a DiT draws images of one size")
+    sampler = open_sampler(
+        options.dit, options.tokenizer, settings_of(options), device, average=options.weights == "average",
+        dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32,
+    )
+    count = _DRAWN if options.samples is None else options.samples
+    return GeneratedImages(sampler, samples_like(options.reference, sampler.dit, count, options.label))
+
+
+def _scale(options: argparse.Namespace, samples: ImageSource, reference: Reference) -> dict[str, ImageSource]:
+    """Bad images, as many as there are samples."""
+    count, size = len(samples), samples.size
+    found: dict[str, ImageSource] = {}
+    if reference.images is not None:
+        images = open_images(options.reference, size, count)
+        found |= {f"blurred {side} px": Blurred(images, side) for side in BLURS}
+    if isinstance(samples, GeneratedImages):
+        found["untrained"] = GeneratedImages(untrained(samples.sampler), samples.samples)
+    return found | {"noise": Noise(count, size, options.seed)}
+
+
+def _record(options: argparse.Namespace, network: FeatureNetwork, result: GenerationResult) -> dict[str, Any]:
+    """Everything that decides the numbers, and the numbers."""
+    told = {name: str(value) for name in ("samples_from", "dit", "tokenizer", "reference", "size", "label", "weights")
+            if (value := getattr(options, name)) is not None}
+    drawn = {} if options.dit is None else {"sampling": vars(settings_of(options))}
+    return {
+        **told, **drawn, "features": network.title, "metrics": result.metrics, "compare": result.compare,
+        "skipped": result.skipped, "notes": list(result.notes),
+    }

@@ -1,0 +1,84 @@
+"""Which samples of a DiT to compare with a reference."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megavtp.data.decode import BadSample
+from megavtp.data.shards import ShardDataset, open_dataset, shards_at
+from megavtp.dit.checkpoint import StoredDiT
+from megavtp.dit.sampling.samples import Sample, in_proportion
+from megavtp.errors import UserError
+
+
+def samples_like(reference: str | Path, dit: StoredDiT, count: int, label: str | None) -> list[Sample]:
+    """``count`` samples of the DiT to compare with ``reference``.
+
+    Of classes: as many of each, as the papers do; with ``label`` in the proportions that this key of the metadata has
+    in the reference's shards. Of captions: those of ``count`` images spread over the reference's shards.
+
+    Raises:
+        UserError: shards are needed and there are none, or their labels or captions are not what the DiT knows.
+    """
+    if count < 2:
+        raise UserError(f"--samples {count}: must be at least 2, better 10,000")
+    model = dit.config.model
+    if model.condition == "class" and label is None:
+        return in_proportion([1] * dit.trained_classes, count)
+    folder = shards_at(Path(reference))
+    if folder is None:
+        wants = "--label needs their metadata" if label else "this DiT needs their captions"
+        raise UserError(f"--reference {reference} is no folder of shards, and {wants}")
+    dataset = open_dataset(folder)
+    if model.condition == "caption":
+        if label is not None:
+            raise UserError(f"--label {label}: this DiT takes captions, which the reference gives; leave it out")
+        return _captions(dataset, count)
+    return in_proportion(_class_counts(dataset, dit, label), count)
+
+
+def _captions(dataset: ShardDataset, count: int) -> list[Sample]:
+    """A caption that comes again is another sample of it, not the same image twice."""
+    ends = np.cumsum(dataset.shard_counts)
+    seen: Counter[str] = Counter()
+    samples = []
+    for i in range(count):
+        place = i * len(dataset) // count
+        shard = int(np.searchsorted(ends, place, side="right"))
+        caption = _caption(dataset, shard, place - int(ends[shard]) + dataset.shard_counts[shard])
+        if caption:
+            samples.append(Sample(caption, seen[caption]))
+            seen[caption] += 1
+    if len(samples) < 2:
+        raise UserError(f"{dataset.folder} has no captions, which this DiT is conditioned on; use shards that have")
+    return samples
+
+
+def _caption(dataset: ShardDataset, shard: int, row: int) -> str:
+    try:
+        return dataset.read(shard, row).caption
+    except BadSample:
+        return ""
+
+
+def _class_counts(dataset: ShardDataset, dit: StoredDiT, label: str) -> list[int]:
+    """How many samples the reference has of each of the DiT's classes."""
+    values: Counter[str | int | None] = Counter()
+    for shard, rows in enumerate(dataset.shard_counts):
+        for row in range(rows):
+            try:
+                value = dataset.meta(shard, row).get(label)
+            except BadSample:
+                continue  # left out of the reference, too
+            values[value if isinstance(value, str | int) else None] += 1
+    classes: Sequence[str | int] = dit.classes or range(dit.config.model.num_classes)
+    if strange := [value for value in values if value not in classes]:
+        raise UserError(
+            f"--label {label}: the value {strange[0]!r} of {values[strange[0]]} samples in {dataset.folder} is no "
+            f"class of this DiT ({', '.join(map(str, list(classes)[:10]))}{', ...' * (len(classes) > 10)})"
+        )
+    return [values[value] for value in classes]

@@ -1,0 +1,72 @@
+"""Image sets whose distances are known to be bad, so that one can tell what a distance means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megavtp.dit.model.build import build_dit
+from megavtp.dit.sampling.sampler import Sampler
+from megavtp.evaluation.distances.image_sources import Batch, ImageSource
+
+BLURS = (8, 16)  # pixels of a side of the squares that a blurred image is averaged over: half a patch, a patch
+_BATCH = 64  # images of noise drawn with one seed, so that no batch size or process count changes them
+
+
+@dataclass(frozen=True)
+class Noise:
+    """``count`` images of independent, uniform pixels."""
+
+    count: int
+    size: int
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[Batch]:
+        for start in range(rank * _BATCH, self.count, world * _BATCH):
+            draw = torch.Generator().manual_seed(self.seed * 1_000_003 + start)
+            images = torch.randint(0, 256, (_BATCH, 3, self.size, self.size), generator=draw, dtype=torch.uint8)
+            numbers = torch.arange(start, min(start + _BATCH, self.count))
+            for first in range(0, len(numbers), batch_size):
+                part = slice(first, min(first + batch_size, len(numbers)))
+                yield numbers[part], images[part]
+
+
+@dataclass(frozen=True)
+class Blurred:
+    """The images of ``source``, each averaged over squares of ``side`` pixels."""
+
+    source: ImageSource
+    side: int
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[Batch]:
+        for numbers, images in self.source.batches(batch_size, rank, world):
+            yield numbers, blur(images, self.side)
+
+
+def blur(images: Tensor, side: int) -> Tensor:
+    """uint8 (b, 3, H, W), averaged over squares of ``side`` pixels; those at the far edges may be smaller."""
+    means = F.avg_pool2d(images.float(), side, ceil_mode=True)
+    wide = means.repeat_interleave(side, -2).repeat_interleave(side, -1)
+    return wide[..., : images.shape[-2], : images.shape[-1]].round().to(torch.uint8)
+
+
+def untrained(sampler: Sampler, seed: int = 0) -> Sampler:
+    """The same drawing with a DiT of the same shape that has learnt nothing."""
+    config = sampler.dit.config
+    device = next(sampler.dit.model.parameters()).device
+    model = build_dit(config.model, seed=seed, device=device, attention=config.parallel.attention).eval()
+    return Sampler(replace(sampler.dit, model=model), "untrained", sampler.tokenizer, sampler.settings, sampler.dtype)

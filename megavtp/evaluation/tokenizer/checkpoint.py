@@ -1,0 +1,155 @@
+"""Evaluate a checkpoint on disk, of a run or of a released model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megavtp.checkpoint.formats.vtp_source import build_tokenizer, captions_beside, open_vtp
+from megavtp.config.schema import Config
+from megavtp.config.sizes import ResolvedConfig
+from megavtp.data.captions import CaptionTokenizer, load_tokenizer
+from megavtp.data.files import refuse_hub_id
+from megavtp.data.loader import EvalDataset
+from megavtp.data.shards import open_dataset
+from megavtp.errors import UserError
+from megavtp.evaluation.distances.network import FeatureNetwork
+from megavtp.evaluation.tokenizer.interface import NoCaptions, Perceptual, VTPEvaluated
+from megavtp.evaluation.tokenizer.suite import evaluate
+from megavtp.models.build import build_vtp
+from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS
+from megavtp.models.lpips_weights import load_lpips_weights
+from megavtp.models.vtp import VTP
+from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.pixels import normalise, to_uint8
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" = a GPU if there is one. Raises ``UserError`` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name}: no such device here; use auto, cpu, cuda or cuda:N") from None
+    return device
+
+
+def open_model(path: str | Path, device: torch.device) -> tuple[VTP, Config]:
+    """The tokenizer's towers, which all metrics are of, and its config: of a run's checkpoint or a released model.
+
+    A released model brings only its model config; its captions are CLIP's. A caption tokenizer beside the weights, as
+    a conversion puts it there, goes before both. Raises ``UserError``, see ``open_vtp``.
+    """
+    source = open_vtp(refuse_hub_id(path))
+    config = source.config
+    if beside := captions_beside(path):
+        config = replace(config, data=replace(config.data, captions=str(beside)))
+    return build_tokenizer(source, device), config
+
+
+def untrained_like(model: VTP, seed: int, device: torch.device) -> VTP:
+    """The same architecture with initial weights."""
+    return build_vtp(model.config, objectives=model.objectives, seed=seed, device=device)
+
+
+def find_tokenizer(model: VTP, config: ResolvedConfig, data: Path, spec: str | None) -> CaptionTokenizer | NoCaptions:
+    """The tokenizer the model was trained with: ``spec``, else the run's, whose data set may lie elsewhere now.
+
+    Raises ``UserError`` when its vocabulary is not the model's.
+    """
+    if "contrastive" not in model.objectives:
+        return NoCaptions()
+    spec = spec or config.data.captions
+    trained_on = Path(config.data.root)
+    root = trained_on if (trained_on / "captions.model").is_file() else data
+    tokenizer = load_tokenizer(spec, root, model.config.text.context_length)
+    if tokenizer.vocab_size != model.config.text.vocab_size:
+        source = root / "captions.model" if spec == "auto" else spec
+        raise UserError(
+            f"the caption tokenizer {source} has {tokenizer.vocab_size} ids, the model "
+            f"{model.config.text.vocab_size}: name the one it was trained with by --captions"
+        )
+    return tokenizer
+
+
+def find_perceptual(config: ResolvedConfig, device: torch.device, skipped: dict[str, str]) -> dict[str, Perceptual]:
+    """LPIPS with the network of the run's loss, else VGG; the reason goes to ``skipped`` if it cannot be had."""
+    settings = config.objectives.reconstruction
+    net = PERCEPTUAL_NETS.get(settings.perceptual, "vgg")
+    path = settings.perceptual_weights if settings.perceptual != "none" else None
+    try:
+        return {f"lpips_{net}": LPIPS(net, load_lpips_weights(net, path)).to(device)}
+    except UserError as error:
+        skipped[f"reconstruction/lpips_{net}"] = str(error)
+        return {}
+
+
+@dataclass
+class CheckpointEvaluation:
+    """A checkpoint, a data set with splits, and the metrics of one on the other.
+
+    ``captions``: a caption tokenizer in place of the run's. ``max_samples``, ``batch_size``: in place of the run's
+    ``evaluation`` settings. ``frechet``: network for the Frechet distance of reconstructions, which takes time.
+    ``mesh``: the processes that share the samples; each has the whole model.
+    """
+
+    checkpoint: Path
+    data: Path
+    split: str = "test"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    captions: str | None = None
+    max_samples: int | None = None
+    batch_size: int | None = None
+    frechet: FeatureNetwork | None = None
+    mesh: Mesh = SINGLE
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("max_samples", "batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        folder = open_dataset(self.data / self.split)  # a missing data set is found before the model is loaded
+        self.model, self.config = open_model(self.checkpoint, self.device)
+        given = {k: v for k in ("max_samples", "batch_size") if (v := getattr(self, k)) is not None}
+        self.settings = replace(self.config.evaluation, **given)
+        self.tokenizer = find_tokenizer(self.model, self.config, self.data, self.captions)
+        self.test_set = self._samples(folder, self.settings.max_samples)
+        self.train_set = None
+        if self.split != "train" and (self.data / "train").is_dir():
+            self.train_set = self._samples(open_dataset(self.data / "train"), self.settings.max_samples)
+        self._perceptual: dict[str, Perceptual] | None = None
+
+    def _samples(self, folder, count: int) -> EvalDataset:
+        return EvalDataset(folder, self.tokenizer, self.model.config.image_size, count, self.config.data.max_pixels)
+
+    def metrics(self, model: VTP) -> dict[str, float]:
+        """Every metric of ``model``, which is the checkpoint's or one of the same architecture. A collective call."""
+        if self._perceptual is None:
+            has_decoder = "reconstruction" in model.objectives
+            self._perceptual = find_perceptual(self.config, self.device, self.skipped) if has_decoder else {}
+        return evaluate(
+            VTPEvaluated(model, model.objectives), self.test_set, self.train_set, self.settings,
+            self.mesh, tokenizer=self.tokenizer, device=self.device, perceptual=self._perceptual, skipped=self.skipped,
+            frechet=self.frechet, quiet=self.mesh.rank > 0,
+        )
+
+    def untrained(self) -> VTP:
+        """A freshly initialised model of the checkpoint's architecture, by the run's seed."""
+        return untrained_like(self.model, self.config.seed, self.device)
+
+    def reconstructions(self, count: int) -> tuple[Tensor, Tensor]:
+        """``count`` test images spread over the split and their reconstructions, both uint8 (n, 3, H, W)."""
+        if "reconstruction" not in self.model.objectives:
+            raise UserError(f"--pictures: {self.checkpoint} has no pixel decoder (reconstruction objective off)")
+        images = [b["image"] for b in self._samples(self.test_set.dataset, count).batches(count, 0, 1)]
+        if not images:
+            raise UserError(f"--pictures: {self.data / self.split} has no sample that can be read")
+        inputs = torch.cat(images)
+        with torch.no_grad():
+            output = self.model("reconstruction", images=normalise(inputs.to(self.device)))
+        return inputs, to_uint8(output).cpu()

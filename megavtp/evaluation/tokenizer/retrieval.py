@@ -1,0 +1,69 @@
+"""Retrieval between images and captions, and between two depictions of one concept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megavtp.evaluation.ranking import chance_recall, match_rank, recall
+from megavtp.evaluation.tokenizer.labels import first_seen_ids, read_labels
+
+_KS = (1, 5, 10)
+
+
+def caption_retrieval(images: Tensor, texts: Tensor, captions: Sequence[str]) -> dict[str, float]:
+    """Recall at 1, 5 and 10 from image to text and from text to image, with the levels of a random order.
+
+    ``images``, ``texts``: (n, E), L2-normalised, row i from sample i. Samples with the same caption are one text:
+    each of their images finds it, and it finds any of them.
+    """
+    caption_id, first = (x.to(images.device) for x in first_seen_ids(captions))
+    texts = texts[first]
+    text_id = torch.arange(len(first), device=images.device)
+    to_text = match_rank(images, texts, caption_id, text_id)
+    to_image = match_rank(texts, images, text_id, caption_id)
+    one = torch.ones_like(caption_id)
+    images_of_text = torch.bincount(caption_id)
+    metrics: dict[str, float] = {}
+    for k in _KS:
+        metrics[f"retrieval/image_to_text_r{k}"] = recall(to_text, k)
+        metrics[f"chance/retrieval/image_to_text_r{k}"] = chance_recall(one, one * len(first), k)
+        metrics[f"retrieval/text_to_image_r{k}"] = recall(to_image, k)
+        metrics[f"chance/retrieval/text_to_image_r{k}"] = chance_recall(
+            images_of_text, torch.full_like(images_of_text, len(images)), k
+        )
+    return metrics
+
+
+def cross_style_retrieval(features: Tensor, meta: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+    """Recall at 1 and 5 of the same "concept" among the images of every other "style".
+
+    ``features`` (n, E) are compared by their inner product. Empty where the metadata has no two styles or no concept
+    is drawn in two. ``name`` is the metric's, before ``_r1``.
+    """
+    concept, style = read_labels(meta, "concept"), read_labels(meta, "style")
+    if concept is None or style is None:
+        return {}
+    has_both = torch.isin(concept.rows, style.rows)
+    rows = concept.rows[has_both]
+    concept_id = concept.ids[has_both]
+    style_id = style.ids[torch.isin(style.rows, rows)]
+    pairs = torch.zeros(len(concept.names), len(style.names), dtype=torch.long)
+    pairs.index_put_((concept_id, style_id), torch.ones_like(concept_id), accumulate=True)
+    matches = pairs.sum(1)[concept_id] - pairs[concept_id, style_id]
+    asked = matches > 0
+    if not asked.any():
+        return {}
+    candidates = len(rows) - pairs.sum(0)[style_id]
+    device = features.device
+    gallery, concept_id, style_id = features[rows.to(device)], concept_id.to(device), style_id.to(device)
+    query = asked.to(device)
+    ranks = match_rank(gallery[query], gallery, concept_id[query], concept_id, style_id[query], style_id)
+    metrics: dict[str, float] = {}
+    for k in (1, 5):
+        metrics[f"{name}_r{k}"] = recall(ranks, k)
+        metrics[f"chance/{name}_r{k}"] = chance_recall(matches[asked], candidates[asked], k)
+    return metrics

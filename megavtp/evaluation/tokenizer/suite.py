@@ -1,0 +1,153 @@
+"""All metrics of one model on one data set."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megavtp.config.schema import EvaluationConfig
+from megavtp.evaluation.distances.frechet import few_samples_warning, frechet_distance, statistics_of
+from megavtp.evaluation.distances.network import FeatureNetwork, metric_name
+from megavtp.evaluation.tokenizer.collect import Table, collect
+from megavtp.evaluation.tokenizer.interface import CaptionEncoder, Evaluated, EvaluationSet, Perceptual, Probe
+from megavtp.evaluation.tokenizer.knn import knn_accuracy
+from megavtp.evaluation.tokenizer.reconstruction import flat_psnr, psnr, ssim
+from megavtp.evaluation.tokenizer.retrieval import caption_retrieval, cross_style_retrieval
+from megavtp.evaluation.tokenizer.zero_shot import zero_shot
+from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.pixels import denormalise, normalise
+
+logger = logging.getLogger(__name__)
+
+_REAL, _SHOWN = "frechet/real", "frechet/shown"  # columns of features
+LABEL_FIELDS = ("label", "subgroup", "group")  # of the samples' metadata; the ones that occur are used
+
+
+def evaluate(
+    model: Evaluated, test_set: EvaluationSet, train_set: EvaluationSet | None, config: EvaluationConfig,
+    mesh: Mesh = SINGLE, *, tokenizer: CaptionEncoder, device: torch.device | str = "cpu",
+    perceptual: Mapping[str, Perceptual] | None = None, label_fields: Sequence[str] = LABEL_FIELDS,
+    skipped: dict[str, str] | None = None, frechet: FeatureNetwork | None = None, quiet: bool = True,
+) -> dict[str, float]:
+    """Every metric the model and the data allow; a collective call, with the same result on every rank.
+
+    Accuracies and recalls are fractions of 1, PSNR is in dB. The metric ``chance/X`` is what an answer that ignores
+    the model reaches on ``X``. Metrics come from per-sample values in the data set's order, in float32, so they do
+    not depend on batch size or layout.
+
+    Args:
+        train_set: its features vote in the k-NN classification; without it the other test samples do.
+        perceptual: distances by the name of their metric, say ``{"lpips_vgg": lpips}``.
+        skipped: filled with the metrics that were left out and why; a reason already there stays.
+        frechet: the network for the Frechet distance of the reconstructions to the images; None = leave it out.
+        quiet: without a progress bar, as inside of a training run, which has a line of its own.
+    """
+    device = torch.device(device)
+    skipped = {} if skipped is None else skipped
+    options = {"batch_size": config.batch_size, "mesh": mesh, "device": device}
+    table = collect(test_set, _probe(model, perceptual or {}, frechet), quiet=quiet, **options)
+    metrics: dict[str, float] = {"samples": float(len(table))}
+    if "contrastive" in model.objectives:
+        images = table.columns["image"].to(device)
+        for field in label_fields:
+            metrics |= zero_shot(model, tokenizer, images, table.meta, field, config.templates, **options)
+        metrics |= caption_retrieval(images, table.columns["text"].to(device), table.captions)
+        metrics |= cross_style_retrieval(images, table.meta, "retrieval/cross_style")
+    metrics |= _frozen(model, table, train_set, config, label_fields, options | {"quiet": quiet})
+    metrics |= {name: x.double().mean().item() for name, x in table.columns.items() if "reconstruction/" in name}
+    if frechet is not None and _REAL in table.columns:
+        metrics |= _frechet(table, frechet, device, skipped)
+    for name, reason in _left_out(model, metrics, label_fields, perceptual).items():
+        skipped.setdefault(name, reason)
+    if mesh.rank == 0:
+        for name, reason in skipped.items():
+            logger.info("evaluation leaves out %s: %s", name, reason)
+    return metrics
+
+
+def _frozen(
+    model: Evaluated, table: Table, train_set: EvaluationSet | None, config: EvaluationConfig,
+    label_fields: Sequence[str], options: dict,
+) -> dict[str, float]:
+    """k-NN classification and cross-style retrieval on the class token, without any trained head."""
+    device = options["device"]
+    features = F.normalize(table.columns["features"].to(device), dim=-1)
+    train = None
+    if train_set is not None:
+        seen = collect(train_set, lambda images, _: {"features": model.features(normalise(images))}, **options)
+        train = (seen.columns["features"].to(device), seen.meta)
+    metrics: dict[str, float] = {}
+    for field in label_fields:
+        metrics |= knn_accuracy(features, table.meta, field, config.knn, train)
+    return metrics | cross_style_retrieval(features, table.meta, "knn/cross_style")
+
+
+def _frechet(table: Table, network: FeatureNetwork, device: torch.device, skipped: dict[str, str]) -> dict[str, float]:
+    """rFID with Inception, FD-EfficientNet with EfficientNet; none of fewer than two images."""
+    name = metric_name("frechet", network.name, "reconstruction")
+    if len(table) < 2:
+        skipped[name] = "one image has no covariance"
+        return {}
+    real, shown = (statistics_of(table.columns[column].to(device)) for column in (_REAL, _SHOWN))
+    if real.too_few:
+        logger.warning("%s", few_samples_warning(name, "images", real))
+    return {name: frechet_distance(shown, real)}
+
+
+def _probe(model: Evaluated, perceptual: Mapping[str, Perceptual], frechet: FeatureNetwork | None) -> Probe:
+    """Features of both towers, frozen features and reconstruction errors, as far as the model has them."""
+
+    def probe(images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        pixels = normalise(images)
+        values = {"features": model.features(pixels)}
+        if "contrastive" in model.objectives:
+            values["image"] = model.encode_image(pixels)
+            values["text"] = model.encode_text(tokens)
+        if "reconstruction" in model.objectives:
+            shown = denormalise(model.reconstruct(pixels).float()).clamp(0, 1)
+            values |= _reconstruction_errors(shown, images.float() / 255, perceptual)
+            if frechet is not None:
+                values[_REAL] = frechet(images)
+                values[_SHOWN] = frechet(shown.mul(255).round_().to(torch.uint8))  # as an image file would hold it
+        return values
+
+    return probe
+
+
+def _reconstruction_errors(shown: Tensor, target: Tensor, perceptual: Mapping[str, Perceptual]) -> dict[str, Tensor]:
+    values: dict[str, Callable[[], Tensor]] = {
+        "reconstruction/psnr": lambda: psnr(shown, target),
+        "chance/reconstruction/psnr": lambda: flat_psnr(target),
+        "reconstruction/ssim": lambda: ssim(shown, target),
+    }
+    for name, distance in perceptual.items():
+        values[f"reconstruction/{name}"] = lambda d=distance: _in_parts(d, shown * 2 - 1, target * 2 - 1)
+    return {name: value() for name, value in values.items()}
+
+
+def _in_parts(distance: Perceptual, x: Tensor, y: Tensor) -> Tensor:
+    """A few images at a time: VGG's first features of 256-pixel images take 16 MiB each."""
+    return torch.cat([distance(a, b) for a, b in zip(x.split(16), y.split(16))])
+
+
+def _left_out(
+    model: Evaluated, metrics: Mapping[str, float], label_fields: Sequence[str], perceptual: Mapping | None
+) -> dict[str, str]:
+    """Why the metrics that a reader may miss are not there."""
+    reasons: dict[str, str] = {}
+    no_classes = f"no {' / '.join(label_fields)} with two or more named classes in the samples' metadata"
+    if "contrastive" not in model.objectives:
+        reasons["zero_shot, retrieval"] = "the model has no text tower (contrastive objective off)"
+    elif not any(name.startswith("zero_shot/") for name in metrics):
+        reasons["zero_shot"] = no_classes
+    if not any(name.startswith("knn/") for name in metrics):
+        reasons["knn"] = no_classes
+    if "reconstruction" not in model.objectives:
+        reasons["reconstruction"] = "the model has no pixel decoder (reconstruction objective off)"
+    elif not perceptual:
+        reasons["reconstruction/lpips"] = "no perceptual network is available"
+    return reasons

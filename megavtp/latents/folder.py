@@ -1,0 +1,162 @@
+"""A folder of latents: what a tokenizer made of a data set, in LightningDiT's shard format, with what it belongs to.
+
+    FOLDER/
+      visual_tokenizer.json                  the tokenizer's facts: fingerprint, latent statistics (``data.artifact``)
+      classes.json                           optional: a list of class names, in the order of their labels
+      latents_rank00_shard000.safetensors    any names; they are read in sorted order
+          latents        (n, C, h, w)  float   of the images, not normalised
+          latents_flip   (n, C, h, w)  float   of the mirrored images (not the mirrored latents); may be left out
+          labels         (n,)          int64   class of each image, from 0; without classes all 0
+          captions       (n, E)        float   unit caption features of the tokenizer's text encoder; may be left out
+          metadata       "tokenizer": the tokenizer's fingerprint; may be left out, as LightningDiT's shards do
+
+Letters: n images of a shard, C channels, h = w positions, E caption features.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megavtp.data.files import refuse_remote
+from megavtp.errors import UserError
+from megavtp.latents.artifact import LatentStatistics, TokenizerArtifact
+
+CLASSES_FILE = "classes.json"
+_REMEDY = "extract the latents again with tools/extract_latents.py"
+
+
+class BadLatent(Exception):
+    """A sample that cannot be used; the text says why."""
+
+
+@dataclass(frozen=True)
+class LatentSample:
+    """One image: its latents (C, h, w) as extracted, its label, and its caption feature (E,), None if there is none."""
+
+    id: str
+    latents: Tensor
+    label: int
+    caption: Tensor | None
+
+
+class LatentFolder:
+    """The latents in a folder, opened and checked.
+
+    Attributes:
+        artifact: the facts of the tokenizer that made them; statistics: of the latents.
+        shard_counts: images of each shard. shape: (C, h, w).
+        has_flips: whether the mirrored images' latents are there.
+        num_classes: of the labels. classes: their names, if known. caption_width: E, or None without captions.
+
+    Raises ``UserError``: no shards, no statistics, shards of different shapes, tensors or tokenizers, bad labels.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = refuse_remote(folder)
+        if not self.folder.is_dir():
+            raise UserError(
+                f"{self.folder}: no such folder of latents; make one with tools/extract_latents.py, or set data.root"
+            )
+        self.artifact = TokenizerArtifact.read(self.folder)
+        self.statistics: LatentStatistics = self.artifact.needed_statistics(str(self.folder))
+        self._paths = sorted(self.folder.glob("*.safetensors"))
+        if not self._paths:
+            raise UserError(f"{self.folder} holds no *.safetensors; {_REMEDY}")
+        self._open: dict[int, Any] = {}
+        first = self._shapes(0)
+        self.shape = first["latents"][1:]
+        self.has_flips = "latents_flip" in first
+        self.caption_width = first["captions"][1] if "captions" in first else None
+        self._check_statistics()
+        self.shard_counts = [self._count(shard, first) for shard in range(len(self._paths))]
+        self._labels = [self._read_labels(shard) for shard in range(len(self._paths))]
+        self.classes = self._class_names()
+        highest = max(int(labels.max()) for labels in self._labels)
+        self.num_classes = highest + 1 if self.classes is None else len(self.classes)
+        if highest >= self.num_classes:
+            raise UserError(
+                f"{self.folder}: a label is {highest}, but {CLASSES_FILE} names {self.num_classes} classes; {_REMEDY}"
+            )
+        self._open.clear()  # worker processes open their own
+
+    def read(self, shard: int, row: int, flip: bool) -> LatentSample:
+        """One image's latents, with ``flip`` those of its mirror image. ``BadLatent`` if a number is not finite."""
+        try:
+            file = self._handle(shard)
+            latents = file.get_slice("latents_flip" if flip else "latents")[row].float()
+            caption = None if self.caption_width is None else file.get_slice("captions")[row].float()
+        except SafetensorError as error:
+            raise self._unreadable(shard, error) from None
+        if not latents.isfinite().all() or (caption is not None and not caption.isfinite().all()):
+            raise BadLatent("a number in it is not finite")
+        return LatentSample(self.name(shard, row), latents, int(self._labels[shard][row]), caption)
+
+    def name(self, shard: int, row: int) -> str:
+        return f"{self._paths[shard].name}/{row}"
+
+    def _handle(self, shard: int) -> Any:
+        if shard not in self._open:
+            try:
+                self._open[shard] = safe_open(self._paths[shard], framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise self._unreadable(shard, error) from None
+        return self._open[shard]
+
+    def _unreadable(self, shard: int, error: Exception) -> UserError:
+        return UserError(f"{self._paths[shard]}: cannot be read ({error}); {_REMEDY}")
+
+    def _shapes(self, shard: int) -> dict[str, tuple[int, ...]]:
+        file, path = self._handle(shard), self._paths[shard]
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        if missing := {"latents", "labels"} - shapes.keys():
+            raise UserError(f"{path} has no tensor {' and '.join(sorted(missing))}; {_REMEDY}")
+        maker = (file.metadata() or {}).get("tokenizer", self.artifact.fingerprint)
+        if maker != self.artifact.fingerprint:
+            raise UserError(
+                f"{path} was made by the tokenizer {maker[:12]}, {self.folder}/visual_tokenizer.json is of "
+                f"{self.artifact.fingerprint[:12]}; {_REMEDY}"
+            )
+        return shapes
+
+    def _count(self, shard: int, first: dict[str, tuple[int, ...]]) -> int:
+        shapes = self._shapes(shard)
+        count = shapes["latents"][0]
+        expected = {name: (count, *shape[1:]) for name, shape in first.items()}
+        if shapes != expected or len(self.shape) != 3 or self.shape[1] != self.shape[2] or count == 0:
+            raise UserError(
+                f"{self._paths[shard]} holds {shapes}, which are not square latents, or not those of the first shard "
+                f"({expected}); {_REMEDY}"
+            )
+        return count
+
+    def _check_statistics(self) -> None:
+        channels = len(self.statistics.mean)
+        if self.shape[0] != channels:
+            raise UserError(
+                f"{self.folder}: the latents have {self.shape[0]} channels, their statistics {channels}; {_REMEDY}"
+            )
+
+    def _read_labels(self, shard: int) -> Tensor:
+        labels = self._handle(shard).get_tensor("labels")
+        if labels.dtype.is_floating_point or int(labels.min()) < 0:
+            raise UserError(f"{self._paths[shard]}: labels must be integers from 0; {_REMEDY}")
+        return labels.to(torch.int32)  # kept for the whole data set
+
+    def _class_names(self) -> list[str] | None:
+        path = self.folder / CLASSES_FILE
+        if not path.exists():
+            return None
+        try:
+            names = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is not readable ({error}); {_REMEDY}") from None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{path} is no list of class names; {_REMEDY}")
+        return names

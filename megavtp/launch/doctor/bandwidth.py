@@ -1,0 +1,85 @@
+"""How fast ranks exchange data: all together, and two by two."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megavtp.launch import phase
+
+_REPEATS = 3  # the fastest counts; a round before that opens the connections
+
+
+@dataclass(frozen=True)
+class Link:
+    """Two ranks and the bytes per second each sends to the other, while the other does the same."""
+
+    first: int
+    second: int
+    bytes_per_second: float
+
+
+def all_reduce_seconds(size: int, device: torch.device) -> float:
+    """Time of one all-reduce of ``size`` bytes over all ranks; call it on all."""
+    buffer = torch.zeros(size // 4, device=device)
+    phase.enter(f"all-reduce of {size >> 20} MiB over all ranks")
+    return _fastest(lambda: dist.all_reduce(buffer), device)
+
+
+def links(pairs: Sequence[Sequence[tuple[int, int]]], size: int, device: torch.device) -> list[Link]:
+    """Measure pairs of ranks, round by round; in a round no rank is in two pairs. Returns all, on all ranks."""
+    rank = dist.get_rank()
+    own = []
+    give, take = torch.zeros(size // 4, device=device), torch.empty(size // 4, device=device)
+    for number, round_ in enumerate(pairs):
+        partner = next((b if rank == a else a for a, b in round_ if rank in (a, b)), None)
+        phase.enter(f"exchange round {number + 1} of {len(pairs)}" + ("" if partner is None else f", with {partner}"))
+        if partner is not None:
+            seconds = _fastest(lambda other=partner: _exchange(give, take, other), device)
+            if rank < partner:
+                own.append((rank, partner, size / seconds))
+        dist.barrier()
+    everyone: list[list] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, own)
+    return [Link(*link) for links_ in everyone for link in links_]
+
+
+def _exchange(give: torch.Tensor, take: torch.Tensor, partner: int) -> None:
+    work = dist.batch_isend_irecv([dist.P2POp(dist.isend, give, partner), dist.P2POp(dist.irecv, take, partner)])
+    for handle in work:
+        handle.wait()
+
+
+def _fastest(work, device: torch.device) -> float:
+    times = []
+    for _ in range(_REPEATS + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def rounds(members: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Every pair of ``members`` once, in rounds in which each member is in at most one pair (the circle method)."""
+    ring: list[int | None] = list(members) + [None] * (len(members) % 2)
+    half, found = len(ring) // 2, []
+    for _ in range(len(ring) - 1):
+        pairs = zip(ring[:half], reversed(ring[half:]))
+        found.append([(min(p), max(p)) for p in pairs if None not in p])
+        ring = [ring[0], ring[-1], *ring[1:-1]]
+    return [round_ for round_ in found if round_]
+
+
+def slow_links(found: Sequence[Link]) -> list[Link]:
+    """Those with less than a third of the median; they need at least three to compare."""
+    if len(found) < 3:
+        return []
+    median = statistics.median(link.bytes_per_second for link in found)
+    return [link for link in found if link.bytes_per_second < median / 3]

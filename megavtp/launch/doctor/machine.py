@@ -1,0 +1,171 @@
+"""What each rank's machine is like, and what does not fit together."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from megavtp.launch.rendezvous import Place, own_address
+from megavtp.parallel.deepspeed_adapter import SUPPORTED_VERSION
+
+_PACKAGE = Path(__file__).resolve().parents[2]
+_SHARED_MEMORY = 256 * 2**20  # bytes of /dev/shm for a rank: its loader workers pass batches through it
+_SETTINGS = ("NCCL_", "GLOO_", "TORCH_NCCL_", "FI_", "UCX_")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of one rank. versions: of what must be the same everywhere; "" where there is none.
+
+    settings: environment variables of the communication libraries. shared_memory: free bytes of /dev/shm, None where
+    there is no such thing. address: at which other machines reach this one.
+    """
+
+    host: str
+    rank: int
+    local_rank: int
+    address: str | None
+    device: str
+    devices: int
+    versions: Mapping[str, str]
+    settings: Mapping[str, str] = field(default_factory=dict)
+    shared_memory: int | None = None
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def load_facts(text: bytes | str) -> Facts:
+    return Facts(**json.loads(text))
+
+
+def gather_facts(place: Place) -> Facts:
+    """The facts of this process."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        shared = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        shared = None
+    return Facts(
+        host=socket.gethostname(), rank=place.rank, local_rank=place.local_rank, address=own_address(place),
+        device=torch.cuda.get_device_name(place.local_rank % gpus) if gpus else "CPU", devices=gpus,
+        versions=_versions(gpus > 0), shared_memory=shared,
+        settings={name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)},
+    )
+
+
+def _versions(gpu: bool) -> dict[str, str]:
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "deepspeed": _installed("deepspeed"),
+        "numpy": _installed("numpy"), "megavtp": source_hash(), "CUDA of torch": torch.version.cuda or "",
+        "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if gpu else "", "GPU driver": _driver() if gpu else "",
+    }
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+@cache
+def source_hash() -> str:
+    """Of this package's source files: two checkouts of one version may differ."""
+    digest = hashlib.sha256()
+    for file in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(f"{file.relative_to(_PACKAGE)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def by_host(facts: Sequence[Facts]) -> dict[str, list[Facts]]:
+    """The ranks of each machine, in the order of their first rank."""
+    hosts: dict[str, list[Facts]] = {}
+    for fact in facts:
+        hosts.setdefault(fact.host, []).append(fact)
+    return hosts
+
+
+def ranks_in_words(ranks: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    spans: list[list[int]] = []
+    for rank in sorted(ranks):
+        if spans and spans[-1][1] == rank - 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def compare(facts: Sequence[Facts]) -> list[str]:
+    """What is wrong, each with what to do about it."""
+    problems = []
+    for name in facts[0].versions:
+        remedy = "update the checkout on all machines" if name == "megavtp" else "install the same version everywhere"
+        problems += _different(facts, name, lambda f, n=name: f.versions[n] or "none", remedy)
+    if (found := facts[0].versions["deepspeed"]) != SUPPORTED_VERSION:
+        problems.append(f"deepspeed is {found}: pip install deepspeed=={SUPPORTED_VERSION}")
+    problems += _different(facts, "the device", lambda f: f.device, "start ranks on machines of one kind only")
+    for name in sorted({name for fact in facts for name in fact.settings}):
+        get = lambda f, n=name: f.settings.get(n, "not set")  # noqa: E731
+        problems += _different(facts, name, get, "set it alike for all ranks")
+    for host, ranks in by_host(facts).items():
+        problems += _one_machine(host, ranks, several=len(by_host(facts)) > 1)
+    return problems
+
+
+def _different(facts: Sequence[Facts], name: str, value: Callable[[Facts], str], remedy: str) -> list[str]:
+    values: dict[str, list[Facts]] = {}
+    for fact in facts:
+        values.setdefault(value(fact), []).append(fact)
+    if len(values) == 1:
+        return []
+    told = [
+        f"{text} on rank{'s' * (len(who) > 1)} {ranks_in_words([f.rank for f in who])} ({', '.join(by_host(who))})"
+        for text, who in values.items()
+    ]
+    return [f"{name} differs: {'; '.join(told)}: {remedy}"]
+
+
+def _one_machine(host: str, ranks: Sequence[Facts], several: bool) -> list[str]:
+    problems = []
+    local = [fact.local_rank for fact in ranks]
+    if len(set(local)) < len(local):
+        problems.append(
+            f"{host}: local ranks {sorted(local)} are not all different: two launchers were started there, or two "
+            "machines have the same name"
+        )
+    if 1 < ranks[0].devices < len(ranks):
+        problems.append(f"{host}: {len(ranks)} ranks, but {ranks[0].devices} GPUs: start one rank per GPU")
+    if several and ranks[0].address is None:
+        problems.append(
+            f"{host}: no address at which the other machines could reach it: set GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME to its network interface, and look at its own name in /etc/hosts"
+        )
+    free = ranks[0].shared_memory
+    if free is not None and free < _SHARED_MEMORY * len(ranks):
+        problems.append(
+            f"{host}: /dev/shm has {free / 2**20:.0f} MiB free for {len(ranks)} ranks, loader workers and NCCL need "
+            f"{_SHARED_MEMORY * len(ranks) / 2**20:.0f} MiB: remove old files there, or docker run --shm-size=16g"
+        )
+    return problems

@@ -1,0 +1,209 @@
+"""Process start-up and shutdown under the deepspeed launcher, torchrun, srun, or alone."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from megavtp.errors import UserError
+from megavtp.launch import phase
+from megavtp.launch.meeting import meet
+from megavtp.launch.rendezvous import Place, detect, gloo_interface
+from megavtp.launch.verdict import limit_of
+from megavtp.launch.watchdog import Watchdog
+from megavtp.parallel.deepspeed_adapter import import_deepspeed
+
+STOPPED = 143  # exit status after a signal (128 + SIGTERM): the state is saved, the same command goes on
+# Seconds that rank 0 has to tell of an error that all ranks find. A rank that left before it would have the launcher
+# end rank 0 in silence; one that is still here afterwards (no launcher ends it) tells its own.
+_PATIENCE = 15.0
+_VERDICT_PATIENCE = 15.0  # seconds until it is known which rank's end broke a connection
+_TERM_PATIENCE = 8.0  # the same, for a rank whose launcher ends it because of that rank; launchers kill after 30 s
+_NO_LIMIT = timedelta(days=30)  # of the process group, when the watch has none
+# What gloo, NCCL and the rendezvous store say when another process has gone.
+_PEER_GONE = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was likely closed",
+    "ncclRemoteError", "Failed to recv", "failed to recv",
+)
+_watchdog: Watchdog | None = None
+
+
+class _Terminated(BaseException):
+    """SIGTERM while nothing is to be saved: before the first step, or after the last."""
+
+
+def _on_sigterm(signum, frame) -> None:
+    raise _Terminated
+
+
+def start(timeout: float = 600) -> torch.device:
+    """Initialise torch.distributed (NCCL with GPUs, else gloo), watch over the ranks, and return this rank's device.
+
+    Args:
+        timeout: seconds that all ranks have to arrive, and that a part of a step may take; 0 = no limit.
+
+    Raises:
+        UserError: more local ranks than GPUs, or the rendezvous fails.
+    """
+    place = detect()
+    return join(place, meet(place, timeout), timeout)
+
+
+def join(place: Place, store: dist.Store, timeout: float) -> torch.device:
+    """The second half of ``start``, of ranks that have met at ``store``."""
+    global _watchdog
+    device, backend = _device(place)
+    import_deepspeed()
+    os.environ.update(
+        RANK=str(place.rank), LOCAL_RANK=str(place.local_rank), WORLD_SIZE=str(place.world),
+        MASTER_ADDR=place.master_addr, MASTER_PORT=str(place.master_port),
+    )
+    if backend == "gloo" and (interface := gloo_interface(place)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if not dist.is_initialized():
+        limit = timedelta(seconds=limit_of(timeout, True) + 60) if timeout else _NO_LIMIT  # the watch comes first
+        try:
+            dist.init_process_group(
+                backend, store=dist.PrefixStore("group", store), rank=place.rank, world_size=place.world, timeout=limit
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"rank {place.rank} of {place.world} could not join the others at {place.master_addr}:"
+                f"{place.master_port}: {str(error).splitlines()[0]}; python launchers/doctor.py looks for the reason"
+            ) from None
+        if place.world > 1:
+            _watchdog = Watchdog(store, place.rank, place.world, socket.gethostname(), timeout)
+            dist.barrier()  # all have told of themselves
+            _watchdog.start()
+            signal.signal(signal.SIGTERM, _on_sigterm)
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    faulthandler.register(signal.SIGUSR1)
+    return device
+
+
+def _device(place: Place) -> tuple[torch.device, str]:
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        # srun can show each task one GPU alone, which is number 0 in all of them.
+        index = 0 if place.launcher == "srun" and count == 1 else place.local_rank
+        if index >= count:
+            raise UserError(
+                f"local rank {index} has no GPU: this machine has {count}; start at most that many processes on it "
+                "(deepspeed --num_accelerators N, srun --ntasks-per-node N)"
+            )
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index), "nccl"
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world))
+    return torch.device("cpu"), "gloo"
+
+
+def stop() -> None:
+    """Leave the process group in step: without it gloo's threads sometimes abort the exit."""
+    global _watchdog
+    if dist.is_initialized():
+        phase.enter("leaving")
+        dist.barrier()
+        if _watchdog is not None:
+            _watchdog.close()
+            _watchdog = None
+        dist.destroy_process_group()
+
+
+def run_ranks(main: Callable[[], int | None]) -> NoReturn:
+    """Run a launcher's ``main`` on this rank and exit with its status: 0 finished, ``STOPPED`` saved its state and can
+    be started again, 2 an error of the user's (one line), 1 a bug, or other ranks that failed, are lost or hang.
+
+    Before the ranks are joined every rank finds the same error, so rank 0 speaks for all; afterwards the rank that
+    raises does, and the others are told and end within seconds. See ``watchdog`` for those that cannot speak.
+    """
+    try:
+        status = main() or 0
+        stop()
+    except SystemExit as told:  # argparse: --help, or a usage error that it has explained
+        status = told.code if isinstance(told.code, int) else 1
+    except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows takes seconds
+        status = _tell_all(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _tell_all(error: BaseException) -> int:
+    """Say on this rank's stderr, and to the other ranks, why it ends; returns the exit status."""
+    if isinstance(error, UserError):
+        return _user_error(error)
+    if isinstance(error, _Terminated):
+        return _terminated()
+    if isinstance(error, KeyboardInterrupt):
+        _tell("was interrupted")
+        return 130
+    where = phase.current().name
+    if _lost_others(error):
+        _say(f"ended because other ranks did: {_reason(error)} (this rank: {where})")
+    else:
+        trace = "".join(traceback.format_exception(error))
+        _say(f"failed in {where}:\n{trace}")
+        _tell(f"failed, {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+    return 1
+
+
+def _say(text: str) -> None:
+    print(f"[rank {_rank()}] {text}", file=sys.stderr, flush=True)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def _user_error(error: UserError) -> int:
+    try:
+        place = detect()
+    except UserError:  # it is what the launcher set that is wrong
+        place = None
+    joined = dist.is_initialized() and dist.get_world_size() > 1
+    if place is not None and place.rank > 0 and not joined:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # rank 0 has spoken and its launcher ends this one
+        time.sleep(_PATIENCE)
+    where = f"[rank {place.rank}] " if place is not None and (place.rank > 0 or joined) else ""
+    print(f"{where}error: {error}", file=sys.stderr, flush=True)
+    _tell(f"met an error: {error}")
+    return 2
+
+
+def _terminated() -> int:
+    """Either somebody ends the job, or the launcher does because another rank has gone; that takes a moment to know."""
+    known = _watchdog.reason(_TERM_PATIENCE) if _watchdog is not None else None
+    text = f"ended because other ranks did: {known}" if known else "was told to end (SIGTERM)"
+    _say(f"{text} (this rank: {phase.current().name})")
+    return 1 if known else STOPPED
+
+
+def _tell(text: str) -> None:
+    """Let the other ranks know why this one ends, and where it was."""
+    if _watchdog is not None:
+        _watchdog.tell(f"rank {_rank()} ({socket.gethostname()}) in {phase.current().name} {text}")
+
+
+def _reason(error: BaseException) -> str:
+    known = _watchdog.reason(_VERDICT_PATIENCE) if _watchdog is not None else None
+    return known or f"if they left no message they were killed (memory?) [{str(error).splitlines()[0]}]"
+
+
+def _lost_others(error: BaseException) -> bool:
+    """Whether a collective failed only because its peers have left: their message is the one to read."""
+    return isinstance(error, RuntimeError) and dist.is_initialized() and any(sign in str(error) for sign in _PEER_GONE)

@@ -1,0 +1,48 @@
+"""How a tool runs that can share its work: with all processes of a launcher, or alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+
+from megavtp import cli
+from megavtp.errors import UserError
+from megavtp.launch import ranks
+from megavtp.launch.meeting import meet
+from megavtp.launch.rendezvous import detect
+from megavtp.launch.two_on_a_cpu import start_two_on_a_cpu
+from megavtp.parallel.mesh import SINGLE, Mesh, build_mesh
+
+_ARRIVAL = 600.0  # seconds that the processes have to find each other
+
+
+def run_tool(main: Callable[[], int | None]) -> NoReturn:
+    """Call ``main`` and exit, as ``cli.run`` does; under a launcher as ``ranks.run_ranks``: what stops one process
+    stops all."""
+    start_two_on_a_cpu()
+    try:
+        alone = detect().world == 1
+    except UserError:
+        alone = True  # ``main`` meets it, too, and then it is told
+    (cli.run if alone else ranks.run_ranks)(main)
+
+
+def join_others(device: str, choose: Callable[[str], torch.device]) -> tuple[torch.device, Mesh]:
+    """This process's device, and all processes as data-parallel ranks.
+
+    Args:
+        device: what the user asked for. choose: makes a device of that, for a single process.
+
+    Raises:
+        UserError: as ``ranks.start``; or a device was asked for, and there are several processes.
+    """
+    place = detect()
+    if place.world == 1:
+        return choose(device), SINGLE
+    if device != "auto":
+        raise UserError(f"--device {device} is for a single process; several take a GPU each, or the CPU")
+    # No limit for hangs: how long a share takes is up to the user's data. A process that is lost is still found out.
+    own = ranks.join(place, meet(place, _ARRIVAL), 0)
+    return own, build_mesh(1, 1)

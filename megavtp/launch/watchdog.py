@@ -1,0 +1,212 @@
+"""Ends every rank, with a reason, when one of them has failed, is lost or hangs.
+
+Each rank has a thread that says once a second where the rank is. Rank 0's thread reads what all say and passes the
+verdict (``verdict.judge``); all others read that. It goes through the store of the rendezvous, over connections of its
+own: a rank that is stuck in a collective or on a device still tells and hears. A second thread ends the process, also
+when the first waits in vain for a store whose machine is lost. No thread touches the device.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+
+import torch.distributed as dist
+
+from megavtp.launch import phase
+from megavtp.launch.verdict import (
+    LOST,
+    SILENCE,
+    SILENCE_AFTER_LOSS,
+    SLOW,
+    Report,
+    Verdict,
+    judge,
+    limit_of,
+    load_report,
+    load_verdict,
+    main_thread_position,
+    silence_of,
+)
+
+_BEAT = 1.0  # seconds between two reports
+_GRACE = 3.0  # seconds that the main thread has to end by itself, and to say more than the watchdog knows
+# Seconds after which a rank ends whose main thread lets no other thread run (it is in C code that holds the
+# interpreter): no Python of ours runs then. The others take it for lost before that.
+STUCK = 2 * SLOW * SILENCE
+_LAST_WORDS = 20.0  # seconds the main thread may take to end, once it has begun to
+_VERDICT = "verdict"
+
+
+class Watchdog:
+    """The watch over one run, seen from one rank.
+
+    Args:
+        store: of the rendezvous; a connection of its own is made from it.
+        timeout: seconds that a phase may take on any rank, three times that in a slow one; 0 = no limit.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world: int, host: str, timeout: float):
+        self._store = dist.PrefixStore("watch", store).clone()
+        self._rank, self._world, self._host, self._timeout = rank, world, host, timeout
+        self._broken = False
+        self._closed = threading.Event()
+        self._ending = threading.Event()  # the main thread ends, and speaks for this rank
+        self._verdict: Verdict | None = None
+        self._known = threading.Event()  # a verdict is there
+        self._heard = {}  # rank -> (its last report as text, when that arrived)
+        self._talk = threading.Lock()  # with the store
+        self._last_beat = self._last_look = time.monotonic()
+        self._store.set(str(rank), self._report().dump())
+        self._talker = threading.Thread(target=self._beats, name="watchdog-store", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Call it when all ranks have been made, that is after a barrier."""
+        self._talker.start()
+        self._watcher.start()
+
+    def tell(self, text: str) -> None:
+        """From the main thread: this rank ends for the given reason, and so must all."""
+        self._ending.set()
+        try:
+            self._propose(Verdict(text, (self._rank,)))
+            self._let_others_hear()
+        except RuntimeError:
+            pass  # rank 0 has gone already: they know
+
+    def reason(self, patience: float) -> str | None:
+        """From the main thread, when a connection to another rank broke: the verdict on it, waited for."""
+        self._ending.set()
+        self._broken = True
+        self._known.wait(patience)
+        if self._verdict is not None and self._rank == 0:
+            self._let_others_hear()
+        return None if self._verdict is None else self._verdict.text
+
+    def close(self) -> None:
+        """All ranks have done their work."""
+        self._closed.set()
+        self._watcher.join()
+        self._talker.join(_GRACE)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while not self._closed.is_set():
+            faulthandler.dump_traceback_later(STUCK, exit=True)
+            now = time.monotonic()
+            if now - self._last_look > 5 * _BEAT:  # this process was suspended: what it heard last says nothing
+                self._last_beat = now
+                self._heard = {rank: (text, now) for rank, (text, _) in self._heard.items()}
+            self._last_look = now
+            slow = phase.current().slow
+            patience = SILENCE_AFTER_LOSS if self._broken else silence_of(self._timeout, slow)
+            if now - self._last_beat > patience:
+                self._decide(self._store_verdict(f"no answer for {now - self._last_beat:.0f} s"))
+            # Nobody is there to judge: a rank that waits for others may rightly be older than its own phase's limit.
+            if self._own_age() > limit_of(self._timeout, slow=True) + 30:
+                self._decide(Verdict(self._overdue_text(), (self._rank,)))
+            if self._known.wait(_BEAT):
+                self._end()
+
+    def _beats(self) -> None:
+        while not (self._closed.wait(_BEAT) or self._known.is_set()):
+            try:
+                self._beat()
+            except RuntimeError as error:
+                # The store is rank 0's, or torchrun's: when the run ends well, it ends last.
+                if not self._closed.wait(2 * _BEAT):
+                    self._decide(self._store_verdict(str(error).splitlines()[0]))
+                return
+
+    def _beat(self) -> None:
+        with self._talk:
+            self._store.set(str(self._rank), self._report().dump())
+            if self._store.check([_VERDICT]):
+                self._hear(load_verdict(self._store.get(_VERDICT)))
+                return
+            watched = range(self._world) if self._rank == 0 else [0]
+            texts = self._store.multi_get([str(rank) for rank in watched])
+        now = self._last_beat = time.monotonic()
+        for rank, text in zip(watched, texts):
+            if self._heard.get(rank, (None,))[0] != text:
+                self._heard[rank] = (text, now)
+        reports = {rank: load_report(text) for rank, (text, _) in self._heard.items()}
+        silent = {rank: now - since for rank, (_, since) in self._heard.items()}
+        # The others judge rank 0 alone, and only whether it lives.
+        found = judge(reports, silent, self._timeout if self._rank == 0 else 0, self._broken)
+        if found is not None:
+            self._propose(found)
+
+    def _propose(self, verdict: Verdict) -> None:
+        """The first one counts."""
+        with self._talk:
+            self._hear(load_verdict(self._store.compare_set(_VERDICT, "", verdict.dump())))
+
+    def _hear(self, verdict: Verdict) -> None:
+        if self._decide(verdict):
+            self._store.add("heard", 1)
+
+    def _decide(self, verdict: Verdict) -> bool:
+        """Whether it is the first one."""
+        if self._known.is_set():
+            return False
+        self._verdict = verdict
+        self._known.set()
+        return True
+
+    def _report(self) -> Report:
+        now = phase.current()
+        # From the main thread itself it would be this line.
+        own = threading.current_thread() is threading.main_thread()
+        at, in_collective = ("", False) if own else main_thread_position()
+        return Report(self._host, now.name, now.number, now.slow, self._own_age(), self._broken, at, in_collective)
+
+    def _own_age(self) -> float:
+        return time.monotonic() - phase.current().since
+
+    def _overdue_text(self) -> str:
+        now = phase.current()
+        return (
+            f"rank {self._rank} ({self._host}) made no progress for {self._own_age():.0f} s in {now.name}, and no "
+            "verdict came from rank 0"
+        )
+
+    def _store_verdict(self, reason: str) -> Verdict:
+        text = "the store of the rendezvous cannot be reached"
+        if self._rank > 0 and 0 in self._heard:
+            last = load_report(self._heard[0][0])
+            text = f"rank 0 ({last.host}): {LOST}; last seen in {last.phase}"
+        return Verdict(f"{text} [{reason}]", (0,))
+
+    def _end(self) -> None:
+        """End this process; the main thread may be stuck for good."""
+        hangs = self._rank in self._verdict.ranks and not self._ending.is_set()
+        if hangs:
+            print(f"[rank {self._rank}] {self._verdict.text}; the stack:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(all_threads=True)
+        elif self._ending.wait(_GRACE):
+            time.sleep(_LAST_WORDS)  # the main thread says why and exits
+        else:
+            print(f"[rank {self._rank}] ended because other ranks did: {self._verdict.text}", file=sys.stderr)
+        sys.stderr.flush()
+        if self._rank == 0:
+            self._let_others_hear()
+        os._exit(1)
+
+    def _let_others_hear(self) -> None:
+        """Rank 0 serves the store: the others read the verdict before it goes. They take a second or two."""
+        if self._rank > 0:
+            return
+        deadline = time.monotonic() + _GRACE
+        try:
+            while time.monotonic() < deadline:
+                with self._talk:
+                    if self._store.add("heard", 0) >= self._world:
+                        return
+                time.sleep(0.1)
+        except RuntimeError:
+            pass  # torchrun's store, whose agent has gone

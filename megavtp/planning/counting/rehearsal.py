@@ -1,0 +1,145 @@
+"""A rehearsal: the real modules on tensors without data, in groups without processes.
+
+What a piece of the model would hold, need at most and send is counted where it happens, for any size and any number of
+ranks, in milliseconds and without memory. So the planner has no second description of the model that could go stale.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megavtp.parallel.mesh import Mesh
+from megavtp.planning.counting.traffic import Transfer, count_traffic
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a piece did, in bytes.
+
+    Attributes:
+        held: alive when its forward was through: what the backward pass needs, and its result.
+        peak: most alive at one time, forward and backward.
+        forward, backward: what this rank took part in sending, by direction.
+    """
+
+    held: int
+    peak: int
+    forward: tuple[Transfer, ...] = ()
+    backward: tuple[Transfer, ...] = ()
+
+
+@contextmanager
+def rehearsal(*, tp: int = 1, dp: int = 1, fused_norms: bool = False, **fields: Any) -> Iterator[Mesh]:
+    """A mesh of pretended groups, in which all new tensors have shape, dtype and storage size, but no data.
+
+    The kernels are the CPU's. ``fused_norms``: RMS norms keep for the backward what CUDA's fused kernel keeps, their
+    input and a number a row; the CPU's keep the normalised rows too. ``fields``: further fields of the mesh.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized(), "a rehearsal has a world of its own"
+    dist.init_process_group("fake", rank=0, world_size=tp * dp, store=FakeStore())
+    try:
+        tp_group = dist.new_group(list(range(tp))) if tp > 1 else None
+        dp_group = dist.new_group(list(range(0, tp * dp, tp))) if dp > 1 else None
+        with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings(), _norms(fused_norms):
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            yield Mesh(tp=tp, dp=dp, tp_group=tp_group, dp_group=dp_group, **fields)
+    finally:
+        dist.destroy_process_group()
+
+
+def rehearse(
+    mesh: Mesh, forward: Callable[[], Any], parameters: Sequence[Tensor] = (), *, inputs: Sequence[Tensor] = ()
+) -> Rehearsed:
+    """Count ``forward()`` and the backward pass from every tensor with a gradient that it returns.
+
+    ``parameters`` get their gradients before the count: these belong to the state of a run. ``inputs`` get theirs in
+    it, so that it can be run again.
+    """
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+    for x in inputs:
+        x.grad = None
+    live = _LiveBytes()
+    with live:
+        with count_traffic(mesh) as sent:
+            results = [x for x in tree_leaves(forward()) if isinstance(x, Tensor)]
+        held = live.now
+        with count_traffic(mesh) as sent_back:
+            results = [x for x in results if x.requires_grad]
+            if results:
+                torch.autograd.backward(results, [torch.empty_like(x) for x in results])
+    return Rehearsed(held, live.peak, tuple(sent), tuple(sent_back))
+
+
+class _FusedNorm(torch.autograd.Function):
+    """What CUDA's fused RMS norm keeps: its input, the weight, and a number a row."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+
+
+@contextmanager
+def _norms(fused: bool) -> Iterator[None]:
+    if not fused:
+        yield
+        return
+    plain = F.rms_norm
+    F.rms_norm = lambda x, shape, weight=None, eps=None: _FusedNorm.apply(x, weight)
+    try:
+        yield
+    finally:
+        F.rms_norm = plain
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that were made inside and are still alive, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self._see(x.untyped_storage(), before)
+        return result
+
+    def _see(self, storage: torch.UntypedStorage, before: set[int]) -> None:
+        key = storage._cdata
+        if key in self._known or key in before:
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
