@@ -1,11 +1,14 @@
-"""The training of a DiT put together: latents, model, engine, the one pass, telemetry."""
+"""The training of a DiT: the recipe of one pass, flow matching, over a folder of latents."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from megavtp.checkpoint.store import Checkpoint
 from megavtp.data.loader import Loader
 from megavtp.dit.batch import LatentStepDataset
 from megavtp.dit.checkpoint import FACTS
@@ -17,82 +20,65 @@ from megavtp.dit.passes import FlowMatchingPass
 from megavtp.dit.resume import check_goes_on
 from megavtp.dit.validate import TOWER, flow_share, with_latents
 from megavtp.latents.folder import LatentFolder
-from megavtp.launch import phase
-from megavtp.parallel.collectives import together
 from megavtp.parallel.engine import Engine
-from megavtp.parallel.mesh import Mesh, build_mesh
+from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.passes import Pass
 from megavtp.training.optimizer import build_optimizer
-from megavtp.training.output_dir import OutputDir
 from megavtp.training.pictures import loss_curves
-from megavtp.training.replay import Unrecorded, replay
+from megavtp.training.recipe import Recipe
+from megavtp.training.state import decides_samples
+from megavtp.training.step import Pairs
 from megavtp.training.telemetry import METRICS_FILE, Telemetry
-from megavtp.training.trainer import Trainer
 
 
-class DiTRun:
-    """Everything of one run on this rank.
+class DiTTraining(Recipe):
+    """Flow matching over the latents of a tokenizer; the average of the weights is what samples are drawn with."""
 
-    Args:
-        writes: False for a replay, which leaves the run's folder as it is.
+    config: CompleteDiTConfig
 
-    Attributes:
-        config: with the sizes of the latents filled in.
-    """
+    def open(self) -> None:
+        self.folder = LatentFolder(self.config.data.root)
+        self.config = with_sizes_of(self.folder, self.config)
 
-    def __init__(self, config: ResolvedDiTConfig, device: torch.device, *, writes: bool = True):
-        phase.enter("opening latents and building the model", slow=True)
-        self.device, self._writes = device, writes
-        p = config.parallel
-        self.mesh = build_mesh(p.tp, p.pp, p.virtual_stages, p.sequence_parallel)
-        together(lambda: self._open(config))
-        self.engine, self.model = build_dit_engine(self.config, self.mesh, device)
+    def build(self) -> None:
+        self.model = build_model(self.config, self.mesh, self.device)
+        self.engine = build_engine(self.model, self.config, self.mesh)
 
-    def _open(self, config: ResolvedDiTConfig) -> None:
-        """All that reads or writes files, any of which may be missing on one machine only."""
-        self.folder = LatentFolder(config.data.root)
-        self.config = with_sizes_of(self.folder, config)
-        if self._writes:
-            self.output = OutputDir(self.config, self.mesh.rank == 0)
-
-    def train(self) -> bool:
-        """Resume or start, and train; False if a signal stopped the run early (its state is saved)."""
-        config, mesh = self.config, self.mesh
-        telemetry = Telemetry.of_run(config, mesh, dit_flops_per_step(config)["total"], self.output.keep)
-        trainer = self._trainer(telemetry)
-        phase.enter("reading the checkpoint", slow=True)
-        start = trainer.resume()
-        if note := untrained_classes(config.model, self.folder):
-            telemetry.event("untrained_classes", step=start, note=note)
-        telemetry.start(start)
-        self.output.begin()
-        finished = trainer.run(start)
-        if finished and mesh.rank == 0:
-            output = Path(config.output_dir)
-            loss_curves(output / METRICS_FILE, output / "loss_curves.png")
-        telemetry.close()
-        self.engine.close()
-        return finished
-
-    def replay(self, step: int) -> int:
-        """Do ``step`` (from 1) again and print what in it is not finite; returns the exit status."""
-        phase.enter("reading the checkpoint", slow=True)
-        status = replay(self._trainer(Unrecorded(self.mesh)), step)
-        self.engine.close()
-        return status
-
-    def _trainer(self, telemetry: Telemetry) -> Trainer:
-        config = self.config
-        flow = FlowMatchingPass(config, flow_share(config, self.mesh.dp), self.device)
-        return Trainer(
-            config, self.engine, [flow], self.model.averaged(), lambda step: config.ema_momentum, telemetry,
-            self.loader, [], facts=facts_of(self.folder),
-            check=lambda checkpoint: check_goes_on(checkpoint, config.model, self.folder),
-        )
+    def passes(self) -> list[Pass]:
+        return [FlowMatchingPass(self.config, flow_share(self.config, self.mesh.dp), self.device)]
 
     def loader(self, start: int) -> Loader:
-        """This rank's share of the steps from ``start`` on."""
         dataset = LatentStepDataset(self.folder, self.config, self.mesh.dp_rank, self.mesh.dp)
         return Loader(dataset, start, self.config.train.steps, pin=self.device.type == "cuda")
+
+    def flops_per_step(self) -> float:
+        return dit_flops_per_step(self.config)["total"]
+
+    @staticmethod
+    def decides_data(key: str) -> bool:
+        times_and_conditions = ("flow_matching.time_mu", "flow_matching.time_sigma", "flow_matching.condition_dropout")
+        return decides_samples(key) or key in (*times_and_conditions, "model.condition")
+
+    def averaged(self) -> Pairs:
+        return self.model.averaged()
+
+    def follow(self, step: int) -> float:
+        return 1 - self.config.ema_momentum
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        check_goes_on(checkpoint, self.config.model, self.folder)
+
+    def facts(self) -> Mapping[str, Any]:
+        return facts_of(self.folder)
+
+    def notes(self) -> list[tuple[str, str]]:
+        note = untrained_classes(self.config.model, self.folder)
+        return [] if note is None else [("untrained_classes", note)]
+
+    def finish(self, telemetry: Telemetry) -> None:
+        if self.mesh.rank == 0:
+            output = Path(self.config.output_dir)
+            loss_curves(output / METRICS_FILE, output / "loss_curves.png")
 
 
 def with_sizes_of(folder: LatentFolder, config: ResolvedDiTConfig) -> CompleteDiTConfig:
@@ -119,18 +105,19 @@ def facts_of(folder: LatentFolder) -> dict:
     return {FACTS: {"visual_tokenizer": folder.artifact.to_dict(), "classes": folder.classes}}
 
 
-def build_dit_engine(config: CompleteDiTConfig, mesh: Mesh, device: torch.device) -> tuple[Engine, AveragedDiT]:
-    """The DiT, its average a copy of it, inside an engine."""
+def build_model(config: CompleteDiTConfig, mesh: Mesh, device: torch.device) -> AveragedDiT:
+    """The DiT, its average a copy of it."""
     p = config.parallel
-    model = build_averaged_dit(
+    return build_averaged_dit(
         config.model, mesh, seed=config.seed, device=device, recompute=p.recompute, attention=p.attention,
         compute_dtype=torch.bfloat16 if p.precision == "bf16" else torch.float32,
     )
+
+
+def build_engine(model: AveragedDiT, config: CompleteDiTConfig, mesh: Mesh) -> Engine:
+    """The engine around a model, with its optimizer."""
     optimizer = build_optimizer(
-        model.named_parameters(), config.train.optimizer, zero_stage=p.zero_stage, tower_of=lambda name: TOWER
+        model.named_parameters(), config.train.optimizer, zero_stage=config.parallel.zero_stage,
+        tower_of=lambda name: TOWER,
     )
-    engine = Engine(
-        model, optimizer, mesh, zero_stage=p.zero_stage, clip_grad=config.train.optimizer.clip_grad,
-        extra=config.deepspeed, leaf_classes=(DiTBlock,), schedule=p.schedule, hold=p.zero3_gather == "step",
-    )
-    return engine, model
+    return Engine.of_run(model, optimizer, mesh, config, leaf_classes=(DiTBlock,))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megavtp.config.run import RunConfig
 from megavtp.parallel import deepspeed_adapter as adapter
 from megavtp.parallel import pipeline
 from megavtp.parallel.mesh import Mesh
@@ -61,6 +62,18 @@ class Engine:
         self._engine.megavtp_clip_grad = clip_grad
         self.device = self._engine.device
         connect(mesh, self.device)
+
+    @classmethod
+    def of_run(
+        cls, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, config: RunConfig,
+        leaf_classes: tuple[type[nn.Module], ...],
+    ) -> Engine:
+        """The engine that a run's settings ask for."""
+        p = config.parallel
+        return cls(
+            module, optimizer, mesh, zero_stage=p.zero_stage, clip_grad=config.train.optimizer.clip_grad,
+            extra=config.deepspeed, leaf_classes=leaf_classes, schedule=p.schedule, hold=p.zero3_gather == "step",
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)

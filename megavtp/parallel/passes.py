@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megavtp.parallel.messages import broadcast_last_stage, broadcast_last_stage_object
 from megavtp.parallel.pipeline import Runner, forward, train
+from megavtp.parallel.sharding import Shard
 
 
 class Pass(ABC):
@@ -28,6 +29,7 @@ class Pass(ABC):
         term_weights: of its terms inside the objective; 1 where none is given.
         over_batch: whether it has terms over the whole batch (``global_terms``).
         term_names: filled in by the first execution.
+        state_shard: how the tensors of ``state`` are cut over the tensor-parallel ranks; None = each has them whole.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Pass(ABC):
     term_weights: Mapping[str, float] = MappingProxyType({})
     over_batch: bool = False
     term_names: tuple[str, ...] | None = None
+    state_shard: Shard | None = None
 
     @abstractmethod
     def prepare(self, run: Runner, batch: Any) -> int:
@@ -63,6 +66,15 @@ class Pass(ABC):
     def global_terms(self, rows: list[Tensor], shared: list[Tensor]) -> dict[str, Tensor]:
         """Loss terms over the whole batch, unweighted."""
         return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """What lasts from step to step (a running mean), by its name in a checkpoint; that of the last pipeline stage
+        counts. A pass replaces these tensors and never changes them in place."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what ``state`` has returned."""
+        assert not state, f"the pass {self.name} carries nothing from step to step"
 
     def weighted(self, terms: dict[str, Tensor]) -> list[Tensor]:
         return [value * self.term_weights.get(name, 1.0) for name, value in terms.items()]

@@ -6,7 +6,7 @@ patches are made on the host, so that no step waits for the device to say how ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,8 +27,9 @@ from megavtp.objectives.siglip import siglip
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.passes import Pass
 from megavtp.parallel.pipeline import Runner, forward, forward_everywhere
+from megavtp.parallel.sharding import Shard
 from megavtp.pixels import normalise
-from megavtp.training.schedules import cosine, linear_warmup
+from megavtp.training.schedules import linear_warmup
 
 CONTRASTIVE_LOSSES = {"infonce": info_nce, "siglip": siglip}
 
@@ -114,11 +115,12 @@ class SelfDistillationPass(_PretrainingPass):
     """DINO across views, iBOT on masked patches, KoLeo; the EMA teacher goes first over the whole share.
 
     Attributes:
-        centers: with softmax centering the running mean logits by name, this rank's prototypes; they are state.
+        centers: with softmax centering the running mean logits by name, of this rank's prototypes.
     """
 
     name = "self_distillation"
     mode = "student"
+    state_shard = Shard(0)  # the centres are cut like the prototypes
 
     def __init__(self, config: ResolvedConfig, share: PassShare, mesh: Mesh, device: torch.device):
         super().__init__(config, share, mesh, device)
@@ -149,6 +151,12 @@ class SelfDistillationPass(_PretrainingPass):
             with torch.no_grad():
                 self.bias = self._teacher_bias()
         return count
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"center/{name}": center for name, center in self.centers.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.centers = {name: state[f"center/{name}"] for name in self.centers}
 
     def _teacher_inputs(self, micro: int, first: bool) -> dict[str, Any]:
         crops = self.batch.global_crops if first else self.batch.global_crops.to("meta")
@@ -274,19 +282,6 @@ class DecoderPass(ReconstructionPass):
 
     def later_inputs(self, micro: int) -> dict[str, Any]:
         return {"latents": self._latents[micro].to("meta")}
-
-
-def teacher_momentum(config: ResolvedConfig) -> Callable[[int], float]:
-    """How slowly the teacher follows the student, by step."""
-    settings = config.objectives.self_distillation
-    start, end = settings.teacher_momentum, settings.teacher_momentum_end
-    return lambda step: cosine(step, config.train.steps, start, end)
-
-
-def frozen_prototypes(config: ResolvedConfig) -> Callable[[int, dict], bool]:
-    """Whether a parameter group stands still in a step: the prototypes, at first."""
-    steps = config.objectives.self_distillation.freeze_last_layer * config.train.steps
-    return lambda step, group: group["prototypes"] and step < steps
 
 
 def build_passes(

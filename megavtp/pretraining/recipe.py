@@ -1,10 +1,12 @@
-"""A pre-training run put together: data, model, engine, passes, telemetry, evaluation."""
+"""Pre-training: the recipe of the three objectives, and of the decoder alone on a frozen encoder."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,56 +23,42 @@ from megavtp.data.files import refuse_hub_id
 from megavtp.data.loader import Loader
 from megavtp.data.shards import open_dataset
 from megavtp.errors import UserError
-from megavtp.launch import phase
 from megavtp.models.build import build_vtp
 from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS
 from megavtp.models.lpips_weights import load_lpips_weights
 from megavtp.models.vtp import VTP
 from megavtp.nn.block import Block
-from megavtp.parallel.collectives import together
 from megavtp.parallel.engine import Engine
-from megavtp.parallel.mesh import Mesh, build_mesh
+from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.passes import Pass
 from megavtp.planning.flops import flops_per_step
 from megavtp.pretraining.in_loop import InLoopEvaluation
-from megavtp.pretraining.passes import build_passes, frozen_prototypes, teacher_momentum
+from megavtp.pretraining.passes import build_passes
 from megavtp.training.optimizer import build_optimizer
-from megavtp.training.output_dir import OutputDir
-from megavtp.training.replay import Unrecorded, replay
-from megavtp.training.state import flat
+from megavtp.training.recipe import Hook, Recipe
+from megavtp.training.schedules import cosine
+from megavtp.training.state import checkpoint_root, decides_samples, flat
+from megavtp.training.step import Pairs
 from megavtp.training.telemetry import Telemetry
-from megavtp.training.trainer import Hook, Trainer, checkpoint_root
 
 
-class PretrainRun:
-    """Everything of one run on this rank.
+class Pretraining(Recipe):
+    """The three objectives that are on, over image-text pairs; the teacher follows the student."""
 
-    Args:
-        writes: False for a replay, which leaves the run's folder as it is.
+    config: ResolvedConfig
 
-    Attributes:
-        config: with the caption tokenizer's vocabulary filled in.
-    """
-
-    def __init__(self, config: ResolvedConfig, device: torch.device, *, writes: bool = True):
-        phase.enter("opening data and building the model", slow=True)
-        self.device, self._writes = device, writes
-        p = config.parallel
-        self.mesh = build_mesh(p.tp, p.pp, p.virtual_stages, p.sequence_parallel)
+    def __init__(self, config: ResolvedConfig, device: torch.device):
+        super().__init__(config, device)
         self.share = share(config, self.mesh.dp)
-        together(lambda: self._open(config))
-        self.engine, self.model = build_engine(self.config, self.share, self.mesh, device, self._initial)
-        del self._initial
 
-    def _open(self, config: ResolvedConfig) -> None:
-        """All that reads or writes files, any of which may be missing on one machine only."""
+    def open(self) -> None:
+        config = self.config
         root = Path(config.data.root)
         self.train_set = open_dataset(root / "train")
         self.tokenizer = load_tokenizer(config.data.captions, root, config.model.text.context_length)
         self.config = with_vocabulary(config, self.tokenizer.vocab_size)
         self.perceptual = build_perceptual(config, self.device)
         self._initial, self._notes = self._read_initial()
-        if self._writes:
-            self.output = OutputDir(self.config, self.mesh.rank == 0)
 
     def _read_initial(self) -> tuple[dict[str, Tensor], list[str]]:
         """What ``model.init_from`` gives, unless there is a checkpoint to go on from."""
@@ -85,59 +73,64 @@ class PretrainRun:
             frozen_encoder=config.objectives.reconstruction.frozen_encoder,
         )
 
-    def train(self) -> bool:
-        """Resume or start, train, evaluate; False if a signal stopped the run early (its state is saved)."""
-        config, mesh = self.config, self.mesh
-        telemetry = Telemetry.of_run(config, mesh, flops_per_step(config)["total"], self.output.keep)
-        evaluation = InLoopEvaluation(config, self.engine, mesh, self.tokenizer, self.perceptual, telemetry)
-        every = [
-            (config.telemetry.pictures_every, evaluation.pictures), (config.evaluation.every, evaluation.metrics)
-        ]
-        trainer = self._trainer(telemetry, every)
-        phase.enter("reading the checkpoint", slow=True)
-        for note in self._notes:
-            telemetry.event("initial_weights", step=0, note=note)
-        start = trainer.resume()
-        telemetry.start(start)
-        self.output.begin()
-        finished = trainer.run(start)
-        if finished:
-            phase.enter("the last evaluation", slow=True)
-            evaluation.finish(config.train.steps)
-        telemetry.close()
-        self.engine.close()
-        return finished
+    def build(self) -> None:
+        self.model = build_model(self.config, self.share, self.mesh, self.device, self._initial)
+        self.engine = build_engine(self.model, self.config, self.mesh)
+        self._initial = {}
 
-    def replay(self, step: int) -> int:
-        """Do ``step`` (from 1) again and print what in it is not finite; returns the exit status."""
-        phase.enter("reading the checkpoint", slow=True)
-        status = replay(self._trainer(Unrecorded(self.mesh), []), step)
-        self.engine.close()
-        return status
-
-    def _trainer(self, telemetry: Telemetry, every: list[tuple[int, Hook]]) -> Trainer:
-        config = self.config
-        passes = build_passes(config, self.share, self.mesh, self.device, self.perceptual)
-        pairs = self.model.teacher_pairs() if self.share.self_distillation else []
-        return Trainer(
-            config, self.engine, passes, pairs, teacher_momentum(config), telemetry, self.loader, every,
-            frozen=frozen_prototypes(config), check=lambda checkpoint: _check_same_stage(checkpoint, config),
-        )
+    def passes(self) -> list[Pass]:
+        return build_passes(self.config, self.share, self.mesh, self.device, self.perceptual)
 
     def loader(self, start: int) -> Loader:
-        """This rank's share of the steps from ``start`` on."""
         dataset = StepDataset(self.train_set, self.tokenizer, self.config, self.mesh.dp_rank, self.mesh.dp)
         return Loader(dataset, start, self.config.train.steps, pin=self.device.type == "cuda")
 
+    def flops_per_step(self) -> float:
+        return flops_per_step(self.config)["total"]
 
-def _check_same_stage(checkpoint: Checkpoint, config: ResolvedConfig) -> None:
-    """UserError where a run of the decoder alone would go on in the checkpoints of a joint run, or the other way."""
-    then = flat(checkpoint.meta["config"]).get("objectives.reconstruction.frozen_encoder", False)
-    if then != config.objectives.reconstruction.frozen_encoder:
-        raise UserError(
-            f"{checkpoint.path} is of a run with objectives.reconstruction.frozen_encoder={str(then).lower()}, which "
-            "this one does not go on from: set another output_dir, and name that checkpoint with model.init_from"
-        )
+    @staticmethod
+    def decides_data(key: str) -> bool:
+        batches_and_masks = re.fullmatch(r"objectives\.(\w+\.batch|self_distillation\.mask_\w+)", key)
+        return decides_samples(key) or key == "model.image_size" or batches_and_masks is not None
+
+    def averaged(self) -> Pairs:
+        return self.model.teacher_pairs() if self.share.self_distillation else []
+
+    def follow(self, step: int) -> float:
+        settings = self.config.objectives.self_distillation
+        start, end = settings.teacher_momentum, settings.teacher_momentum_end
+        return 1 - cosine(step, self.config.train.steps, start, end)
+
+    def is_frozen(self, step: int, group: dict[str, Any]) -> bool:
+        """The prototypes stand still at first."""
+        steps = self.config.objectives.self_distillation.freeze_last_layer * self.config.train.steps
+        return group["prototypes"] and step < steps
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """A run of the decoder alone does not go on in the checkpoints of a joint run, nor the other way."""
+        then = flat(checkpoint.meta["config"]).get("objectives.reconstruction.frozen_encoder", False)
+        if then != self.config.objectives.reconstruction.frozen_encoder:
+            raise UserError(
+                f"{checkpoint.path} is of a run with objectives.reconstruction.frozen_encoder={str(then).lower()}, "
+                "which this one does not go on from: set another output_dir, and name that checkpoint with "
+                "model.init_from"
+            )
+
+    def notes(self) -> list[tuple[str, str]]:
+        return [("initial_weights", note) for note in self._notes]
+
+    def hooks(self, telemetry: Telemetry) -> list[tuple[int, Hook]]:
+        evaluation = self._evaluation(telemetry)
+        return [
+            (self.config.telemetry.pictures_every, evaluation.pictures),
+            (self.config.evaluation.every, evaluation.metrics),
+        ]
+
+    def finish(self, telemetry: Telemetry) -> None:
+        self._evaluation(telemetry).finish(self.config.train.steps)
+
+    def _evaluation(self, telemetry: Telemetry) -> InLoopEvaluation:
+        return InLoopEvaluation(self.config, self.engine, self.mesh, self.tokenizer, self.perceptual, telemetry)
 
 
 def build_perceptual(config: ResolvedConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -149,17 +142,16 @@ def build_perceptual(config: ResolvedConfig, device: torch.device) -> Callable[[
     return LPIPS(net, load_lpips_weights(net, settings.perceptual_weights)).to(device)
 
 
-def build_engine(
+def build_model(
     config: ResolvedConfig, shares: Share, mesh: Mesh, device: torch.device,
     initial: Mapping[str, Tensor] = MappingProxyType({}),
-) -> tuple[Engine, VTP]:
-    """The model of the objectives that are on, its teacher a copy of the student, inside an engine.
+) -> VTP:
+    """The model of the objectives that are on, its teacher a copy of the student.
 
     ``initial``: whole tensors in place of the drawn values.
     """
-    objectives = frozenset(shares.passes)
     model = build_vtp(
-        config.model, mesh, objectives=objectives, seed=config.seed,
+        config.model, mesh, objectives=frozenset(shares.passes), seed=config.seed,
         recompute=config.parallel.recompute, attention=config.parallel.attention,
         max_scale=config.objectives.contrastive.max_scale,
         compute_dtype=torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32,
@@ -167,13 +159,13 @@ def build_engine(
     )
     if initial:
         fill(model, initial)
+    return model
+
+
+def build_engine(model: VTP, config: ResolvedConfig, mesh: Mesh) -> Engine:
+    """The engine around a model, with its optimizer."""
     optimizer = build_optimizer(
         model.named_parameters(), config.train.optimizer, zero_stage=config.parallel.zero_stage,
         max_logit_scale=model.max_logit_scale,
     )
-    engine = Engine(
-        model, optimizer, mesh, zero_stage=config.parallel.zero_stage, clip_grad=config.train.optimizer.clip_grad,
-        extra=config.deepspeed, leaf_classes=(Block,), schedule=config.parallel.schedule,
-        hold=config.parallel.zero3_gather == "step",
-    )
-    return engine, model
+    return Engine.of_run(model, optimizer, mesh, config, leaf_classes=(Block,))

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from megavtp.data.batch import Batch
 from megavtp.errors import UserError
 from megavtp.launch import phase
 from megavtp.parallel.collectives import all_gather_object
 from megavtp.parallel.engine import StepResult
 from megavtp.parallel.mesh import Mesh
 from megavtp.training.progress import ProgressLine
+from megavtp.training.recipe import Recipe
 from megavtp.training.telemetry import Telemetry
 from megavtp.training.trainer import Trainer
 
@@ -40,13 +40,15 @@ def check_replayed(step: int | None, steps: int) -> None:
         raise UserError(f"--replay {step}: the run has the steps 1 to {steps} (train.steps)")
 
 
-def replay(trainer: Trainer, step: int) -> int:
-    """Go from the last checkpoint before ``step`` to its end, as the run did, and print what in it was not finite on
-    any rank; the exit status is 0, or ``NOT_FINITE``."""
+def replay_step(recipe: Recipe, step: int) -> int:
+    """Go from the last checkpoint before ``step`` (from 1) to its end, as the run did, and print what in it was not
+    finite on any rank; the exit status is 0, or ``NOT_FINITE``."""
+    phase.enter("reading the checkpoint", slow=True)
+    trainer = Trainer(recipe, Unrecorded(recipe.mesh))
     trainer.max_skipped = math.inf  # the run may have ended at this very step, for the number that it had skipped
     start = trainer.resume(last=step - 1)
     phase.enter("loading the first batch", slow=True)
-    loader = trainer.make_loader(start)
+    loader = recipe.loader(start)
     try:
         for batch in loader:
             if batch.step + 1 == step:
@@ -74,7 +76,7 @@ class _Report:
         return [*self.values, *(self.faults or ["all terms, outputs of modules and gradients are finite"])]
 
 
-def _observed(trainer: Trainer, batch: Batch) -> _Report:
+def _observed(trainer: Trainer, batch: Any) -> _Report:
     mesh = trainer.engine.mesh
     with Watch(trainer.engine.module) as watch:
         terms, result = trainer.do_step(batch)

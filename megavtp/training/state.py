@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -17,37 +18,43 @@ from megavtp.errors import UserError
 from megavtp.parallel.collectives import all_gather, together
 from megavtp.parallel.deepspeed_adapter import MOMENTS
 from megavtp.parallel.engine import Engine
+from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.passes import Pass
 from megavtp.parallel.sharding import Shard, cut
-from megavtp.pretraining.passes import SelfDistillationPass
-
-_CENTER = Shard(0)  # centres are cut like the prototypes
 
 
 def save(
-    store: CheckpointStore, engine: Engine, config: RunConfig, step: int, centers: dict[str, Tensor],
+    store: CheckpointStore, engine: Engine, passes: Sequence[Pass], config: RunConfig, step: int,
     facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Start a background save of the state after ``step`` steps. Collective: every rank writes its part.
 
-    Saved are the weights, Adam's moments, the EMA teacher and the centres; the data position is the step itself.
-    ``facts`` go into the meta data.
+    Saved are the weights, Adam's moments, the average and what the passes carry from step to step; the data position is
+    the step itself. ``facts`` go into the meta data.
     """
     mesh = engine.mesh
     writers, own = mesh.tp * mesh.dp, mesh.dp_rank * mesh.tp + mesh.tp_rank  # of a pipeline stage's tensors
     tensors = engine.export(wanted=lambda number: number % writers == own)
-    whole = {f"center/{name}": all_gather(value, mesh, "tp") for name, value in centers.items()}
-    if mesh.is_last_stage and own == 0:  # the only stage that knows the centres
-        tensors |= whole
+    carried = {
+        name: _whole(value, objective.state_shard, mesh)
+        for objective in passes for name, value in objective.state().items()
+    }
+    if mesh.is_last_stage and own == 0:
+        tensors |= carried
     meta = None
     if mesh.rank == 0:
         meta = {"config": to_dict(config), "optimizer_steps": engine.optimizer_steps, "version": __version__, **facts}
     store.save(step, tensors, meta, writer=mesh.rank, writers=mesh.world_size)
 
 
-def load(checkpoint: Checkpoint, engine: Engine, distillation: SelfDistillationPass | None) -> int:
-    """Fill engine and centres from a checkpoint of any layout; returns the step to go on with.
+def _whole(value: Tensor, shard: Shard | None, mesh: Mesh) -> Tensor:
+    return value if shard is None else all_gather(value, mesh, "tp")
 
-    A converted checkpoint has weights only: the optimizer and the centres then start anew.
+
+def load(checkpoint: Checkpoint, engine: Engine, passes: Sequence[Pass]) -> int:
+    """Fill engine and passes from a checkpoint of any layout; returns the step to go on with.
+
+    A converted checkpoint has weights only: the optimizer and the passes then start anew.
 
     Raises:
         UserError: a tensor is missing or has another shape.
@@ -63,8 +70,11 @@ def load(checkpoint: Checkpoint, engine: Engine, distillation: SelfDistillationP
 
     together(lambda: _check_names_and_shapes(checkpoint, engine))  # what one pipeline rank lacks, others may not
     engine.load(tensor, int(checkpoint.meta["optimizer_steps"]))
-    for name, center in (distillation.centers if distillation and not weights_only else {}).items():
-        center.copy_(cut(tensor(f"center/{name}"), _CENTER, engine.mesh.tp_rank, engine.mesh.tp))
+    for objective in passes if not weights_only else ():
+        objective.load_state({
+            name: cut(tensor(name), objective.state_shard, engine.mesh.tp_rank, engine.mesh.tp).to(value.device)
+            for name, value in objective.state().items()
+        })
     return checkpoint.step
 
 
@@ -87,18 +97,20 @@ def _check_names_and_shapes(checkpoint: Checkpoint, engine: Engine) -> None:
             )
 
 
-def changed_data_keys(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
-    """Keys that decide which data a step sees and that differ from the run that wrote the checkpoint."""
+def changed_keys(checkpoint: Checkpoint, config: RunConfig, decides: Callable[[str], bool]) -> list[str]:
+    """Those of the keys which ``decides`` names that differ from the run that wrote the checkpoint."""
     then = flat(checkpoint.meta["config"])
-    return [key for key, value in flat(to_dict(config)).items() if _decides_data(key) and then.get(key) != value]
+    return [key for key, value in flat(to_dict(config)).items() if decides(key) and then.get(key) != value]
 
 
-def _decides_data(key: str) -> bool:
+def checkpoint_root(config: RunConfig) -> Path:
+    return Path(config.output_dir) / "checkpoints"
+
+
+def decides_samples(key: str) -> bool:
+    """Whether a key that every recipe has decides which samples a step sees, and what is drawn for them."""
     reading = ("data.root", "data.workers", "data.prefetch", "data.max_bad_samples", "data.max_pixels")
-    objective_batch = key.startswith("objectives.") and key.endswith(".batch")
-    masks = key.startswith("objectives.self_distillation.mask_")
-    data = key.startswith("data.") and key not in reading
-    return data or masks or objective_batch or key in ("seed", "train.batch_size", "model.image_size")
+    return (key.startswith("data.") and key not in reading) or key in ("seed", "train.batch_size")
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

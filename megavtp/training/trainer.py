@@ -3,66 +3,40 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megavtp.checkpoint.reading import has_checkpoints
-from megavtp.checkpoint.store import Checkpoint, CheckpointStore, find_latest, open_checkpoint
-from megavtp.config.run import RunConfig
-from megavtp.data.batch import Batch
+from megavtp.checkpoint.store import CheckpointStore, find_latest, open_checkpoint
 from megavtp.data.loader import Loader
 from megavtp.errors import UserError
 from megavtp.launch import phase
 from megavtp.launch.stop_signal import StopSignal
 from megavtp.parallel.collectives import all_gather_object, broadcast_object, together
-from megavtp.parallel.engine import Engine, StepResult
-from megavtp.parallel.passes import Pass, execute
-from megavtp.pretraining.passes import SelfDistillationPass
+from megavtp.parallel.engine import StepResult
 from megavtp.training import state
+from megavtp.training.recipe import Recipe
 from megavtp.training.schedules import learning_rate
+from megavtp.training.step import train_step
 from megavtp.training.telemetry import Telemetry
-
-Hook = Callable[[int], None]
-Momentum = Callable[[int], float]  # of the averaged weights, by step
-Frozen = Callable[[int, dict], bool]  # whether a parameter group stands still in a step
 
 
 class Trainer:
-    """Runs a recipe from the newest checkpoint, or from the start, to ``train.steps``.
+    """Runs a built recipe from the newest checkpoint, or from the start, to ``train.steps``."""
 
-    Args:
-        averaged: (average, trained) parameters of the EMA, such as teacher and student; empty where there is none.
-        momentum: how slowly the average follows.
-        make_loader: start step -> loader of this rank's share of the following steps.
-        every: (interval in steps, hook) pairs; a hook is called on all ranks after each such step.
-        frozen: parameter groups that a step leaves as they are.
-        facts: JSON that is saved with every checkpoint.
-        check: called with the checkpoint to go on from; raises UserError where it does not belong to this run.
-    """
-
-    def __init__(
-        self, config: RunConfig, engine: Engine, passes: list[Pass], averaged: list, momentum: Momentum,
-        telemetry: Telemetry, make_loader: Callable[[int], Loader], every: list[tuple[int, Hook]], *,
-        frozen: Frozen = lambda step, group: False, facts: Mapping[str, Any] = MappingProxyType({}),
-        check: Callable[[Checkpoint], None] = lambda checkpoint: None,
-    ):
-        self.config = config
-        self.engine = engine
-        self.passes = passes
-        self.averaged, self.momentum = averaged, momentum
-        self.telemetry = telemetry
-        self.make_loader = make_loader
-        self.every = [(interval, hook) for interval, hook in every if interval > 0]
-        self.frozen, self.facts, self.check = frozen, facts, check
-        self.distillation = next((p for p in passes if isinstance(p, SelfDistillationPass)), None)
+    def __init__(self, recipe: Recipe, telemetry: Telemetry):
+        self.recipe, self.telemetry = recipe, telemetry
+        self.config, self.engine = recipe.config, recipe.engine
+        self.passes, self.averaged = recipe.passes(), recipe.averaged()
+        self.hooks = [(interval, hook) for interval, hook in recipe.hooks(telemetry) if interval > 0]
         token = broadcast_object(secrets.token_hex(8))
-        self.store = CheckpointStore(checkpoint_root(config), config.train.keep_last, run_token=token)
-        self.skipped_in_a_row, self.max_skipped = 0, float(config.train.max_skipped_steps)
+        root = state.checkpoint_root(self.config)
+        self.store = CheckpointStore(root, self.config.train.keep_last, run_token=token)
+        self.skipped_in_a_row, self.max_skipped = 0, float(self.config.train.max_skipped_steps)
 
     def resume(self, last: int | None = None) -> int:
         """Load the newest checkpoint that verifies, if ``train.resume`` allows; returns the first step to do.
@@ -71,17 +45,17 @@ class Trainer:
         """
         if self.config.train.resume == "never":
             return 0
-        root = checkpoint_root(self.config)
+        root = state.checkpoint_root(self.config)
         found = broadcast_object(_outcome(lambda: _newest(root, last)) if self.engine.mesh.rank == 0 else None)
         if isinstance(found, UserError):
             raise found
         if found is None:
             return 0
         with open_checkpoint(found, verify="sizes") as checkpoint:  # rank 0 has checked the hashes
-            self.check(checkpoint)
+            self.recipe.check(checkpoint)
             # All have read it when the first goes on: tidying up may rename it.
-            step = together(lambda: state.load(checkpoint, self.engine, self.distillation))
-            changed = state.changed_data_keys(checkpoint, self.config)
+            step = together(lambda: state.load(checkpoint, self.engine, self.passes))
+            changed = state.changed_keys(checkpoint, self.config, self.recipe.decides_data)
         if changed:
             self.telemetry.event("data_changed", step=step, keys=changed)
         if self.engine.mesh.rank == 0 and last is None:
@@ -94,7 +68,7 @@ class Trainer:
         steps, saved = self.config.train.steps, start
         signal = StopSignal(self.engine.device)
         phase.enter("loading the first batch", slow=True)
-        loader = self.make_loader(start)
+        loader = self.recipe.loader(start)
         stopped = False
         try:
             for batch in loader:
@@ -103,7 +77,7 @@ class Trainer:
                 if self._due(self.config.train.checkpoint_every, done) and done < steps:
                     self.save(done)
                     saved = done
-                for interval, hook in self.every:
+                for interval, hook in self.hooks:
                     if self._due(interval, done) and done < steps:
                         phase.enter(f"step {done}, pictures or evaluation", slow=True)
                         hook(done)
@@ -128,41 +102,30 @@ class Trainer:
 
     def save(self, step: int) -> None:
         phase.enter(f"step {step}, checkpoint", slow=True)
-        centers = self.distillation.centers if self.distillation else {}
         self.telemetry.event("checkpoint", step=step)  # first: a run that is killed goes on after it
-        state.save(self.store, self.engine, self.config, step, centers, self.facts)
+        state.save(self.store, self.engine, self.passes, self.config, step, self.recipe.facts())
 
-    def _step(self, batch: Batch, loader: Loader) -> None:
+    def _step(self, batch: Any, loader: Loader) -> None:
         terms, result = self.do_step(batch)
         self.telemetry.step(
             batch.step, terms, result.grad_norm, self.lr, loader.wait_seconds, tower_norms=result.tower_norms
         )
 
-    def do_step(self, batch: Batch) -> tuple[dict[str, Tensor], StepResult]:
-        """All passes and the update of one step; its terms, and what became of it."""
-        self._set_lr(batch.step)
-        self.engine.begin_step()
-        terms: dict[str, Tensor] = {}
-        centers = dict(self.distillation.centers) if self.distillation else {}
-        for objective in self.passes:
-            phase.enter(f"step {batch.step + 1}, pass {objective.name}")
-            terms |= execute(objective, self.engine, batch)
-        phase.enter(f"step {batch.step + 1}, update")
-        result = self.engine.step()
+    def do_step(self, batch: Any) -> tuple[dict[str, Tensor], StepResult]:
+        """One step, and the account of it if it was skipped."""
+        step, optimizer = batch.step, self.config.train.optimizer
+        self.lr = learning_rate(step, self.config.train.steps, optimizer)
+        terms, result = train_step(
+            self.engine, self.passes, batch, averaged=self.averaged, follow=self.recipe.follow(step),
+            lr_of=lambda group: 0.0 if self.recipe.is_frozen(step, group) else self.lr * group["lr_scale"],
+        )
         if result.applied:
             self.skipped_in_a_row = 0
-            self.engine.lerp(self.averaged, 1 - self.momentum(batch.step))
         else:
-            if self.distillation:
-                self.distillation.centers = centers  # they have taken in this step's teacher outputs
             self._skipped(batch, terms)
         return terms, result
 
-    def _set_lr(self, step: int) -> None:
-        self.lr = learning_rate(step, self.config.train.steps, self.config.train.optimizer)
-        self.engine.set_lr(lambda g: 0.0 if self.frozen(step, g) else self.lr * g["lr_scale"])
-
-    def _skipped(self, batch: Batch, terms: dict[str, Tensor]) -> None:
+    def _skipped(self, batch: Any, terms: dict[str, Tensor]) -> None:
         """Something was not finite, and nothing updated. Name the terms that were not, on whichever ranks."""
         step, finite = batch.step + 1, torch.stack(list(terms.values())).isfinite().tolist()
         own = [name for name, is_finite in zip(terms, finite) if not is_finite]
@@ -181,10 +144,6 @@ class Trainer:
                 f"--replay {step}, lower train.optimizer.lr or use parallel.precision=fp32; more than "
                 "train.max_skipped_steps is an error"
             )
-
-
-def checkpoint_root(config: RunConfig) -> Path:
-    return Path(config.output_dir) / "checkpoints"
 
 
 def _newest(root: Path, last: int | None) -> Path | None:

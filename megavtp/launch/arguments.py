@@ -1,0 +1,24 @@
+"""The command line of the launchers that train."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def launcher_parser(name: str, description: str, recipe: str, example: str) -> argparse.ArgumentParser:
+    """The arguments of every launcher that trains; ``recipe`` says of --config what is special here."""
+    parser = argparse.ArgumentParser(
+        prog=f"deepspeed launchers/{name}", description=description, epilog=f"example: {example}"
+    )
+    parser.add_argument("--config", type=Path, help=recipe)
+    parser.add_argument("--deepspeed_config", type=Path, help="JSON with further DeepSpeed keys")
+    parser.add_argument(
+        "--replay", type=int, metavar="STEP",
+        help="do a step again from the checkpoint before it, print what in it is not finite (then status 3), and stop",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # habit of DeepSpeed scripts
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as in train.steps=200")
+    return parser

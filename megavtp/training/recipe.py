@@ -1,0 +1,94 @@
+"""A recipe as the engine room sees it: what is trained, on what, by which passes. ``run.run`` runs one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from megavtp.checkpoint.store import Checkpoint
+from megavtp.config.run import RunConfig
+from megavtp.data.loader import Loader
+from megavtp.parallel.engine import Engine
+from megavtp.parallel.mesh import build_mesh
+from megavtp.parallel.passes import Pass
+from megavtp.training.step import Pairs
+from megavtp.training.telemetry import Telemetry
+
+Hook = Callable[[int], None]
+
+
+class Recipe(ABC):
+    """``open`` comes first, then ``build``; everything else may be asked of a recipe that is built.
+
+    Attributes:
+        config: the validated settings; ``open`` fills in what the data decide.
+        mesh, device: this rank's place in the layout, and its device.
+        engine: made by ``build``.
+    """
+
+    engine: Engine
+
+    def __init__(self, config: RunConfig, device: torch.device):
+        p = config.parallel
+        self.config, self.device = config, device
+        self.mesh = build_mesh(p.tp, p.pp, p.virtual_stages, p.sequence_parallel)
+
+    @abstractmethod
+    def open(self) -> None:
+        """Read all files that the run needs, on every rank: any may be missing on one machine only. UserError then."""
+
+    @abstractmethod
+    def build(self) -> None:
+        """Make the model, and the engine around it."""
+
+    @abstractmethod
+    def passes(self) -> list[Pass]:
+        """The objectives, in the order in which a step runs them."""
+
+    @abstractmethod
+    def loader(self, start: int) -> Loader:
+        """This rank's share of the steps from ``start`` on."""
+
+    @abstractmethod
+    def flops_per_step(self) -> float:
+        """Model FLOPs of one optimizer step over all devices."""
+
+    @staticmethod
+    @abstractmethod
+    def decides_data(key: str) -> bool:
+        """Whether a step would see other data if this key of the configuration (``a.b.c``) had another value."""
+
+    def averaged(self) -> Pairs:
+        """(average, trained) parameters, always in the same order."""
+        return []
+
+    def follow(self, step: int) -> float:
+        """By how much the average moves towards the trained weights in a step."""
+        return 0.0
+
+    def is_frozen(self, step: int, group: dict[str, Any]) -> bool:
+        """Whether a parameter group stands still in a step."""
+        return False
+
+    @abstractmethod
+    def check(self, checkpoint: Checkpoint) -> None:
+        """UserError unless a run of this recipe can go on from the checkpoint."""
+
+    def facts(self) -> Mapping[str, Any]:
+        """JSON that is saved with every checkpoint."""
+        return {}
+
+    def notes(self) -> list[tuple[str, str]]:
+        """(kind, text) of events to tell of when the run starts."""
+        return []
+
+    def hooks(self, telemetry: Telemetry) -> list[tuple[int, Hook]]:
+        """(interval in steps, function of the number of steps done); each is called on all ranks after such steps."""
+        return []
+
+    @abstractmethod
+    def finish(self, telemetry: Telemetry) -> None:
+        """What a finished run leaves besides its checkpoints. Every rank calls it."""

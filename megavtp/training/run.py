@@ -1,0 +1,52 @@
+"""One run of a recipe, from its files to its last checkpoint."""
+
+from __future__ import annotations
+
+from megavtp.launch import phase
+from megavtp.launch.ranks import STOPPED
+from megavtp.parallel.collectives import together
+from megavtp.training.output_dir import OutputDir
+from megavtp.training.recipe import Recipe
+from megavtp.training.replay import replay_step
+from megavtp.training.telemetry import Telemetry
+from megavtp.training.trainer import Trainer
+
+
+def run(recipe: Recipe, replay: int | None = None) -> int:
+    """Train from the newest checkpoint, or from the start, to the end; returns the exit status.
+
+    ``replay``: do this step (from 1) again instead and print what in it is not finite; nothing is written then.
+    """
+    phase.enter("opening data and building the model", slow=True)
+
+    def open_files() -> OutputDir | None:
+        recipe.open()
+        return OutputDir(recipe.config, recipe.mesh.rank == 0) if replay is None else None
+
+    output = together(open_files)
+    if output is None or replay is None:
+        recipe.build()
+        status = replay_step(recipe, replay or 0)
+    else:
+        with output:
+            recipe.build()
+            status = _train(recipe, output)
+    recipe.engine.close()
+    return status
+
+
+def _train(recipe: Recipe, output: OutputDir) -> int:
+    telemetry = Telemetry.of_run(recipe.config, recipe.mesh, recipe.flops_per_step(), output.keep)
+    trainer = Trainer(recipe, telemetry)
+    phase.enter("reading the checkpoint", slow=True)
+    start = trainer.resume()
+    for kind, note in recipe.notes():
+        telemetry.event(kind, step=start, note=note)
+    telemetry.start(start)
+    output.begin()
+    finished = trainer.run(start)
+    if finished:
+        phase.enter("the last evaluation", slow=True)
+        recipe.finish(telemetry)
+    telemetry.close()
+    return 0 if finished else STOPPED

@@ -1,0 +1,47 @@
+"""The optimizer step of every recipe, on every layout. What the equivalence matrix proves is this function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from megavtp.launch import phase
+from megavtp.parallel.engine import Engine, StepResult
+from megavtp.parallel.passes import Pass, execute
+
+Pairs = Sequence[tuple[nn.Parameter, nn.Parameter]]
+
+
+def train_step(
+    engine: Engine, passes: Sequence[Pass], batch: Any, *, lr_of: Callable[[dict[str, Any]], float],
+    averaged: Pairs = (), follow: float = 0.0,
+) -> tuple[dict[str, Tensor], StepResult]:
+    """All passes over one batch, then one update, then the average follows; or nothing moves, on any rank.
+
+    Args:
+        batch: this rank's share of a step; ``batch.step`` counts from 0.
+        lr_of: parameter group -> its learning rate in this step.
+        averaged: (average, trained) parameters, such as teacher and student.
+        follow: by how much the average moves towards the trained weights.
+
+    Returns:
+        The loss terms by name, detached and local (their mean over data-parallel ranks is the term), and what became
+        of the step: it is skipped on every rank where a term or the gradient is not finite.
+    """
+    engine.set_lr(lr_of)
+    engine.begin_step()
+    before = [objective.state() for objective in passes]
+    terms: dict[str, Tensor] = {}
+    for objective in passes:
+        phase.enter(f"step {batch.step + 1}, pass {objective.name}")
+        terms |= execute(objective, engine, batch)  # gradients add up in the engine
+    phase.enter(f"step {batch.step + 1}, update")
+    result = engine.step()
+    if result.applied:
+        engine.lerp(averaged, follow)
+    else:
+        for objective, state in zip(passes, before):
+            objective.load_state(state)  # they have taken in what a skipped step showed them
+    return terms, result
