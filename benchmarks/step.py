@@ -85,27 +85,25 @@ def measure(options: argparse.Namespace, case: dict) -> dict:
     from megavtp.config.share import share
     from megavtp.launch import ranks
     from megavtp.parallel.mesh import build_mesh
-    from megavtp.parallel.passes import execute
     from megavtp.planning.devices import device_peak_tflops
     from megavtp.planning.flops import flops_per_step
     from megavtp.pretraining.passes import build_passes
-    from megavtp.pretraining.recipe import build_engine
+    from megavtp.pretraining.recipe import build_engine, build_model
     from megavtp.training.progress import peak_memory_gib
+    from megavtp.training.step import train_step
 
     device = ranks.start()
     config = make_config(options, case, device.type == "cuda")
     mesh, shares, batch = build_mesh(1, 1), share(config, 1), make_batch(config, device.type == "cuda")
-    engine, model = build_engine(config, shares, mesh, device)
+    model = build_model(config, shares, mesh, device)
+    engine = build_engine(model, config, mesh)
     passes = build_passes(config, shares, mesh, device, None)
-    engine.set_lr(lambda group: 1e-4)
     seconds = []
     for _ in range(2 + options.steps):
         start = time.perf_counter()
-        engine.begin_step()
-        for objective in passes:
-            execute(objective, engine, batch)
-        engine.step()
-        engine.lerp(model.teacher_pairs(), 0.01)
+        train_step(
+            engine, passes, batch, lr_of=lambda group: 1e-4, averaged=model.teacher_pairs(), follow=0.01
+        )
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)

@@ -17,7 +17,7 @@ from megavtp.config.schema import Config
 from megavtp.config.validate import validate
 from megavtp.dit.config import DiTConfig
 from megavtp.dit.validate import validate_dit
-from megavtp.pretraining.launcher import launcher_parser
+from megavtp.launch.arguments import launcher_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

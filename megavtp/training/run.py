@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 from megavtp.launch import phase
 from megavtp.launch.ranks import STOPPED
 from megavtp.parallel.collectives import together
@@ -19,19 +21,14 @@ def run(recipe: Recipe, replay: int | None = None) -> int:
     """
     phase.enter("opening data and building the model", slow=True)
 
-    def open_files() -> OutputDir | None:
+    def open_files() -> AbstractContextManager[OutputDir | None]:
         recipe.open()
-        return OutputDir(recipe.config, recipe.mesh.rank == 0) if replay is None else None
+        return OutputDir(recipe.config, recipe.mesh.rank == 0) if replay is None else nullcontext()
 
-    output = together(open_files)
-    if output is None or replay is None:
+    with together(open_files) as output:
         recipe.build()
-        status = replay_step(recipe, replay or 0)
-    else:
-        with output:
-            recipe.build()
-            status = _train(recipe, output)
-    recipe.engine.close()
+        status = replay_step(recipe, replay) if replay is not None else _train(recipe, output)
+        recipe.engine.close()
     return status
 
 

@@ -15,13 +15,13 @@ from megavtp.dit.config import DiTConfig
 from megavtp.dit.flow_matching import flow_matching_terms, straight_path
 from megavtp.dit.model.average import AveragedDiT, build_averaged_dit
 from megavtp.dit.passes import FlowMatchingPass
-from megavtp.dit.recipe import build_dit_engine, with_sizes_of
+from megavtp.dit.recipe import build_engine, build_model, with_sizes_of
 from megavtp.dit.validate import flow_share, validate_dit
 from megavtp.latents.folder import LatentFolder
 from megavtp.models.init import constant, fill_parameters, normal
 from megavtp.parallel.collectives import all_gather_object, all_reduce
 from megavtp.parallel.mesh import SINGLE, build_mesh
-from megavtp.parallel.passes import execute
+from megavtp.training.step import train_step
 
 STEPS = 3  # of a run
 BASE = {
@@ -129,7 +129,8 @@ class CellRun:
         self.config = config = with_sizes_of(self.folder, config)
         p = config.parallel
         self.mesh = build_mesh(p.tp, p.pp, p.virtual_stages, p.sequence_parallel)
-        self.engine, self.model = build_dit_engine(config, self.mesh, torch.device("cpu"))
+        self.model = build_model(config, self.mesh, torch.device("cpu"))
+        self.engine = build_engine(self.model, config, self.mesh)
         weights = {f"model/{name}": tensor for name, tensor in valued(config).state_dict().items()}
         nothing = lambda name: torch.zeros_like(weights[f"model/{name.partition('/')[2]}"])  # noqa: E731
         self.engine.load(lambda name: weights.get(name) if name in weights else nothing(name), 0)
@@ -139,12 +140,14 @@ class CellRun:
 
     def train(self, first: int, end: int) -> Outcome:
         for step in range(first, end):
-            self.engine.begin_step()
-            terms = execute(self.flow, self.engine, self.data[step])
+            terms, result = train_step(
+                self.engine, [self.flow], self.data[step], averaged=self.model.averaged(),
+                follow=1 - self.config.ema_momentum,
+                lr_of=lambda group: self.config.train.optimizer.lr * group["lr_scale"],
+            )
             values = all_reduce(torch.stack(list(terms.values())), self.mesh, "dp") / self.mesh.dp
             self.outcome.terms.append(dict(zip(terms, values.tolist())))
-            self.outcome.norms.append(float(self.engine.step().grad_norm))
-            self.engine.lerp(self.model.averaged(), 1 - self.config.ema_momentum)
+            self.outcome.norms.append(float(result.grad_norm))
         own = {name: tensor.clone() for name, tensor in self.engine.export(lambda number: True).items()}
         for tensors in all_gather_object(own):  # a pipeline rank has its own part of the model
             named = ((name.removeprefix("model/"), t) for name, t in tensors.items() if name.startswith("model/"))

@@ -5,18 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 
 import torch
 from tiny_run import Outcome, build_engine, data_of, learning_rate, merged, passes_of, reference, tiny_config
-from torch import Tensor
 
 from megavtp.config.schema import Config, VisionConfig
 from megavtp.parallel.collectives import all_gather_object, all_reduce
 from megavtp.parallel.deepspeed_adapter import read_parameter
 from megavtp.parallel.mesh import build_mesh
-from megavtp.parallel.passes import execute
+from megavtp.training.step import train_step
 
 MAX_PROCESSES = 8
 # Text and decoder are short, so that some chunks are empty. Layer scale keeps a deep stack of random weights from
@@ -183,21 +182,16 @@ class Run(Outcome):
         self.engine, self.model = build_engine(self.config, self.mesh)
         self.data, self.passes = data_of(self.config, self.mesh), passes_of(self.config, self.mesh)
 
-    def train(self, first: int = 0, end: int | None = None, after_pass: Callable[[str], None] | None = None) -> Run:
-        """Steps ``first`` to ``end`` (not included); ``after_pass`` is told the name of each pass that is through."""
+    def train(self, first: int = 0, end: int | None = None) -> Run:
+        """Steps ``first`` to ``end`` (not included)."""
         for step in range(first, self.config.train.steps if end is None else end):
-            self.engine.set_lr(learning_rate(self.config, step))
-            self.engine.begin_step()
-            found: dict[str, Tensor] = {}
-            for objective in self.passes:
-                found |= execute(objective, self.engine, self.data(step))
-                if after_pass is not None:
-                    after_pass(objective.name)
+            found, result = train_step(
+                self.engine, self.passes, self.data(step), lr_of=learning_rate(self.config, step),
+                averaged=self._pairs(), follow=1 - self.config.objectives.self_distillation.teacher_momentum,
+            )
             values = torch.stack([value.float() for value in found.values()])
             self.terms.append(dict(zip(found, (all_reduce(values, self.mesh, "dp") / self.mesh.dp).tolist())))
-            result = self.engine.step()
             self.norms.append({"all": float(result.grad_norm)} | {k: float(v) for k, v in result.tower_norms.items()})
-            self.engine.lerp(self._pairs(), 1 - self.config.objectives.self_distillation.teacher_momentum)
         return self
 
     def _pairs(self) -> list:

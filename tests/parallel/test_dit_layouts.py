@@ -93,10 +93,10 @@ def _chain(rank: int, root: Path, folder: Path, first: int, links: list[Cell]) -
         run = CellRun(cell.config(root))
         if step:
             with open_checkpoint(folder / f"step-{step:08d}") as checkpoint:
-                assert state.load(checkpoint, run.engine, None) == step
+                assert state.load(checkpoint, run.engine, [run.flow]) == step
         outcomes.append(run.train(step, step + 1))
         store = CheckpointStore(folder, len(CHAIN), run_token=f"chain{step}")
-        state.save(store, run.engine, run.config, step + 1, {}, recipe.facts_of(run.folder))
+        state.save(store, run.engine, [run.flow], run.config, step + 1, recipe.facts_of(run.folder))
         store.wait()
         all_gather_object(None)  # published by rank 0, and so by all
         run.engine.close()

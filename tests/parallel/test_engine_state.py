@@ -11,7 +11,6 @@ from layouts import Cell, Run, differences
 from tiny_run import Outcome, merged, reference
 
 from megavtp.checkpoint.store import CheckpointStore, find_latest, open_checkpoint
-from megavtp.pretraining.passes import SelfDistillationPass
 from megavtp.training import state
 
 # Softmax centering: its running means are state as well.
@@ -32,15 +31,14 @@ def _link(rank: int, layout: Cell, source: Path | None, target: Path) -> Outcome
     """Take the state over from ``source`` (or train for it), hand it on to ``target``, then train to the end."""
     config = layout.config(settings())
     run = Run(config=config)
-    distillation = next(p for p in run.passes if isinstance(p, SelfDistillationPass))
     if source is None:
         run.train(0, SAVED)
         run.terms.clear(), run.norms.clear()
     else:
         with open_checkpoint(find_latest(source)) as checkpoint:
-            assert state.load(checkpoint, run.engine, distillation) == SAVED
+            assert state.load(checkpoint, run.engine, run.passes) == SAVED
     store = CheckpointStore(target, keep_last=1, run_token="chain")
-    state.save(store, run.engine, config, SAVED, distillation.centers)
+    state.save(store, run.engine, run.passes, config, SAVED)
     run.train(SAVED)  # while the checkpoint is being written: it must hold the state of before
     store.wait()
     outcome = run.outcome()

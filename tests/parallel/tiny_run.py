@@ -17,12 +17,11 @@ from megavtp.config.schema import Config
 from megavtp.config.share import share
 from megavtp.config.validate import validate
 from megavtp.data.batch import Batch, StepDataset
-from megavtp.models.build import build_vtp
 from megavtp.models.vtp import VTP
-from megavtp.nn.block import Block
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.passes import Pass, execute
+from megavtp.pretraining import recipe
 from megavtp.pretraining.passes import build_passes
 from megavtp.training.optimizer import build_optimizer, tower_of
 
@@ -144,12 +143,7 @@ class PlainRunner:
 
 
 def build_model(config: Config, mesh: Mesh) -> VTP:
-    model = build_vtp(
-        config.model, mesh, objectives=frozenset(share(config, mesh.dp).passes), seed=config.seed,
-        recompute=config.parallel.recompute, max_scale=config.objectives.contrastive.max_scale,
-        compute_dtype=torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32,
-        frozen_encoder=config.objectives.reconstruction.frozen_encoder,
-    )
+    model = recipe.build_model(config, share(config, mesh.dp), mesh, torch.device("cpu"))
     _condition(model, _keeps_apart(config))
     return model
 
@@ -186,13 +180,7 @@ def optimizer_of(model: VTP, config: Config) -> torch.optim.Optimizer:
 
 def build_engine(config: Config, mesh: Mesh) -> tuple[Engine, VTP]:
     model = build_model(config, mesh)
-    optimizer = optimizer_of(model, config)
-    engine = Engine(
-        model, optimizer, mesh, zero_stage=config.parallel.zero_stage, clip_grad=config.train.optimizer.clip_grad,
-        extra=config.deepspeed, leaf_classes=(Block,), schedule=config.parallel.schedule,
-        hold=config.parallel.zero3_gather == "step",
-    )
-    return engine, model
+    return recipe.build_engine(model, config, mesh), model
 
 
 def passes_of(config: Config, mesh: Mesh) -> list[Pass]:

@@ -15,11 +15,11 @@ from megavtp.models.vtp import OBJECTIVES, VTP
 from megavtp.parallel.deepspeed_adapter import _flat_partitions, _inner
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import build_mesh
-from megavtp.parallel.passes import execute
 from megavtp.planning.counting.traffic import count_traffic
 from megavtp.planning.devices import find_device
 from megavtp.planning.plan import Plan, Planner
 from megavtp.training.optimizer import parameter_groups
+from megavtp.training.step import train_step
 
 BATCH = 16  # of every objective
 
@@ -77,12 +77,8 @@ def measure(rank: int, configs: Sequence[Config]) -> list[tuple[int, dict, dict[
         engine, model = build_engine(config, mesh)
         passes, data = passes_of(config, mesh), data_of(config, mesh)
         for step in range(2):
-            engine.set_lr(learning_rate(config, step))
             with count_traffic(mesh) as traffic:
-                engine.begin_step()
-                for objective in passes:
-                    execute(objective, engine, data(step))
-                engine.step()
+                train_step(engine, passes, data(step), lr_of=learning_rate(config, step))
         sent: Counter = Counter()
         for transfer in (t for t in traffic if t.ranks > 1):
             sent[transfer.axis, transfer.op] += transfer.bytes

@@ -21,6 +21,7 @@ from megavtp.parallel.mesh import SINGLE, Mesh, build_mesh
 from megavtp.parallel.passes import execute
 from megavtp.planning.zero import Inventory
 from megavtp.training.optimizer import parameter_groups
+from megavtp.training.step import train_step
 
 # Large enough that activations, not parameters or single small tensors, decide.
 TOWER = {"width": 96, "heads": 4}
@@ -129,11 +130,7 @@ def peaks_of_steps(_: int, world: int, rank: int) -> list[tuple[int, int]]:
             engine, _ = build_engine(config, mesh)
             passes = passes_of(config, mesh)
             for step, batch in enumerate(batches):
-                engine.set_lr(learning_rate(config, step))
-                engine.begin_step()
-                for objective in passes:
-                    execute(objective, engine, batch)
-                assert engine.step().applied
+                assert train_step(engine, passes, batch, lr_of=learning_rate(config, step))[1].applied
         engine.close()
         peaks.append((mesh.pp_rank, allocated.peak))
     return peaks

@@ -147,7 +147,7 @@ def _start(command: list[str], output: Path, log: Path, at: str | None = None, n
 
             os._exit = noting
             operations.patch()
-            ranks.run_ranks(launcher._main)
+            ranks.run_ranks(launcher.PRETRAINING.main)
         except BaseException:
             traceback.print_exc()
         finally:

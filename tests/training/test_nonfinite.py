@@ -89,7 +89,7 @@ def _nan(batch):
 def _everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Weights, moments, teacher, centres and Adam's step count."""
     found = {name: value.clone() for name, value in trainer.engine.export(wanted=lambda number: True).items()}
-    found |= {f"center/{name}": value.clone() for name, value in trainer.distillation.centers.items()}
+    found |= {name: value.clone() for objective in trainer.passes for name, value in objective.state().items()}
     return found | {"steps": torch.tensor(trainer.engine.optimizer_steps)}
 
 
