@@ -127,9 +127,25 @@ class ShardDataset:
         return parse_meta(opened.pread(at, size)) if size else {}
 
 
-def shards_at(path: Path) -> Path | None:
-    """The folder of shards that ``path`` is, or its train split; None if there is neither."""
-    return next((p for p in (path, path / "train") if holds_shards(p)), None)
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folders of shards of the data set at ``root``, by split: its train/ and test/. Where shards lie in ``root``
+    itself and there is no train/, they are the train split. All commands and launchers read a data set so."""
+    splits = {name: root / name for name in ("train", "test") if holds_shards(root / name)}
+    return {"train": root} | splits if "train" not in splits and holds_shards(root) else splits
+
+
+def split_folder(root: str | Path, split: str) -> Path:
+    """The folder of one split of the data set at ``root``, for ``open_dataset``. ``UserError`` if it has none."""
+    root = refuse_remote(root)
+    splits = split_folders(root)
+    folder = splits.get(split, root / split)
+    if root.is_dir() and not folder.is_dir():
+        if not splits:
+            raise no_tars(root)
+        raise UserError(
+            f"{root} has no {split} split, only {' and '.join(splits)}; choose one of these, or make shards in {folder}"
+        )
+    return folder
 
 
 def open_dataset(folder: str | Path) -> ShardDataset:
