@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -10,8 +11,15 @@ from typing import NoReturn
 from megavtp.errors import UserError
 
 
+def print_any_name() -> None:
+    """Let stdout escape what it cannot encode, as stderr does: a file's name need not be UTF-8."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call ``main`` and exit: its result or 0; 2 on ``UserError``, 130 on Ctrl-C, 141 if the pipe's reader left."""
+    print_any_name()
     try:
         status = main() or 0
         sys.stdout.flush()

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a cl
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="checkpoint of a run, or a released folder")
-    parser.add_argument("--data", type=Path, required=True, help="data set: a folder of shards, or with train/")
-    parser.add_argument("--split", help="folder in --data (default: train, if --data holds no shards itself)")
+    parser.add_argument("--data", type=Path, required=True, help="data set: a folder with train/, or of shards")
+    parser.add_argument("--split", default="train", help="split of --data (default: train)")
     parser.add_argument("--out", type=Path, required=True, help="folder to make, or to go on with")
     parser.add_argument("--label", help="key of the metadata that names a sample's class (default: all are class 0)")
     parser.add_argument("--no-flip", dest="flip", action="store_false", help="no latents of the mirrored images")
@@ -41,9 +41,10 @@ def main(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     import torch
 
-    from megavtp.data.shards import shards_at
+    from megavtp.data.shards import split_folder
     from megavtp.evaluation.checkpoint import choose_device
     from megavtp.extraction.job import Extraction, ExtractionSettings
+    from megavtp.parallel.collectives import together
     from megavtp.parallel.tool import join_others
     from megavtp.tokenizer import load_tokenizer
 
@@ -55,7 +56,7 @@ def main(options: argparse.Namespace) -> None:
         options.tokenizer, device, torch.bfloat16 if options.precision == "bf16" else torch.float32
     )
     workers = options.workers if options.workers is not None else 4 if device.type == "cuda" else 0
-    data = (None if options.split else shards_at(options.data)) or options.data / (options.split or "train")
+    data = together(lambda: split_folder(options.data, options.split))
     job = Extraction(
         tokenizer, data, options.out, settings, mesh, workers=workers, max_bad=options.max_bad,
         quiet=mesh.rank > 0 or not sys.stderr.isatty(),

@@ -50,13 +50,14 @@ def parse() -> argparse.Namespace:
     images.add_argument("--max-bad", type=int, default=1000, help="bad images and captions to skip before giving up")
     images.add_argument("--max-pixels", type=int, default=64_000_000, help="larger images are bad")
 
-    index = add("index", "index existing WebDataset shards: a folder of .tar files, or one with train/ and test/")
-    index.add_argument("folder")
+    index = add("index", "index existing WebDataset shards: a folder with train/ and test/, or one of .tar files")
+    index.add_argument("folder", help="data set, which training takes as data.root; captions.model is made in it")
     index.add_argument("--vocab-size", type=int, default=0, help="make captions.model of so many ids; 0 = none")
+    index.add_argument("--overwrite", action="store_true", help="replace a captions.model that is there")
     index.add_argument("--max-bad", type=int, default=1000, help="bad samples to leave out before giving up")
 
     check = add("check", "decode every sample and name the bad ones; status 1 if there are any")
-    check.add_argument("folder", help="folder of indexed shards, or one with train/ and test/")
+    check.add_argument("folder", help="data set: a folder with train/ and test/, or of indexed shards")
     check.add_argument("--max-pixels", type=int, default=64_000_000, help="larger images are bad")
     check.add_argument("--workers", type=int, default=workers, help="processes")
     return parser.parse_args()

@@ -29,6 +29,7 @@ from megavtp.data.files import refuse_remote
 from megavtp.errors import UserError
 
 CLASSES_FILE = "classes.json"
+_MOST_CLASSES = 1 << 31
 _REMEDY = "extract the latents again with tools/extract_latents.py"
 
 
@@ -145,8 +146,8 @@ class LatentFolder:
 
     def _read_labels(self, shard: int) -> Tensor:
         labels = self._handle(shard).get_tensor("labels")
-        if labels.dtype.is_floating_point or int(labels.min()) < 0:
-            raise UserError(f"{self._paths[shard]}: labels must be integers from 0; {_REMEDY}")
+        if labels.dtype.is_floating_point or int(labels.min()) < 0 or int(labels.max()) >= _MOST_CLASSES:
+            raise UserError(f"{self._paths[shard]}: labels must be integers from 0 to {_MOST_CLASSES - 1}; {_REMEDY}")
         return labels.to(torch.int32)  # kept for the whole data set
 
     def _class_names(self) -> list[str] | None:

@@ -197,13 +197,11 @@ class EvalDataset:
         place = index * self._total // self._count
         shard = int(np.searchsorted(self._ends, place, side="right"))
         row = place - (int(self._ends[shard - 1]) if shard else 0)
-        name = f"shard {shard} row {row}"
         try:
             raw = self.dataset.read(shard, row)
-            name = raw.id
             return index, center_crop(decode_image(raw.image, self.max_pixels), self.size), raw
         except BadSample as error:
-            logger.warning("bad sample left out of the evaluation: %s: %s", name, error)
+            logger.warning("bad sample left out of the evaluation: %s: %s", self.dataset.name(shard, row), error)
             return None
 
     def _batch(self, rows: list[tuple[int, torch.Tensor, RawSample]]) -> dict[str, Any]:

@@ -13,7 +13,9 @@ import numpy as np
 
 from megavtp.data.decode import BadSample
 from megavtp.data.files import read_json_object, refuse_remote
-from megavtp.data.index import VERSION, caption_of, decode_text, parse_meta, sidecar_path
+from megavtp.data.index import VERSION, sidecar_path
+from megavtp.data.sample_text import caption_of, decode_text, parse_meta
+from megavtp.data.tar_scan import holds_shards, no_tars
 from megavtp.errors import UserError
 
 _OPEN_SHARDS = 128  # tars and side-cars a process holds at a time; a rank reads one or two shards of each stream
@@ -109,7 +111,8 @@ class ShardDataset:
     def read(self, shard: int, row: int) -> RawSample:
         """Sample ``row`` of shard ``shard``, not decoded.
 
-        Raises ``BadSample`` if its bytes are not there any more, ``UserError`` if the side-car does not fit the tar.
+        Raises ``BadSample`` if its bytes are not there any more or its metadata is no JSON, ``UserError`` if the
+        side-car does not fit the tar.
         """
         opened = self._shard(shard)
         image_at, image_size, caption_at, caption_size, _, _ = opened.spans[row].tolist()
@@ -121,15 +124,28 @@ class ShardDataset:
         """Only the metadata of a sample, without reading its image. Raises as ``read``."""
         opened = self._shard(shard)
         at, size = opened.spans[row, 4:].tolist()
-        meta = parse_meta(opened.pread(at, size)) if size else {}
-        if meta is None:
-            raise BadSample("metadata is no JSON object")
-        return meta
+        return parse_meta(opened.pread(at, size)) if size else {}
 
 
-def shards_at(path: Path) -> Path | None:
-    """The folder of shards that ``path`` is, or its train split; None if there is neither."""
-    return next((p for p in (path, path / "train") if (p / "index.json").exists() or any(p.glob("*.tar"))), None)
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folders of shards of the data set at ``root``, by split: its train/ and test/. Where shards lie in ``root``
+    itself and there is no train/, they are the train split. All commands and launchers read a data set so."""
+    splits = {name: root / name for name in ("train", "test") if holds_shards(root / name)}
+    return {"train": root} | splits if "train" not in splits and holds_shards(root) else splits
+
+
+def split_folder(root: str | Path, split: str) -> Path:
+    """The folder of one split of the data set at ``root``, for ``open_dataset``. ``UserError`` if it has none."""
+    root = refuse_remote(root)
+    splits = split_folders(root)
+    folder = splits.get(split, root / split)
+    if root.is_dir() and not folder.is_dir():
+        if not splits:
+            raise no_tars(root)
+        raise UserError(
+            f"{root} has no {split} split, only {' and '.join(splits)}; choose one of these, or make shards in {folder}"
+        )
+    return folder
 
 
 def open_dataset(folder: str | Path) -> ShardDataset:
@@ -142,9 +158,8 @@ def open_dataset(folder: str | Path) -> ShardDataset:
         make = f"python tools/prepare_data.py emoji --out {folder.parent}"
         raise UserError(f"data folder {folder} does not exist; make one with: {make}")
     remedy = _remedy(folder)
-    if not (folder / "index.json").exists() and not any(folder.glob("*.tar")):
-        make = "python tools/prepare_data.py images --from ... --out ..."
-        raise UserError(f"no shards in {folder}; make some with: {make}")
+    if not holds_shards(folder):
+        raise no_tars(folder)
     index = read_json_object(folder / "index.json", remedy)
     try:
         shards = [(str(e["file"]), int(e["samples"]), int(e["bytes"])) for e in index["shards"]]

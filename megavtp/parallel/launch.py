@@ -16,6 +16,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from megavtp.cli import print_any_name
 from megavtp.errors import UserError
 from megavtp.parallel import phase
 from megavtp.parallel.deepspeed_adapter import import_deepspeed
@@ -130,6 +131,7 @@ def run_ranks(main: Callable[[], int | None]) -> NoReturn:
     Before the ranks are joined every rank finds the same error, so rank 0 speaks for all; afterwards the rank that
     raises does, and the others are told and end within seconds. See ``watchdog`` for those that cannot speak.
     """
+    print_any_name()
     try:
         status = main() or 0
         stop()

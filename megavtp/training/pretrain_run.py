@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -19,7 +18,7 @@ from megavtp.data.batch import StepDataset
 from megavtp.data.captions import load_tokenizer
 from megavtp.data.files import refuse_hub_id
 from megavtp.data.loader import Loader
-from megavtp.data.shards import open_dataset
+from megavtp.data.shards import open_dataset, split_folder
 from megavtp.errors import UserError
 from megavtp.models.build import build_vtp
 from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS
@@ -62,8 +61,8 @@ class PretrainRun:
 
     def _open(self, config: Config) -> None:
         """All that reads or writes files, any of which may be missing on one machine only."""
-        root = Path(config.data.root)
-        self.train_set = open_dataset(root / "train")
+        root = config.data.root
+        self.train_set = open_dataset(split_folder(root, "train"))
         self.tokenizer = load_tokenizer(config.data.captions, root, config.model.text.context_length)
         self.config = with_vocabulary(config, self.tokenizer.vocab_size)
         self.perceptual = build_perceptual(config, self.device)

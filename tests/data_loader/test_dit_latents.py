@@ -178,6 +178,9 @@ FAULTS = {
     "no tensor labels": lambda path: write_shard(path, lambda shard: shard.pop("labels")),
     "not those of the first shard": lambda path: write_shard(path, lambda shard: shard.pop("latents_flip")),
     "labels must be integers": lambda path: write_shard(path, lambda shard: shard.update(labels=torch.ones(3))),
+    "integers from 0 to 2147483647": lambda path: write_shard(
+        path, lambda shard: shard.update(labels=torch.tensor([0, 1, 10**18]))
+    ),
     "cannot be read": lambda path: (path / "latents_rank00_shard001.safetensors").write_bytes(b"not a shard"),
     "is no list of class names": lambda path: (path / "classes.json").write_text('{"cat": 0}'),
 }

@@ -237,12 +237,16 @@ def test_a_shard_whose_images_are_all_bad(tmp_path):
 
 def test_labels_that_are_refused(tmp_path):
     mixed = write_shards(
-        tmp_path / "mixed", [4], meta=lambda i: {"class": "a" if i % 2 else 3, "some": "x" if i else ""}
+        tmp_path / "mixed", [4], meta=lambda i: {
+            "class": "a" if i % 2 else 3, "some": "x" if i else "", "far": 10 ** (18 * i), "part": i / 2
+        }
     )
     for label, text in (
         ("class", "some of its values are names, some numbers"),
-        ("some", r"--label some: 1 of 4 samples .*first: shard-000000/00000\); keys of theirs: class, some"),
+        ("some", r"--label some: 1 of 4 samples .*first: shard-000000/00000: ''\); keys of theirs: class, some"),
         ("none", r"--label none: 4 of 4 samples .*keys of theirs: class, some"),
+        ("far", r"--label far: 3 of 4 .* number from 0 to 99999 \(first: shard-000000/00001: 1000000000000000000\)"),
+        ("part", r"--label part: 4 of 4 .*first: shard-000000/00000: 0.0\)"),
     ):
         with pytest.raises(UserError, match=text):
             extract(mixed, tmp_path / "out", ExtractionSettings(label=label))
@@ -314,5 +318,5 @@ def test_the_tool_takes_a_folder_of_shards_itself(tmp_path, monkeypatch, capsys)
     status, said = tool(monkeypatch, capsys, *given)
     assert status == 0 and "3 samples in 1 shards" in said.out
     assert "note: without --label all images are of class 0" in said.out
-    status, said = tool(monkeypatch, capsys, *given, "--split", "train")
-    assert status == 2 and f"{data / 'train'} does not exist" in said.err
+    status, said = tool(monkeypatch, capsys, *given, "--split", "test")
+    assert status == 2 and f"{data} has no test split, only train" in said.err
