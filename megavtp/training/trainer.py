@@ -194,8 +194,8 @@ def _newest(root: Path, last: int | None) -> Path | None:
     found = find_latest(root, last=last)
     if found is None and last is not None:
         raise UserError(
-            f"no checkpoint in {root} is of step {last} or an earlier one, to begin from: restore one from a copy, or "
-            "do the steps from the first one again with train.resume=never"
+            f"no checkpoint in {root} is whole and from before step {last + 1}: restore one from a copy, or go "
+            "there from the first step with train.resume=never"
         )
     if found is None and has_checkpoints(root):
         raise UserError(
