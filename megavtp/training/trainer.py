@@ -167,9 +167,7 @@ class Trainer:
         bad = [name for name in terms if any(name in of_rank for of_rank, _ in ranks)]
         replica = self.engine.mesh.tp * self.engine.mesh.pp  # consecutive ranks, with the same share
         ids = [name for _, share in ranks[::replica] for name in share]
-        self.telemetry.event(
-            "skipped", step=step, terms=bad or ["gradient"], replay=f"--replay {step}", ids=ids
-        )
+        self.telemetry.event("skipped", step=step, terms=bad or ["gradient"], replay=f"--replay {step}", ids=ids)
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.max_skipped:
             raise UserError(
