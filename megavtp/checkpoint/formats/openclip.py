@@ -69,7 +69,8 @@ def _text(state: Mapping[str, Tensor], config: ModelConfig, shapes: Shapes, foun
         else:
             found.unknown.append(name)
     projection = "text.projection.weight"
-    if projection in found.tensors and misshapen(found.tensors, {projection: shapes[projection]}):
+    shape = list(found.tensors[projection].shape) if projection in found.tensors else []
+    if len(shape) == 2 and shape[1] == shapes[projection][1] and shape[0] != shapes[projection][0]:
         del found.tensors[projection]
         found.fresh |= {projection, "text.projection.bias"}
         found.left_out["text_projection"] = "the image features here have the text encoder's width, there another"
