@@ -24,7 +24,7 @@ def read_torch_file(path: str | Path, remedy: str) -> Any:
     ``remedy``, as are files that are missing or damaged, and tensors whose numbers are not in the file.
     """
     try:
-        tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tree = _load(path, mmap=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; {remedy}") from None
     except pickle.UnpicklingError as error:
@@ -37,12 +37,16 @@ def read_torch_file(path: str | Path, remedy: str) -> Any:
     return tree
 
 
+def _load(path: str | Path, mmap: bool) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a file is of an unusual form is said by the error, if it matters
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
 def _read_old_form(path: str | Path, remedy: str) -> Any:
     """The form before torch 1.6, which cannot be mapped; a text file or anything else ends here too."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a file is of an unusual form is said by the error, if it matters
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return _load(path, mmap=False)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: it is no file of tensors ({_reason(error)}); {remedy}") from None
     except Exception as error:
