@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megavtp.data.files import read_json_object, write_json
-from megavtp.data.torch_file import read_torch_file, write_torch_file
+from megavtp.data.torch_file import FLOATS, read_torch_file, write_torch_file
 from megavtp.errors import UserError
 from megavtp.pixels import IMAGENET_MEAN, IMAGENET_STD
 
@@ -73,14 +73,18 @@ class LatentStatistics:
 
     @classmethod
     def read(cls, path: str | Path) -> LatentStatistics:
-        """From LightningDiT's ``latents_stats.pt``."""
+        """From LightningDiT's ``latents_stats.pt``. Raises UserError."""
         remedy = "extract the latents again, which writes it"
         tree = read_torch_file(path, remedy)
         tensors = [tree.get(name) for name in ("mean", "std")] if isinstance(tree, dict) else [None]
-        if not all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors):
-            raise UserError(f"{path} does not hold the tensors mean and std; {remedy}")
-        mean, std = (tuple(t.flatten().tolist()) for t in tensors)
-        return cls(mean, std)
+        if not all(isinstance(t, Tensor) and t.dtype in FLOATS for t in tensors):
+            raise UserError(f"{path} does not hold the floating point tensors mean and std; {remedy}")
+        if wrong := [tuple(t.shape) for t in tensors if t.numel() != max(t.shape, default=1)]:
+            raise UserError(f"{path}: mean and std are one number per channel, not of shape {wrong[0]}; {remedy}")
+        try:
+            return cls(*(tuple(t.flatten().tolist()) for t in tensors))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
     def write(self, path: str | Path) -> None:
         """As LightningDiT's ``latents_stats.pt``, rounded to float32. Raises OSError."""

@@ -103,7 +103,7 @@ def convert_tokenizer(
         artifact = replace(artifact, statistics=_statistics(statistics, artifact.latent_channels))
     with new_path(out) as folder:
         if to == "hf-vtp":
-            save_folder(folder, source.config.model, source.tensors)
+            save_folder(folder, source.config.model, source.tensors, source.released)
             notes = _left_out(source)
         else:
             notes = _save_native(folder, source)
@@ -140,7 +140,7 @@ def _left_out(source: VTPSource) -> list[str]:
 def _save_native(folder: Path, source: VTPSource) -> list[str]:
     check_periods(source)
     tensors = {f"model/{name}": t for name, t in source.tensors.items() if not name.endswith(PERIODS)}
-    write_native(folder, 0, tensors, source.config)
+    write_native(folder, 0, tensors, source.config, {"released": dict(source.released)})
     return [_WEIGHTS_ONLY]
 
 

@@ -19,6 +19,7 @@ from megavtp.models.dit import DiT
 Parts = Mapping[str, Mapping[str, Tensor]]  # "model", "ema" or both -> LightningDiT's keys -> tensors
 
 REMEDY = "give a LightningDiT checkpoint (STEP.pt); OpenCLIP and timm weights go into model.init_from"
+DEEPEST = 1000  # blocks; a number beyond is no depth
 _NAMES = {"b": "B", "l": "L", "xl": "XL", "1p0b": "1p0B", "1p6b": "1p6B"}
 # Where the sizes are read off, with the number of dimensions.
 _TELLING = {
@@ -52,6 +53,8 @@ def infer_config(parts: Parts, stated: Mapping[str, int], path: Path) -> DiTMode
     depth, qk_norm = len(_blocks(names)), any(name.endswith(".attn.q_norm.weight") for name in names)
     if not shapes or not depth:
         raise UserError(f"{path} is no LightningDiT: it lacks {', '.join(_TELLING)} or blocks; {REMEDY}")
+    if depth > DEEPEST:
+        raise UserError(f"{path} has {depth} blocks, which no LightningDiT has; {REMEDY}")
     _refuse_variants(parts, names, shapes, stated, path)
     if len(shapes) < len(_TELLING):
         wrong = _faults_without_sizes(parts, depth, qk_norm)

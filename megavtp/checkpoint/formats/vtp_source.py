@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megavtp.checkpoint.formats.fingerprint import encoder_fingerprint
-from megavtp.checkpoint.formats.hf_vtp import PERIODS, load_folder, objectives_of
+from megavtp.checkpoint.formats.hf_vtp import PERIODS, load_folder, objectives_of, read_released
 from megavtp.checkpoint.native_dit import is_dit
 from megavtp.checkpoint.reading import INDEX, Checkpoint, is_checkpoint, open_checkpoint
 from megavtp.config.load import from_dict
@@ -26,6 +28,7 @@ from megavtp.config.schema import (
 from megavtp.data import artifact as artifact_file
 from megavtp.data.artifact import TokenizerArtifact
 from megavtp.errors import UserError
+from megavtp.json_file import check_form
 from megavtp.models.build import load_full
 from megavtp.models.vtp import VTP
 from megavtp.nn.rope import DTYPES, AxialRope, rope_periods
@@ -44,6 +47,7 @@ class VTPSource:
         artifact: the one beside the weights, or made from them.
         captions: "clip", or the caption tokenizer's file, which need not exist; None = no text encoder.
         step: of the run.
+        released: the ``config.json`` of the released folder that these weights came from, if any.
     """
 
     path: Path
@@ -52,6 +56,7 @@ class VTPSource:
     artifact: TokenizerArtifact
     captions: str | Path | None
     step: int = 0
+    released: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tokenizer_tensors(self) -> dict[str, Tensor]:
@@ -72,16 +77,20 @@ def open_vtp(path: str | Path, form: str | None = None) -> VTPSource:
         with open_checkpoint(path) as checkpoint:
             path = checkpoint.path
             config, tensors, step = _read_native(checkpoint)
+            where = f"{path / INDEX}: released"
+            released = check_form(checkpoint.meta.get("released", {}), dict[str, Any], where, "use another checkpoint")
     elif form == "hf-vtp" or (path / "config.json").is_file():
         model, tensors = load_folder(path)
         config, step = released_config(model, objectives_of(tensors.keys())), 0
+        released = read_released(path)
     else:
         raise UserError(
             f"{path} is no tokenizer: give the folder with {INDEX} (RUN/checkpoints/latest), or that of a released "
             "model with config.json and model.safetensors"
         )
     captions = find_captions(path, config.data) if "contrastive" in objectives_of(tensors.keys()) else None
-    return VTPSource(path, config, tensors, _artifact(path, config.model, tensors, captions), captions, step)
+    artifact = _artifact(path, config.model, tensors, captions)
+    return VTPSource(path, config, tensors, artifact, captions, step, released)
 
 
 def _read_native(checkpoint: Checkpoint) -> tuple[Config, dict[str, Tensor], int]:
