@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from megavtp.data.files import refuse_remote, write_json
 from megavtp.data.report import SkipReport
 from megavtp.data.tar_scan import TarSample, scan_tar
 from megavtp.data.workers import progress
 from megavtp.errors import UserError
+from megavtp.json_file import Count, Positive, form
 
 VERSION = 1
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -23,6 +24,40 @@ _MAX_TEXT = 1 << 20  # bytes of one caption or metadata member
 _COLUMNS = (
     "keys", "image_offset", "image_size", "image_ext", "caption_offset", "caption_size", "meta_offset", "meta_size",
 )
+
+
+@form
+class SideCar:
+    """``SHARD.tar.index.json``: the tar's name and size, and the columns, of whose numbers only the type is checked: a
+    column at a time is faster where they are used."""
+
+    version: Literal[1]
+    shard: str
+    bytes: Count
+    keys: list[str]
+    image_offset: list[int]
+    image_size: list[int]
+    image_ext: list[str]
+    caption_offset: list[int]
+    caption_size: list[int]
+    meta_offset: list[int]
+    meta_size: list[int]
+
+
+@form
+class IndexedShard:
+    file: str
+    samples: Positive
+    bytes: Positive
+
+
+@form
+class Index:
+    """``index.json`` of a folder of shards; ``total``: samples of all."""
+
+    version: Literal[1]
+    total: Positive
+    shards: list[IndexedShard]
 
 
 def sidecar_path(shard: Path) -> Path:
