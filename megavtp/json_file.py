@@ -64,7 +64,8 @@ def _first(error: ValidationError) -> str:
     faults = error.errors(include_url=False)
     for fault in faults:
         if fault["loc"] == ("version",) and fault["type"] == "literal_error":
-            return f"has format version {fault['input']!r}, this MegaVTP reads {fault['ctx']['expected']}"
+            found, known = fault["input"], fault["ctx"]["expected"]
+            return f"has format version {found!r}, this MegaVTP reads {known} (another wrote it)"
     first = faults[0]
     place = ".".join(str(key) for key in first["loc"])
     text = first["msg"].replace("Invalid JSON:", "not JSON:")

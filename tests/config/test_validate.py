@@ -68,7 +68,7 @@ CROSS_RULES = [
     (1, "model.vision.heads=5", "model.vision.width = 192 is not a multiple of model.vision.heads = 5"),
     (1, "model.vision.heads=32", "model.vision.width = 192 over model.vision.heads = 32 gives heads of 6 channels"),
     (1, "model.decoder.heads=96", "model.decoder.heads"),
-    (1, "model.vision.depth=0", "model.vision.depth = 0: must be at least 1"),
+    (1, "model.vision.depth=0", "model.vision.depth = 0: must be between 1 and 1000"),
     (1, "model.image_size=72", "model.image_size = 72 is not a multiple of model.patch_size = 16"),
     (1, "objectives.contrastive.image_size=40", "objectives.contrastive.image_size = 40 is not a multiple"),
     (1, "objectives.contrastive.image_size=80", "objectives.contrastive.image_size = 80 is not from 16 to"),

@@ -179,7 +179,7 @@ FAULTS = {
     "not those of the first shard": lambda path: write_shard(path, lambda shard: shard.pop("latents_flip")),
     "labels must be integers": lambda path: write_shard(path, lambda shard: shard.update(labels=torch.ones(3))),
     "cannot be read": lambda path: (path / "latents_rank00_shard001.safetensors").write_bytes(b"not a shard"),
-    "is no list of class names": lambda path: (path / "classes.json").write_text('{"cat": 0}'),
+    "classes.json is damaged or of another kind": lambda path: (path / "classes.json").write_text('{"cat": 0}'),
 }
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,8 +21,8 @@ from megavtp.checkpoint.formats.fitting import check
 from megavtp.checkpoint.formats.hf_vtp_config import config_from_official, config_to_official, read_keys
 from megavtp.checkpoint.tensor_file import write_tensors, write_text
 from megavtp.config.schema import ModelConfig
-from megavtp.data.files import read_json_object
 from megavtp.errors import UserError
+from megavtp.json_file import read_json
 from megavtp.models.vtp import OBJECTIVES, VTP
 from megavtp.nn.rope import DTYPES, rope_periods
 
@@ -146,9 +147,10 @@ def load_tensors(folder: str | Path) -> dict[str, Tensor]:
 
 def load_folder(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Model config and full tensors by our names of an official folder. UserError for anything that does not fit."""
-    data = read_json_object(Path(folder) / "config.json", "give the folder of an official VTP checkpoint")
-    values, config = read_keys(data), config_from_official(data)
-    flags = {"contrastive": values["train_clip"], "reconstruction": values["train_reconstruction"]}
+    path = Path(folder) / "config.json"
+    data = read_json(path, dict[str, Any], "give the folder of an official VTP checkpoint")
+    values, config = read_keys(data, str(path)), config_from_official(data, str(path))
+    flags = {"contrastive": values.train_clip, "reconstruction": values.train_reconstruction}
     objectives = {name for name, is_on in flags.items() if is_on}
     return config, from_official(load_tensors(folder), config, objectives)
 
