@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from functools import cache
 from pathlib import Path
@@ -33,7 +34,7 @@ def read_json(path: Path, expected: type[T], remedy: str) -> T:
         UserError: the file is missing, cannot be read, or holds something else; the message ends in ``remedy``.
     """
     try:
-        text = path.read_bytes()
+        text = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # some editors put it there
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {remedy}") from None
     except OSError as error:
@@ -65,8 +66,8 @@ def _first(error: ValidationError) -> str:
     for fault in faults:
         if fault["loc"] == ("version",) and fault["type"] == "literal_error":
             found, known = fault["input"], fault["ctx"]["expected"]
-            return f"has format version {found!r}, this MegaVTP reads {known} (another wrote it)"
+            return f"has format version {repr(found)[:50]}, this MegaVTP reads {known} (another wrote it)"
     first = faults[0]
-    place = ".".join(str(key) for key in first["loc"])
+    place = repr(".".join(str(key) for key in first["loc"]))[1:-1][:200]  # keys are the file's, whatever they hold
     text = first["msg"].replace("Invalid JSON:", "not JSON:")
     return f"is damaged or of another kind ({f'{place}: ' if place else ''}{text})"

@@ -13,7 +13,7 @@ from megavtp.errors import UserError
 
 # JSON texts: some of them no Python value would be written as.
 VALUES = (
-    "null", "true", "-1", "0", "1", "1e999", "1e18", "1000000000000", "NaN", '"x"', '""', "[]", "{}", "0.5", '"\\ud800"',
+    "null", "true", "-1", "0", "0.5", "1e999", "1e18", "1000000000000", "NaN", '"x"', '""', '"\\ud800"', "[]", "{}",
     "9" * 30, "1" * 5000, "[" * 5000 + "]" * 5000, '{"a":' * 300 + "0" + "}" * 300,
 )
 _MARK, _TWICE = "<value>", "<key>"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def classes_of(checkpoint: Checkpoint) -> list[str] | None:
 
 def dit_config(checkpoint: Checkpoint) -> DiTConfig:
     """The configuration of its run, with all sizes of the model. Raises UserError."""
-    config = checkpoint.config(DiTConfig, check_dit_model)
+    config = checkpoint.config(DiTConfig, lambda config: replace(config, model=check_dit_model(config.model)))
     given = "num_classes" if config.model.condition == "class" else "caption_width"
     for name in ("latent_size", "latent_channels", given):
         if getattr(config.model, name) is None:

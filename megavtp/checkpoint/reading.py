@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -124,15 +123,14 @@ class Checkpoint:
         """An entry of the meta data in the expected form, see ``json_file``. UserError if it is missing or another."""
         return check_form(self.meta.get(name), expected, f"{self.path}: its meta.{name}", _OTHER)
 
-    def config(self, root: type[T], check_model: Callable[[Any], Any]) -> T:
-        """The configuration of the run that wrote it, a ``root``; ``check_model`` fills and checks its model's sizes.
+    def config(self, root: type[T], checked: Callable[[T], T]) -> T:
+        """The configuration of the run that wrote it, a ``root``, as ``checked`` returns it.
 
         Raises:
-            UserError: it is none, or has sizes that no model has.
+            UserError: it is none, or ``checked`` refuses it.
         """
         try:
-            config = from_dict(self.fact("config", dict[str, Any]), root)
-            return replace(config, model=check_model(config.model))
+            return checked(from_dict(self.fact("config", dict[str, Any]), root))
         except UserError as error:
             raise UserError(f"{self.path}: its configuration cannot be used: {error}; {_OTHER}") from None
 

@@ -11,7 +11,7 @@ from megavtp.errors import UserError
 
 INF = float("inf")
 # Of a model: far more than is ever trained. A number beyond is a slip or damage, and must not become memory.
-MAX_WIDTH, MAX_DEPTH, MAX_PIXELS, MAX_ROWS = 65_536, 1000, 8192, 16_777_216
+MAX_WIDTH, MAX_DEPTH, MAX_PIXELS, MAX_ROWS = 65_536, 256, 8192, 16_777_216
 
 
 def need(condition: bool, message: str) -> None:

@@ -21,7 +21,7 @@ from megavtp.config.schema import Config, ModelConfig
 from megavtp.config.share import Share, share
 from megavtp.config.sizes import DECODER_MLP_RATIO, contrastive_size, ffn_hidden, resolve_model
 
-__all__ = ["Share", "check_model", "share", "validate", "with_vocabulary"]
+__all__ = ["Share", "check_model", "check_stored", "share", "validate", "with_vocabulary"]
 
 
 def validate(config: Config, world_size: int | None) -> Config:
@@ -107,6 +107,15 @@ def _frozen_encoder(config: Config) -> None:
     # Else a rank would have nothing to train.
     tower = "decoder, which alone is trained"
     check_pipeline(config.parallel, config.model.decoder.depth, "model.decoder.depth", tower)
+
+
+def check_stored(config: Config) -> Config:
+    """``config`` of a checkpoint, with the model's sizes filled: its numbers one by one, not what a run of it needs.
+
+    Raises UserError.
+    """
+    check_numbers(config)
+    return replace(config, model=check_model(config.model))
 
 
 def check_model(model: ModelConfig) -> ModelConfig:

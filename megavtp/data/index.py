@@ -31,7 +31,7 @@ class SideCar:
     """``SHARD.tar.index.json``: the tar's name and size, and the columns, of whose numbers only the type is checked: a
     column at a time is faster where they are used."""
 
-    version: Literal[1]
+    version: Literal[VERSION]
     shard: str
     bytes: Count
     keys: list[str]
@@ -55,7 +55,7 @@ class IndexedShard:
 class Index:
     """``index.json`` of a folder of shards; ``total``: samples of all."""
 
-    version: Literal[1]
+    version: Literal[VERSION]
     total: Positive
     shards: list[IndexedShard]
 

@@ -30,10 +30,10 @@ META = {"config": {"seed": 3, "lr": 1e-3}, "optimizer_steps": 10, "version": "1"
 
 def saved_tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(size, generator=generator)  # noqa: E731
     return {
-        "model/w": torch.randn(3, 4, generator=generator), "exp_avg/w": torch.randn(3, 4, generator=generator),
-        "model/half": torch.randn(5, generator=generator).bfloat16(), "model/scalar": torch.randn((), generator=generator),
-        "center/dino": torch.randn(6, generator=generator), "flags": torch.tensor([True, False]),
+        "model/w": draw(3, 4), "exp_avg/w": draw(3, 4), "model/half": draw(5).bfloat16(), "model/scalar": draw(),
+        "center/dino": draw(6), "flags": torch.tensor([True, False]),
     }
 
 
@@ -169,7 +169,7 @@ HUGE = [
     ("config.model.vision.depth", 10**9), ("config.model.vision.width", 10**18), ("config.model.image_size", 96_000),
     ("config.model.vision.mlp_ratio", 1e300), ("config.model.text.vocab_size", 10**12),
     ("config.model.vision.depth", 60), ("config.model.text.vocab_size", None), ("config.model.vision.heads", "x"),
-    ("config.model.bottleneck", 60_000), ("config", None), ("config", [1]),
+    ("config.model.bottleneck", 60_000), ("config.evaluation.batch_size", -1), ("config", None), ("config", [1]),
 ]
 
 

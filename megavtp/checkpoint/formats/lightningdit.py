@@ -25,6 +25,7 @@ from megavtp.checkpoint.formats.lightningdit_config import (
 from megavtp.checkpoint.formats.weights_file import read_weights_file
 from megavtp.config.dit import DiTConfig, DiTModelConfig
 from megavtp.config.dit_validate import validate_dit
+from megavtp.config.ranges import MAX_DEPTH
 from megavtp.data.artifact import TokenizerArtifact
 from megavtp.errors import UserError
 from megavtp.models.dit_positions import pair_tables, sine_positions
@@ -32,7 +33,6 @@ from megavtp.models.dit_positions import pair_tables, sine_positions
 POSITIONS = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
 _WRAPPED = "module."  # what DistributedDataParallel puts before every key
 _SAME = 1e-5  # of a position table: the official one comes from another order of the same operations
-_DEEPEST = 1000  # blocks; a number beyond is no depth
 _NOT_IN_SHAPES = ("depth", "heads", "num_classes")  # a file that lacks blocks or rows is one of other settings
 
 
@@ -116,7 +116,7 @@ def _parts(tree: Mapping[str, Any], path: Path) -> Parts:
 def _check(parts: Parts, config: DiTModelConfig, stated: Mapping[str, int], path: Path) -> None:
     """UserError that lists all that does not fit, in every part."""
     depth = stated.get("depth", 0)  # its missing blocks are listed
-    shapes = dit_shapes(replace(config, depth=depth) if 0 < depth <= _DEEPEST else config)
+    shapes = dit_shapes(replace(config, depth=depth) if 0 < depth <= MAX_DEPTH else config)
     found = [f"({part}) {'; '.join(wrong)}" for part, state in parts.items() if (wrong := faults(state, shapes))]
     found += [
         f"its own config says {name} {value}, the tensors {getattr(config, name)}" for name, value in stated.items()

@@ -72,7 +72,7 @@ def stated_settings(tree: Mapping[str, Any]) -> dict[str, int]:
     config = config if isinstance(config, dict) else {}
     sections = {name: part for name, part in config.items() if isinstance(part, dict)}
     found: dict[str, int] = {}
-    kind = re.fullmatch(r"LightningDiT-(\w+)/(\d+)", str(sections.get("model", {}).get("model_type")))
+    kind = re.fullmatch(r"LightningDiT-(\w+)/(\d{1,4})", str(sections.get("model", {}).get("model_type")))
     size = next((size for size, name in _NAMES.items() if kind and name == kind[1]), None)
     if size is not None:
         found = {**dict(zip(("width", "depth", "heads"), SIZES[size])), "patch_size": int(kind[2])}

@@ -23,7 +23,7 @@ from megavtp.config.schema import (
     ReconstructionConfig,
     SelfDistillationConfig,
 )
-from megavtp.config.validate import check_model
+from megavtp.config.validate import check_stored
 from megavtp.data import artifact as artifact_file
 from megavtp.data.artifact import TokenizerArtifact
 from megavtp.errors import UserError
@@ -92,7 +92,7 @@ def _read_native(checkpoint: Checkpoint) -> tuple[Config, dict[str, Tensor], int
     names = [name.removeprefix("model/") for name in checkpoint.names if name.startswith("model/")]
     if "trunk.cls_token" not in names:
         raise UserError(f"{checkpoint.path} is no tokenizer's checkpoint (it has no trunk); give one of a VTP run")
-    config = checkpoint.config(Config, check_model)
+    config = checkpoint.config(Config, check_stored)
     objectives = objectives_of(set(names))
     if "contrastive" in objectives and config.model.text.vocab_size is None:
         raise UserError(f"{checkpoint.path}: its configuration lacks model.text.vocab_size; use another checkpoint")
