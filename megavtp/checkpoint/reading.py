@@ -97,7 +97,10 @@ class Checkpoint:
         self.path = path
         self.step = index.step
         self.meta = index.meta
-        self._files, self._tensors = sorted(index.files), index.tensors
+        self._tensors = index.tensors
+        self._told: dict[str, dict[str, tuple[str, list[int]]]] = {file: {} for file in index.files}  # by file
+        for name, tensor in index.tensors.items():
+            self._told[tensor.file][name] = (_CODES[tensor.dtype], tensor.shape)
         self._handles: dict[str, Any] = {}
         self._lock: int | None = lock
 
@@ -170,15 +173,14 @@ class Checkpoint:
             raise UserError(f"{path}: cannot be read ({error}); {_OTHER}") from error
         slices = {name: handle.get_slice(name) for name in handle.keys()}
         found = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
-        told = {name: (_CODES[t.dtype], t.shape) for name, t in self._tensors.items() if t.file == file}
-        if found != told:
+        if found != (told := self._told[file]):
             wrong = sorted(name for name in found.keys() | told.keys() if found.get(name) != told.get(name))
             raise UserError(f"{path}: {INDEX} tells something else of its tensor {wrong[0]!r}; {_OTHER}")
         return handle
 
     def check_headers(self) -> None:
         """Open every file once, as reading a tensor of it does. UserError if one does not hold what the index says."""
-        for file in self._files:
+        for file in self._told:
             self._open(file)
 
 

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from megavtp.config.ranges import MAX_PIXELS, MAX_WIDTH
 from megavtp.data.files import write_json
 from megavtp.data.torch_file import read_torch_file, write_torch_file
 from megavtp.errors import UserError
@@ -25,8 +26,8 @@ from megavtp.pixels import IMAGENET_MEAN, IMAGENET_STD
 FILE = "visual_tokenizer.json"
 STATISTICS_FILE = "latents_stats.pt"  # LightningDiT's: {"mean", "std"}, each (1, C, 1, 1) float32
 _VERSION = 1
-_Pixels = Annotated[int, Field(gt=0, le=8192)]  # of a side, as of a model
-_Channels = Annotated[int, Field(gt=0, le=65_536)]
+_Pixels = Annotated[int, Field(gt=0, le=MAX_PIXELS)]
+_Channels = Annotated[int, Field(gt=0, le=MAX_WIDTH)]
 
 
 @form
