@@ -58,7 +58,7 @@ def _json_rows(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):
+        except ValueError:
             row = None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: not a JSON object; write one per line")
