@@ -108,6 +108,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(e, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: {getattr(e, 'problem', None) or e}") from None
+    except ValueError as e:  # a number of thousands of digits, a date that does not exist
+        raise UserError(f"{path}: a value cannot be read: {e}") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply") from None
     if values is None:
@@ -147,7 +149,7 @@ def _apply(raw: dict[str, Any], override: str, root: type) -> None:
         raise UserError(f"{path}: is a section; set one of its keys: {', '.join(f'{path}.{k}' for k in hints(kind))}")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError) as e:
         raise UserError(f"{override!r}: the value is not YAML: {getattr(e, 'problem', None) or e}") from None
     for i, part in enumerate(parts[:-1]):
         if raw.get(part) is None:

@@ -10,6 +10,8 @@ from megavtp.config.sizes import TOWERS
 from megavtp.errors import UserError
 
 INF = float("inf")
+# Of a model: far more than is ever trained. A number beyond is a slip or damage, and must not become memory.
+MAX_WIDTH, MAX_DEPTH, MAX_PIXELS, MAX_ROWS = 65_536, 256, 8192, 16_777_216
 
 
 def need(condition: bool, message: str) -> None:
@@ -33,7 +35,7 @@ def within(config: Any, prefix: str, low: float, high: float, *names: str) -> No
 
 
 def _interval(low: float, high: float) -> str:
-    return f"at least {low:g}" if high == INF else f"between {low:g} and {high:g}"
+    return f"at least {low:g}" if high == INF else f"between {low:g} and {high:.8g}"
 
 
 def ordered(config: Any, prefix: str, *names: str) -> None:
@@ -122,7 +124,7 @@ def _augment(augment: AugmentConfig) -> None:
     within(augment, prefix, 0, 1, "plain_flip", "plain_color_jitter", "plain_grayscale")
     within(augment, prefix, 0, 1, "flip", "color_jitter", "grayscale", "blur", "solarize")
     within(augment, prefix, 0, INF, "local_crops")
-    within(augment, prefix, 1, INF, "global_size", "local_size")
+    within(augment, prefix, 1, MAX_PIXELS, "global_size", "local_size")
     ordered(augment, prefix, "plain_scale", "global_scale", "local_scale")
     for name in ("plain_scale", "global_scale", "local_scale"):
         need(getattr(augment, name)[0] > 0, f"{prefix}.{name} = {list(getattr(augment, name))}: must start above 0")

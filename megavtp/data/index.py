@@ -8,7 +8,7 @@ metadata; in bytes from the start of the tar, size 0 where there is no such memb
 from __future__ import annotations
 
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from megavtp.data.decode import BadSample
 from megavtp.data.files import refuse_remote, write_json
@@ -17,12 +17,47 @@ from megavtp.data.sample_text import caption_of, check_length, decode_text, pars
 from megavtp.data.tar_scan import TarSample, find_tars, no_tars, scan_tar
 from megavtp.data.workers import progress
 from megavtp.errors import UserError
+from megavtp.json_file import Count, Positive, form
 
 VERSION = 1
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _COLUMNS = (
     "keys", "image_offset", "image_size", "image_ext", "caption_offset", "caption_size", "meta_offset", "meta_size",
 )
+
+
+@form
+class SideCar:
+    """``SHARD.tar.index.json``: the tar's name and size, and the columns, of whose numbers only the type is checked: a
+    column at a time is faster where they are used."""
+
+    version: Literal[VERSION]
+    shard: str
+    bytes: Count
+    keys: list[str]
+    image_offset: list[int]
+    image_size: list[int]
+    image_ext: list[str]
+    caption_offset: list[int]
+    caption_size: list[int]
+    meta_offset: list[int]
+    meta_size: list[int]
+
+
+@form
+class IndexedShard:
+    file: str
+    samples: Positive
+    bytes: Positive
+
+
+@form
+class Index:
+    """``index.json`` of a folder of shards; ``total``: samples of all."""
+
+    version: Literal[VERSION]
+    total: Positive
+    shards: list[IndexedShard]
 
 
 def sidecar_path(shard: Path) -> Path:

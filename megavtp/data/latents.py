@@ -15,7 +15,6 @@ Letters: n images of a shard, C channels, h = w positions, E caption features.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor
 from megavtp.data.artifact import LatentStatistics, TokenizerArtifact
 from megavtp.data.files import refuse_remote
 from megavtp.errors import UserError
+from megavtp.json_file import read_json
 
 CLASSES_FILE = "classes.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names
@@ -164,10 +164,4 @@ class LatentFolder:
         path = self.folder / CLASSES_FILE
         if not path.exists():
             return None
-        try:
-            names = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is not readable ({error}); {_REMEDY}") from None
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{path} is no list of class names; {_REMEDY}")
-        return names
+        return read_json(path, list[str], _REMEDY)

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from megavtp.checkpoint.tensor_file import flush_folder, write_tensors
 from megavtp.data.artifact import FILE, STATISTICS_FILE, TokenizerArtifact, check_same_tokenizer
-from megavtp.data.files import read_json_object, refuse_remote, write_json
+from megavtp.data.files import refuse_remote, write_json
 from megavtp.data.folder_lock import LOCK_FILE, FolderLock
 from megavtp.data.latents import CLASSES_FILE
 from megavtp.errors import UserError
 from megavtp.extraction.moments import Moments, join_all
+from megavtp.json_file import read_json
 
 SETTINGS_FILE = "extraction.json"
 
@@ -58,7 +59,7 @@ class UnfinishedLatents:
             raise self._cannot_write(error) from None
         if path.exists():
             remedy = "remove that folder, or choose another --out"
-            begun = read_json_object(path, remedy)
+            begun = read_json(path, dict[str, Any], remedy)
             names = begun.keys() | self.settings.keys()
             if differing := sorted(name for name in names if begun.get(name) != self.settings.get(name)):
                 raise UserError(
@@ -122,7 +123,10 @@ class UnfinishedLatents:
                 f"{self.path(headers.index(None))} is not to be seen here: --out must be on a file system that all "
                 "machines share; start again, what is there is kept"
             )
-        parts = [Moments.load(text) for text in headers if text]
+        parts = [
+            Moments.load(text, self.artifact.latent_channels, str(self.path(shard)))
+            for shard, text in enumerate(headers) if text
+        ]
         if not parts:
             raise UserError(f"{self.folder}: not one image of the data set can be read")
         own = join_all(parts).statistics()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from megavtp.checkpoint.native_dit import FACTS, artifact_of
+from megavtp.checkpoint.native_dit import artifact_of, classes_of, dit_config
 from megavtp.checkpoint.store import Checkpoint
-from megavtp.config.dit import DiTConfig, DiTModelConfig, resolve_dit
-from megavtp.config.load import from_dict
+from megavtp.config.dit import DiTModelConfig
 from megavtp.data.artifact import check_same_tokenizer
 from megavtp.data.latents import LatentFolder
 from megavtp.errors import UserError
@@ -28,7 +27,7 @@ def check_goes_on(checkpoint: Checkpoint, model: DiTModelConfig, folder: LatentF
     trained_on = artifact_of(checkpoint)
     if trained_on is not None:
         check_same_tokenizer(trained_on, where, folder.artifact, latents)
-    before = resolve_dit(from_dict(checkpoint.meta["config"], DiTConfig).model)
+    before = dit_config(checkpoint).model
     for name in _IDENTITY:
         own, trained = getattr(model, name), getattr(before, name)
         if own != trained:
@@ -36,7 +35,7 @@ def check_goes_on(checkpoint: Checkpoint, model: DiTModelConfig, folder: LatentF
                 f"{where} has model.{name} = {trained}, this run {own}: set model.{name}={trained}, or another "
                 "output_dir"
             )
-    classes = checkpoint.meta[FACTS]["classes"]
+    classes = classes_of(checkpoint)
     if model.condition == "class" and classes is not None and classes != folder.classes:
         raise UserError(
             f"{where} was trained on other classes ({_some(classes)}) than those of {latents} "

@@ -34,7 +34,7 @@ from megavtp.training.optimizer import build_optimizer
 from megavtp.training.output_dir import OutputDir
 from megavtp.training.pretraining import build_passes, frozen_prototypes, teacher_momentum
 from megavtp.training.replay import Unrecorded, replay
-from megavtp.training.state import flat
+from megavtp.training.state import flat_config
 from megavtp.training.telemetry import Telemetry
 from megavtp.training.trainer import Hook, Trainer, checkpoint_root
 
@@ -130,7 +130,7 @@ class PretrainRun:
 
 def _check_same_stage(checkpoint: Checkpoint, config: Config) -> None:
     """UserError where a run of the decoder alone would go on in the checkpoints of a joint run, or the other way."""
-    then = flat(checkpoint.meta["config"]).get("objectives.reconstruction.frozen_encoder", False)
+    then = flat_config(checkpoint).get("objectives.reconstruction.frozen_encoder", False)
     if then != config.objectives.reconstruction.frozen_encoder:
         raise UserError(
             f"{checkpoint.path} is of a run with objectives.reconstruction.frozen_encoder={str(then).lower()}, which "

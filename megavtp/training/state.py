@@ -14,6 +14,7 @@ from megavtp.checkpoint.store import Checkpoint, CheckpointStore
 from megavtp.config.load import to_dict
 from megavtp.config.schema import Config
 from megavtp.errors import UserError
+from megavtp.json_file import Count
 from megavtp.parallel.collectives import all_gather, together
 from megavtp.parallel.deepspeed_adapter import MOMENTS
 from megavtp.parallel.engine import Engine
@@ -61,9 +62,11 @@ def load(checkpoint: Checkpoint, engine: Engine, distillation: SelfDistillationP
             return torch.zeros(checkpoint.shape(f"model/{parameter}"))
         return checkpoint.tensor(_known(checkpoint, names, name))
 
-    together(lambda: _check_names_and_shapes(checkpoint, engine))  # what one pipeline rank lacks, others may not
-    engine.load(tensor, int(checkpoint.meta["optimizer_steps"]))
-    for name, center in (distillation.centers if distillation and not weights_only else {}).items():
+    centers = distillation.centers if distillation and not weights_only else {}
+    # What one pipeline rank lacks, others may not.
+    together(lambda: _check_names_and_shapes(checkpoint, engine, centers))
+    engine.load(tensor, checkpoint.fact("optimizer_steps", Count))
+    for name, center in centers.items():
         center.copy_(cut(tensor(f"center/{name}"), _CENTER, engine.mesh.tp_rank, engine.mesh.tp))
     return checkpoint.step
 
@@ -77,19 +80,23 @@ def _known(checkpoint: Checkpoint, names: set[str], name: str) -> str:
     return name
 
 
-def _check_names_and_shapes(checkpoint: Checkpoint, engine: Engine) -> None:
+def _check_names_and_shapes(checkpoint: Checkpoint, engine: Engine, centers: Mapping[str, Tensor]) -> None:
     names = set(checkpoint.names)
+    expected = {f"center/{name}": (len(center) * engine.mesh.tp, *center.shape[1:]) for name, center in centers.items()}
     for name, shape in engine.logical_shapes().items():
-        if tuple(checkpoint.shape(_known(checkpoint, names, f"model/{name}"))) != shape:
+        _known(checkpoint, names, f"model/{name}")
+        expected |= {f"{kind}/{name}": shape for kind in ("model", *MOMENTS)}
+    for name, shape in expected.items():
+        if name in names and checkpoint.shape(name) != shape:
             raise UserError(
-                f"{checkpoint.path}: {name} has shape {tuple(checkpoint.shape(f'model/{name}'))}, this model has "
-                f"{shape}: set the model keys of the run that wrote it, or another output_dir"
+                f"{checkpoint.path}: {name} has shape {checkpoint.shape(name)}, this model has {shape}: set the model "
+                "keys of the run that wrote it, or another output_dir"
             )
 
 
 def changed_data_keys(checkpoint: Checkpoint, config: Config) -> list[str]:
     """Keys that decide which data a step sees and that differ from the run that wrote the checkpoint."""
-    then = flat(checkpoint.meta["config"])
+    then = flat_config(checkpoint)
     return [key for key, value in flat(to_dict(config)).items() if _decides_data(key) and then.get(key) != value]
 
 
@@ -99,6 +106,11 @@ def _decides_data(key: str) -> bool:
     masks = key.startswith("objectives.self_distillation.mask_")
     data = key.startswith("data.") and key not in reading
     return data or masks or objective_batch or key in ("seed", "train.batch_size", "model.image_size")
+
+
+def flat_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The configuration of the run that wrote it, of whichever version of MegaVTP, as ``flat`` gives it."""
+    return flat(checkpoint.fact("config", dict[str, Any]))
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -191,7 +191,7 @@ FAULTS = {
     "no square latents": lambda path: write_shard(path, lambda shard: shard.update(labels=torch.zeros(4).long())),
     "no square latents of": of_nothing,
     "cannot be read": lambda path: (path / "latents_rank00_shard001.safetensors").write_bytes(b"not a shard"),
-    "is no list of class names": lambda path: (path / "classes.json").write_text('{"cat": 0}'),
+    "classes.json is damaged or of another kind": lambda path: (path / "classes.json").write_text('{"cat": 0}'),
 }
 
 

@@ -275,7 +275,7 @@ def test_mixes_are_refused(data, whole, tmp_path):
         extract(data, tmp_path / "full")
     (out := tmp_path / "damaged").mkdir()
     (out / "extraction.json").write_text("{")
-    with pytest.raises(UserError, match="is not readable"):
+    with pytest.raises(UserError, match="is damaged or of another kind .not JSON"):
         extract(data, out)
 
 

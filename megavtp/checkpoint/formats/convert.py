@@ -17,11 +17,11 @@ from megavtp.checkpoint.formats.hf_vtp import PERIODS, save_folder
 from megavtp.checkpoint.formats.lightningdit import LightningDiT, lightningdit_tree, read_lightningdit
 from megavtp.checkpoint.formats.output import new_path
 from megavtp.checkpoint.formats.vtp_source import VTPSource, check_periods, open_vtp
-from megavtp.checkpoint.native_dit import AVERAGE, FACTS, TRAINED, artifact_of, is_dit
-from megavtp.checkpoint.reading import INDEX, is_checkpoint, open_checkpoint, step_folder
+from megavtp.checkpoint.native_dit import AVERAGE, FACTS, TRAINED, artifact_of, dit_config, dit_tensors, is_dit
+from megavtp.checkpoint.reading import INDEX, is_checkpoint, named_step, open_checkpoint, step_folder
 from megavtp.checkpoint.store import CheckpointStore
-from megavtp.config.dit import DiTConfig, resolve_dit
-from megavtp.config.load import from_dict, to_dict
+from megavtp.config.dit import DiTConfig
+from megavtp.config.load import to_dict
 from megavtp.data.artifact import LatentStatistics, TokenizerArtifact, check_same_tokenizer
 from megavtp.data.torch_file import write_torch_file
 from megavtp.errors import UserError
@@ -184,13 +184,10 @@ def convert_dit(
 def _read_native_dit(path: Path) -> LightningDiT:
     with open_checkpoint(path) as checkpoint:
         artifact = artifact_of(checkpoint)  # first, as it says if this is no DiT
-        config = from_dict(checkpoint.meta["config"], DiTConfig)
-        weights, average = (
-            {name.removeprefix(p): checkpoint.tensor(name) for name in checkpoint.names if name.startswith(p)}
-            for p in (TRAINED, AVERAGE)
-        )
-        facts = checkpoint.meta[FACTS]
-        return LightningDiT(resolve_dit(config.model), weights, average, checkpoint.step, [], artifact, config, facts)
+        config = dit_config(checkpoint)
+        weights, average = (dit_tensors(checkpoint, config.model, prefix) for prefix in (TRAINED, AVERAGE))
+        facts = checkpoint.fact(FACTS, dict[str, Any])
+        return LightningDiT(config.model, weights, average, checkpoint.step, [], artifact, config, facts)
 
 
 def _save_native_dit(folder: Path, dit: LightningDiT) -> None:
@@ -208,6 +205,9 @@ def write_native(
     folder: Path, step: int, tensors: Mapping[str, Tensor], config: Any, facts: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
     """One native checkpoint without optimizer state as ``folder``, which must not exist yet. Raises UserError."""
+    name = folder.name.partition(".")[0]
+    if named_step(name) not in (None, step):
+        raise UserError(f"the weights are of step {step}, --out {name} says another: name it {step_folder(step)}")
     root = folder.with_name(folder.name + ".store")
     meta = {"config": to_dict(config), "optimizer_steps": 0, "version": __version__, **facts}
     try:

@@ -20,9 +20,9 @@ from megavtp.checkpoint.formats.fitting import check
 from megavtp.checkpoint.formats.hf_vtp_config import config_from_official, config_to_official, read_keys
 from megavtp.checkpoint.tensor_file import write_tensors, write_text
 from megavtp.config.schema import ModelConfig
-from megavtp.data.files import read_json_object
 from megavtp.data.weights_file import read_safetensors
 from megavtp.errors import UserError
+from megavtp.json_file import read_json
 from megavtp.models.vtp import OBJECTIVES, VTP
 from megavtp.nn.rope import DTYPES, rope_periods
 
@@ -155,15 +155,16 @@ def load_tensors(folder: str | Path) -> dict[str, Tensor]:
 def load_folder(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Model config and full tensors by our names of an official folder. UserError for anything that does not fit."""
     data = read_released(folder)
-    values, config = read_keys(data), config_from_official(data)
-    flags = {"contrastive": values["train_clip"], "reconstruction": values["train_reconstruction"]}
+    where = str(Path(folder) / "config.json")
+    values, config = read_keys(data, where), config_from_official(data, where)
+    flags = {"contrastive": values.train_clip, "reconstruction": values.train_reconstruction}
     objectives = {name for name, is_on in flags.items() if is_on}
     return config, from_official(load_tensors(folder), config, objectives, data)
 
 
 def read_released(folder: str | Path) -> dict[str, Any]:
     """The ``config.json`` of an official folder as it is. Raises UserError."""
-    return read_json_object(Path(folder) / "config.json", _REMEDY)
+    return read_json(Path(folder) / "config.json", dict[str, Any], _REMEDY)
 
 
 def save_folder(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megavtp.checkpoint.formats.fitting import check, faults
 from megavtp.checkpoint.formats.lightningdit_config import (
-    DEEPEST,
     REMEDY,
     Parts,
     dit_shapes,
@@ -25,6 +24,7 @@ from megavtp.checkpoint.formats.lightningdit_config import (
 )
 from megavtp.config.dit import DiTConfig, DiTModelConfig
 from megavtp.config.dit_validate import validate_dit
+from megavtp.config.ranges import MAX_DEPTH
 from megavtp.data.artifact import TokenizerArtifact
 from megavtp.data.weights_file import read_weights_file
 from megavtp.errors import UserError
@@ -126,7 +126,7 @@ def _parts(tree: Mapping[str, Any], path: Path) -> Parts:
 def _check(parts: Parts, config: DiTModelConfig, stated: Mapping[str, int], path: Path) -> None:
     """UserError that lists all that does not fit, in every part."""
     depth = stated.get("depth", 0)  # its missing blocks are listed
-    shapes = dit_shapes(replace(config, depth=depth) if 0 < depth <= DEEPEST else config)
+    shapes = dit_shapes(replace(config, depth=depth) if 0 < depth <= MAX_DEPTH else config)
     found = [f"({part}) {'; '.join(wrong)}" for part, state in parts.items() if (wrong := faults(state, shapes))]
     found += [
         f"its own config says {name} {value}, the tensors {getattr(config, name)}" for name, value in stated.items()

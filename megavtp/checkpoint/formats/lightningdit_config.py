@@ -13,13 +13,13 @@ from torch import Tensor
 
 from megavtp.checkpoint.formats.fitting import faults
 from megavtp.config.dit import SIZES, DiTModelConfig
+from megavtp.config.ranges import MAX_DEPTH
 from megavtp.errors import UserError
 from megavtp.models.dit import DiT
 
 Parts = Mapping[str, Mapping[str, Tensor]]  # "model", "ema" or both -> LightningDiT's keys -> tensors
 
 REMEDY = "give a LightningDiT checkpoint (STEP.pt); OpenCLIP and timm weights go into model.init_from"
-DEEPEST = 1000  # blocks; a number beyond is no depth
 _NAMES = {"b": "B", "l": "L", "xl": "XL", "1p0b": "1p0B", "1p6b": "1p6B"}
 # Where the sizes are read off, with the number of dimensions.
 _TELLING = {
@@ -53,7 +53,7 @@ def infer_config(parts: Parts, stated: Mapping[str, int], path: Path) -> DiTMode
     depth, qk_norm = len(_blocks(names)), any(name.endswith(".attn.q_norm.weight") for name in names)
     if not shapes or not depth:
         raise UserError(f"{path} is no LightningDiT: it lacks {', '.join(_TELLING)} or blocks; {REMEDY}")
-    if depth > DEEPEST:
+    if depth > MAX_DEPTH:
         raise UserError(f"{path} has {depth} blocks, which no LightningDiT has; {REMEDY}")
     _refuse_variants(parts, names, shapes, stated, path)
     if len(shapes) < len(_TELLING):
@@ -75,7 +75,7 @@ def stated_settings(tree: Mapping[str, Any]) -> dict[str, int]:
     config = config if isinstance(config, dict) else {}
     sections = {name: part for name, part in config.items() if isinstance(part, dict)}
     found: dict[str, int] = {}
-    kind = re.fullmatch(r"LightningDiT-(\w+)/(\d+)", str(sections.get("model", {}).get("model_type")))
+    kind = re.fullmatch(r"LightningDiT-(\w+)/(\d{1,4})", str(sections.get("model", {}).get("model_type")))
     size = next((size for size, name in _NAMES.items() if kind and name == kind[1]), None)
     if size is not None:
         found = {**dict(zip(("width", "depth", "heads"), SIZES[size])), "patch_size": int(kind[2])}

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from megavtp.checkpoint.formats.fingerprint import encoder_fingerprint
-from megavtp.checkpoint.formats.hf_vtp import PERIODS, load_folder, objectives_of, read_released
+from megavtp.checkpoint.formats.fitting import check
+from megavtp.checkpoint.formats.hf_vtp import PERIODS, load_folder, objectives_of, our_shapes, read_released
 from megavtp.checkpoint.native_dit import is_dit
 from megavtp.checkpoint.reading import INDEX, Checkpoint, is_checkpoint, open_checkpoint
-from megavtp.config.load import from_dict
 from megavtp.config.schema import (
     Config,
     ContrastiveConfig,
@@ -25,6 +25,7 @@ from megavtp.config.schema import (
     ReconstructionConfig,
     SelfDistillationConfig,
 )
+from megavtp.config.validate import check_stored
 from megavtp.data import artifact as artifact_file
 from megavtp.data.artifact import TokenizerArtifact
 from megavtp.errors import UserError
@@ -101,8 +102,15 @@ def _read_native(checkpoint: Checkpoint) -> tuple[Config, dict[str, Tensor], int
     names = [name.removeprefix("model/") for name in checkpoint.names if name.startswith("model/")]
     if "trunk.cls_token" not in names:
         raise UserError(f"{checkpoint.path} is no tokenizer's checkpoint (it has no trunk); give one of a VTP run")
-    config = from_dict(checkpoint.meta["config"])
-    return config, {name: checkpoint.tensor(f"model/{name}") for name in names}, checkpoint.step
+    config = checkpoint.config(Config, check_stored)
+    objectives = objectives_of(set(names))
+    if "contrastive" in objectives and config.model.text.vocab_size is None:
+        raise UserError(f"{checkpoint.path}: its configuration lacks model.text.vocab_size; use another checkpoint")
+    tensors = {name: checkpoint.tensor(f"model/{name}") for name in names}
+    # A model of this configuration takes no more memory than the file, then.
+    shapes = {name: shape for name, shape in our_shapes(config.model, objectives).items() if not name.endswith(PERIODS)}
+    check({name: t for name, t in tensors.items() if not name.startswith(TRAINING_ONLY)}, shapes, str(checkpoint.path))
+    return config, tensors, checkpoint.step
 
 
 def released_config(model: ModelConfig, objectives: AbstractSet[str]) -> Config:
@@ -144,6 +152,11 @@ def _artifact(
         raise UserError(
             f"{path / artifact_file.FILE} belongs to other weights than those beside it (fingerprint "
             f"{found.fingerprint[:12]}, not {fingerprint[:12]}); convert the tokenizer again, or remove that file"
+        )
+    if (found.patch_size, found.latent_channels) != (model.patch_size, model.bottleneck):
+        raise UserError(
+            f"{path / artifact_file.FILE} has other patches or latent channels than the model beside it; convert the "
+            "tokenizer again, or remove that file"
         )
     return replace(found, captions=captions and Path(captions).name)
 
