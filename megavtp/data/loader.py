@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 _LOOK = 0.5  # seconds between two looks at the workers while a batch is awaited
-# Share of parallel.timeout that a worker may take for a batch: the loader, which can name it, speaks before the watchdog.
+# Share of parallel.timeout that a worker has for a batch: the loader, which can name it, speaks before the watchdog.
 _PATIENCE = 0.9
 _FIRST = 3  # times that for the first batch, for which files are opened
 _CLOSING = 5.0  # seconds that all workers together have to end

@@ -72,21 +72,21 @@ def join(place: Place, store: dist.Store, timeout: float) -> torch.device:
     if backend == "gloo" and (interface := gloo_interface(place)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if not dist.is_initialized():
+        _watchdog = Watchdog(store, place.rank, place.world, socket.gethostname(), timeout)
+        _watchdog.start()
         limit = timedelta(seconds=limit_of(timeout, True) + 60) if timeout else _NO_LIMIT  # the watch comes first
         try:
             dist.init_process_group(
                 backend, store=dist.PrefixStore("group", store), rank=place.rank, world_size=place.world, timeout=limit
             )
         except (RuntimeError, ValueError) as error:
+            if _lost_others(error):
+                raise
             raise UserError(
                 f"rank {place.rank} of {place.world} could not join the others at {place.master_addr}:"
                 f"{place.master_port}: {str(error).splitlines()[0]}; python launchers/doctor.py looks for the reason"
             ) from None
-        if place.world > 1:
-            _watchdog = Watchdog(store, place.rank, place.world, socket.gethostname(), timeout)
-            dist.barrier()  # all have told of themselves
-            _watchdog.start()
-            signal.signal(signal.SIGTERM, _on_sigterm)
+        signal.signal(signal.SIGTERM, _on_sigterm)
     import deepspeed
 
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
@@ -206,4 +206,5 @@ def _reason(error: BaseException) -> str:
 
 def _lost_others(error: BaseException) -> bool:
     """Whether a collective failed only because its peers have left: their message is the one to read."""
-    return isinstance(error, RuntimeError) and dist.is_initialized() and any(sign in str(error) for sign in _PEER_GONE)
+    several = _watchdog is not None and int(os.environ["WORLD_SIZE"]) > 1
+    return isinstance(error, RuntimeError) and several and any(sign in str(error) for sign in _PEER_GONE)
