@@ -44,7 +44,8 @@ def guard() -> None:
         if getattr(sys, name) is None:
             _lead_nowhere(descriptor)
             setattr(sys, name, open(descriptor, "w", closefd=False))  # noqa: SIM115
-    signal.signal(signal.SIGINT, _on_interrupt)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is in the background of a script
+        signal.signal(signal.SIGINT, _on_interrupt)
 
 
 def go_on_unread() -> None:

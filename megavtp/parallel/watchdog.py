@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -60,7 +61,9 @@ class Watchdog:
         self._known = threading.Event()  # a verdict is there
         self._heard = {}  # rank -> (its last report as text, when that arrived)
         self._talk = threading.Lock()  # with the store
+        self._looking = threading.Lock()
         self._last_beat = self._last_look = time.monotonic()
+        self._suspended = (0, 0.0)  # number of a phase, seconds of it
         self._talker = threading.Thread(target=self._beats, name="watchdog-store", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -96,12 +99,9 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.is_set():
-            faulthandler.dump_traceback_later(STUCK, exit=True)
-            now = time.monotonic()
-            if now - self._last_look > 5 * _BEAT:  # this process was suspended: what it heard last says nothing
-                self._last_beat = now
-                self._heard = {rank: (text, now) for rank, (text, _) in self._heard.items()}
-            self._last_look = now
+            if self._world > 1:  # a single process may be suspended (Ctrl-Z) for longer than that
+                faulthandler.dump_traceback_later(STUCK, exit=True)
+            now = self._look()
             slow = phase.current().slow
             patience = SILENCE_AFTER_LOSS if self._broken else silence_of(self._timeout, slow)
             if self._world > 1 and now - self._last_beat > patience:
@@ -111,6 +111,22 @@ class Watchdog:
                 self._decide(Verdict(self._overdue_text(), (self._rank,)))
             if self._known.wait(_BEAT) and not self._closed.is_set():
                 self._end()
+
+    def _look(self) -> float:
+        """The time. After a suspension what was heard last says nothing, and the phase is that much younger."""
+        with self._looking:
+            now = time.monotonic()
+            if (gap := now - self._last_look) > 5 * _BEAT:
+                self._last_beat = now
+                self._heard = {rank: (text, now) for rank, (text, _) in self._heard.items()}
+                number = phase.current().number
+                self._suspended = (number, gap + self._suspended_in(number))
+            self._last_look = now
+        return now
+
+    def _suspended_in(self, number: int) -> float:
+        """Seconds of a phase."""
+        return self._suspended[1] if self._suspended[0] == number else 0.0
 
     def _beats(self) -> None:
         while not (self._closed.wait(_BEAT) or self._known.is_set()):
@@ -123,6 +139,7 @@ class Watchdog:
                 return
 
     def _beat(self) -> None:
+        self._look()
         with self._talk:
             self._store.set(str(self._rank), self._report().dump())
             if self._store.check([_VERDICT]):
@@ -130,7 +147,7 @@ class Watchdog:
                 return
             watched = range(self._world) if self._rank == 0 else [0]
             texts = self._store.multi_get([str(rank) for rank in watched])
-        now = self._last_beat = time.monotonic()
+        now = self._last_beat = self._look()
         for rank, text in zip(watched, texts):
             if self._heard.get(rank, (None,))[0] != text:
                 self._heard[rank] = (text, now)
@@ -159,10 +176,11 @@ class Watchdog:
         return True
 
     def _report(self) -> Report:
-        return own_report(self._host, self._broken)
+        return replace(own_report(self._host, self._broken), age=self._own_age())
 
     def _own_age(self) -> float:
-        return time.monotonic() - phase.current().since
+        now = phase.current()
+        return time.monotonic() - now.since - self._suspended_in(now.number)
 
     def _overdue_text(self) -> str:
         now = phase.current()

@@ -33,7 +33,8 @@ except KeyboardInterrupt:
 
 def start(code_or_script: list[str], **given) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, *code_or_script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **given
+        [sys.executable, *code_or_script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **given,
     )
 
 

@@ -7,10 +7,11 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megavtp.checkpoint import store
 from megavtp.errors import UserError
-from megavtp.parallel import phase
+from megavtp.parallel import phase, watchdog
 from megavtp.parallel.collectives import together
 from megavtp.parallel.verdict import Report, judge, load_report, load_verdict, position
 
@@ -62,6 +63,20 @@ def test_verdict(name):
     assert (found is None) if text is None else found.text.startswith(text), found
     assert found is None or load_verdict(found.dump()) == found
     assert load_report(reports[0].dump()) == reports[0]
+
+
+def test_a_process_that_was_suspended_does_not_hang(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(phase, "_current", phase.Phase(7, "step 1, update", 995.0, False))
+    store = dist.HashStore()
+    watch = watchdog.Watchdog(store, 0, 1, "node", 10)
+    for clock[0] in (1001.0, 1901.0, 1902.0):  # Ctrl-Z, and fg a quarter of an hour later
+        watch._beat()
+    assert load_report(store.get("watch/0")).age == 7.0 and watch._verdict is None
+    for clock[0] in (1903.0, 1904.0, 1905.0, 1906.0):
+        watch._beat()
+    assert watch._verdict.text.startswith("rank 0 (node) hangs: no progress for 11 s")
 
 
 def test_no_limit_for_hangs():
