@@ -63,16 +63,18 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 
 def tell_interrupted() -> None:
     """Of several processes the first speaks."""
-    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
-        os.write(2, b"interrupted\n")  # not by print, which cannot be entered again from a signal handler
+    if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0":
+        print("interrupted", file=sys.stderr, flush=True)
 
 
 def _on_interrupt(signum: int, frame: FrameType | None) -> None:
     """Modules of C code turn an exception in the midst of their import into others, or abort. So that ends at once."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            tell_interrupted()
-            os._exit(INTERRUPTED)
+            try:
+                tell_interrupted()
+            finally:
+                os._exit(INTERRUPTED)
         frame = frame.f_back
     raise KeyboardInterrupt
 
