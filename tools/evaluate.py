@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
+from megavtp.cli import guard  # noqa: E402
 from megavtp.sampling.options import add_sampling_options  # noqa: E402
 
 GENERATION = """Distances of generated images to a reference: gFID, KID, precision and recall with the weights of
@@ -117,6 +118,7 @@ def generation(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    guard()
     # Parsed before the imports, which take seconds. The deepspeed launcher puts an option of its own in front.
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     if words[:1] == ["generation"]:

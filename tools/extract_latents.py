@@ -18,6 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
+from megavtp.cli import guard  # noqa: E402
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,6 +77,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    guard()
     told = parse()  # before the imports, which take seconds
     from megavtp.parallel.tool import run_tool
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
+from megavtp.cli import guard  # noqa: E402
 from megavtp.sampling.options import add_sampling_options  # noqa: E402
 
 
@@ -62,6 +63,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    guard()
     told = parse()  # before the imports, which take seconds
     from megavtp.parallel.tool import run_tool
 

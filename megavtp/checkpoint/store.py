@@ -46,6 +46,7 @@ from megavtp.checkpoint.reading import (
 from megavtp.checkpoint.tensor_file import flush_folder, write_tensors, write_text
 from megavtp.errors import UserError
 from megavtp.json_file import read_json
+from megavtp.parallel import phase
 
 __all__ = ["Checkpoint", "CheckpointStore", "find_latest", "open_checkpoint"]
 
@@ -117,7 +118,9 @@ class CheckpointStore:
             _write_part(partial, writer, tensors)
             tensors.clear()  # the host memory is free while writer 0 waits
             if writer == 0:
-                self._publish(partial, step, json.loads(meta_text), self._wait_for_parts(partial, writers))
+                with phase.waiting_for_others():
+                    parts = self._wait_for_parts(partial, writers)
+                self._publish(partial, step, json.loads(meta_text), parts)
         except OSError as error:
             remedy = "free disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the folder"
             message = f"checkpoint {partial}: could not be written ({error.strerror or error}); {remedy}, then restart"

@@ -69,6 +69,8 @@ class DiTRun:
         if finished and mesh.rank == 0:
             output = Path(config.output_dir)
             loss_curves(output / METRICS_FILE, output / "loss_curves.png")
+        if finished:
+            telemetry.event("finished", step=config.train.steps)  # what scripts look for
         telemetry.close()
         self.engine.close()
         return finished

@@ -102,6 +102,8 @@ class PretrainRun:
         if finished:
             phase.enter("the last evaluation", slow=True)
             evaluation.finish(config.train.steps)
+        if finished:
+            telemetry.event("finished", step=config.train.steps)  # what scripts look for
         telemetry.close()
         self.engine.close()
         return finished

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -120,6 +121,11 @@ class Trainer:
         finally:
             signal.close()
             loader.close()
+        if stopped and self.engine.mesh.rank == 0:
+            print(
+                f"not finished: stopped after step {done} of {steps} ({signal.reason}), which is saved; start the same "
+                "command again to go on", file=sys.stderr, flush=True,
+            )
         return not stopped
 
     @staticmethod
