@@ -106,6 +106,8 @@ def _model(config: Config) -> None:
         _tower(model, name)
     within(model, "model", 1, float("inf"), "image_size", "patch_size", "bottleneck")
     within(model.text, "model.text", 2, float("inf"), "context_length")
+    if model.text.vocab_size is not None:
+        within(model.text, "model.text", 1, float("inf"), "vocab_size")
     within(model.dino_head, "model.dino_head", 1, float("inf"), "prototypes", "hidden", "bottleneck", "layers")
     crop = "choose a size in whole patches"
     divides(model.patch_size, model.image_size, "model.patch_size", "model.image_size", crop)
@@ -139,7 +141,7 @@ def _tower(model: ModelConfig, name: str) -> None:
             "rotary position embedding needs a multiple of 4",
         )
     if hasattr(tower, "mlp_ratio"):
-        need(tower.mlp_ratio > 0, f"{prefix}.mlp_ratio = {tower.mlp_ratio}: must be above 0")
+        need(0 < tower.mlp_ratio <= 64, f"{prefix}.mlp_ratio = {tower.mlp_ratio}: must be above 0, and at most 64")
 
 
 def _tensor_parallel(config: Config) -> None:

@@ -44,8 +44,18 @@ class UnfinishedLatents:
         self.settings = json.loads(json.dumps({"tokenizer": tokenizer, **settings}))
 
     def claim(self) -> None:
-        """Make the folder, or see that it was begun with the same settings. UserError if it was not, or was finished
-        with other statistics."""
+        """Make the folder, unless it was begun already. UserError: it cannot be written; see ``check``."""
+        self.check()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / SETTINGS_FILE).exists():
+                write_json(self.folder / SETTINGS_FILE, self.settings, indent=1)
+        except OSError as error:
+            raise self._cannot_write(error) from None
+
+    def check(self) -> None:
+        """UserError if the folder holds something else, was begun with other settings or finished with other
+        statistics."""
         path = self.folder / SETTINGS_FILE
         if path.exists():
             remedy = "remove that folder, or choose another --out"
@@ -61,11 +71,6 @@ class UnfinishedLatents:
             return
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise UserError(f"{self.folder} exists and was not made by an extraction; choose another --out")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, self.settings, indent=1)
-        except OSError as error:
-            raise self._cannot_write(error) from None
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not there, or not whole."""

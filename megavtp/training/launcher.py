@@ -13,6 +13,7 @@ from megavtp.config.summary import layout_summary
 from megavtp.config.validate import validate
 from megavtp.data.sources.emoji import prepare_emoji
 from megavtp.errors import UserError
+from megavtp.options import Options, place
 from megavtp.parallel import launch, phase
 from megavtp.parallel.collectives import together
 from megavtp.parallel.rendezvous import detect
@@ -36,11 +37,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def launcher_parser(name: str, description: str, recipe: str, example: str) -> argparse.ArgumentParser:
     """The arguments of every launcher that trains; ``recipe`` says of --config what is special here."""
-    parser = argparse.ArgumentParser(
+    parser = Options(
         prog=f"deepspeed launchers/{name}", description=description, epilog=f"example: {example}"
     )
-    parser.add_argument("--config", type=Path, help=recipe)
-    parser.add_argument("--deepspeed_config", type=Path, help="JSON with further DeepSpeed keys")
+    parser.add_argument("--config", type=place, help=recipe)
+    parser.add_argument("--deepspeed_config", type=place, help="JSON with further DeepSpeed keys")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # habit of DeepSpeed scripts
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
