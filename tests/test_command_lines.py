@@ -10,6 +10,7 @@ from runpy import run_path
 
 import pytest
 
+from megavtp import options
 from megavtp.errors import UserError
 from megavtp.evaluation import features
 from megavtp.parallel import doctor
@@ -179,7 +180,7 @@ OTHERS = [
 ]
 ROWS = [
     *((f"{command}--{option.replace('=', ' ')}", f"--{option.partition('=')[0]}: ")
-      for command, options in NUMBERS.items() for option in options.split()),
+      for command, numbers in NUMBERS.items() for option in numbers.split()),
     *((f"{option} {place}", f"{option.split()[-1]}: ")
       for option, places in PLACES.items() for place in places.split()),
     *OTHERS,
@@ -229,3 +230,17 @@ def test_a_mistake_is_one_line_and_leaves_nothing(command, said, world, monkeypa
     assert status == 2, told
     assert told.startswith("error: ") and told.count("\n") == 1 and said in told, told
     assert len(told) < 2100 and contents(world) == before
+
+
+def test_other_processes_of_a_launcher_leave_it_to_the_first_to_tell(monkeypatch, capsys, tmp_path):
+    """One line, not one of each of a thousand; and only the first writes, which may be on another machine."""
+    parser, waited = options.Options(), []
+    parser.add_argument("--out", type=options.new_file())
+    monkeypatch.setattr(options.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "3")
+    assert parser.parse_args(["--out", "/proc/x/y"]).out == Path("/proc/x/y")
+    for rank, seconds in (("0", []), ("3", [options._PATIENCE])):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            parser.parse_args(["--out", str(tmp_path)])
+        assert end.value.code == 2 and "is a folder; name a file" in capsys.readouterr().err and waited == seconds

@@ -51,7 +51,7 @@ def main(options: argparse.Namespace) -> None:
         options.dit, options.tokenizer, settings_of(options), device, average=options.weights == "average",
         dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32,
     )
-    samples = samples_of(sampler.dit, options.classes, options.caption, options.per_class, options.batch_size)
+    samples = samples_of(sampler.dit, options.classes, options.caption, options.per_class)
     first = mesh.rank == 0
     with open_output(options.out, names_of(sampler.dit, samples)) if first else nullcontext() as add:
         quiet = not (first and sys.stderr.isatty())

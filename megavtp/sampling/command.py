@@ -20,7 +20,7 @@ def settings_of(options: argparse.Namespace) -> SamplingSettings:
 
 
 def samples_of(
-    dit: StoredDiT, classes: str | None, captions: list[str] | None, per_class: int, batch_size: int
+    dit: StoredDiT, classes: str | None, captions: list[str] | None, per_class: int
 ) -> list[Sample]:
     """The samples to draw. UserError for options that do not fit the DiT."""
     model = dit.config.model
