@@ -33,6 +33,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise NotImplementedError
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name}: no such device here; use auto, cpu, cuda or cuda:N") from None
     return device
@@ -109,9 +111,6 @@ class CheckpointEvaluation:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("max_samples", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         # A missing data set is found before the model is loaded.
         folder = open_dataset(split_folder(self.data, self.split))
         self.model, self.config = open_model(self.checkpoint, self.device)

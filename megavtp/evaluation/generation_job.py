@@ -29,10 +29,6 @@ def run_generation(options: argparse.Namespace, device: torch.device, mesh: Mesh
 
     Raises ``UserError`` on every rank.
     """
-    for name in ("samples", "reference_samples", "size", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     network = together(lambda: load_network(options.inception, device))
     samples = together(lambda: _samples(options, device))
     reference = together(lambda: open_reference(options.reference, network, samples.size, options.reference_samples))

@@ -47,16 +47,22 @@ class UnfinishedLatents:
         self._lock: FolderLock | None = None
 
     def claim(self) -> None:
-        """Make the folder, or see that it was begun with the same settings, and have it alone until ``release``.
-        UserError if it was not, was finished with other statistics, or another process fills it."""
-        path = self.folder / SETTINGS_FILE
-        if self.folder.exists() and not path.exists() and not self._is_empty():
-            raise UserError(f"{self.folder} exists and was not made by an extraction; choose another --out")
+        """Make the folder, unless it was begun already, and have it alone until ``release``. UserError: it cannot be
+        written, or another process fills it; see ``check``."""
+        self.check()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.folder, "choose another --out")
+            self.check()  # again, now that nobody else changes it
+            if not (self.folder / SETTINGS_FILE).exists():
+                write_json(self.folder / SETTINGS_FILE, self.settings, indent=1)
         except OSError as error:
             raise self._cannot_write(error) from None
+
+    def check(self) -> None:
+        """UserError if the folder holds something else, was begun with other settings or finished with other
+        statistics."""
+        path = self.folder / SETTINGS_FILE
         if path.exists():
             remedy = "remove that folder, or choose another --out"
             begun = read_json(path, dict[str, Any], remedy)
@@ -69,10 +75,8 @@ class UnfinishedLatents:
                 done = TokenizerArtifact.read(self.folder)
                 check_same_tokenizer(done, str(self.folder), self.artifact, "the given tokenizer")
             return
-        try:
-            write_json(path, self.settings, indent=1)
-        except OSError as error:
-            raise self._cannot_write(error) from None
+        if self.folder.exists() and not self._is_empty():
+            raise UserError(f"{self.folder} exists and was not made by an extraction; choose another --out")
 
     def release(self) -> None:
         if self._lock is not None:

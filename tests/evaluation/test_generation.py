@@ -326,7 +326,7 @@ def test_which_samples_are_drawn(dit, shards, tmp_path):
     (["--samples-from", "{sets}/samples.npz", "--tokenizer", "x"], "--tokenizer belongs to --dit"),
     (["--samples-from", "{sets}/samples.npz", "--label", "x"], "--label belongs to --dit"),
     (["--samples-from", "{sets}/none.npz"], "none.npz does not exist"),
-    (["--samples-from", "{sets}/samples.npz", "--batch-size", "0"], "--batch-size 0"),
+    (["--samples-from", "{sets}/samples.npz", "--batch-size", "0"], "--batch-size: must be a whole number"),
     (["--dit", "{sets}"], "--dit needs --tokenizer"),
     (["--dit", "{sets}", "--tokenizer", "{sets}", "--size", "8"], "--size is for --samples-from"),
     (["--dit", "{sets}", "--tokenizer", "{sets}"], "no checkpoint"),
