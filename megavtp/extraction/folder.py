@@ -74,6 +74,7 @@ class UnfinishedLatents:
             raise self._cannot_write(error) from None
 
     def release(self) -> None:
+        """Let other processes have the folder."""
         if self._lock is not None:
             self._lock.close()
 
