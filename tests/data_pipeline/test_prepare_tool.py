@@ -93,13 +93,11 @@ def test_a_folder_of_shards_is_a_data_set_to_all(tmp_path, call):
     assert split_folder(flat, "train") == flat / "train"
 
 
-def test_a_name_that_nothing_can_encode_is_printed(tmp_path, call):
+def test_a_name_that_nothing_can_encode_is_refused(tmp_path, call):
     source = tmp_path / os.fsdecode(b"pictures-\xff")
     (source / "cat").mkdir(parents=True)
-    (source / "cat" / "a.png").write_bytes(encode(picture()))
     status, out, err = call("images", "--from", source, "--out", tmp_path / "out", "--workers", 1)
-    assert (status, err) == (0, "") and out.startswith("pictures-?: train 1")
-    json.loads((tmp_path / "out" / "dataset.json").read_text())["source"].encode()
+    assert (status, out) == (2, "") and err.startswith("error: argument --from: ") and err.count("\n") == 1
     assert str(UserError(f"{source} is odd")) == f"{tmp_path}/pictures-? is odd"
 
 
