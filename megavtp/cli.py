@@ -1,17 +1,34 @@
-"""How a launcher or tool ends: one line and exit status 2 for what the user can fix, no traceback."""
+"""How a launcher or tool is interrupted and ends: one line for what the user can fix or did, no traceback.
+
+Nothing heavy is imported here: the scripts call ``guard`` before the imports that take seconds.
+"""
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from types import FrameType
+from typing import NoReturn, TextIO
 
 from megavtp.errors import UserError
+
+INTERRUPTED = 130  # exit status after Ctrl-C (128 + SIGINT)
+
+
+def print_any_name() -> None:
+    """Let stdout escape what it cannot encode, as stderr does: a file's name need not be UTF-8."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call ``main`` and exit: its result or 0; 2 on ``UserError``, 130 on Ctrl-C, 141 if the pipe's reader left."""
+    print_any_name()
+    guard()
     try:
         status = main() or 0
         sys.stdout.flush()
@@ -19,10 +36,77 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
+        tell_interrupted()
+        status = INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout once more at exit, which would raise again: give it somewhere to write.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _lead_nowhere(sys.stdout.fileno())  # Python flushes stdout once more at exit, which would raise again
         status = 141
     sys.exit(status)
+
+
+def guard() -> None:
+    """From here on Ctrl-C ends the process with one line, also during imports; standard streams that were closed lead
+    nowhere, and not into the files that are opened next."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            _lead_nowhere(descriptor)
+            setattr(sys, name, open(descriptor, "w", closefd=False))  # noqa: SIM115
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is in the background of a script
+        signal.signal(signal.SIGINT, _on_interrupt)
+
+
+def go_on_unread() -> None:
+    """What is printed, and nobody reads any more, is dropped: no reason to stop for a long run."""
+    guard()
+    sys.stdout, sys.stderr = _forgiving(sys.stdout), _forgiving(sys.stderr)
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask a run to save its state and stop, besides Ctrl-C: SIGTERM, and SIGHUP of a terminal that was
+    closed unless that was ignored at the start, as by nohup."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGHUP)
+
+
+def tell_interrupted() -> None:
+    """Of several processes the first speaks."""
+    if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0":
+        print("interrupted", file=sys.stderr, flush=True)
+
+
+def _on_interrupt(signum: int, frame: FrameType | None) -> None:
+    """Modules of C code turn an exception in the midst of their import into others, or abort. So that ends at once."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            try:
+                tell_interrupted()
+            finally:
+                os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+class _Forgiving(io.FileIO):
+    def write(self, data: bytes) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:  # room may come back, a reader does not
+                _lead_nowhere(self.fileno())
+            return len(data)
+
+
+def _forgiving(stream: TextIO) -> TextIO:
+    stream.flush()
+    raw = _Forgiving(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        raw if stream.write_through else io.BufferedWriter(raw), stream.encoding, stream.errors,
+        line_buffering=stream.line_buffering, write_through=stream.write_through,
+    )
+
+
+def _lead_nowhere(descriptor: int) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    if null != descriptor:
+        os.dup2(null, descriptor)
+        os.close(null)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from functools import cache
 from pathlib import Path
@@ -18,10 +19,12 @@ Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Positive = Annotated[int, Field(gt=0, lt=1 << 53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
-# A form is a frozen dataclass; a value of another type is refused rather than converted, and so is an unknown key.
-form = pydantic_dataclasses.dataclass(
-    frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=False)
-)
+_STRICT = ConfigDict(cache_strings="keys", strict=True, extra="forbid", allow_inf_nan=False)
+# A form is a frozen dataclass; a value of another type is refused rather than converted, and so is an unknown key. A
+# file with versions has ``version: Literal[1]``: another one is told as such.
+form = pydantic_dataclasses.dataclass(frozen=True, config=_STRICT)
+# Of other projects' files, which may hold keys that nothing here reads.
+foreign_form = pydantic_dataclasses.dataclass(frozen=True, config={**_STRICT, "extra": "ignore"})
 
 
 def read_json(path: Path, expected: type[T], remedy: str) -> T:
@@ -31,7 +34,7 @@ def read_json(path: Path, expected: type[T], remedy: str) -> T:
         UserError: the file is missing, cannot be read, or holds something else; the message ends in ``remedy``.
     """
     try:
-        text = path.read_bytes()
+        text = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # some editors put it there
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {remedy}") from None
     except OSError as error:
@@ -44,7 +47,7 @@ def parse_json(text: bytes | str, expected: type[T], where: str, remedy: str) ->
     try:
         return _adapter(expected).validate_json(text, strict=True)
     except ValidationError as error:
-        raise UserError(f"{where} is damaged or of another kind ({_first(error)}); {remedy}") from None
+        raise UserError(f"{where} {_first(error)}; {remedy}") from None
 
 
 def check_form(value: Any, expected: type[T], where: str, remedy: str) -> T:
@@ -58,7 +61,13 @@ def _adapter(expected: Any) -> TypeAdapter:
 
 
 def _first(error: ValidationError) -> str:
-    """The first thing that is wrong, with the keys that lead to it."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(str(key) for key in first["loc"])
-    return f"{place}: {first['msg']}" if place else first["msg"]
+    """What is wrong in words: another version, which explains all the rest, or the first fault and where it lies."""
+    faults = error.errors(include_url=False)
+    for fault in faults:
+        if fault["loc"] == ("version",) and fault["type"] == "literal_error":
+            found, known = fault["input"], fault["ctx"]["expected"]
+            return f"has format version {repr(found)[:50]}, this MegaVTP reads {known} (another wrote it)"
+    first = faults[0]
+    place = repr(".".join(str(key) for key in first["loc"]))[1:-1][:200]  # keys are the file's, whatever they hold
+    text = first["msg"].replace("Invalid JSON:", "not JSON:")
+    return f"is damaged or of another kind ({f'{place}: ' if place else ''}{text})"

@@ -19,8 +19,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# The second is what DeepSpeed imports late: it compiles Muon's kernels, whichever optimizer is used.
-_PRELOADED = ["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "setuptools"]
+# Imported once, by the one server that all processes of all tests are forked from: they would cost each of them
+# seconds. The second is what DeepSpeed imports late: it compiles Muon's kernels, whichever optimizer is used.
+multiprocessing.get_context("forkserver").set_forkserver_preload([
+    "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "setuptools", "megavtp.training.launcher",
+    "megavtp.dit.launcher", "matplotlib.backends.backend_agg", "matplotlib.figure",
+])
 
 
 def free_port() -> int:
@@ -55,8 +59,6 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
     ``fn`` must be a top-level function. If a rank fails, all are ended and its traceback is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # Forked from a clean process that has the imports done: they would cost each worker seconds.
-        multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
         context = mp.start_processes(
             _worker, (world_size, free_port(), folder, timeout, fn, args), nprocs=world_size, join=False,
             start_method="forkserver",

@@ -23,9 +23,7 @@ SCRIPT = ROOT / "launchers" / "pretrain.py"
 Hook = Callable[[int], None]
 KEYS = ("terms", "grad_norm", "tower_grad_norms", "lr")  # of a step's line, that do not depend on time
 
-_context = multiprocessing.get_context("forkserver")
-# Seconds of imports, once for all ranks of all tests; the same as in `distributed`, there is one server.
-_context.set_forkserver_preload(["torch", "torch._dynamo", "deepspeed"])
+_context = multiprocessing.get_context("forkserver")  # `distributed` says what is preloaded
 
 
 class Ranks:

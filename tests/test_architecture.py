@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megavtp"
 # A part may import from parts of a lower level, and from itself.
 LEVELS = {
-    "errors": 0, "pixels": 0, "cli": 1, "config": 1, "json_file": 1, "parallel": 2, "nn": 3, "models": 4,
+    "errors": 0, "pixels": 0, "cli": 1, "options": 1, "config": 1, "json_file": 1, "parallel": 2, "nn": 3, "models": 4,
     "objectives": 5, "data": 2, "planning": 6, "checkpoint": 6, "tokenizer": 7, "extraction": 8, "sampling": 8,
     "evaluation": 9, "training": 10,
 }

@@ -17,19 +17,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
 from megavtp.cli import run  # noqa: E402
+from megavtp.options import Options, new_path, place, place_name  # noqa: E402
 
 
 def parse() -> argparse.Namespace:
     formats = ("native", "hf-vtp", "lightningdit")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="source", type=Path, required=True, metavar="PATH", help="checkpoint to read")
+    parser = Options(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="source", type=place, required=True, metavar="PATH", help="checkpoint to read")
     parser.add_argument("--to", required=True, choices=formats, help="form to write")
-    parser.add_argument("--out", type=Path, required=True, help="new folder (lightningdit: a .pt file)")
+    parser.add_argument("--out", type=new_path, required=True, help="new folder (lightningdit: a .pt file)")
     parser.add_argument("--from-format", choices=formats, help="form of --from (default: found out)")
-    parser.add_argument("--captions", help='caption tokenizer: "clip", a file, or "none" (default: the model\'s own)')
-    parser.add_argument("--statistics", type=Path, help="latents_stats.pt of a tokenizer, to carry along with it")
-    parser.add_argument("--decoder", type=Path, help="tokenizer of the same encoder, whose pixel decoder is taken")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, or latents, that a DiT belongs to")
+    parser.add_argument("--captions", type=place_name, help='"clip", a file, or "none" (default: the model\'s own)')
+    parser.add_argument("--statistics", type=place, help="latents_stats.pt of a tokenizer, to carry along with it")
+    parser.add_argument("--decoder", type=place, help="tokenizer of the same encoder, whose pixel decoder is taken")
+    parser.add_argument("--tokenizer", type=place, help="folder of the tokenizer, or latents, that a DiT belongs to")
     parser.add_argument(
         "--module-prefix", action="store_true",
         help='to lightningdit: "module." before the keys of the trained weights, as its own training resumes from',

@@ -15,7 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
+from megavtp.cli import guard  # noqa: E402
 from megavtp.dit.sampling.options import add_sampling_options  # noqa: E402
+from megavtp.options import BATCH, IMAGES, PIXELS, Options, new_file, place, place_name  # noqa: E402
 
 GENERATION = """Distances of generated images to a reference: gFID, KID, precision and recall with the weights of
 Inception, FD-EfficientNet and its like without. docs/metrics.md says which numbers can be compared.
@@ -29,46 +31,46 @@ Inception, FD-EfficientNet and its like without. docs/metrics.md says which numb
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="of a run, or a released model's folder")
-    parser.add_argument("--data", type=Path, required=True, help="data set: a folder with test/, and train/ for k-NN")
-    parser.add_argument("--split", default="test", help="folder in --data to measure on (default: test)")
+    parser = Options(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=place, required=True, help="of a run, or a released model's folder")
+    parser.add_argument("--data", type=place, required=True, help="data set: a folder with test/, and train/ for k-NN")
+    parser.add_argument("--split", type=place_name, default="test", help="folder in --data to measure (default: test)")
     parser.add_argument("--untrained", action="store_true", help="also measure a freshly initialised model")
-    parser.add_argument("--captions", help='tokenizer: "clip" or a .model file (default: the one of the run)')
-    parser.add_argument("--max-samples", type=int, help="of each split (default: the run's evaluation.max_samples)")
-    parser.add_argument("--batch-size", type=int, help="images at a time (default: the run's evaluation.batch_size)")
+    parser.add_argument("--captions", type=place_name, help='"clip" or a tokenizer\'s file (default: the run\'s)')
+    parser.add_argument("--max-samples", type=IMAGES, help="of each split (default: the run's evaluation.max_samples)")
+    parser.add_argument("--batch-size", type=BATCH, help="images at a time (default: the run's evaluation.batch_size)")
     parser.add_argument("--device", default="auto", help="of a single process: auto, cpu, cuda or cuda:N")
     parser.add_argument("--frechet", action="store_true", help="also FD-EfficientNet of the reconstructions")
-    parser.add_argument("--inception", type=Path, help="file of FID's Inception weights: also rFID, instead of that")
-    parser.add_argument("--out", type=Path, help="write all metrics to this JSON file")
-    parser.add_argument("--pictures", type=Path, help="write a grid of inputs and reconstructions to this PNG file")
+    parser.add_argument("--inception", type=place, help="file of FID's Inception weights: also rFID, not that")
+    parser.add_argument("--out", type=new_file(), help="write all metrics to this JSON file")
+    parser.add_argument("--pictures", type=new_file(), help="write inputs and reconstructions to this PNG file")
     return parser.parse_args(arguments)
 
 
 def parse_generation(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Options(
         "evaluate.py generation", description=GENERATION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--samples-from", type=Path, help="folder of images, or .npz of ADM's form")
-    source.add_argument("--dit", type=Path, help="checkpoint of a DiT, which draws the samples")
-    parser.add_argument("--tokenizer", type=Path, help="with --dit: folder of the tokenizer whose latents it makes")
+    source.add_argument("--samples-from", type=place, help="folder of images, or .npz of ADM's form")
+    source.add_argument("--dit", type=place, help="checkpoint of a DiT, which draws the samples")
+    parser.add_argument("--tokenizer", type=place, help="with --dit: folder of the tokenizer whose latents it makes")
     parser.add_argument(
-        "--reference", type=Path, required=True,
+        "--reference", type=place, required=True,
         help="folder of shards (or with train/), folder of images, or .npz with images, statistics or both",
     )
-    parser.add_argument("--samples", type=int, help="how many (default: all there are; with --dit 10000)")
-    parser.add_argument("--reference-samples", type=int, help="at most so many images (default: all)")
-    parser.add_argument("--size", type=int, help="crop and resize to this many pixels (default: the samples' own)")
-    parser.add_argument("--inception", type=Path, help="file of FID's Inception weights (default: EfficientNet-Lite0)")
+    parser.add_argument("--samples", type=IMAGES, help="how many (default: all there are; with --dit 10000)")
+    parser.add_argument("--reference-samples", type=IMAGES, help="at most so many images (default: all)")
+    parser.add_argument("--size", type=PIXELS, help="crop and resize to this many pixels (default: the samples' own)")
+    parser.add_argument("--inception", type=place, help="file of FID's Inception weights (else EfficientNet-Lite0)")
     parser.add_argument(
         "--scale", action="store_true", help="also measure the reference's images blurred, an untrained DiT's, noise"
     )
     parser.add_argument("--label", help="with --dit: classes as often as in this key of the reference's metadata")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time on each process (default: 64)")
+    parser.add_argument("--batch-size", type=BATCH, default=64, help="images at a time on each process (default: 64)")
     parser.add_argument("--device", default="auto", help="of a single process: auto, cpu, cuda or cuda:N")
-    parser.add_argument("--out", type=Path, help="write everything to this JSON file")
-    parser.add_argument("--save-reference", type=Path, help="write the reference's statistics to this .npz file")
+    parser.add_argument("--out", type=new_file(), help="write everything to this JSON file")
+    parser.add_argument("--save-reference", type=new_file(".npz"), help="write the reference's statistics to this file")
     add_sampling_options(parser.add_argument_group("with --dit, how samples are drawn"))
     return parser.parse_args(arguments)
 
@@ -118,6 +120,7 @@ def generation(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    guard()
     # Parsed before the imports, which take seconds. The deepspeed launcher puts an option of its own in front.
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     if words[:1] == ["generation"]:

@@ -18,20 +18,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
+from megavtp.cli import guard  # noqa: E402
+from megavtp.options import BAD, BATCH, WORKERS, Options, new_folder, place, place_name  # noqa: E402
+
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="checkpoint of a run, or a released folder")
-    parser.add_argument("--data", type=Path, required=True, help="data set: a folder of shards, or with train/")
-    parser.add_argument("--split", help="folder in --data (default: train, if --data holds no shards itself)")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make, or to go on with")
+    parser = Options(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=place, required=True, help="checkpoint of a run, or a released folder")
+    parser.add_argument("--data", type=place, required=True, help="data set: a folder with train/, or of shards")
+    parser.add_argument("--split", type=place_name, default="train", help="split of --data (default: train)")
+    parser.add_argument("--out", type=new_folder, required=True, help="folder to make, or to go on with")
     parser.add_argument("--label", help="key of the metadata that names a sample's class (default: all are class 0)")
     parser.add_argument("--no-flip", dest="flip", action="store_false", help="no latents of the mirrored images")
     parser.add_argument("--captions", action="store_true", help="also caption features, for model.condition=caption")
-    parser.add_argument("--batch-size", type=int, default=32, help="images at a time (default: 32)")
+    parser.add_argument("--batch-size", type=BATCH, default=32, help="images at a time (default: 32)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model (default: fp32)")
-    parser.add_argument("--workers", type=int, help="processes that decode, for each that encodes (default: 4; CPU: 0)")
-    parser.add_argument("--max-bad", type=int, default=1000, help="unreadable samples that a process may leave out")
+    parser.add_argument(
+        "--workers", type=WORKERS, help="processes that decode, for each that encodes (default: 4; CPU: 0)"
+    )
+    parser.add_argument("--max-bad", type=BAD, default=1000, help="unreadable samples that a process may leave out")
     parser.add_argument("--device", default="auto", help="of a single process: auto, cpu, cuda or cuda:N")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
     return parser.parse_args()
@@ -41,10 +46,11 @@ def main(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     import torch
 
-    from megavtp.data.shards import shards_at
+    from megavtp.data.shards import split_folder
     from megavtp.evaluation.tokenizer.checkpoint import choose_device
     from megavtp.extraction.job import Extraction, ExtractionSettings
     from megavtp.launch.tool import join_others
+    from megavtp.parallel.collectives import together
     from megavtp.tokenizer import load_tokenizer
 
     settings = ExtractionSettings(
@@ -55,7 +61,7 @@ def main(options: argparse.Namespace) -> None:
         options.tokenizer, device, torch.bfloat16 if options.precision == "bf16" else torch.float32
     )
     workers = options.workers if options.workers is not None else 4 if device.type == "cuda" else 0
-    data = (None if options.split else shards_at(options.data)) or options.data / (options.split or "train")
+    data = together(lambda: split_folder(options.data, options.split))
     job = Extraction(
         tokenizer, data, options.out, settings, mesh, workers=workers, max_bad=options.max_bad,
         quiet=mesh.rank > 0 or not sys.stderr.isatty(),
@@ -74,6 +80,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    guard()
     told = parse()  # before the imports, which take seconds
     from megavtp.launch.tool import run_tool
 

@@ -17,22 +17,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
 from megavtp.cli import run  # noqa: E402
+from megavtp.options import Options, place, real, whole  # noqa: E402
 
 CLIP_VOCABULARY = 49_408
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="YAML recipe (default: the demo's)")
-    parser.add_argument("--gpus", type=int, required=True, help="how many, over all nodes")
+    parser = Options(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=place, help="YAML recipe (default: the demo's)")
+    parser.add_argument("--gpus", type=whole(1, 1_000_000), required=True, help="how many, over all nodes")
     parser.add_argument("--device", default="h100", help="a100, h100, h200, ... (default: h100)")
-    parser.add_argument("--memory", type=float, help="GiB of one (default: the device's)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="(default: 8)")
+    parser.add_argument("--memory", type=real(0, 100_000, above=True), help="GiB of one (default: the device's)")
+    parser.add_argument("--gpus-per-node", type=whole(1, 1024), default=8, help="(default: 8)")
     parser.add_argument(
-        "--margin", type=float, default=0.1,
+        "--margin", type=real(0, 1, below=True), default=0.1,
         help="part of the memory left to the context, the communication library and gaps (default: 0.1)",
     )
-    parser.add_argument("--top", type=int, default=5, help="layouts to print (default: 5)")
+    parser.add_argument("--top", type=whole(1, 1000), default=5, help="layouts to print (default: 5)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the recipe's")
     options = parser.parse_args()
     return options, options.overrides
@@ -50,10 +51,6 @@ def main() -> int:
     from megavtp.planning.summary import parameter_counts
     from megavtp.training.optimizer import parameter_groups
 
-    need(options.gpus >= 1, f"--gpus {options.gpus}: must be at least 1")
-    need(options.gpus_per_node >= 1, f"--gpus-per-node {options.gpus_per_node}: must be at least 1")
-    need(options.top >= 1, f"--top {options.top}: must be at least 1")
-    need(0 <= options.margin < 1, f"--margin {options.margin:g}: must be from 0 to below 1")
     device = find_device(options.device)
     memory = device.memory if options.memory is None else options.memory
     config = load_config(options.config, overrides)

@@ -16,49 +16,64 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
 from megavtp.cli import run  # noqa: E402
+from megavtp.options import BAD, IMAGES, SEED, WORKERS, Options, new_folder, place, real, whole  # noqa: E402
+
+# Of a caption tokenizer: 256 bytes, what is reserved and a piece; as many pieces as sentencepiece begins with.
+LEAST_IDS, MOST_IDS = 272, 1_000_000
+IMAGE_AREA = whole(1, 10_000_000_000)
+
+
+def ids_or_none(text: str) -> int:
+    return 0 if text == "0" else whole(LEAST_IDS, MOST_IDS)(text)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Options(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     workers = min(os.cpu_count() or 1, 8)
 
-    def add(name: str, text: str) -> argparse.ArgumentParser:
+    def add(name: str, text: str) -> Options:
         defaults = argparse.ArgumentDefaultsHelpFormatter
         sub = commands.add_parser(name, help=text, description=text, formatter_class=defaults)
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
         return sub
 
-    def add_writer(name: str, text: str, fraction: float, vocab: int) -> argparse.ArgumentParser:
+    def add_writer(name: str, text: str, fraction: float, vocab: int) -> Options:
         sub = add(name, text)
-        sub.add_argument("--out", required=True, help="folder to make, with train/, test/ and captions.model")
-        sub.add_argument("--test-fraction", type=float, default=fraction, help="share that goes to test/")
-        sub.add_argument("--vocab-size", type=int, default=vocab, help="ids of the caption tokenizer, at most")
-        sub.add_argument("--shard-size", type=int, default=1000, help="samples of one shard, at most")
-        sub.add_argument("--seed", type=int, default=0, help="of the split and of the order")
-        sub.add_argument("--workers", type=int, default=workers, help="processes")
+        out = "folder to make, with train/, test/ and captions.model"
+        sub.add_argument("--out", type=new_folder, required=True, help=out)
+        share = real(0, 1, below=True)
+        sub.add_argument("--test-fraction", type=share, default=fraction, help="share that goes to test/")
+        ids = whole(LEAST_IDS, MOST_IDS)
+        sub.add_argument("--vocab-size", type=ids, default=vocab, help="ids of the caption tokenizer, at most")
+        sub.add_argument("--shard-size", type=IMAGES, default=1000, help="samples of one shard, at most")
+        sub.add_argument("--seed", type=SEED, default=0, help="of the split and of the order")
+        sub.add_argument("--workers", type=WORKERS, default=workers, help="processes")
         sub.add_argument("--overwrite", action="store_true", help="replace the data set at --out")
         return sub
 
     emoji = add_writer("emoji", "draw the emoji demonstration set", 0.1, 2048)
-    emoji.add_argument("--size", type=int, default=144, help="pixels of a side")
+    emoji.add_argument("--size", type=whole(8, 2048), default=144, help="pixels of a side")
     emoji.add_argument("--no-skin-tones", dest="skin_tones", action="store_false", help="leave these variants out")
 
     images = add_writer("images", "shards from a folder of images or a table of paths and captions", 0.05, 8192)
-    images.add_argument("--from", dest="source", required=True, help="folder, .csv, .tsv or .jsonl")
-    images.add_argument("--size", type=int, default=0, help="reduce the shorter side to so many pixels; 0 = keep")
-    images.add_argument("--max-bad", type=int, default=1000, help="bad images and captions to skip before giving up")
-    images.add_argument("--max-pixels", type=int, default=64_000_000, help="larger images are bad")
+    images.add_argument("--from", dest="source", type=place, required=True, help="folder, .csv, .tsv or .jsonl")
+    images.add_argument("--size", type=whole(0, 16_384), default=0, help="pixels of the shorter side at most; 0 = keep")
+    images.add_argument("--max-bad", type=BAD, default=1000, help="bad images and captions to skip before giving up")
+    images.add_argument("--max-pixels", type=IMAGE_AREA, default=64_000_000, help="larger images are bad")
 
-    index = add("index", "index existing WebDataset shards: a folder of .tar files, or one with train/ and test/")
-    index.add_argument("folder")
-    index.add_argument("--vocab-size", type=int, default=0, help="make captions.model of so many ids; 0 = none")
-    index.add_argument("--max-bad", type=int, default=1000, help="bad samples to leave out before giving up")
+    index = add("index", "index existing WebDataset shards: a folder with train/ and test/, or one of .tar files")
+    index.add_argument(
+        "folder", type=place, help="data set, which training takes as data.root; captions.model is made in it"
+    )
+    index.add_argument("--vocab-size", type=ids_or_none, default=0, help="make captions.model of so many ids; 0 = none")
+    index.add_argument("--overwrite", action="store_true", help="replace a captions.model that is there")
+    index.add_argument("--max-bad", type=BAD, default=1000, help="bad samples to leave out before giving up")
 
     check = add("check", "decode every sample and name the bad ones; status 1 if there are any")
-    check.add_argument("folder", help="folder of indexed shards, or one with train/ and test/")
-    check.add_argument("--max-pixels", type=int, default=64_000_000, help="larger images are bad")
-    check.add_argument("--workers", type=int, default=workers, help="processes")
+    check.add_argument("folder", type=place, help="data set: a folder with train/ and test/, or of indexed shards")
+    check.add_argument("--max-pixels", type=IMAGE_AREA, default=64_000_000, help="larger images are bad")
+    check.add_argument("--workers", type=WORKERS, default=workers, help="processes")
     return parser.parse_args()
 
 

@@ -17,19 +17,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
-from megavtp.dit.sampling.options import add_sampling_options  # noqa: E402
+from megavtp.cli import guard  # noqa: E402
+from megavtp.dit.sampling.options import add_sampling_options, place_of_samples  # noqa: E402
+from megavtp.options import BATCH, IMAGES, Options, place  # noqa: E402
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dit", type=Path, required=True, help="checkpoint of a DiT")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the tokenizer whose latents it makes")
+    parser = Options(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dit", type=place, required=True, help="checkpoint of a DiT")
+    parser.add_argument("--tokenizer", type=place, required=True, help="folder of the tokenizer of its latents")
     parser.add_argument("--classes", help='labels or names, with commas, or "all"')
     parser.add_argument("--caption", action="append", help="of a DiT that takes captions; may be given several times")
-    parser.add_argument("--per-class", type=int, default=8, help="images of each class or caption (default: 8)")
-    parser.add_argument("--out", type=Path, required=True, help="sheet.png, file.npz (ADM's form) or a new folder")
+    parser.add_argument("--per-class", type=IMAGES, default=8, help="images of each class or caption (default: 8)")
+    parser.add_argument("--out", type=place_of_samples, required=True, help="x.png, x.npz (ADM's form) or a new folder")
     add_sampling_options(parser)
-    parser.add_argument("--batch-size", type=int, default=32, help="images at a time on each process (default: 32)")
+    parser.add_argument("--batch-size", type=BATCH, default=32, help="images at a time on each process (default: 32)")
     parser.add_argument("--device", default="auto", help="of a single process: auto, cpu, cuda or cuda:N")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
     return parser.parse_args()
@@ -50,7 +52,7 @@ def main(options: argparse.Namespace) -> None:
         options.dit, options.tokenizer, settings_of(options), device, average=options.weights == "average",
         dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32,
     )
-    samples = samples_of(sampler.dit, options.classes, options.caption, options.per_class, options.batch_size)
+    samples = samples_of(sampler.dit, options.classes, options.caption, options.per_class)
     first = mesh.rank == 0
     with open_output(options.out, names_of(sampler.dit, samples)) if first else nullcontext() as add:
         quiet = not (first and sys.stderr.isatty())
@@ -62,6 +64,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    guard()
     told = parse()  # before the imports, which take seconds
     from megavtp.launch.tool import run_tool
 

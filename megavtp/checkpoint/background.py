@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from megavtp.launch import phase
+
 
 class BackgroundTask:
     """Run functions in a thread, one after the other; an error surfaces in the next ``wait`` or ``start``.
@@ -33,7 +35,8 @@ class BackgroundTask:
     def wait(self) -> None:
         """Return when nothing runs; raises the last function's error, once."""
         if self._thread is not None:
-            self._thread.join()
+            with phase.handed_to(self._thread):
+                self._thread.join()
             self._thread = None
         error, self._error = self._error, None
         if error is not None:

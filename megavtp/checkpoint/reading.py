@@ -9,31 +9,77 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megavtp.checkpoint.tensor_file import DTYPE_NAMES
+from megavtp.config.load import from_dict
 from megavtp.errors import UserError
+from megavtp.json_file import Count, check_form, form, parse_json
 
 FORMAT = "megavtp-checkpoint"
 VERSION = 1
 INDEX = "checkpoint.json"
 LATEST = "latest"  # the link to the newest
 STEP_FOLDER = re.compile(r"step-(\d{8,})(\.replaced-.+)?")  # the second form: a good one in the middle of a swap
+_STEP_IN_NAME = re.compile(r"step-(\d{8,})(?:\.|$)")
 _PARTIAL_FOLDER = re.compile(r"step-(\d{8,})\.partial-.+")
 _TENSOR_FILE = re.compile(r"tensors-\d{5}\.safetensors")  # nothing else is opened: an index cannot name ../secrets
 _HASHERS = 8  # threads; hashlib releases the interpreter lock
+_OTHER = "use another checkpoint"
+_CODES = {str(dtype).removeprefix("torch."): code for dtype, code in DTYPE_NAMES.items()}
+_Dtype = Literal[*_CODES]
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+@form
+class FileFacts:
+    size: Count
+    sha256: str
+
+
+@form
+class TensorFacts:
+    file: str
+    shape: list[Count]
+    dtype: _Dtype
+
+
+@form
+class Part:
+    """What one writer contributes: facts of its file and its tensors, by name."""
+
+    files: dict[str, FileFacts]
+    tensors: dict[str, TensorFacts]
+
+
+@form
+class Index(Part):
+    """``checkpoint.json``."""
+
+    format: Literal[FORMAT]
+    version: Literal[VERSION]
+    step: Count
+    meta: dict[str, Any]
+    digest: str
 
 
 def step_folder(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def named_step(folder: str) -> int | None:
+    """The step that a folder's name says, None if it says none."""
+    named = _STEP_IN_NAME.match(folder)
+    return int(named[1]) if named else None
 
 
 def digest_of(index: dict[str, Any]) -> str:
@@ -49,11 +95,14 @@ class Checkpoint:
     from pruning it.
     """
 
-    def __init__(self, path: Path, index: dict[str, Any], lock: int):
+    def __init__(self, path: Path, index: Index, lock: int):
         self.path = path
-        self.step: int = index["step"]
-        self.meta: dict[str, Any] = index["meta"]
-        self._tensors: dict[str, dict[str, Any]] = index["tensors"]
+        self.step = index.step
+        self.meta = index.meta
+        self._tensors = index.tensors
+        self._told: dict[str, dict[str, tuple[str, list[int]]]] = {file: {} for file in index.files}  # by file
+        for name, tensor in index.tensors.items():
+            self._told[tensor.file][name] = (_CODES[tensor.dtype], tensor.shape)
         self._handles: dict[str, Any] = {}
         self._lock: int | None = lock
 
@@ -66,14 +115,29 @@ class Checkpoint:
         return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._entry(name)["shape"])
+        return tuple(self._entry(name).shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        return getattr(torch, self._entry(name)["dtype"])
+        return getattr(torch, self._entry(name).dtype)
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor, on the host."""
         return self._handle(name).get_tensor(name)
+
+    def fact(self, name: str, expected: type[T]) -> T:
+        """An entry of the meta data in the expected form, see ``json_file``. UserError if it is missing or another."""
+        return check_form(self.meta.get(name), expected, f"{self.path}: its meta.{name}", _OTHER)
+
+    def config(self, root: type[T], checked: Callable[[T], T]) -> T:
+        """The configuration of the run that wrote it, a ``root``, as ``checked`` returns it.
+
+        Raises:
+            UserError: it is none, or ``checked`` refuses it.
+        """
+        try:
+            return checked(from_dict(self.fact("config", dict[str, Any]), root))
+        except UserError as error:
+            raise UserError(f"{self.path}: its configuration cannot be used: {error}; {_OTHER}") from None
 
     def close(self) -> None:
         """Let go of the files and of the lock against pruning."""
@@ -91,27 +155,44 @@ class Checkpoint:
     def __del__(self) -> None:
         self.close()
 
-    def _entry(self, name: str) -> dict[str, Any]:
+    def _entry(self, name: str) -> TensorFacts:
         if name not in self._tensors:
             raise UserError(f"{self.path}: no tensor {name!r} in this checkpoint; was it saved by another recipe?")
         return self._tensors[name]
 
     def _handle(self, name: str) -> Any:
-        file = self._entry(name)["file"]
+        file = self._entry(name).file
         if file not in self._handles:
-            try:
-                self._handles[file] = safe_open(self.path / file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{self.path / file}: cannot be read ({error}); use another checkpoint") from error
+            self._handles[file] = self._open(file)
         return self._handles[file]
+
+    def _open(self, file: str) -> Any:
+        """The file, whose header must tell the same of its tensors as the index: a digest cannot know."""
+        path = self.path / file
+        try:
+            handle = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); {_OTHER}") from error
+        slices = {name: handle.get_slice(name) for name in handle.keys()}
+        found = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+        if found != (told := self._told[file]):
+            wrong = sorted(name for name in found.keys() | told.keys() if found.get(name) != told.get(name))
+            raise UserError(f"{path}: {INDEX} tells something else of its tensor {wrong[0]!r}; {_OTHER}")
+        return handle
+
+    def check_headers(self) -> None:
+        """Open every file once, as reading a tensor of it does. UserError if one does not hold what the index says."""
+        for file in self._told:
+            self._open(file)
 
 
 def open_checkpoint(path: str | Path, verify: bool | Literal["sizes"] = True) -> Checkpoint:
     """Open one checkpoint folder; by the name ``latest`` the newest beside it that verifies, wherever the link leads: a
     run may have been killed before it was set. Each skipped one is logged with the reason.
 
-    ``verify``: True compares every file's size and SHA-256 with the index; "sizes" (or False) only the sizes, for the
-    other ranks of a job whose first rank compares the hashes. Raises UserError that names the bad file and the remedy.
+    ``verify``: True compares every file's size, SHA-256 and header with the index; "sizes" (or False) only the sizes,
+    and the header of a file that is read, for the other ranks of a job whose first rank compares all. Raises UserError
+    that names the bad file and the remedy.
     """
     path = Path(path)
     for _, newest in _newest_first(path.parent) if path.name == LATEST else ():
@@ -121,14 +202,16 @@ def open_checkpoint(path: str | Path, verify: bool | Literal["sizes"] = True) ->
             log.warning("checkpoint skipped: %s", error)
     path = path.resolve()
     lock, index = _read_index(path)
+    checkpoint = Checkpoint(path, index, lock)
     try:
         _check_sizes(path, index)
         if verify is True:
             _check_hashes(path, index)
+            checkpoint.check_headers()
     except BaseException:
-        os.close(lock)
+        checkpoint.close()
         raise
-    return Checkpoint(path, index, lock)
+    return checkpoint
 
 
 def find_latest(
@@ -195,7 +278,7 @@ def try_exclusive(path: Path) -> int | None:
     return descriptor
 
 
-def _read_index(path: Path) -> tuple[int, dict[str, Any]]:
+def _read_index(path: Path) -> tuple[int, Index]:
     """The locked descriptor of the index, and the checked index."""
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint folder; check the path")
@@ -221,46 +304,38 @@ def _read_index(path: Path) -> tuple[int, dict[str, Any]]:
         raise
 
 
-def _parse_index(path: Path, text: bytes) -> dict[str, Any]:
-    try:
-        index = json.loads(text)
-    except ValueError:
-        raise UserError(f"{path}: damaged (not JSON); use another checkpoint") from None
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise UserError(f"{path}: not the index of a MegaVTP checkpoint; use a folder that MegaVTP wrote")
-    if index.get("version") != VERSION:
-        raise UserError(
-            f"{path}: format version {index.get('version')!r}, this MegaVTP reads {VERSION}; "
-            "use the version of MegaVTP that wrote it"
-        )
-    if index.get("digest") != digest_of(index) or not {"step", "meta", "files", "tensors"} <= index.keys():
-        raise UserError(f"{path}: damaged (its content does not match its digest); use another checkpoint")
-    for name in {*index["files"], *(entry["file"] for entry in index["tensors"].values())}:
-        if not _TENSOR_FILE.fullmatch(name) or name not in index["files"]:
+def _parse_index(path: Path, text: bytes) -> Index:
+    index = parse_json(text, Index, str(path), _OTHER)
+    if index.digest != digest_of(parse_json(text, dict[str, Any], str(path), _OTHER)):
+        raise UserError(f"{path}: damaged (its content does not match its digest); {_OTHER}")
+    for name in {*index.files, *(tensor.file for tensor in index.tensors.values())}:
+        if not _TENSOR_FILE.fullmatch(name) or name not in index.files:
             raise UserError(f"{path}: names the unexpected file {name!r}; use a folder that MegaVTP wrote")
+    if named_step(path.parent.name) not in (None, index.step):
+        raise UserError(f"{path}: is of step {index.step}, the folder's name says another; rename the folder")
     return index
 
 
-def _check_sizes(path: Path, index: dict[str, Any]) -> None:
-    for name, facts in index["files"].items():
+def _check_sizes(path: Path, index: Index) -> None:
+    for name, facts in index.files.items():
         try:
             size = (path / name).stat().st_size
         except OSError as error:
-            raise UserError(f"{path / name}: missing ({error.strerror}); use another checkpoint") from error
-        if size != facts["size"]:
-            raise UserError(f"{path / name}: has {size} bytes instead of {facts['size']}; use another checkpoint")
+            raise UserError(f"{path / name}: missing ({error.strerror}); {_OTHER}") from error
+        if size != facts.size:
+            raise UserError(f"{path / name}: has {size} bytes instead of {facts.size}; {_OTHER}")
 
 
-def _check_hashes(path: Path, index: dict[str, Any]) -> None:
-    def check(item: tuple[str, dict[str, Any]]) -> None:
+def _check_hashes(path: Path, index: Index) -> None:
+    def check(item: tuple[str, FileFacts]) -> None:
         name, facts = item
         try:
             with open(path / name, "rb") as file:
                 actual = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise UserError(f"{path / name}: cannot be read ({error.strerror}); use another checkpoint") from error
-        if actual != facts["sha256"]:
-            raise UserError(f"{path / name}: damaged (SHA-256 differs); use another checkpoint")
+            raise UserError(f"{path / name}: cannot be read ({error.strerror}); {_OTHER}") from error
+        if actual != facts.sha256:
+            raise UserError(f"{path / name}: damaged (SHA-256 differs); {_OTHER}")
 
     with ThreadPoolExecutor(_HASHERS) as pool:
-        list(pool.map(check, index["files"].items()))
+        list(pool.map(check, index.files.items()))

@@ -22,6 +22,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from megavtp.checkpoint.reading import (
     STEP_FOLDER,
     VERSION,
     Checkpoint,
+    Part,
     digest_of,
     find_latest,
     open_checkpoint,
@@ -43,6 +45,8 @@ from megavtp.checkpoint.reading import (
 )
 from megavtp.checkpoint.tensor_file import flush_folder, write_tensors, write_text
 from megavtp.errors import UserError
+from megavtp.json_file import read_json
+from megavtp.launch import phase
 
 __all__ = ["Checkpoint", "CheckpointStore", "find_latest", "open_checkpoint"]
 
@@ -114,14 +118,16 @@ class CheckpointStore:
             _write_part(partial, writer, tensors)
             tensors.clear()  # the host memory is free while writer 0 waits
             if writer == 0:
-                self._publish(partial, step, json.loads(meta_text), self._wait_for_parts(partial, writers))
+                with phase.waiting_for_others():
+                    parts = self._wait_for_parts(partial, writers)
+                self._publish(partial, step, json.loads(meta_text), parts)
         except OSError as error:
             remedy = "free disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the folder"
             message = f"checkpoint {partial}: could not be written ({error.strerror or error}); {remedy}, then restart"
             _leave_note(partial, writer, message)
             raise UserError(message) from error
 
-    def _wait_for_parts(self, partial: Path, writers: int) -> list[dict[str, Any]]:
+    def _wait_for_parts(self, partial: Path, writers: int) -> list[Part]:
         deadline = time.monotonic() + self._part_timeout
         pause = 0.01
         while True:
@@ -130,7 +136,8 @@ class CheckpointStore:
                 raise UserError((partial / note).read_text(encoding="utf-8"))
             missing = [index for index in range(writers) if _part_name(index) not in present]
             if not missing:
-                return [json.loads((partial / _part_name(index)).read_bytes()) for index in range(writers)]
+                paths = (partial / _part_name(index) for index in range(writers))
+                return [read_json(path, Part, "check the file system, then restart") for path in paths]
             if time.monotonic() > deadline:
                 raise UserError(
                     f"checkpoint {partial}: no part from writer(s) {', '.join(map(str, missing))} within "
@@ -139,11 +146,11 @@ class CheckpointStore:
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
 
-    def _publish(self, partial: Path, step: int, meta: Any, parts: list[dict[str, Any]]) -> None:
+    def _publish(self, partial: Path, step: int, meta: Any, parts: list[Part]) -> None:
         index: dict[str, Any] = {
             "format": FORMAT, "version": VERSION, "step": step, "meta": meta, "files": {}, "tensors": {},
         }
-        for part in parts:
+        for part in map(asdict, parts):
             twice = index["tensors"].keys() & part["tensors"].keys()
             assert not twice, f"two writers gave the tensors {sorted(twice)}"
             index["tensors"].update(part["tensors"])

@@ -12,9 +12,12 @@ import yaml
 
 from megavtp.config.schema import Config
 from megavtp.config.typed import build, hints, unknown
-from megavtp.errors import UserError
+from megavtp.errors import UserError, is_text
 
 C = TypeVar("C")
+_MOST_VALUES = 10_000  # of a file; a whole recipe has some 150
+_MOST_LEVELS = 32
+_TOO_DEEP = f"nested too deeply, {_MOST_LEVELS} levels are the most"
 DEMO_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo" / "vtp_emoji.yaml"
 
 
@@ -65,7 +68,26 @@ def _plain(value: Any) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that refuses a key written twice (YAML lets the last one win, silently)."""
+    """A SafeLoader that refuses a key written twice (YAML lets the last one win, silently), and aliases of aliases
+    that stand for more than a file could hold."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._depth = self._count = 0  # of the node being read; nodes so far, each alias as many as it stands for
+        self._sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        alias, mark, before = self.check_event(yaml.AliasEvent), self.peek_event().start_mark, self._count
+        self._depth += 1
+        if self._depth > _MOST_LEVELS:
+            raise yaml.composer.ComposerError(None, None, _TOO_DEEP, mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        self._count += self._sizes.get(node, _MOST_VALUES) if alias else 1  # of itself: without end
+        if self._count > _MOST_VALUES:
+            raise yaml.composer.ComposerError(None, None, f"more than {_MOST_VALUES:,} values", mark)
+        self._sizes.setdefault(node, self._count - before)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -97,24 +119,49 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such config file; the shipped recipes are under configs/") from None
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot read the config file: {e}") from None
-    try:
-        if path.suffix == ".json":
-            values = json.loads(text, object_pairs_hook=_unique)
-        else:
-            values = yaml.load(text, _Loader)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}, line {e.lineno}: not JSON: {e.msg}") from None
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: {getattr(e, 'problem', None) or e}") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply") from None
+    values = _parse(text, str(path), is_json=path.suffix == ".json")
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
     return values
+
+
+def _parse(text: str, where: str, is_json: bool = False, is_file: bool = True) -> Any:
+    """The value that a YAML or JSON text stands for. UserError, which begins with ``where``: bad syntax, and what no
+    setting can be."""
+    try:
+        values = json.loads(text, object_pairs_hook=_unique) if is_json else yaml.load(text, _Loader)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{where}, line {e.lineno}: not JSON: {e.msg}") from None
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        place = (f", line {mark.line + 1}" if mark else "") if is_file else ": the value is not YAML"
+        raise UserError(f"{where}{place}: {getattr(e, 'problem', None) or e}") from None
+    except RecursionError:
+        raise UserError(f"{where}: {_TOO_DEEP}") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as e:  # such as 2024-13-01, which is to be a date
+        why = str(e).partition(":")[0]
+        raise UserError(f"{where}: a value is not what its form or tag says ({why}); quote it if it is text") from None
+    _check_values(values, where)
+    return values
+
+
+def _check_values(values: Any, where: str) -> None:
+    """Refuse what would fail later in whatever it is given to, far from its place here."""
+    left = [(values, 0)]
+    while left:
+        value, depth = left.pop()
+        if depth > _MOST_LEVELS:
+            raise UserError(f"{where}: {_TOO_DEEP}")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise UserError(f"{where}: a whole number is beyond 64 bits; write a smaller one")
+        if isinstance(value, str) and not is_text(value):
+            raise UserError(f"{where}: {value[:40]!r} holds NUL or half of a surrogate pair; remove it")
+        if isinstance(value, dict):
+            left += [(part, depth + 1) for pair in value.items() for part in pair]
+        elif isinstance(value, list | tuple | set):
+            left += [(part, depth + 1) for part in value]
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,10 +177,10 @@ def _apply(raw: dict[str, Any], override: str, root: type) -> None:
     """Set one ``a.b.c=value`` in the nested mapping ``raw``."""
     path, equals, text = override.partition("=")
     path = path.strip().removeprefix("--")
-    if not equals or not path:
-        raise UserError(f"{override!r}: an override is written key=value, for example train.steps=100")
-    kind: Any = root
     parts = path.split(".")
+    if not equals or not all(parts) or len(parts) > _MOST_LEVELS or not is_text(path):
+        raise UserError(f"{override[:200]!r}: an override is written key=value, for example train.steps=100")
+    kind: Any = root
     for part in parts:  # sections must exist; inside a free mapping (deepspeed, lr_scale) any name will do
         if is_dataclass(kind):
             if part not in hints(kind):
@@ -145,10 +192,7 @@ def _apply(raw: dict[str, Any], override: str, root: type) -> None:
             raise unknown(path, root)
     if is_dataclass(kind):
         raise UserError(f"{path}: is a section; set one of its keys: {', '.join(f'{path}.{k}' for k in hints(kind))}")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as e:
-        raise UserError(f"{override!r}: the value is not YAML: {getattr(e, 'problem', None) or e}") from None
+    value = _parse(text, f"{path}={text[:40]}", is_file=False)
     for i, part in enumerate(parts[:-1]):
         if raw.get(part) is None:
             raw[part] = {}

@@ -10,6 +10,14 @@ from megavtp.config.sizes import TOWERS, ResolvedConfig
 from megavtp.errors import UserError
 
 INF = float("inf")
+# Of a model: far more than is ever trained. A number beyond is a slip or damage, and must not become memory.
+MAX_WIDTH, MAX_DEPTH, MAX_PIXELS, MAX_ROWS = 65_536, 256, 8192, 16_777_216
+# The most that a whole number may be where its rule sets no end: more is a slip, and would be found out late.
+_MOST = 1_000_000_000
+_MOST_OF = {
+    "workers": 1024, "prefetch": 1024, "batch_size": 16_777_216, "local_crops": 256, "pictures": 1024,
+    "max_pixels": 10_000_000_000, "sinkhorn_iterations": 1000,
+}
 
 
 def need(condition: bool, message: str) -> None:
@@ -26,14 +34,14 @@ def divides(small: int, big: int, small_key: str, big_key: str, remedy: str) -> 
 
 
 def within(config: Any, prefix: str, low: float, high: float, *names: str) -> None:
+    """Whole numbers end at the latest where ``_MOST`` says."""
     for name in names:
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else (value,):
-            need(low <= number <= high, f"{prefix}.{name} = {value}: must be {_interval(low, high)}")
-
-
-def _interval(low: float, high: float) -> str:
-    return f"at least {low:g}" if high == INF else f"between {low:g} and {high:g}"
+            most = _MOST_OF.get(name, _MOST) if high == INF and isinstance(number, int) else high
+            wanted = f"at least {low:g}" if high == INF else f"between {low:g} and {high:.8g}"
+            wanted = f"at most {most:,}" if number > most != high else wanted
+            need(low <= number <= most, f"{prefix}.{name} = {value}: must be {wanted}")
 
 
 def ordered(config: Any, prefix: str, *names: str) -> None:
@@ -71,7 +79,7 @@ def check_run(config: Any, towers: Sequence[str]) -> None:
     within(data, "data", 1, INF, "streams", "shuffle_block", "prefetch")
     within(data, "data", 0, INF, "workers", "max_bad_samples")
     within(config.parallel, "parallel", 1, INF, "tp", "pp", "virtual_stages")
-    within(config.parallel, "parallel", 0, INF, "timeout")
+    within(config.parallel, "parallel", 0, 10_000_000, "timeout")
     within(config.telemetry, "telemetry", 1, INF, "log_every")
     peak = config.telemetry.peak_tflops
     need(peak is None or peak > 0, f"telemetry.peak_tflops = {peak}: must be above 0, or null")
@@ -122,7 +130,7 @@ def _augment(augment: AugmentConfig) -> None:
     within(augment, prefix, 0, 1, "plain_flip", "plain_color_jitter", "plain_grayscale")
     within(augment, prefix, 0, 1, "flip", "color_jitter", "grayscale", "blur", "solarize")
     within(augment, prefix, 0, INF, "local_crops")
-    within(augment, prefix, 1, INF, "global_size", "local_size")
+    within(augment, prefix, 1, MAX_PIXELS, "global_size", "local_size")
     ordered(augment, prefix, "plain_scale", "global_scale", "local_scale")
     for name in ("plain_scale", "global_scale", "local_scale"):
         need(getattr(augment, name)[0] > 0, f"{prefix}.{name} = {list(getattr(augment, name))}: must start above 0")

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megavtp.errors import UserError
 
+_LONGEST_KEY = 100  # characters; to compare longer ones with those there are takes time
 _NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -38,10 +39,10 @@ def unknown(path: str, root: type) -> UserError:
         ratio = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()  # noqa: E731
         return 0.6 * ratio(path.rpartition(".")[2], candidate.rpartition(".")[2]) + 0.4 * ratio(path, candidate)
 
-    best = max(all_keys(root), key=near)
-    if near(best) < 0.6:
+    best = max(all_keys(root), key=near) if len(path) < _LONGEST_KEY else ""
+    if not best or near(best) < 0.6:
         file = root.__module__.replace(".", "/") + ".py"
-        return UserError(f"{path}: unknown key; the keys and their meaning are in {file}")
+        return UserError(f"{path[:_LONGEST_KEY]}: unknown key; the keys and their meaning are in {file}")
     return UserError(f"{path}: unknown key; did you mean {best}?")
 
 
@@ -91,7 +92,7 @@ def convert(value: Any, kind: Any, path: str, expected: str | None = None) -> An
         return {k: v if args[1] is Any else convert(v, args[1], f"{path}.{k}") for k, v in value.items()}
     if kind is float:
         return _as_float(value, path, wrong)
-    if type(value) is not kind:
+    if type(value) is not kind or value == "":
         raise wrong
     return value
 

@@ -7,8 +7,17 @@ from dataclasses import replace
 from megavtp.config import deepspeed_keys
 from megavtp.config.layout import check_pipeline, check_sequence_parallel, data_parallel_size
 from megavtp.config.precision import with_precision
-from megavtp.config.ranges import check_numbers, divides, need, within
-from megavtp.config.schema import Config
+from megavtp.config.ranges import (
+    MAX_DEPTH,
+    MAX_PIXELS,
+    MAX_ROWS,
+    MAX_WIDTH,
+    check_numbers,
+    divides,
+    need,
+    within,
+)
+from megavtp.config.schema import Config, ModelConfig
 from megavtp.config.share import Share, share
 from megavtp.config.sizes import (
     DECODER_MLP_RATIO,
@@ -20,7 +29,7 @@ from megavtp.config.sizes import (
     resolve_model,
 )
 
-__all__ = ["Share", "share", "validate", "with_vocabulary"]
+__all__ = ["Share", "check_model", "check_stored", "share", "validate", "with_vocabulary"]
 
 
 def validate(config: Config, world_size: int | None) -> ResolvedConfig:
@@ -29,7 +38,7 @@ def validate(config: Config, world_size: int | None) -> ResolvedConfig:
     ``world_size`` None checks everything but the rules that need it. Raises UserError.
     """
     resolved = narrowed(
-        config, ResolvedConfig, model=resolve_model(config.model), parallel=with_precision(config.parallel)
+        config, ResolvedConfig, model=check_model(config.model), parallel=with_precision(config.parallel)
     )
     check_numbers(resolved)
     _objectives(resolved)
@@ -110,15 +119,39 @@ def _frozen_encoder(config: ResolvedConfig) -> None:
     check_pipeline(config.parallel, config.model.decoder.depth, "model.decoder.depth", tower)
 
 
-def _model(config: ResolvedConfig) -> None:
-    model, o, augment = config.model, config.objectives, config.data.augment
+def check_stored(config: Config) -> ResolvedConfig:
+    """``config`` of a checkpoint, with the model's sizes filled: its numbers one by one, not what a run of it needs.
+
+    Raises UserError.
+    """
+    check_numbers(config)
+    return narrowed(config, ResolvedConfig, model=check_model(config.model))
+
+
+def check_model(given: ModelConfig) -> ResolvedModel:
+    """The model of a recipe or of a file with weights, with its sizes filled, which are checked by themselves.
+
+    Raises UserError.
+    """
+    model = resolve_model(given)
     for name in ("vision", "text", "decoder"):
         _tower(model, name)
-    within(model, "model", 1, float("inf"), "image_size", "patch_size", "bottleneck")
-    within(model.text, "model.text", 2, float("inf"), "context_length")
-    within(model.dino_head, "model.dino_head", 1, float("inf"), "prototypes", "hidden", "bottleneck", "layers")
+    within(model, "model", 1, MAX_PIXELS, "image_size", "patch_size")
+    within(model, "model", 1, MAX_WIDTH, "bottleneck")
+    within(model.text, "model.text", 2, MAX_WIDTH, "context_length")
+    if model.text.vocab_size is not None:
+        within(model.text, "model.text", 1, MAX_ROWS, "vocab_size")
+    within(model.dino_head, "model.dino_head", 1, MAX_ROWS, "prototypes")
+    within(model.dino_head, "model.dino_head", 1, MAX_WIDTH, "hidden", "bottleneck")
+    within(model.dino_head, "model.dino_head", 1, MAX_DEPTH, "layers")
     crop = "choose a size in whole patches"
     divides(model.patch_size, model.image_size, "model.patch_size", "model.image_size", crop)
+    return model
+
+
+def _model(config: ResolvedConfig) -> None:
+    model, o, augment = config.model, config.objectives, config.data.augment
+    crop = "choose a size in whole patches"
     divides(model.patch_size, contrastive_size(config), "model.patch_size", "objectives.contrastive.image_size", crop)
     need(
         0 < contrastive_size(config) <= model.image_size,
@@ -139,7 +172,8 @@ def _model(config: ResolvedConfig) -> None:
 
 def _tower(model: ResolvedModel, name: str) -> None:
     tower, prefix = getattr(model, name), f"model.{name}"
-    within(tower, prefix, 1, float("inf"), "width", "depth", "heads")
+    within(tower, prefix, 1, MAX_WIDTH, "width", "heads")
+    within(tower, prefix, 1, MAX_DEPTH, "depth")
     divides(tower.heads, tower.width, f"{prefix}.heads", f"{prefix}.width", "change one of them")
     if name != "text":
         head = tower.width // tower.heads
@@ -149,7 +183,11 @@ def _tower(model: ResolvedModel, name: str) -> None:
             "rotary position embedding needs a multiple of 4",
         )
     if hasattr(tower, "mlp_ratio"):
-        need(tower.mlp_ratio > 0, f"{prefix}.mlp_ratio = {tower.mlp_ratio}: must be above 0")
+        hidden = tower.mlp_ratio * tower.width
+        need(
+            1 <= hidden <= 4 * MAX_WIDTH,
+            f"{prefix}.mlp_ratio = {tower.mlp_ratio}: must give from 1 to {4 * MAX_WIDTH} channels, not {hidden:g}",
+        )
 
 
 def _tensor_parallel(config: ResolvedConfig) -> None:

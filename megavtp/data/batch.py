@@ -137,13 +137,11 @@ class StepDataset(torch.utils.data.Dataset):
         at = index
         for attempt in range(1, REPLACEMENTS + 2):
             shard, row = self.order.locate(stream, at)
-            name = f"shard {shard} row {row}"
             try:
                 raw = self.dataset.read(shard, row)
-                name = raw.id
                 return decode_image(raw.image, self.config.data.max_pixels), raw.id, raw.caption
             except BadSample as error:
-                bad.append(f"{name}: {error}")
+                bad.append(f"{self.dataset.name(shard, row)}: {error}")
             # anywhere in the stream's next L samples: neighbours in a damaged file would likely be broken too
             at = index + 1 + stable_hash(self.config.seed, "replace", stream, index, attempt) % self.order.length
         raise UserError(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megavtp.data.clip_bpe import ClipTokenizer
 from megavtp.data.files import refuse_remote, write_atomic
+from megavtp.data.sample_text import encodable
 from megavtp.errors import UserError
 
 _RESERVED = 3  # padding (0), start and end of text (the two largest ids)
@@ -51,7 +52,7 @@ class SentencePieceTokenizer:
     def encode(self, captions: list[str]) -> Tensor:
         """(n, context_length) int64."""
         out = torch.zeros(len(captions), self.context_length, dtype=torch.long)
-        for row, pieces in zip(out, self._model.encode([caption[:_MAX_CHARS] for caption in captions])):
+        for row, pieces in zip(out, self._model.encode([encodable(caption[:_MAX_CHARS]) for caption in captions])):
             pieces = pieces[: self.context_length - 2]
             row[0] = self.vocab_size - 2
             row[1 : 1 + len(pieces)] = torch.tensor(pieces) + 1
@@ -75,7 +76,7 @@ def train_sentencepiece(captions: Iterable[str], out: str | Path, vocab_size: in
     captions fall back to bytes. A small corpus yields fewer pieces. Raises ``UserError`` for captions that are all
     blank and for a ``vocab_size`` too small for the characters of the captions.
     """
-    lines = [" ".join(caption.split()) for caption in captions]
+    lines = [" ".join(encodable(caption).split()) for caption in captions]
     lines = [line for line in lines if line]
     if not lines:
         raise UserError("no caption to train the caption tokenizer on; give the images captions")

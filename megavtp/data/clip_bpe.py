@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megavtp.data.sample_text import encodable
 from megavtp.errors import UserError
 
 _MERGES = 49152 - 256 - 2  # the file has more; CLIP reads these
@@ -69,7 +70,7 @@ class ClipTokenizer:
         out = torch.zeros(len(captions), self.context_length, dtype=torch.long)
         start, end = self.vocab_size - 2, self.vocab_size - 1
         for row, caption in zip(out, captions):
-            text = html.unescape(html.unescape(self._fix(caption)))
+            text = html.unescape(html.unescape(self._fix(encodable(caption))))
             text = " ".join(text.split()).lower()
             ids = [start, *(i for word in self._words.findall(text) for i in self._word_ids(word))]
             ids = [*ids[: self.context_length - 1], end]

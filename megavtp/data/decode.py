@@ -17,7 +17,7 @@ except ImportError:  # optional: 2 to 3 times Pillow's speed on JPEG, same pixel
 
 # Pillow has decoders that start other programs (EPS) or fetch nothing one trains on; only these are ever tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-_JPEG_MAGIC = b"\xff\xd8\xff"
+_ORIENTATION = 0x0112  # in EXIF; 1 is upright
 
 
 class BadSample(Exception):
@@ -32,9 +32,10 @@ def decode_image(data: bytes, max_pixels: int = 64_000_000) -> Tensor:
     before anything is decoded).
     """
     try:
-        pixels = _decode_jpeg(data, max_pixels) if simplejpeg and data[:3] == _JPEG_MAGIC else None
+        image = open_image(data, max_pixels)
+        pixels = _decode_jpeg(data, image)
         if pixels is None:
-            pixels = _decode_pillow(data, max_pixels)
+            pixels = np.array(to_rgb(image))
     except BadSample:
         raise
     except Exception as error:  # decoders raise nearly anything on damaged bytes: OSError, SyntaxError, struct.error
@@ -79,16 +80,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
 
 
-def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
-    """The fast path; ``None`` where Pillow has to do it: CMYK colours or a picture to be turned upright."""
-    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    check_size(width, height, max_pixels)
-    if colorspace in ("CMYK", "YCCK"):
+def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
+    """The fast path; ``None`` where Pillow has to do it: CMYK colours, a picture to be turned upright, and any fault,
+    of which Pillow forgives some. So the same pictures are good with and without the optional decoder."""
+    if simplejpeg is None or image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
-    if b"Exif\x00" in data[:65536] and open_image(data, max_pixels).getexif().get(0x0112, 1) != 1:
+    if image.getexif().get(_ORIENTATION, 1) != 1:
         return None
-    return simplejpeg.decode_jpeg(data, "RGB")
-
-
-def _decode_pillow(data: bytes, max_pixels: int) -> np.ndarray:
-    return np.array(to_rgb(open_image(data, max_pixels)))
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "RGB")
+    except ValueError:  # in its strict mode, which is the default, of faults that can be repaired, too
+        return None
+    return pixels if pixels.shape[:2] == (image.height, image.width) else None

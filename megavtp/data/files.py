@@ -1,4 +1,4 @@
-"""Small file helpers: JSON in, JSON out, and nothing half-written under its final name."""
+"""Small file helpers: local paths only, and nothing half-written under its final name."""
 
 from __future__ import annotations
 
@@ -36,19 +36,6 @@ def unwritable(path: Path, error: OSError) -> UserError:
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     separators = (",", ":") if indent is None else None
     write_atomic(path, json.dumps(value, indent=indent, separators=separators).encode() + b"\n")
-
-
-def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a JSON object; a file that is missing or holds something else is a ``UserError`` that ends in ``remedy``."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; {remedy}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable ({error}); {remedy}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; {remedy}")
-    return value
 
 
 def refuse_hub_id(spec: str | os.PathLike) -> Path:

@@ -113,8 +113,10 @@ def leads_to(path: Path, descriptor: int) -> bool:
     """Whether ``path`` is the open file, which may have been deleted, moved or replaced since."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):  # the second on a network's file system
+            return False
+        raise
 
 
 def _owner(descriptor: int) -> str:

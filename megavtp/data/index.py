@@ -7,22 +7,57 @@ metadata; in bytes from the start of the tar, size 0 where there is no such memb
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
+from megavtp.data.decode import BadSample
 from megavtp.data.files import refuse_remote, write_json
 from megavtp.data.report import SkipReport
-from megavtp.data.tar_scan import TarSample, scan_tar
+from megavtp.data.sample_text import caption_of, check_length, decode_text, parse_meta
+from megavtp.data.tar_scan import TarSample, find_tars, no_tars, scan_tar
 from megavtp.data.workers import progress
 from megavtp.errors import UserError
+from megavtp.json_file import Count, Positive, form
 
 VERSION = 1
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_MAX_TEXT = 1 << 20  # bytes of one caption or metadata member
 _COLUMNS = (
     "keys", "image_offset", "image_size", "image_ext", "caption_offset", "caption_size", "meta_offset", "meta_size",
 )
+
+
+@form
+class SideCar:
+    """``SHARD.tar.index.json``: the tar's name and size, and the columns, of whose numbers only the type is checked: a
+    column at a time is faster where they are used."""
+
+    version: Literal[VERSION]
+    shard: str
+    bytes: Count
+    keys: list[str]
+    image_offset: list[int]
+    image_size: list[int]
+    image_ext: list[str]
+    caption_offset: list[int]
+    caption_size: list[int]
+    meta_offset: list[int]
+    meta_size: list[int]
+
+
+@form
+class IndexedShard:
+    file: str
+    samples: Positive
+    bytes: Positive
+
+
+@form
+class Index:
+    """``index.json`` of a folder of shards; ``total``: samples of all."""
+
+    version: Literal[VERSION]
+    total: Positive
+    shards: list[IndexedShard]
 
 
 def sidecar_path(shard: Path) -> Path:
@@ -41,13 +76,14 @@ def index_shard(path: str | Path, report: SkipReport) -> int:
     any_meta = False
     with path.open("rb") as file:
         for sample in scan_tar(path, report):
-            reason, row = _row(sample, file)
-            if row and sample.key in seen:
-                reason, row = "key used twice", None
-            if row and sample.before_cut and any_meta and not row[-1]:
-                reason, row = "sample cut off by the end of the tar", None
-            if row is None:
-                report.skip(reason, f"{path.name}: {sample.key}")
+            try:
+                row = _row(sample, file)
+                if sample.key in seen:
+                    raise BadSample("key used twice")
+                if sample.before_cut and any_meta and not row[-1]:
+                    raise BadSample("sample cut off by the end of the tar")
+            except BadSample as error:
+                report.skip(str(error), f"{path.name}: {sample.key}")
                 continue
             seen.add(sample.key)
             any_meta |= row[-1] > 0
@@ -69,13 +105,15 @@ def build_index(
     """
     folder = refuse_remote(folder)
     report = report or SkipReport()
-    shards = sorted(folder.glob("*.tar")) if folder.is_dir() else []
+    shards = find_tars(folder)
     if not shards:
-        make = "python tools/prepare_data.py images --from ... --out ..."
-        raise UserError(f"no .tar shards in {folder}; make some with: {make}")
+        raise no_tars(folder)
     entries = []
     for shard in progress(shards, len(shards), f"index {folder.name}", quiet):
-        count = index_shard(shard, report)
+        try:
+            count = index_shard(shard, report)
+        except OSError as error:
+            raise UserError(f"cannot index {shard} ({error}); its folder must be readable and writable") from None
         if max_bad is not None:
             report.limit(max_bad)
         if count:
@@ -87,46 +125,25 @@ def build_index(
     return report
 
 
-def _row(sample: TarSample, file: BinaryIO) -> tuple[str, tuple | None]:
-    """Why the sample is not usable, or its values in the order of the columns."""
+def _row(sample: TarSample, file: BinaryIO) -> tuple:
+    """The sample's values in the order of the columns; ``BadSample`` if it is not usable."""
     images = [extension for extension in sample.members if extension in IMAGE_EXTENSIONS]
     if not images:
-        return "no image", None
+        raise BadSample("no image")
     offset, size = sample.members[images[0]]
     if not size:
-        return "empty image", None
+        raise BadSample("empty image")
     meta_offset, meta_size = sample.members.get("json", (0, 0))
     caption_offset, caption_size = sample.members.get("txt", (0, 0))
-    if max(meta_size, caption_size) > _MAX_TEXT:
-        return f"caption or metadata of more than {_MAX_TEXT} bytes", None
+    check_length(meta_size, caption_size)
     meta = parse_meta(_read(file, meta_offset, meta_size)) if meta_size else {}
-    if meta is None:
-        return "metadata is no JSON object", None
     if caption_size and not decode_text(_read(file, caption_offset, caption_size)):
         caption_size = 0  # a blank .txt hides no caption in the metadata
     if not caption_size and not caption_of(meta):
-        return "no caption", None
-    return "", (sample.key, offset, size, images[0], caption_offset, caption_size, meta_offset, meta_size)
+        raise BadSample("no caption")
+    return (sample.key, offset, size, images[0], caption_offset, caption_size, meta_offset, meta_size)
 
 
 def _read(file: BinaryIO, offset: int, size: int) -> bytes:
     file.seek(offset)
     return file.read(size)
-
-
-def decode_text(data: bytes) -> str:
-    return data.decode("utf-8-sig", errors="replace").strip()
-
-
-def parse_meta(data: bytes) -> dict | None:
-    """The metadata of a sample; ``None`` if the bytes are no JSON object."""
-    try:
-        meta = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    return meta if isinstance(meta, dict) else None
-
-
-def caption_of(meta: dict) -> str:
-    caption = meta.get("caption")
-    return caption.strip() if isinstance(caption, str) else ""

@@ -1,17 +1,22 @@
 """What reads a data set: the training loader (steps in order from worker processes, with a limit on broken samples and
-no hang when a worker dies) and the evaluation set."""
+no hang when a worker dies or hangs) and the evaluation set."""
 
 from __future__ import annotations
 
 import atexit
+import errno
 import logging
+import multiprocessing
+import multiprocessing.queues
+import os
 import signal
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -22,6 +27,7 @@ from megavtp.data.batch import Batch, StepDataset
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.decode import BadSample, decode_image
 from megavtp.data.shards import RawSample, ShardDataset
+from megavtp.data.workers import serve_parent
 from megavtp.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -30,6 +36,19 @@ logger = logging.getLogger(__name__)
 # one torch thread each they never enter a thread pool whose threads did not survive the fork. They start in
 # milliseconds, where spawn and forkserver import torch again for seconds. Outside Linux fork itself is not safe.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+
+_LOOK = 0.5  # seconds between two looks at the workers while a batch is awaited
+# Share of parallel.timeout that a worker has for a batch: the loader, which can name it, speaks before the watchdog.
+_PATIENCE = 0.9
+_FIRST = 3  # times that for the first batch, for which files are opened
+_CLOSING = 5.0  # seconds that all workers together have to end
+_WHY = {  # exit status of a worker -> the reason and the remedy
+    errno.ENOSPC: "/dev/shm, through which it hands over batches, is full: give the job more shared memory (in a "
+    "container --shm-size), lower data.prefetch or data.workers, or set data.workers=0",
+    -signal.SIGKILL: "it was killed, most likely for lack of memory: lower data.workers or data.prefetch, or give the "
+    "job more memory",
+}
+_WHY[-signal.SIGBUS] = _WHY[errno.ENOSPC]  # the page that it wrote to could not be had
 
 # Closed at exit: multiprocessing would wait for ever for workers that nobody told to end. This module is imported, so
 # its handler registered, after torch's, and handlers run in reverse order.
@@ -41,7 +60,8 @@ class Loader:
 
     ``workers`` processes prepare ``prefetch`` steps each ahead; 0 decodes in this process. ``pin``: batches lie in
     page-locked memory (only where CUDA is available). ``None`` takes the value of the config.
-    Raises ``UserError`` when more than data.max_bad_samples different samples are broken, or a worker dies.
+    Raises ``UserError`` when more than data.max_bad_samples different samples are broken, a worker dies, or one takes
+    longer for a batch than parallel.timeout allows a step.
     """
 
     def __init__(
@@ -52,6 +72,8 @@ class Loader:
         workers = data.workers if workers is None else workers
         prefetch = data.prefetch if prefetch is None else prefetch
         workers = min(workers, max(0, stop_step - start_step))
+        self._patience = _PATIENCE * step_dataset.config.parallel.timeout or float("inf")
+        self._delivered = 0  # batches
         self.max_bad_samples = data.max_bad_samples
         self.bad_samples: set[str] = set()  # names of the samples found broken so far
         self.wait_seconds = 0.0  # time spent waiting in here for data, in all
@@ -64,6 +86,7 @@ class Loader:
             multiprocessing_context=START_METHOD if workers else None,
             pin_memory=pin and torch.cuda.is_available(),
             worker_init_fn=_start_worker,
+            timeout=_LOOK if workers else 0,
             generator=torch.Generator(),  # its own: the default would draw from, and so advance, the global generator
         )
         self._steps: Iterator[Batch | UserError] | None = None
@@ -77,31 +100,51 @@ class Loader:
         try:
             if self._steps is None:
                 self._steps = _start(self._loader)
-            batch = next(self._steps)
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
-                raise
-            raise UserError(
-                "a data worker was killed, most likely for lack of memory: lower data.workers or data.prefetch, or "
-                f"give the job more memory (in a container also shared memory, --shm-size) [{error}]"
-            ) from error
+            batch = self._wait()
         finally:
             self.wait_seconds += time.perf_counter() - start
+        self._delivered += 1
         if isinstance(batch, UserError):
             raise batch
         self._count(batch.bad)
         return batch
+
+    def _wait(self) -> Batch | UserError:
+        patience = self._patience * (1 if self._delivered else _FIRST)
+        start = time.monotonic()
+        while True:
+            try:
+                return next(self._steps)
+            except RuntimeError as error:
+                if "DataLoader worker (pid" in str(error):
+                    raise UserError(self._ended()) from error
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+            if (waited := time.monotonic() - start) > patience:
+                number = self._delivered % len(self._steps._workers)  # they take turns
+                raise UserError(
+                    f"data worker {number} (pid {self._steps._workers[number].pid}) hangs: its batch has not come for "
+                    f"{waited:.0f} s; look at the storage it reads from, or raise parallel.timeout"
+                )
+
+    def _ended(self) -> str:
+        """What to say of the first worker that is gone."""
+        workers = self._steps._workers
+        number = next(number for number, worker in enumerate(workers) if not worker.is_alive())
+        status = workers[number].exitcode
+        why = _WHY.get(status, f"exit status {status}, its last words are above")
+        return f"data worker {number} (pid {workers[number].pid}) ended: {why}"
 
     def close(self) -> None:
         """Stop the workers. The loader cannot go on afterwards."""
         steps, self._steps = self._steps, iter(())
         workers = getattr(steps, "_workers", ())
         if workers:
+            deadline = time.monotonic() + _CLOSING
+            for worker in workers:  # torch would give each one that hangs ten seconds, one after the other
+                worker.join = partial(_join_or_kill, worker, deadline)
             # not left to the garbage collector: an exception's traceback may keep the iterator alive for long
             steps._shutdown_workers()
-        for worker in workers:
-            if worker.is_alive():  # stuck in a read, and deaf to SIGTERM (see _start_worker)
-                worker.kill()
 
     def __enter__(self) -> Loader:
         return self
@@ -155,10 +198,25 @@ def _start(loader: DataLoader) -> Iterator[Batch | UserError]:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group. The trainer decides what they mean (it may write a
+    # Ctrl-C and a scheduler's signals reach the whole process group. The trainer decides what they mean (it may write a
     # checkpoint first); a worker ends when the trainer closes it or is gone.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    serve_parent((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    # A batch that cannot be handed over would be lost, and awaited for ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(partial(_cannot_hand_over, worker))
+
+
+def _cannot_hand_over(worker: int, error: Exception, batch: object) -> NoReturn:
+    reason = next(iter(str(error).splitlines()), "")
+    print(f"data worker {worker}: {type(error).__name__}: {reason}", file=sys.stderr, flush=True)
+    os._exit(errno.ENOSPC if os.strerror(errno.ENOSPC) in reason else 1)
+
+
+def _join_or_kill(worker: multiprocessing.Process, deadline: float, timeout: float | None = None) -> None:
+    """``worker.join``, for a worker that may be stuck in a read, and is deaf to SIGTERM (see ``_start_worker``)."""
+    type(worker).join(worker, max(0.0, deadline - time.monotonic()))
+    if worker.is_alive():
+        worker.kill()
+        type(worker).join(worker, 1.0)  # a read that cannot be interrupted keeps it until it returns
 
 
 class EvalDataset:
@@ -197,13 +255,11 @@ class EvalDataset:
         place = index * self._total // self._count
         shard = int(np.searchsorted(self._ends, place, side="right"))
         row = place - (int(self._ends[shard - 1]) if shard else 0)
-        name = f"shard {shard} row {row}"
         try:
             raw = self.dataset.read(shard, row)
-            name = raw.id
             return index, center_crop(decode_image(raw.image, self.max_pixels), self.size), raw
         except BadSample as error:
-            logger.warning("bad sample left out of the evaluation: %s: %s", name, error)
+            logger.warning("bad sample left out of the evaluation: %s: %s", self.dataset.name(shard, row), error)
             return None
 
     def _batch(self, rows: list[tuple[int, torch.Tensor, RawSample]]) -> dict[str, Any]:

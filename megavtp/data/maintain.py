@@ -11,35 +11,39 @@ from megavtp.data.decode import BadSample, decode_image
 from megavtp.data.files import refuse_remote
 from megavtp.data.index import build_index
 from megavtp.data.report import SkipReport
-from megavtp.data.shards import ShardDataset, open_dataset
+from megavtp.data.shards import ShardDataset, open_dataset, split_folder, split_folders
 from megavtp.data.workers import ordered_map
 from megavtp.errors import UserError
 
-_SPLITS = ("train", "test")
 _TOKENIZER_CAPTIONS = 1_000_000
 _NAMED = 1000  # bad samples that a check lists
 _CHECK_BLOCK = 64  # samples of one job
 
 
 def index_dataset(
-    folder: str | Path, vocab_size: int = 0, quiet: bool = False, max_bad: int = 1000
+    folder: str | Path, vocab_size: int = 0, quiet: bool = False, max_bad: int = 1000, overwrite: bool = False
 ) -> SkipReport:
-    """Index a folder of tars, or the train/ and test/ of one; with ``vocab_size``, make ``captions.model`` too.
+    """Index the shards of the data set at ``folder``; with ``vocab_size``, make ``captions.model`` in it, too, where
+    ``data.captions=auto`` looks for it.
 
-    The model lies where ``data.captions=auto`` looks for it: beside train/. Raises ``UserError`` if there are no tars,
-    and after more than ``max_bad`` bad samples.
+    Raises ``UserError`` if there are no tars, after more than ``max_bad`` bad samples, and if a ``captions.model`` is
+    there already and ``overwrite`` is off.
     """
     folder = refuse_remote(folder)
+    model = folder / "captions.model"
+    if vocab_size and model.exists() and not overwrite:
+        raise UserError(
+            f"{model} exists, and models that were trained with it need it; leave out --vocab-size, or replace it with "
+            "--overwrite"
+        )
     report = SkipReport()
-    folders = _split_folders(folder)
-    for part in folders:
+    for part in _splits(folder):
         build_index(part, report, max_bad, quiet)
     if vocab_size:
-        root = folder.parent if folders[0] == folder else folder
-        dataset = open_dataset(folders[0])
+        dataset = open_dataset(split_folder(folder, "train"))
         rows = ((shard, row) for shard, count in enumerate(dataset.shard_counts) for row in range(count))
         captions = (dataset.read(*place).caption for place in islice(rows, _TOKENIZER_CAPTIONS))
-        train_sentencepiece(captions, root / "captions.model", vocab_size)
+        train_sentencepiece(captions, model, vocab_size)
     return report
 
 
@@ -48,7 +52,7 @@ def check_dataset(
 ) -> SkipReport:
     """Read and decode every sample; the report names the bad ones, with what is wrong with each."""
     report = SkipReport(named_limit=_NAMED)
-    for part in _split_folders(refuse_remote(folder)):
+    for part in _splits(refuse_remote(folder)):
         dataset = open_dataset(part)
         jobs = [
             (shard, range(first, min(first + _CHECK_BLOCK, count)))
@@ -75,10 +79,7 @@ def _check(job: tuple[int, range], dataset: ShardDataset, max_pixels: int) -> tu
     return len(rows) - len(bad), bad
 
 
-def _split_folders(folder: Path) -> list[Path]:
-    """The folders of shards that ``folder`` stands for: itself, or its train/ and test/."""
+def _splits(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; name a folder of .tar shards, or one with train/ and test/ in it")
-    if any(folder.glob("*.tar")):
-        return [folder]
-    return [folder / split for split in _SPLITS if (folder / split).is_dir()] or [folder]
+    return list(split_folders(folder).values()) or [split_folder(folder, "train")]

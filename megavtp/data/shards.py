@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,10 +13,14 @@ from typing import Any
 import numpy as np
 
 from megavtp.data.decode import BadSample
-from megavtp.data.files import read_json_object, refuse_remote
-from megavtp.data.index import VERSION, caption_of, decode_text, parse_meta, sidecar_path
+from megavtp.data.files import refuse_remote
+from megavtp.data.index import Index, SideCar, sidecar_path
+from megavtp.data.sample_text import caption_of, decode_text, parse_meta
+from megavtp.data.tar_scan import holds_shards, no_tars
 from megavtp.errors import UserError
+from megavtp.json_file import read_json
 
+_LEAST_SAMPLE = 2 * tarfile.BLOCKSIZE  # bytes of a sample in a tar: the image's header, and at least one block of it
 _OPEN_SHARDS = 128  # tars and side-cars a process holds at a time; a rank reads one or two shards of each stream
 
 
@@ -34,21 +39,22 @@ class _Shard:
     """An open tar with its side-car columns; closed when the last user drops it."""
 
     def __init__(self, path: Path, samples: int, size: int, remedy: str):
-        side = read_json_object(sidecar_path(path), remedy)
-        self.keys = side.get("keys", [])
-        names = ("image_offset", "image_size", "caption_offset", "caption_size", "meta_offset", "meta_size")
-        try:
-            self.spans = np.array([side[name] for name in names], dtype=np.int64).T.copy()  # (samples, 6)
-        except (KeyError, ValueError, TypeError, OverflowError):
-            raise UserError(f"{sidecar_path(path)} is damaged; {remedy}") from None
-        if side.get("version") != VERSION or self.spans.shape != (samples, 6) or len(self.keys) != samples:
+        side = read_json(sidecar_path(path), SideCar, remedy)
+        self.keys = side.keys
+        spans = (
+            side.image_offset, side.image_size, side.caption_offset, side.caption_size, side.meta_offset, side.meta_size
+        )
+        if any(len(column) != samples for column in (side.keys, side.image_ext, *spans)):
             raise UserError(f"{sidecar_path(path)} does not match index.json; {remedy}")
+        self.spans = _spans(spans, size)
+        if self.spans is None:
+            raise UserError(f"{sidecar_path(path)} names bytes that {path.name} does not have; {remedy}")
         try:
             self.fd = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise UserError(f"{path} cannot be opened ({error.strerror}); {remedy}") from None
         # Tars are padded to 10 KiB, so one of another content may well have the same size: look at two headers too.
-        same = os.fstat(self.fd).st_size == side.get("bytes") == size
+        same = os.fstat(self.fd).st_size == side.bytes == size
         if not (same and self._has_header(0) and self._has_header(samples - 1)):
             raise UserError(f"{path} has changed since it was indexed; {remedy}")
 
@@ -74,6 +80,16 @@ class _Shard:
     def __del__(self) -> None:
         if hasattr(self, "fd"):
             os.close(self.fd)
+
+
+def _spans(columns: Sequence[list[int]], size: int) -> np.ndarray | None:
+    """Offsets and sizes in turn as (samples, columns); None if one does not lie in a file of ``size`` bytes."""
+    try:
+        spans = np.array(columns, dtype=np.int64).T.copy()
+    except OverflowError:
+        return None
+    inside = spans.min() >= 0 and spans.max() <= size and (spans[:, ::2] + spans[:, 1::2]).max() <= size
+    return spans if inside and spans[:, 1].min() > 0 else None
 
 
 class ShardDataset:
@@ -109,7 +125,8 @@ class ShardDataset:
     def read(self, shard: int, row: int) -> RawSample:
         """Sample ``row`` of shard ``shard``, not decoded.
 
-        Raises ``BadSample`` if its bytes are not there any more, ``UserError`` if the side-car does not fit the tar.
+        Raises ``BadSample`` if its bytes are not there any more or its metadata is no JSON, ``UserError`` if the
+        side-car does not fit the tar.
         """
         opened = self._shard(shard)
         image_at, image_size, caption_at, caption_size, _, _ = opened.spans[row].tolist()
@@ -121,15 +138,28 @@ class ShardDataset:
         """Only the metadata of a sample, without reading its image. Raises as ``read``."""
         opened = self._shard(shard)
         at, size = opened.spans[row, 4:].tolist()
-        meta = parse_meta(opened.pread(at, size)) if size else {}
-        if meta is None:
-            raise BadSample("metadata is no JSON object")
-        return meta
+        return parse_meta(opened.pread(at, size)) if size else {}
 
 
-def shards_at(path: Path) -> Path | None:
-    """The folder of shards that ``path`` is, or its train split; None if there is neither."""
-    return next((p for p in (path, path / "train") if (p / "index.json").exists() or any(p.glob("*.tar"))), None)
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folders of shards of the data set at ``root``, by split: its train/ and test/. Where shards lie in ``root``
+    itself and there is no train/, they are the train split. All commands and launchers read a data set so."""
+    splits = {name: root / name for name in ("train", "test") if holds_shards(root / name)}
+    return {"train": root} | splits if "train" not in splits and holds_shards(root) else splits
+
+
+def split_folder(root: str | Path, split: str) -> Path:
+    """The folder of one split of the data set at ``root``, for ``open_dataset``. ``UserError`` if it has none."""
+    root = refuse_remote(root)
+    splits = split_folders(root)
+    folder = splits.get(split, root / split)
+    if root.is_dir() and not folder.is_dir():
+        if not splits:
+            raise no_tars(root)
+        raise UserError(
+            f"{root} has no {split} split, only {' and '.join(splits)}; choose one of these, or make shards in {folder}"
+        )
+    return folder
 
 
 def open_dataset(folder: str | Path) -> ShardDataset:
@@ -142,21 +172,26 @@ def open_dataset(folder: str | Path) -> ShardDataset:
         make = f"python tools/prepare_data.py emoji --out {folder.parent}"
         raise UserError(f"data folder {folder} does not exist; make one with: {make}")
     remedy = _remedy(folder)
-    if not (folder / "index.json").exists() and not any(folder.glob("*.tar")):
-        make = "python tools/prepare_data.py images --from ... --out ..."
-        raise UserError(f"no shards in {folder}; make some with: {make}")
-    index = read_json_object(folder / "index.json", remedy)
+    if not holds_shards(folder):
+        raise no_tars(folder)
+    index = read_json(folder / "index.json", Index, remedy)
+    names = [shard.file for shard in index.shards]
+    if not names or len(set(names)) < len(names) or index.total != sum(shard.samples for shard in index.shards):
+        raise UserError(f"{folder / 'index.json'} is damaged or empty; {remedy}")
+    sizes = {path.name: _size(path) for path in folder.glob("*.tar")}
+    for shard in index.shards:
+        if sizes.get(shard.file) != shard.bytes:
+            raise UserError(f"{folder / shard.file} is missing or has changed since it was indexed; {remedy}")
+        if shard.samples * _LEAST_SAMPLE > shard.bytes:  # memory for so many would be taken before one is read
+            raise UserError(f"{folder / shard.file} is too small for {shard.samples} samples; {remedy}")
+    return ShardDataset(folder, [(shard.file, shard.samples, shard.bytes) for shard in index.shards])
+
+
+def _size(path: Path) -> int | None:
     try:
-        shards = [(str(e["file"]), int(e["samples"]), int(e["bytes"])) for e in index["shards"]]
-    except (KeyError, TypeError, ValueError):
-        shards = []
-    if index.get("version") != VERSION or not shards or min(samples for _, samples, _ in shards) < 1:
-        raise UserError(f"{folder / 'index.json'} is of another version, damaged or empty; {remedy}")
-    for name, _, size in shards:
-        path = folder / name
-        if "/" in name or not path.is_file() or path.stat().st_size != size:
-            raise UserError(f"{path} is missing or has changed since it was indexed; {remedy}")
-    return ShardDataset(folder, shards)
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def _remedy(folder: Path) -> str:

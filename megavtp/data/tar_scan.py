@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megavtp.data.report import SkipReport
+from megavtp.data.sample_text import encodable
 from megavtp.errors import UserError
 
 DAMAGED = "truncated or damaged tar"
 _BLOCK = 512
 _MAX_HEADER = 1 << 20  # bytes of one header; PAX headers of honest files have a few hundred
-_DAMAGE = (tarfile.TarError, ValueError, OverflowError, EOFError, OSError)
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclass
@@ -27,6 +28,30 @@ class TarSample:
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
     before_cut: bool = False
+
+
+def holds_shards(folder: Path) -> bool:
+    return (folder / "index.json").exists() or any(folder.glob("*.tar"))
+
+
+def find_tars(folder: Path) -> list[Path]:
+    """The ``*.tar`` of a folder in sorted order. ``UserError`` for one that is no file: to open a pipe blocks."""
+    tars = sorted(folder.glob("*.tar"))
+    if strange := next((path for path in tars if not path.is_file()), None):
+        raise UserError(f"{strange} is not a file; move it out of the folder of shards, or rename it")
+    return tars
+
+
+def no_tars(folder: Path) -> UserError:
+    """What to do about a folder without ``*.tar``."""
+    compressed = sorted(path.name for path in folder.glob("*") if path.name.endswith(_COMPRESSED))
+    if compressed:
+        return UserError(
+            f"{folder} holds compressed tars ({compressed[0]}), which have no random access; unpack them first "
+            f"(gunzip, unxz, ...), then: python tools/prepare_data.py index {folder}"
+        )
+    make = "python tools/prepare_data.py images --from ... --out ..."
+    return UserError(f"no .tar shards in {folder}; make some with: {make}")
 
 
 class _HeaderFile(io.FileIO):
@@ -90,7 +115,7 @@ def _headers(file: _HeaderFile, size: int, path: Path, report: SkipReport) -> It
             yield info
             tar.members = []  # tarfile would keep every header in memory
         end = max(end, tar.offset)
-    except _DAMAGE as error:
+    except Exception as error:  # tarfile raises nearly anything on forged headers, RecursionError for many in a row
         # Past the end of the file is the plain truncation that scan_tar reports by the member's name.
         if end <= size:
             report.skip(DAMAGED, f"{path.name} near byte {end}: {error}")
@@ -102,8 +127,7 @@ def _headers(file: _HeaderFile, size: int, path: Path, report: SkipReport) -> It
 
 def _split(name: str) -> tuple[str, str]:
     """WebDataset's rule: the key ends at the first dot of the base name; "a/b.seg.PNG" -> ("a/b", "seg.png")."""
-    name = name.encode(errors="replace").decode()  # bytes that are no UTF-8 come as surrogates, which cannot be printed
-    folder, slash, base = name.rpartition("/")
+    folder, slash, base = encodable(name).rpartition("/")  # bytes that are no UTF-8 come as half surrogate pairs
     stem, _, extension = base.partition(".")
     return f"{folder}{slash}{stem}", extension.lower() if stem else ""
 

@@ -5,42 +5,85 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megavtp.errors import UserError
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # what weights of other projects may be of
 
 
 def read_torch_file(path: str | Path, remedy: str) -> Any:
     """Tensors and plain containers of a ``.pt`` file, on the host; large ones stay on the disk until they are read.
 
     Nothing in the file can run: a pickle that asks for any other object is a ``UserError`` that names it and ends in
-    ``remedy``, as are files that are missing or damaged.
+    ``remedy``, as are files that are missing or damaged, and tensors whose numbers are not in the file.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tree = _load(path, mmap=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; {remedy}") from None
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: it holds more than tensors ({_reason(error)}); {remedy}") from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, AssertionError) as error:
+    except Exception as error:  # torch raises whatever the bytes lead it to
         if "mmap can only be used with files saved with" not in str(error):
             raise UserError(f"{path} is no whole file of torch.save ({_first_line(error)}); {remedy}") from None
-    return _read_old_form(path, remedy)
+        tree = _read_old_form(path, remedy)
+    _check_tensors(tree, path, remedy)
+    return tree
+
+
+def _load(path: str | Path, mmap: bool) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a file is of an unusual form is said by the error, if it matters
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def _read_old_form(path: str | Path, remedy: str) -> Any:
     """The form before torch 1.6, which cannot be mapped; a text file or anything else ends here too."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a file is of an unusual form is said by the error, if it matters
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return _load(path, mmap=False)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: it is no file of tensors ({_reason(error)}); {remedy}") from None
-    except Exception as error:  # the old reader raises whatever the bytes lead it to
+    except Exception as error:
         raise UserError(f"{path} is no whole file of torch.save ({_first_line(error)}); {remedy}") from None
+
+
+def _check_tensors(tree: Any, path: str | Path, remedy: str) -> None:
+    """UserError for a tensor without numbers of its own: strides of 0 make any size of a file of a few bytes."""
+    file_size, seen = os.path.getsize(path), set()
+    waiting = [("the tensor", tree)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Tensor):
+            plain = value.device.type == "cpu" and value.layout == torch.strided
+            if not plain or value.is_quantized or value.is_nested or value.is_neg() or value.is_conj():
+                raise UserError(f"{path} is refused: {name} is no plain tensor (it is {_kind(value)}); {remedy}")
+            if not value.numel() * value.element_size() <= value.untyped_storage().nbytes() <= file_size:
+                raise UserError(
+                    f"{path} is refused: {name} has the shape {list(value.shape)}, more numbers than are in the file; "
+                    f"{remedy}"
+                )
+        elif id(value) not in seen and isinstance(value, (dict, list, tuple, set)):
+            seen.add(id(value))
+            waiting += value.items() if isinstance(value, dict) else ((name, inner) for inner in value)
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.device.type != "cpu":
+        return f"on the device {tensor.device}"
+    if tensor.layout != torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    return "quantised, nested or a view that changes signs"
+
+
+def no_floats(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Tensors of a dtype that no weights are read from: whole and eight-bit numbers lack a scale that they need."""
+    return [f"{name} is of {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in FLOATS]
 
 
 def write_torch_file(path: str | Path, tree: dict[str, Any]) -> None:

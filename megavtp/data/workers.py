@@ -1,8 +1,10 @@
-"""Map over jobs with a few processes, in order, with a progress bar."""
+"""Worker processes: how they end with the process that started them, and a map over jobs in order."""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +15,7 @@ from tqdm import tqdm
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 _CHUNK = 16  # jobs a process takes at a time
+_PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 
 
 def progress(items: Iterable[Result], total: int, title: str, quiet: bool) -> Iterator[Result]:
@@ -27,6 +30,21 @@ def ordered_map(
     if workers < 2 or len(jobs) < 4 * _CHUNK:
         yield from progress(map(function, jobs), len(jobs), title, quiet)
         return
-    # Started anew, not forked: the parent may have threads. Ctrl-C is the parent's to handle.
-    with multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    # Started anew, not forked: the parent may have threads. Ctrl-C is the parent's to handle; SIGTERM ends the pool.
+    with multiprocessing.get_context("spawn").Pool(workers, serve_parent, ((signal.SIGINT,),)) as pool:
         yield from progress(pool.imap(function, jobs, _CHUNK), len(jobs), title, quiet)
+
+
+def serve_parent(ignored: Sequence[signal.Signals]) -> None:
+    """Called in a worker process: leave these signals to the parent, and end with it, however it ends.
+
+    Linux kills the worker also while it is stuck in a read. Strictly it does so when the thread that started the worker
+    ends, so workers are started from a thread that outlives them.
+    """
+    for name in ignored:
+        signal.signal(name, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it ended before it was asked for
+        os._exit(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,10 +13,12 @@ from megavtp.data.files import refuse_remote, write_json
 from megavtp.data.index import build_index
 from megavtp.data.new_sample import NewSample, Skipped
 from megavtp.data.report import SkipReport
+from megavtp.data.sample_text import pack_text
 from megavtp.errors import UserError
 
 _TOKENIZER_CAPTIONS = 1_000_000  # of the training split, that the tokenizer is trained on
 _SHARD_BYTES = 1_000_000_000
+_CONTENT = ("train", "test", "captions.model", "dataset.json")  # of a data set's folder
 
 
 @contextmanager
@@ -33,6 +34,8 @@ def staged_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
         if not out.is_dir() or (any(out.iterdir()) and not (out / "dataset.json").exists()):
             raise UserError(f"{out} holds no dataset.json, so it is not replaced; move it away")
     partial = out.with_name(out.name + ".partial")
+    if partial.is_dir() and any(path.name.removesuffix(".partial") not in _CONTENT for path in partial.iterdir()):
+        raise UserError(f"{partial} is in the way and not left by a command that was killed; move it away")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -69,17 +72,12 @@ def write_split(
                 report.skip(sample.reason, sample.name)
                 report.limit(max_bad)
                 continue
-            writer.write({
-                "__key__": sample.key,
-                sample.extension: sample.image,
-                "txt": sample.caption.encode(),
-                "json": json.dumps(sample.meta, ensure_ascii=False, sort_keys=True).encode(),
-            })
+            caption, meta = pack_text(sample.caption, sample.meta)
+            writer.write({"__key__": sample.key, sample.extension: sample.image, "txt": caption, "json": meta})
             count += 1
             yield sample
-    report.kept += count
     if count:
-        build_index(folder)
+        build_index(folder, report)
 
 
 def write_dataset(

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from megavtp.checkpoint.formats.fitting import check
 from megavtp.checkpoint.store import Checkpoint, open_checkpoint
-from megavtp.config.load import from_dict
 from megavtp.config.sizes import known
-from megavtp.dit.config import CompleteDiTConfig, DiTConfig, complete_config
+from megavtp.dit.config import CompleteDiTConfig, DiTConfig, DiTModelConfig
 from megavtp.dit.model.build import build_dit, load_full_dit
 from megavtp.dit.model.model import DiT
+from megavtp.dit.validate import check_dit_model
 from megavtp.errors import UserError
+from megavtp.json_file import form
 from megavtp.latents.artifact import TokenizerArtifact
 
 FACTS = "dit"  # of the checkpoint's meta data: {"visual_tokenizer": ..., "classes": names or None}
 AVERAGE, TRAINED = "model/ema.", "model/dit."  # what comes before LightningDiT's keys
+
+
+@form
+class _Facts:
+    visual_tokenizer: dict[str, Any] | None
+    classes: list[str] | None
 
 
 @dataclass(frozen=True)
@@ -53,8 +63,38 @@ def artifact_of(checkpoint: Checkpoint) -> TokenizerArtifact | None:
     """The tokenizer of the latents it was trained on, None if unknown. UserError if it holds no DiT."""
     if not is_dit(checkpoint):
         raise UserError(f"{checkpoint.path} holds no DiT; give a checkpoint of launchers/train_dit.py")
-    values = checkpoint.meta[FACTS]["visual_tokenizer"]
+    values = _facts(checkpoint).visual_tokenizer
     return None if values is None else TokenizerArtifact.from_dict(values, str(checkpoint.path))
+
+
+def classes_of(checkpoint: Checkpoint) -> list[str] | None:
+    """The names of the classes it was trained on, None if unknown."""
+    return _facts(checkpoint).classes
+
+
+def dit_config(checkpoint: Checkpoint) -> DiTConfig:
+    """The configuration of its run, with all sizes of the model. Raises UserError."""
+    config = checkpoint.config(DiTConfig, lambda config: replace(config, model=check_dit_model(config.model)))
+    given = "num_classes" if config.model.condition == "class" else "caption_width"
+    for name in ("latent_size", "latent_channels", given):
+        if getattr(config.model, name) is None:
+            raise UserError(f"{checkpoint.path}: its configuration lacks model.{name}; use another checkpoint")
+    return config
+
+
+def dit_tensors(checkpoint: Checkpoint, config: DiTModelConfig, prefix: str) -> dict[str, Tensor]:
+    """Its averaged or its trained weights, by LightningDiT's keys. UserError unless they are all that ``config`` has,
+    so that a model of it takes no more memory than the file."""
+    names = [name for name in checkpoint.names if name.startswith(prefix)]
+    tensors = {name.removeprefix(prefix): checkpoint.tensor(name) for name in names}
+    with torch.device("meta"):
+        model = DiT(config)
+    check(tensors, {name: list(p.shape) for name, p in model.named_parameters()}, str(checkpoint.path))
+    return tensors
+
+
+def _facts(checkpoint: Checkpoint) -> _Facts:
+    return checkpoint.fact(FACTS, _Facts)
 
 
 def load_dit(path: str | Path, device: torch.device | str = "cpu", *, average: bool = True) -> StoredDiT:
@@ -65,9 +105,11 @@ def load_dit(path: str | Path, device: torch.device | str = "cpu", *, average: b
     """
     with open_checkpoint(path) as checkpoint:
         artifact = artifact_of(checkpoint)
-        config = complete_config(from_dict(checkpoint.meta["config"], DiTConfig))
+        config = dit_config(checkpoint)
+        tensors = dit_tensors(checkpoint, config.model, AVERAGE if average else TRAINED)
+        classes = classes_of(checkpoint)
+        if classes is not None and config.model.condition == "class" and len(classes) > config.model.num_classes:
+            raise UserError(f"{checkpoint.path} names more classes than its DiT has; use another checkpoint")
         model = build_dit(config.model, device=device, attention=config.parallel.attention)
-        prefix = AVERAGE if average else TRAINED
-        names = [name for name in checkpoint.names if name.startswith(prefix)]
-        load_full_dit(model, {name.removeprefix(prefix): checkpoint.tensor(name) for name in names})
-        return StoredDiT(model.eval(), config, artifact, checkpoint.meta[FACTS]["classes"], checkpoint.step)
+        load_full_dit(model, tensors)
+        return StoredDiT(model.eval(), config, artifact, classes, checkpoint.step)

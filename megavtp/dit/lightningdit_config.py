@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megavtp.checkpoint.formats.fitting import faults
+from megavtp.config.ranges import MAX_DEPTH
 from megavtp.dit.config import SIZES, CompleteDiT, DiTModelConfig, DiTSize, complete_dit
 from megavtp.dit.model.model import DiT
 from megavtp.errors import UserError
@@ -52,6 +53,8 @@ def infer_config(parts: Parts, stated: Mapping[str, int], path: Path) -> Complet
     depth, qk_norm = len(_blocks(names)), any(name.endswith(".attn.q_norm.weight") for name in names)
     if not shapes or not depth:
         raise UserError(f"{path} is no LightningDiT: it lacks {', '.join(_TELLING)} or blocks; {REMEDY}")
+    if depth > MAX_DEPTH:
+        raise UserError(f"{path} has {depth} blocks, which no LightningDiT has; {REMEDY}")
     _refuse_variants(parts, names, shapes, stated, path)
     if len(shapes) < len(_TELLING):
         wrong = _faults_without_sizes(parts, depth, qk_norm)
@@ -72,7 +75,7 @@ def stated_settings(tree: Mapping[str, Any]) -> dict[str, int]:
     config = config if isinstance(config, dict) else {}
     sections = {name: part for name, part in config.items() if isinstance(part, dict)}
     found: dict[str, int] = {}
-    kind = re.fullmatch(r"LightningDiT-(\w+)/(\d+)", str(sections.get("model", {}).get("model_type")))
+    kind = re.fullmatch(r"LightningDiT-(\w+)/(\d{1,4})", str(sections.get("model", {}).get("model_type")))
     size = next((size for size, name in _NAMES.items() if kind and name == kind[1]), None)
     if kind and size:
         found = {**dict(zip(("width", "depth", "heads"), SIZES[size])), "patch_size": int(kind[2])}

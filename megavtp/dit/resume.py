@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 
 from megavtp.checkpoint.store import Checkpoint
-from megavtp.config.load import from_dict
-from megavtp.dit.checkpoint import FACTS, artifact_of
-from megavtp.dit.config import CompleteDiT, DiTConfig, DiTModelConfig, resolve_dit
+from megavtp.dit.checkpoint import artifact_of, classes_of, dit_config
+from megavtp.dit.config import CompleteDiT, DiTModelConfig
 from megavtp.errors import UserError
 from megavtp.latents.artifact import check_same_tokenizer
 from megavtp.latents.folder import LatentFolder
@@ -28,7 +27,7 @@ def check_goes_on(checkpoint: Checkpoint, model: CompleteDiT, folder: LatentFold
     trained_on = artifact_of(checkpoint)
     if trained_on is not None:
         check_same_tokenizer(trained_on, where, folder.artifact, latents)
-    before = resolve_dit(from_dict(checkpoint.meta["config"], DiTConfig).model)
+    before = dit_config(checkpoint).model
     for name in _IDENTITY:
         own, trained = getattr(model, name), getattr(before, name)
         if own != trained:
@@ -36,7 +35,7 @@ def check_goes_on(checkpoint: Checkpoint, model: CompleteDiT, folder: LatentFold
                 f"{where} has model.{name} = {trained}, this run {own}: set model.{name}={trained}, or another "
                 "output_dir"
             )
-    classes = checkpoint.meta[FACTS]["classes"]
+    classes = classes_of(checkpoint)
     if model.condition == "class" and classes is not None and classes != folder.classes:
         raise UserError(
             f"{where} was trained on other classes ({_some(classes)}) than those of {latents} "

@@ -5,12 +5,14 @@ from __future__ import annotations
 from megavtp.config import deepspeed_keys
 from megavtp.config.layout import check_pipeline, check_sequence_parallel, data_parallel_size
 from megavtp.config.precision import with_precision
-from megavtp.config.ranges import INF, check_run, divides, need, within
+from megavtp.config.ranges import INF, MAX_DEPTH, MAX_ROWS, MAX_WIDTH, check_run, divides, need, within
 from megavtp.config.share import PassShare
 from megavtp.config.sizes import narrowed
 from megavtp.dit.config import (
     CompleteDiTConfig,
     DiTConfig,
+    DiTModelConfig,
+    ResolvedDiT,
     ResolvedDiTConfig,
     complete_config,
     resolve_dit,
@@ -18,6 +20,7 @@ from megavtp.dit.config import (
 )
 
 TOWER = "dit"  # the one name that learning rates and gradient norms know
+_MAX_SIDE = 512  # positions of a latent map's side: of 8192 pixels in patches of 16
 
 
 def validate_dit(config: DiTConfig, world_size: int | None) -> ResolvedDiTConfig:
@@ -26,11 +29,10 @@ def validate_dit(config: DiTConfig, world_size: int | None) -> ResolvedDiTConfig
     ``world_size`` None checks everything but the rules that need it. Raises UserError.
     """
     resolved = narrowed(
-        config, ResolvedDiTConfig, model=resolve_dit(config.model), parallel=with_precision(config.parallel)
+        config, ResolvedDiTConfig, model=check_dit_model(config.model), parallel=with_precision(config.parallel)
     )
     check_run(resolved, (TOWER,))
     _numbers(resolved)
-    _model(resolved)
     _tensor_parallel(resolved)
     check_pipeline(resolved.parallel, resolved.model.depth, "model.depth", "DiT")
     divides(
@@ -74,9 +76,8 @@ def with_latents(
         f"data.flip = {config.data.flip}, but data.root = {config.data.root} has no latents of mirrored images: "
         "extract them, or set data.flip=0",
     )
-    complete = complete_config(narrowed(config, type(config), model=narrowed(model, type(model), **found)))
-    _model(complete)
-    return complete
+    sized = check_dit_model(narrowed(model, type(model), **found))
+    return complete_config(narrowed(config, type(config), model=sized))
 
 
 def flow_share(config: DiTConfig, dp: int) -> PassShare:
@@ -98,15 +99,23 @@ def _numbers(config: ResolvedDiTConfig) -> None:
         within(flow, "flow_matching", 1, INF, "micro_batch")
     within(config, "config", 0, 1, "ema_momentum")
     within(config.data, "data", 0, 1, "flip")
-    for name in ("width", "depth", "heads", "patch_size"):
-        within(config.model, "model", 1, INF, name)
-    for name in ("latent_size", "latent_channels", "num_classes", "caption_width"):
-        if getattr(config.model, name) is not None:
-            within(config.model, "model", 1, INF, name)
 
 
-def _model(config: ResolvedDiTConfig) -> None:
-    model = config.model
+def check_dit_model(given: DiTModelConfig) -> ResolvedDiT:
+    """The model of a recipe or of a file with weights, with its sizes filled, which are checked by themselves.
+
+    Raises UserError.
+    """
+    model = resolve_dit(given)
+    within(model, "model", 1, MAX_WIDTH, "width", "heads")
+    within(model, "model", 1, MAX_DEPTH, "depth")
+    within(model, "model", 1, _MAX_SIDE, "patch_size")
+    for name, high in (
+        ("latent_size", _MAX_SIDE), ("latent_channels", MAX_WIDTH), ("num_classes", MAX_ROWS),
+        ("caption_width", MAX_WIDTH),
+    ):
+        if getattr(model, name) is not None:
+            within(model, "model", 1, high, name)
     divides(model.heads, model.width, "model.heads", "model.width", "change one of them")
     head = model.width // model.heads
     need(
@@ -126,6 +135,7 @@ def _model(config: ResolvedDiTConfig) -> None:
         model.condition == "caption" or model.caption_width is None,
         f"model.caption_width = {model.caption_width} is given, but model.condition = class: remove one of them",
     )
+    return model
 
 
 def _tensor_parallel(config: ResolvedDiTConfig) -> None:

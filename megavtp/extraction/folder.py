@@ -21,10 +21,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megavtp.checkpoint.tensor_file import flush_folder, write_tensors
-from megavtp.data.files import read_json_object, refuse_remote, write_json
+from megavtp.data.files import refuse_remote, write_json
 from megavtp.data.folder_lock import LOCK_FILE, FolderLock
 from megavtp.errors import UserError
 from megavtp.extraction.moments import Moments, join_all
+from megavtp.json_file import read_json
 from megavtp.latents.artifact import FILE, STATISTICS_FILE, TokenizerArtifact, check_same_tokenizer
 from megavtp.latents.folder import CLASSES_FILE
 
@@ -46,19 +47,25 @@ class UnfinishedLatents:
         self._lock: FolderLock | None = None
 
     def claim(self) -> None:
-        """Make the folder, or see that it was begun with the same settings, and have it alone until ``release``.
-        UserError if it was not, was finished with other statistics, or another process fills it."""
-        path = self.folder / SETTINGS_FILE
-        if self.folder.exists() and not path.exists() and not self._is_empty():
-            raise UserError(f"{self.folder} exists and was not made by an extraction; choose another --out")
+        """Make the folder, unless it was begun already, and have it alone until ``release``. UserError: it cannot be
+        written, or another process fills it; see ``check``."""
+        self.check()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.folder, "choose another --out")
+            self.check()  # again, now that nobody else changes it
+            if not (self.folder / SETTINGS_FILE).exists():
+                write_json(self.folder / SETTINGS_FILE, self.settings, indent=1)
         except OSError as error:
             raise self._cannot_write(error) from None
+
+    def check(self) -> None:
+        """UserError if the folder holds something else, was begun with other settings or finished with other
+        statistics."""
+        path = self.folder / SETTINGS_FILE
         if path.exists():
             remedy = "remove that folder, or choose another --out"
-            begun = read_json_object(path, remedy)
+            begun = read_json(path, dict[str, Any], remedy)
             names = begun.keys() | self.settings.keys()
             if differing := sorted(name for name in names if begun.get(name) != self.settings.get(name)):
                 raise UserError(
@@ -68,12 +75,11 @@ class UnfinishedLatents:
                 done = TokenizerArtifact.read(self.folder)
                 check_same_tokenizer(done, str(self.folder), self.artifact, "the given tokenizer")
             return
-        try:
-            write_json(path, self.settings, indent=1)
-        except OSError as error:
-            raise self._cannot_write(error) from None
+        if self.folder.exists() and not self._is_empty():
+            raise UserError(f"{self.folder} exists and was not made by an extraction; choose another --out")
 
     def release(self) -> None:
+        """Let other processes have the folder."""
         if self._lock is not None:
             self._lock.close()
 
@@ -122,7 +128,10 @@ class UnfinishedLatents:
                 f"{self.path(headers.index(None))} is not to be seen here: --out must be on a file system that all "
                 "machines share; start again, what is there is kept"
             )
-        parts = [Moments.load(text) for text in headers if text]
+        parts = [
+            Moments.load(text, self.artifact.latent_channels, str(self.path(shard)))
+            for shard, text in enumerate(headers) if text
+        ]
         if not parts:
             raise UserError(f"{self.folder}: not one image of the data set can be read")
         own = join_all(parts).statistics()

@@ -56,10 +56,6 @@ class ExtractionSettings:
     batch_size: int = 32
     precision: str = "fp32"
 
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size {self.batch_size}: must be at least 1")
-
 
 class Extraction:
     """The work of one process.
@@ -97,6 +93,7 @@ class Extraction:
         """Do what is missing; returns the tokenizer's facts with statistics, and how many samples this start left out.
         A collective call."""
         phase.enter("preparing the extraction", slow=True)
+        together(lambda: self.folder.check() if self.mesh.rank == 0 else None)  # before all metadata are read
         labels = find_labels(self.data, self.settings.label, self.mesh)  # a wrong key leaves nothing behind
         try:
             together(lambda: self.folder.claim() if self.mesh.rank == 0 else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from megavtp.errors import UserError
 from megavtp.parallel.collectives import all_gather_object
 from megavtp.parallel.mesh import Mesh
 
-_MOST_NAMES = 100_000  # more different values are no classes, but names of samples
+_MOST_CLASSES = 100_000  # more different values, or a larger number, are no classes, but names of samples
 _KEYS_TOLD = 20
 
 
@@ -51,11 +52,11 @@ class _Found:
         value = meta.get(key)
         if isinstance(value, str) and value:
             self.names.add(value)
-        elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        elif isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_CLASSES:
             self.numbers = True
         else:
             self.lacking += 1
-            self.first_lacking = self.first_lacking or name
+            self.first_lacking = self.first_lacking or f"{name}: {reprlib.repr(value)}"
             self.keys.update(k for k, v in meta.items() if isinstance(v, str | int))
 
 
@@ -79,12 +80,12 @@ def find_labels(folder: ShardDataset, key: str | None, mesh: Mesh) -> Labels:
             keys += part.keys
         others = ", ".join(k for k, _ in keys.most_common(_KEYS_TOLD)) or "none"
         raise UserError(
-            f"--label {key}: {lacking} of {len(folder)} samples in {folder.folder} have no such name or number (first: "
-            f"{first}); keys of theirs: {others}"
+            f"--label {key}: {lacking} of {len(folder)} samples in {folder.folder} have no such name, nor a whole "
+            f"number from 0 to {_MOST_CLASSES - 1} (first: {first}); keys of theirs: {others}"
         )
     if names and any(part.numbers for part in found):
         raise UserError(f"--label {key}: some of its values are names, some numbers; make them all one or the other")
-    if len(names) > _MOST_NAMES:
+    if len(names) > _MOST_CLASSES:
         raise UserError(f"--label {key} has {len(names)} different values; choose a key that names classes")
     return Labels(key, sorted(names) if names else None)
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from megavtp.errors import UserError
+from megavtp.json_file import Finite, Positive, parse_json
 from megavtp.latents.artifact import LatentStatistics
+
+_Dumped = tuple[Positive, Positive, list[Finite], list[Annotated[Finite, Field(ge=0)]]]
 
 
 def channel_moments(latents: Tensor) -> Tensor:
@@ -53,8 +59,12 @@ class Moments:
         return json.dumps([self.images, self.count, self.mean.tolist(), self.squares.tolist()])
 
     @classmethod
-    def load(cls, text: str) -> Moments:
-        images, count, mean, squares = json.loads(text)
+    def load(cls, text: str, channels: int, where: str) -> Moments:
+        """The inverse of ``dump``. UserError if it is something else, or of another number of channels."""
+        remedy = "remove that file, then start again"
+        images, count, mean, squares = parse_json(text, _Dumped, where, remedy)
+        if not len(mean) == len(squares) == channels:
+            raise UserError(f"{where}: its sums are not of {channels} channels; {remedy}")
         return cls(images, count, np.array(mean), np.array(squares))
 
 

@@ -10,19 +10,46 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from megavtp.data.files import read_json_object, write_json
-from megavtp.data.torch_file import read_torch_file, write_torch_file
+from megavtp.config.ranges import MAX_PIXELS, MAX_WIDTH
+from megavtp.data.files import write_json
+from megavtp.data.torch_file import FLOATS, read_torch_file, write_torch_file
 from megavtp.errors import UserError
+from megavtp.json_file import Count, Finite, check_form, form, read_json
 from megavtp.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 FILE = "visual_tokenizer.json"
 STATISTICS_FILE = "latents_stats.pt"  # LightningDiT's: {"mean", "std"}, each (1, C, 1, 1) float32
 _VERSION = 1
+_Pixels = Annotated[int, Field(gt=0, le=MAX_PIXELS)]
+_Channels = Annotated[int, Field(gt=0, le=MAX_WIDTH)]
+
+
+@form
+class _StoredStatistics:
+    mean: tuple[Finite, ...]
+    std: tuple[Finite, ...]
+    images: Count | None
+
+
+@form
+class _Stored:
+    """``TokenizerArtifact.to_dict``: all of it must be there."""
+
+    version: Literal[_VERSION]
+    fingerprint: str
+    image_size: _Pixels
+    patch_size: _Pixels
+    latent_channels: _Channels
+    pixel_mean: tuple[Finite, Finite, Finite]
+    pixel_std: tuple[Finite, Finite, Finite]
+    captions: str | None
+    statistics: _StoredStatistics | None
 
 
 @dataclass(frozen=True)
@@ -73,14 +100,18 @@ class LatentStatistics:
 
     @classmethod
     def read(cls, path: str | Path) -> LatentStatistics:
-        """From LightningDiT's ``latents_stats.pt``."""
+        """From LightningDiT's ``latents_stats.pt``. Raises UserError."""
         remedy = "extract the latents again, which writes it"
         tree = read_torch_file(path, remedy)
         tensors = [tree.get(name) for name in ("mean", "std")] if isinstance(tree, dict) else [None]
-        if not all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors):
-            raise UserError(f"{path} does not hold the tensors mean and std; {remedy}")
-        mean, std = (tuple(t.flatten().tolist()) for t in tensors)
-        return cls(mean, std)
+        if not all(isinstance(t, Tensor) and t.dtype in FLOATS for t in tensors):
+            raise UserError(f"{path} does not hold the floating point tensors mean and std; {remedy}")
+        if wrong := [tuple(t.shape) for t in tensors if t.numel() != max(t.shape, default=1)]:
+            raise UserError(f"{path}: mean and std are one number per channel, not of shape {wrong[0]}; {remedy}")
+        try:
+            return cls(*(tuple(t.flatten().tolist()) for t in tensors))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
     def write(self, path: str | Path) -> None:
         """As LightningDiT's ``latents_stats.pt``, rounded to float32. Raises OSError."""
@@ -119,33 +150,25 @@ class TokenizerArtifact:
     def from_dict(cls, values: Mapping[str, Any], where: str) -> TokenizerArtifact:
         """The inverse of ``to_dict``; ``where`` names the source in errors."""
         remedy = "convert the tokenizer, or extract the latents, again"
-        if values.get("version") != _VERSION:
-            raise UserError(f"{where}: version {values.get('version')!r}, this MegaVTP reads {_VERSION}; {remedy}")
-        names = {f.name for f in fields(cls)}
-        if wrong := sorted(names ^ (values.keys() - {"version"})):
-            raise UserError(f"{where}: missing or unknown keys {', '.join(wrong)}; {remedy}")
-        given = {name: values[name] for name in names}
-        try:
-            if given["statistics"] is not None:
-                given["statistics"] = LatentStatistics(**{
-                    name: tuple(map(float, value)) if isinstance(value, (list, tuple)) else value
-                    for name, value in given["statistics"].items()
-                })
-            for name in ("pixel_mean", "pixel_std"):
-                given[name] = tuple(map(float, given[name]))
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{where}: a value is of the wrong kind ({error}); {remedy}") from None
-        numbers = [given[name] for name in ("image_size", "patch_size", "latent_channels")]
-        if not isinstance(given["fingerprint"], str) or not all(type(n) is int and n > 0 for n in numbers):
-            raise UserError(f"{where}: fingerprint or a size is of the wrong kind; {remedy}")
-        return cls(**given)
+        stored = check_form(dict(values), _Stored, where, remedy)
+        found = stored.statistics
+        if found is not None and len(found.mean) != stored.latent_channels:
+            raise UserError(
+                f"{where}: statistics of {len(found.mean)} channels do not belong to latents of "
+                f"{stored.latent_channels}; {remedy}"
+            )
+        if stored.image_size % stored.patch_size or min(stored.pixel_std) <= 0:
+            raise UserError(f"{where}: its sizes do not fit one another, or pixel_std is not above 0; {remedy}")
+        given = {f.name: getattr(stored, f.name) for f in fields(cls)}
+        statistics = found and LatentStatistics(found.mean, found.std, found.images)
+        return cls(**{**given, "statistics": statistics})
 
     @classmethod
     def read(cls, folder: str | Path) -> TokenizerArtifact:
         """From ``folder/visual_tokenizer.json``. UserError when it is missing or damaged."""
         path = Path(folder) / FILE
         remedy = "make it with tools/convert_checkpoint.py (a tokenizer) or tools/extract_latents.py (latents)"
-        return cls.from_dict(read_json_object(path, remedy), str(path))
+        return cls.from_dict(read_json(path, dict[str, Any], remedy), str(path))
 
     def write(self, folder: str | Path) -> None:
         """To ``folder/visual_tokenizer.json``, whole or not at all. Raises OSError."""

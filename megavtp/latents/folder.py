@@ -15,7 +15,6 @@ Letters: n images of a shard, C channels, h = w positions, E caption features.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,13 @@ from torch import Tensor
 
 from megavtp.data.files import refuse_remote
 from megavtp.errors import UserError
+from megavtp.json_file import read_json
 from megavtp.latents.artifact import LatentStatistics, TokenizerArtifact
 
 CLASSES_FILE = "classes.json"
+_FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_MAX_CLASSES = 1_000_000  # the DiT has a row for each class up to the highest label
 _REMEDY = "extract the latents again with tools/extract_latents.py"
 
 
@@ -113,6 +116,7 @@ class LatentFolder:
         return UserError(f"{self._paths[shard]}: cannot be read ({error}); {_REMEDY}")
 
     def _shapes(self, shard: int) -> dict[str, tuple[int, ...]]:
+        """Of every tensor, from the header alone; they fit each other when this returns."""
         file, path = self._handle(shard), self._paths[shard]
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         if missing := {"latents", "labels"} - shapes.keys():
@@ -123,16 +127,23 @@ class LatentFolder:
                 f"{path} was made by the tokenizer {maker[:12]}, {self.folder}/visual_tokenizer.json is of "
                 f"{self.artifact.fingerprint[:12]}; {_REMEDY}"
             )
+        size = shapes["latents"]
+        fitting = {"latents_flip": size, "labels": size[:1], "captions": size[:1] + shapes.get("captions", ())[1:2]}
+        apart = any(shapes.get(name, shape) != shape for name, shape in fitting.items())
+        if apart or len(size) != 4 or size[2] != size[3] or 0 in size:
+            raise UserError(f"{path} holds {shapes}, which are no square latents of as many images; {_REMEDY}")
+        for name in shapes.keys() & {"latents", "latents_flip", "captions"}:
+            if (dtype := file.get_slice(name).get_dtype()) not in _FLOATS:
+                raise UserError(f"{path}: {name} is of {dtype}, not of floating point numbers; {_REMEDY}")
         return shapes
 
     def _count(self, shard: int, first: dict[str, tuple[int, ...]]) -> int:
         shapes = self._shapes(shard)
         count = shapes["latents"][0]
         expected = {name: (count, *shape[1:]) for name, shape in first.items()}
-        if shapes != expected or len(self.shape) != 3 or self.shape[1] != self.shape[2] or count == 0:
+        if shapes != expected:
             raise UserError(
-                f"{self._paths[shard]} holds {shapes}, which are not square latents, or not those of the first shard "
-                f"({expected}); {_REMEDY}"
+                f"{self._paths[shard]} holds {shapes}, which are not those of the first shard ({expected}); {_REMEDY}"
             )
         return count
 
@@ -145,18 +156,12 @@ class LatentFolder:
 
     def _read_labels(self, shard: int) -> Tensor:
         labels = self._handle(shard).get_tensor("labels")
-        if labels.dtype.is_floating_point or int(labels.min()) < 0:
-            raise UserError(f"{self._paths[shard]}: labels must be integers from 0; {_REMEDY}")
+        if labels.dtype not in _INTEGERS or int(labels.min()) < 0 or int(labels.max()) >= _MAX_CLASSES:
+            raise UserError(f"{self._paths[shard]}: labels must be integers from 0 below {_MAX_CLASSES}; {_REMEDY}")
         return labels.to(torch.int32)  # kept for the whole data set
 
     def _class_names(self) -> list[str] | None:
         path = self.folder / CLASSES_FILE
         if not path.exists():
             return None
-        try:
-            names = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is not readable ({error}); {_REMEDY}") from None
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{path} is no list of class names; {_REMEDY}")
-        return names
+        return read_json(path, list[str], _REMEDY)

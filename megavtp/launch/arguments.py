@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from megavtp.options import Options, place, whole
 
 
 def launcher_parser(name: str, description: str, recipe: str, example: str) -> argparse.ArgumentParser:
     """The arguments of every launcher that trains; ``recipe`` says of --config what is special here."""
-    parser = argparse.ArgumentParser(
+    parser = Options(
         prog=f"deepspeed launchers/{name}", description=description, epilog=f"example: {example}"
     )
-    parser.add_argument("--config", type=Path, help=recipe)
-    parser.add_argument("--deepspeed_config", type=Path, help="JSON with further DeepSpeed keys")
+    parser.add_argument("--config", type=place, help=recipe)
+    parser.add_argument("--deepspeed_config", type=place, help="JSON with further DeepSpeed keys")
     parser.add_argument(
-        "--replay", type=int, metavar="STEP",
+        "--replay", type=whole(0, 2**53), metavar="STEP",
         help="do a step again from the checkpoint before it, print what in it is not finite (then status 3), and stop",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")

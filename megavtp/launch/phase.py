@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -23,6 +26,8 @@ class Phase:
 
 
 _current = Phase(0, "starting", time.monotonic(), True)
+_working = threading.main_thread()
+_waiting: set[threading.Thread] = set()  # for other ranks
 
 
 def enter(name: str, *, slow: bool = False) -> None:
@@ -33,3 +38,34 @@ def enter(name: str, *, slow: bool = False) -> None:
 
 def current() -> Phase:
     return _current
+
+
+@contextmanager
+def handed_to(thread: threading.Thread) -> Iterator[None]:
+    """The main thread waits for this one: where that is, is where the rank is."""
+    global _working
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _working = thread
+    try:
+        yield
+    finally:
+        _working = threading.main_thread()
+
+
+@contextmanager
+def waiting_for_others() -> Iterator[None]:
+    """This thread waits for other ranks, as in a collective, but by means that are not of torch.distributed."""
+    thread = threading.current_thread()
+    _waiting.add(thread)
+    try:
+        yield
+    finally:
+        _waiting.discard(thread)
+
+
+def working_thread() -> tuple[threading.Thread, bool]:
+    """The thread that does this rank's work now, and whether it is ``waiting_for_others``."""
+    thread = _working
+    return thread, thread in _waiting

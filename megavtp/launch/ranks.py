@@ -16,6 +16,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from megavtp import cli
 from megavtp.errors import UserError
 from megavtp.launch import phase
 from megavtp.launch.meeting import meet
@@ -40,11 +41,11 @@ _watchdog: Watchdog | None = None
 
 
 class _Terminated(BaseException):
-    """SIGTERM while nothing is to be saved: before the first step, or after the last."""
+    """SIGTERM or SIGHUP while nothing is to be saved: before the first step, or after the last."""
 
 
-def _on_sigterm(signum, frame) -> None:
-    raise _Terminated
+def _on_stop_signal(signum, frame) -> None:
+    raise _Terminated(signal.Signals(signum).name)
 
 
 def start(timeout: float = 600) -> torch.device:
@@ -72,21 +73,22 @@ def join(place: Place, store: dist.Store, timeout: float) -> torch.device:
     if backend == "gloo" and (interface := gloo_interface(place)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if not dist.is_initialized():
+        _watchdog = Watchdog(store, place.rank, place.world, socket.gethostname(), timeout)
+        _watchdog.start()
         limit = timedelta(seconds=limit_of(timeout, True) + 60) if timeout else _NO_LIMIT  # the watch comes first
         try:
             dist.init_process_group(
                 backend, store=dist.PrefixStore("group", store), rank=place.rank, world_size=place.world, timeout=limit
             )
         except (RuntimeError, ValueError) as error:
+            if _lost_others(error):
+                raise
             raise UserError(
                 f"rank {place.rank} of {place.world} could not join the others at {place.master_addr}:"
                 f"{place.master_port}: {str(error).splitlines()[0]}; python launchers/doctor.py looks for the reason"
             ) from None
-        if place.world > 1:
-            _watchdog = Watchdog(store, place.rank, place.world, socket.gethostname(), timeout)
-            dist.barrier()  # all have told of themselves
-            _watchdog.start()
-            signal.signal(signal.SIGTERM, _on_sigterm)
+        for name in cli.stop_signals():
+            signal.signal(name, _on_stop_signal)
     import deepspeed
 
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
@@ -130,13 +132,16 @@ def run_ranks(main: Callable[[], int | None]) -> NoReturn:
     Before the ranks are joined every rank finds the same error, so rank 0 speaks for all; afterwards the rank that
     raises does, and the others are told and end within seconds. See ``watchdog`` for those that cannot speak.
     """
+    cli.print_any_name()
+    cli.go_on_unread()
     try:
         status = main() or 0
         stop()
     except SystemExit as told:  # argparse: --help, or a usage error that it has explained
         status = told.code if isinstance(told.code, int) else 1
     except BaseException as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows takes seconds
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # what follows takes seconds
+            signal.signal(name, signal.SIG_IGN)
         status = _tell_all(error)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -148,10 +153,11 @@ def _tell_all(error: BaseException) -> int:
     if isinstance(error, UserError):
         return _user_error(error)
     if isinstance(error, _Terminated):
-        return _terminated()
+        return _terminated(str(error))
     if isinstance(error, KeyboardInterrupt):
+        cli.tell_interrupted()
         _tell("was interrupted")
-        return 130
+        return cli.INTERRUPTED
     where = phase.current().name
     if _lost_others(error):
         _say(f"ended because other ranks did: {_reason(error)} (this rank: {where})")
@@ -185,10 +191,10 @@ def _user_error(error: UserError) -> int:
     return 2
 
 
-def _terminated() -> int:
+def _terminated(name: str) -> int:
     """Either somebody ends the job, or the launcher does because another rank has gone; that takes a moment to know."""
     known = _watchdog.reason(_TERM_PATIENCE) if _watchdog is not None else None
-    text = f"ended because other ranks did: {known}" if known else "was told to end (SIGTERM)"
+    text = f"ended because other ranks did: {known}" if known else f"was told to end ({name})"
     _say(f"{text} (this rank: {phase.current().name})")
     return 1 if known else STOPPED
 
@@ -206,4 +212,5 @@ def _reason(error: BaseException) -> str:
 
 def _lost_others(error: BaseException) -> bool:
     """Whether a collective failed only because its peers have left: their message is the one to read."""
-    return isinstance(error, RuntimeError) and dist.is_initialized() and any(sign in str(error) for sign in _PEER_GONE)
+    several = _watchdog is not None and int(os.environ["WORLD_SIZE"]) > 1
+    return isinstance(error, RuntimeError) and several and any(sign in str(error) for sign in _PEER_GONE)

@@ -10,6 +10,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from megavtp.cli import stop_signals
+
 _LAUNCHERS = {
     "deepspeed", "ds", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run",
 }
@@ -17,7 +19,7 @@ _WATCH_SECONDS = 1.0  # between two looks at the launchers
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and the launcher's end as an agreement between ranks: all stop after the same step.
+    """SIGTERM, SIGHUP, SIGINT and the launcher's end as an agreement between ranks: all stop after the same step.
 
     Each step all ranks reduce their flag; the result of the step before is read, which has long arrived, so no rank
     waits for it.
@@ -27,23 +29,28 @@ class StopSignal:
     - `deepspeed` is two processes above the ranks of a node, the runner and the node's launcher. On a single node the
       runner handles no signal: SIGTERM ends it alone, and the ranks would go on with nobody waiting for them. So they
       watch the chain of launchers above them, and a link that is gone counts as a signal.
+    - When the node's launcher is killed, the runner ends with 0, as if all were done. The ranks are left to tell.
     - The node's launcher (Ctrl-C and schedulers reach it, as they signal the whole group) sends SIGTERM to one rank
       after the other with all its descendants, kills each after 30 s, and exits with 1. That one rank was told is
       enough here, so the 30 s are for the step at work and the save.
-    - torchrun passes SIGTERM and SIGINT on to all ranks, kills after 30 s, and exits with 1.
+    - torchrun passes SIGTERM, SIGINT and SIGHUP on to all ranks, kills after 30 s, and exits with 1.
 
     Loader workers get these signals too and ignore them: the trainer closes them.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
+        self.reason = "another rank was told to"
         self._raised = False
         self._pending: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
         self._next_watch = 0.0
-        self._previous = {name: signal.signal(name, self._handle) for name in (signal.SIGTERM, signal.SIGINT)}
+        self._previous = {name: signal.signal(name, self._handle) for name in (signal.SIGINT, *stop_signals())}
 
     def _handle(self, signum, frame) -> None:
-        self._raised = True
+        self._raise(signal.Signals(signum).name)
+
+    def _raise(self, reason: str) -> None:
+        self._raised, self.reason = True, reason
 
     def agreed(self) -> bool:
         """Whether any rank had been told to stop before the last call. Collective: once per step on every rank."""
@@ -66,7 +73,8 @@ class StopSignal:
 
     def _watch_launchers(self) -> None:
         if time.monotonic() >= self._next_watch:
-            self._raised = self._raised or not all(_holds(*link) for link in _LAUNCHER_LINKS)
+            if not self._raised and not all(_holds(*link) for link in _LAUNCHER_LINKS):
+                self._raise("the launcher has gone")
             self._next_watch = time.monotonic() + _WATCH_SECONDS
 
     def close(self) -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megavtp.launch import phase
+
+REPORTS = "watch"  # prefix of the ranks' reports in the store of the rendezvous, by rank
 SLOW = 3  # times the limits, in phases that read or write much
 SILENCE = 60.0  # seconds without a sign of life, at most; less if the limit for hangs is less
 SILENCE_AFTER_LOSS = 5.0  # the same, once a rank has noticed that a connection broke
@@ -24,7 +28,7 @@ class Report:
     """What a rank tells of itself, about once a second.
 
     phase, number, slow: see ``phase.Phase``. age: seconds since it began. broken: a connection to another rank broke.
-    at: "file:line in function" of the innermost own code. in_collective: whether that is in a collective operation.
+    at: "file:line in function" of the innermost own code. in_collective: whether it waits for other ranks there.
     """
 
     host: str
@@ -126,10 +130,21 @@ def _where(ranks: Sequence[int], reports: Mapping[int, Report]) -> str:
     return "; ".join(f"rank {rank} in {place}" for place, rank in sorted(places.items(), key=lambda x: x[1])[:8])
 
 
-def main_thread_position() -> tuple[str, bool]:
-    """("file:line in function" of the main thread's innermost own code, whether it waits in a collective there)."""
-    frame = sys._current_frames().get(threading.main_thread().ident)
-    waits = frame is not None and frame.f_code.co_name in ("wait", "synchronize")
+def own_report(host: str, broken: bool = False) -> Report:
+    """Of this rank, now."""
+    now = phase.current()
+    at, waits = position()
+    return Report(host, now.name, now.number, now.slow, time.monotonic() - now.since, broken, at, waits)
+
+
+def position() -> tuple[str, bool]:
+    """("file:line in function" of the innermost own code, whether it waits for other ranks there), of the thread that
+    does this rank's work."""
+    thread, waits = phase.working_thread()
+    if thread is threading.current_thread():
+        return "", False  # it would be this line
+    frame = sys._current_frames().get(thread.ident)
+    waits = waits or (frame is not None and frame.f_code.co_name in ("wait", "synchronize"))
     while frame is not None:
         file = frame.f_code.co_filename
         waits = waits or any(part in file for part in _COLLECTIVE)

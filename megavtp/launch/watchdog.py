@@ -1,4 +1,4 @@
-"""Ends every rank, with a reason, when one of them has failed, is lost or hangs.
+"""Ends every rank, also a single one, with a reason, when one of them has failed, is lost or hangs.
 
 Each rank has a thread that says once a second where the rank is. Rank 0's thread reads what all say and passes the
 verdict (``verdict.judge``); all others read that. It goes through the store of the rendezvous, over connections of its
@@ -13,12 +13,14 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import torch.distributed as dist
 
 from megavtp.launch import phase
 from megavtp.launch.verdict import (
     LOST,
+    REPORTS,
     SILENCE,
     SILENCE_AFTER_LOSS,
     SLOW,
@@ -28,7 +30,7 @@ from megavtp.launch.verdict import (
     limit_of,
     load_report,
     load_verdict,
-    main_thread_position,
+    own_report,
     silence_of,
 )
 
@@ -45,12 +47,12 @@ class Watchdog:
     """The watch over one run, seen from one rank.
 
     Args:
-        store: of the rendezvous; a connection of its own is made from it.
+        store: of the rendezvous, at which all ranks have arrived; a connection of its own is made from it.
         timeout: seconds that a phase may take on any rank, three times that in a slow one; 0 = no limit.
     """
 
     def __init__(self, store: dist.Store, rank: int, world: int, host: str, timeout: float):
-        self._store = dist.PrefixStore("watch", store).clone()
+        self._store = dist.PrefixStore(REPORTS, store).clone()
         self._rank, self._world, self._host, self._timeout = rank, world, host, timeout
         self._broken = False
         self._closed = threading.Event()
@@ -59,13 +61,13 @@ class Watchdog:
         self._known = threading.Event()  # a verdict is there
         self._heard = {}  # rank -> (its last report as text, when that arrived)
         self._talk = threading.Lock()  # with the store
+        self._looking = threading.Lock()
         self._last_beat = self._last_look = time.monotonic()
-        self._store.set(str(rank), self._report().dump())
+        self._suspended = (0, 0.0)  # number of a phase, seconds of it
         self._talker = threading.Thread(target=self._beats, name="watchdog-store", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Call it when all ranks have been made, that is after a barrier."""
         self._talker.start()
         self._watcher.start()
 
@@ -82,7 +84,7 @@ class Watchdog:
         """From the main thread, when a connection to another rank broke: the verdict on it, waited for."""
         self._ending.set()
         self._broken = True
-        self._known.wait(patience)
+        self._known.wait(patience if self._world > 1 else 0)
         if self._verdict is not None and self._rank == 0:
             self._let_others_hear()
         return None if self._verdict is None else self._verdict.text
@@ -90,27 +92,41 @@ class Watchdog:
     def close(self) -> None:
         """All ranks have done their work."""
         self._closed.set()
+        self._known.set()  # wakes the watcher
         self._watcher.join()
         self._talker.join(_GRACE)
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         while not self._closed.is_set():
-            faulthandler.dump_traceback_later(STUCK, exit=True)
-            now = time.monotonic()
-            if now - self._last_look > 5 * _BEAT:  # this process was suspended: what it heard last says nothing
-                self._last_beat = now
-                self._heard = {rank: (text, now) for rank, (text, _) in self._heard.items()}
-            self._last_look = now
+            if self._world > 1:  # a single process may be suspended (Ctrl-Z) for longer than that
+                faulthandler.dump_traceback_later(STUCK, exit=True)
+            now = self._look()
             slow = phase.current().slow
             patience = SILENCE_AFTER_LOSS if self._broken else silence_of(self._timeout, slow)
-            if now - self._last_beat > patience:
+            if self._world > 1 and now - self._last_beat > patience:
                 self._decide(self._store_verdict(f"no answer for {now - self._last_beat:.0f} s"))
             # Nobody is there to judge: a rank that waits for others may rightly be older than its own phase's limit.
             if self._own_age() > limit_of(self._timeout, slow=True) + 30:
                 self._decide(Verdict(self._overdue_text(), (self._rank,)))
-            if self._known.wait(_BEAT):
+            if self._known.wait(_BEAT) and not self._closed.is_set():
                 self._end()
+
+    def _look(self) -> float:
+        """The time. After a suspension what was heard last says nothing, and the phase is that much younger."""
+        with self._looking:
+            now = time.monotonic()
+            if (gap := now - self._last_look) > 5 * _BEAT:
+                self._last_beat = now
+                self._heard = {rank: (text, now) for rank, (text, _) in self._heard.items()}
+                number = phase.current().number
+                self._suspended = (number, gap + self._suspended_in(number))
+            self._last_look = now
+        return now
+
+    def _suspended_in(self, number: int) -> float:
+        """Seconds of a phase."""
+        return self._suspended[1] if self._suspended[0] == number else 0.0
 
     def _beats(self) -> None:
         while not (self._closed.wait(_BEAT) or self._known.is_set()):
@@ -123,6 +139,7 @@ class Watchdog:
                 return
 
     def _beat(self) -> None:
+        self._look()
         with self._talk:
             self._store.set(str(self._rank), self._report().dump())
             if self._store.check([_VERDICT]):
@@ -130,7 +147,7 @@ class Watchdog:
                 return
             watched = range(self._world) if self._rank == 0 else [0]
             texts = self._store.multi_get([str(rank) for rank in watched])
-        now = self._last_beat = time.monotonic()
+        now = self._last_beat = self._look()
         for rank, text in zip(watched, texts):
             if self._heard.get(rank, (None,))[0] != text:
                 self._heard[rank] = (text, now)
@@ -159,14 +176,11 @@ class Watchdog:
         return True
 
     def _report(self) -> Report:
-        now = phase.current()
-        # From the main thread itself it would be this line.
-        own = threading.current_thread() is threading.main_thread()
-        at, in_collective = ("", False) if own else main_thread_position()
-        return Report(self._host, now.name, now.number, now.slow, self._own_age(), self._broken, at, in_collective)
+        return replace(own_report(self._host, self._broken), age=self._own_age())
 
     def _own_age(self) -> float:
-        return time.monotonic() - phase.current().since
+        now = phase.current()
+        return time.monotonic() - now.since - self._suspended_in(now.number)
 
     def _overdue_text(self) -> str:
         now = phase.current()

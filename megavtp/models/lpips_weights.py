@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from megavtp.data.torch_file import no_floats, read_torch_file
+from megavtp.data.weights_file import read_safetensors
 from megavtp.errors import UserError
 from megavtp.models.lpips import NETS, Net, weight_shapes
 
@@ -46,7 +47,7 @@ def load_lpips_weights(net: Net, path: str | None = None) -> dict[str, Tensor]:
     """
     if path is None:
         return _from_package(net)
-    weights = _from_torch_files(net, *path.split(",", 1)) if "," in path else _from_safetensors(path)
+    weights = _from_torch_files(net, *path.split(",", 1)) if "," in path else read_safetensors(Path(path), REMEDY)
     return _checked(net, weights, path)
 
 
@@ -54,14 +55,9 @@ def _checked(net: Net, weights: dict[str, Tensor], source: str) -> dict[str, Ten
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if found != weight_shapes(net):
         raise UserError(f"{source} does not hold the weights of LPIPS-{net}; {REMEDY}")
+    if wrong := no_floats(weights):
+        raise UserError(f"{source} holds no weights: {', '.join(wrong)}; {REMEDY}")
     return {name: tensor.float() for name, tensor in weights.items()}
-
-
-def _from_safetensors(path: str) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"LPIPS weights {path} cannot be read ({error}); {REMEDY}") from None
 
 
 def _from_torch_files(net: Net, backbone_path: str, heads_path: str) -> dict[str, Tensor]:
@@ -78,11 +74,7 @@ def _from_torch_files(net: Net, backbone_path: str, heads_path: str) -> dict[str
 
 
 def _torch_file(path: str) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"LPIPS weights {path} cannot be read ({first_line}); {REMEDY}") from None
+    state = read_torch_file(path, REMEDY)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"LPIPS weights {path} hold no state dict; {REMEDY}")
     return state
@@ -92,7 +84,7 @@ def _from_package(net: Net) -> dict[str, Tensor]:
     cached = _cache_folder() / f"lpips-{net}.safetensors"
     if cached.is_file():
         try:
-            return _checked(net, _from_safetensors(str(cached)), str(cached))
+            return _checked(net, read_safetensors(cached, REMEDY), str(cached))
         except UserError:
             pass  # damaged: made again below
     name, root, digest = PACKAGE_FILES[net]

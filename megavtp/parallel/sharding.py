@@ -37,6 +37,14 @@ def cut(full: Tensor, shard: Shard | None, rank: int, size: int) -> Tensor:
     return torch.cat([block.chunk(size, shard.dim)[rank] for block in blocks], shard.dim)
 
 
+def whole_shape(shape: Sequence[int], shard: Shard | None, size: int) -> tuple[int, ...]:
+    """The shape of the tensor that ``size`` tensor-parallel ranks hold pieces of ``shape`` of."""
+    whole = list(shape)
+    if shard is not None:
+        whole[shard.dim] *= size
+    return tuple(whole)
+
+
 def merge(pieces: Sequence[Tensor], shard: Shard | None) -> Tensor:
     """The inverse of ``cut``: all ranks' pieces, in rank order, make the whole."""
     if shard is None or len(pieces) == 1:

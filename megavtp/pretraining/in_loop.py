@@ -11,7 +11,7 @@ from torch import Tensor
 from megavtp.config.sizes import ResolvedConfig
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.loader import EvalDataset
-from megavtp.data.shards import open_dataset
+from megavtp.data.shards import open_dataset, split_folder
 from megavtp.evaluation import VTPEvaluated, evaluate, format_table, write_metrics
 from megavtp.models.lpips import PERCEPTUAL_NETS
 from megavtp.parallel.engine import Engine
@@ -41,7 +41,7 @@ class InLoopEvaluation:
         self.perceptual = {} if perceptual is None else {f"lpips_{net}": perceptual}
 
     def _samples(self, split: str, count: int) -> EvalDataset:
-        folder = open_dataset(Path(self.config.data.root) / split)
+        folder = open_dataset(split_folder(self.config.data.root, split))
         return EvalDataset(folder, self.tokenizer, self.config.model.image_size, count, self.config.data.max_pixels)
 
     @torch.no_grad()

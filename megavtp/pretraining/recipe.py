@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -21,7 +20,7 @@ from megavtp.data.batch import StepDataset
 from megavtp.data.captions import load_tokenizer
 from megavtp.data.files import refuse_hub_id
 from megavtp.data.loader import Loader
-from megavtp.data.shards import open_dataset
+from megavtp.data.shards import open_dataset, split_folder
 from megavtp.errors import UserError
 from megavtp.models.build import build_vtp
 from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS
@@ -37,7 +36,7 @@ from megavtp.pretraining.passes import build_passes
 from megavtp.training.optimizer import build_optimizer
 from megavtp.training.recipe import Hook, Recipe
 from megavtp.training.schedules import cosine
-from megavtp.training.state import checkpoint_root, decides_samples, flat
+from megavtp.training.state import checkpoint_root, decides_samples, flat_config
 from megavtp.training.step import Pairs
 from megavtp.training.telemetry import Telemetry
 
@@ -53,8 +52,8 @@ class Pretraining(Recipe):
 
     def open(self) -> None:
         config = self.config
-        root = Path(config.data.root)
-        self.train_set = open_dataset(root / "train")
+        root = config.data.root
+        self.train_set = open_dataset(split_folder(root, "train"))
         self.tokenizer = load_tokenizer(config.data.captions, root, config.model.text.context_length)
         self.config = with_vocabulary(config, self.tokenizer.vocab_size)
         self.perceptual = build_perceptual(config, self.device)
@@ -108,7 +107,7 @@ class Pretraining(Recipe):
 
     def check(self, checkpoint: Checkpoint) -> None:
         """A run of the decoder alone does not go on in the checkpoints of a joint run, nor the other way."""
-        then = flat(checkpoint.meta["config"]).get("objectives.reconstruction.frozen_encoder", False)
+        then = flat_config(checkpoint).get("objectives.reconstruction.frozen_encoder", False)
         if then != self.config.objectives.reconstruction.frozen_encoder:
             raise UserError(
                 f"{checkpoint.path} is of a run with objectives.reconstruction.frozen_encoder={str(then).lower()}, "

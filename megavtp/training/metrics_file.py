@@ -7,11 +7,14 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megavtp.data.files import unwritable, write_atomic
 from megavtp.data.folder_lock import leads_to
+from megavtp.errors import UserError
+from megavtp.json_file import parse_json
 
 
 class MetricsFile:
@@ -63,12 +66,10 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The records of the file, if it is there; a torn line is left out."""
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                yield record
+            with suppress(UserError):
+                record = parse_json(line, dict[str, Any], str(path), "")
+                if isinstance(record.get("step"), int):
+                    yield record
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -52,16 +52,16 @@ def replay_step(recipe: Recipe, step: int) -> int:
     try:
         for batch in loader:
             if batch.step + 1 == step:
-                lines = _observed(trainer, batch)
+                report = _observed(trainer, batch)
                 break
             trainer.do_step(batch)
             phase.enter(f"step {batch.step + 2}, data")
     finally:
         loader.close()
     if trainer.engine.mesh.rank == 0:
-        for line in lines.all:
+        for line in report.all:
             print(f"step {step}: {line}", flush=True)
-    return NOT_FINITE if lines.faults else 0
+    return NOT_FINITE if report.faults else 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _observed(trainer: Trainer, batch: Any) -> _Report:
     of_ranks = all_gather_object((own, watch.found))
     values, faults = [], []
     for name in own:
-        ranks = [own[name] for own, _ in of_ranks]
+        ranks = [of_rank[name] for of_rank, _ in of_ranks]
         bad = [str(rank) for rank, value in enumerate(ranks) if not math.isfinite(value)]
         (faults if bad else values).append(
             f"{name} {sum(ranks) / len(ranks):.8g}" + (f", not finite on rank {', '.join(bad)}" if bad else "")

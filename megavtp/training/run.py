@@ -45,5 +45,6 @@ def _train(recipe: Recipe, output: OutputDir) -> int:
     if finished:
         phase.enter("the last evaluation", slow=True)
         recipe.finish(telemetry)
+        telemetry.event("finished", step=recipe.config.train.steps)  # what scripts look for
     telemetry.close()
     return 0 if finished else STOPPED

@@ -15,12 +15,13 @@ from megavtp.checkpoint.store import Checkpoint, CheckpointStore
 from megavtp.config.load import to_dict
 from megavtp.config.run import RunConfig
 from megavtp.errors import UserError
+from megavtp.json_file import Count
 from megavtp.parallel.collectives import all_gather, together
 from megavtp.parallel.deepspeed_adapter import MOMENTS
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.passes import Pass
-from megavtp.parallel.sharding import Shard, cut
+from megavtp.parallel.sharding import Shard, cut, whole_shape
 
 
 def save(
@@ -68,13 +69,20 @@ def load(checkpoint: Checkpoint, engine: Engine, passes: Sequence[Pass]) -> int:
             return torch.zeros(checkpoint.shape(f"model/{parameter}"))
         return checkpoint.tensor(_known(checkpoint, names, name))
 
-    together(lambda: _check_names_and_shapes(checkpoint, engine))  # what one pipeline rank lacks, others may not
-    engine.load(tensor, int(checkpoint.meta["optimizer_steps"]))
-    for objective in passes if not weights_only else ():
-        objective.load_state({
-            name: cut(tensor(name), objective.state_shard, engine.mesh.tp_rank, engine.mesh.tp).to(value.device)
-            for name, value in objective.state().items()
-        })
+    carried = [(objective, {} if weights_only else objective.state()) for objective in passes]
+    shapes = {
+        name: whole_shape(value.shape, objective.state_shard, engine.mesh.tp)
+        for objective, own in carried for name, value in own.items()
+    }
+    # What one pipeline rank lacks, others may not.
+    together(lambda: _check_names_and_shapes(checkpoint, engine, shapes))
+    engine.load(tensor, checkpoint.fact("optimizer_steps", Count))
+    for objective, own in carried:
+        if own:
+            objective.load_state({
+                name: cut(tensor(name), objective.state_shard, engine.mesh.tp_rank, engine.mesh.tp).to(value.device)
+                for name, value in own.items()
+            })
     return checkpoint.step
 
 
@@ -87,19 +95,23 @@ def _known(checkpoint: Checkpoint, names: set[str], name: str) -> str:
     return name
 
 
-def _check_names_and_shapes(checkpoint: Checkpoint, engine: Engine) -> None:
+def _check_names_and_shapes(checkpoint: Checkpoint, engine: Engine, carried: Mapping[str, tuple[int, ...]]) -> None:
     names = set(checkpoint.names)
+    expected = dict(carried)
     for name, shape in engine.logical_shapes().items():
-        if tuple(checkpoint.shape(_known(checkpoint, names, f"model/{name}"))) != shape:
+        _known(checkpoint, names, f"model/{name}")
+        expected |= {f"{kind}/{name}": shape for kind in ("model", *MOMENTS)}
+    for name, shape in expected.items():
+        if name in names and checkpoint.shape(name) != shape:
             raise UserError(
-                f"{checkpoint.path}: {name} has shape {tuple(checkpoint.shape(f'model/{name}'))}, this model has "
-                f"{shape}: set the model keys of the run that wrote it, or another output_dir"
+                f"{checkpoint.path}: {name} has shape {checkpoint.shape(name)}, this model has {shape}: set the model "
+                "keys of the run that wrote it, or another output_dir"
             )
 
 
 def changed_keys(checkpoint: Checkpoint, config: RunConfig, decides: Callable[[str], bool]) -> list[str]:
     """Those of the keys which ``decides`` names that differ from the run that wrote the checkpoint."""
-    then = flat(checkpoint.meta["config"])
+    then = flat_config(checkpoint)
     return [key for key, value in flat(to_dict(config)).items() if decides(key) and then.get(key) != value]
 
 
@@ -111,6 +123,11 @@ def decides_samples(key: str) -> bool:
     """Whether a key that every recipe has decides which samples a step sees, and what is drawn for them."""
     reading = ("data.root", "data.workers", "data.prefetch", "data.max_bad_samples", "data.max_pixels")
     return (key.startswith("data.") and key not in reading) or key in ("seed", "train.batch_size")
+
+
+def flat_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The configuration of the run that wrote it, of whichever version of MegaVTP, as ``flat`` gives it."""
+    return flat(checkpoint.fact("config", dict[str, Any]))
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

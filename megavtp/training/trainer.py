@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,11 @@ class Trainer:
         finally:
             signal.close()
             loader.close()
+        if stopped and self.engine.mesh.rank == 0:
+            print(
+                f"not finished: stopped after step {done} of {steps} ({signal.reason}), which is saved; start the same "
+                "command again to go on", file=sys.stderr, flush=True,
+            )
         return not stopped
 
     @staticmethod
@@ -133,9 +139,7 @@ class Trainer:
         bad = [name for name in terms if any(name in of_rank for of_rank, _ in ranks)]
         replica = self.engine.mesh.tp * self.engine.mesh.pp  # consecutive ranks, with the same share
         ids = [name for _, share in ranks[::replica] for name in share]
-        self.telemetry.event(
-            "skipped", step=step, terms=bad or ["gradient"], replay=f"--replay {step}", ids=ids
-        )
+        self.telemetry.event("skipped", step=step, terms=bad or ["gradient"], replay=f"--replay {step}", ids=ids)
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.max_skipped:
             raise UserError(
@@ -156,8 +160,8 @@ def _newest(root: Path, last: int | None) -> Path | None:
     found = find_latest(root, last=last)
     if found is None and last is not None:
         raise UserError(
-            f"no checkpoint in {root} is of step {last} or an earlier one, to begin from: restore one from a copy, or "
-            "do the steps from the first one again with train.resume=never"
+            f"no checkpoint in {root} is whole and from before step {last + 1}: restore one from a copy, or go "
+            "there from the first step with train.resume=never"
         )
     if found is None and has_checkpoints(root):
         raise UserError(

@@ -299,6 +299,22 @@ def test_another_rope_table_has_no_native_form(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
+def test_a_folder_named_after_another_step_is_refused(tmp_path):
+    with pytest.raises(UserError, match="of step 0, --out step-00000300 says another: name it step-00000000"):
+        convert(DATA / "default", "native", tmp_path / "step-00000300")
+    assert list(tmp_path.iterdir()) == []
+    convert(DATA / "default", "native", tmp_path / "step-00000000")
+    assert open_vtp(tmp_path / "step-00000000").step == 0
+
+
+@pytest.mark.parametrize("change", [{"patch_size": 32}, {"latent_channels": 8}])
+def test_facts_of_other_sizes_than_the_weights_are_refused(change, tmp_path):
+    convert(DATA / "default", "native", tmp_path / "out")
+    replace(TokenizerArtifact.read(tmp_path / "out"), **change).write(tmp_path / "out")
+    with pytest.raises(UserError, match="has other patches or latent channels than the model"):
+        open_vtp(tmp_path / "out")
+
+
 def test_a_failure_while_writing_leaves_nothing(monkeypatch, tmp_path):
     def full(*_):
         raise OSError(28, "No space left on device")

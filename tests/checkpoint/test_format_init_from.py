@@ -198,6 +198,91 @@ def test_partial_files_are_refused(change, message, tmp_path):
         read_initial(str(tmp_path / "vit.safetensors"), CONFIG, OBJECTIVES)
 
 
+def as_eva02(state, split=False):
+    """With what the small EVA-02s of timm 1.0.31 have in its place (``split``: the larger ones)."""
+    state = {name: tensor for name, tensor in state.items() if "gamma" not in name}
+    state["pos_embed"] = torch.zeros(1, 17, 32)
+    for block in (f"blocks.{i}" for i in range(2)):
+        weight = state[f"{block}.attn.qkv.weight"]
+        state |= {f"{block}.attn.{part}_bias": torch.zeros(32) for part in "qv"}
+        if split:
+            for part, own in zip("qkv", state.pop(f"{block}.attn.qkv.weight").chunk(3)):
+                state[f"{block}.attn.{part}_proj.weight"] = own.contiguous()
+            for part in "qv":
+                state[f"{block}.attn.{part}_proj.bias"] = state.pop(f"{block}.attn.{part}_bias")
+        else:
+            assert len(weight) == 96
+            for kind in ("weight", "bias"):
+                halves = [state.pop(f"{block}.mlp.{name}.{kind}") for name in ("fc1_g", "fc1_x")]
+                state[f"{block}.mlp.fc1.{kind}"] = torch.cat(halves)
+    return state
+
+
+@pytest.mark.parametrize("change, message", [
+    (as_eva02, "is an EVA-02"), (lambda s: as_eva02(s, split=True), "is an EVA-02"),
+    (lambda s: {**s, "rope.freqs": torch.zeros(2, 2, 32)}, "is a RoPE-ViT"),
+    (lambda s: {**s, "blocks.0.attn.qkv.bias": torch.zeros(96)}, "is a RoPE-ViT"),
+])
+def test_models_that_rotate_otherwise(change, message, tmp_path):
+    state = change(load_file(DATA / "dinov3_plus.safetensors"))
+    save_file(state, tmp_path / "vit.safetensors")
+    config = config_for("dinov3_plus")
+    config = replace(config, vision=replace(config.vision, layer_scale=None)) if message.endswith("02") else config
+    with pytest.raises(UserError, match=f"vit.safetensors {message}.*rotary positions"):
+        read_initial(str(tmp_path / "vit.safetensors"), config, OBJECTIVES)
+    # In an OpenCLIP model the image encoder is left out for it.
+    clip = {name: t for name, t in load_file(DATA / "openclip.safetensors").items() if not name.startswith("visual.")}
+    save_file(clip | {f"visual.trunk.{name}": t for name, t in state.items()}, tmp_path / "clip.safetensors")
+    tensors, notes = read_initial(str(tmp_path / "clip.safetensors"), config, OBJECTIVES)
+    assert not any(name.startswith("trunk.") for name in tensors) and any(message.split()[-1] in note for note in notes)
+
+
+@pytest.mark.parametrize("name", ["dinov3", "dinov2_giant", "openclip"])
+def test_what_the_rounding_of_the_rotation_costs_is_said(name):
+    def notes(dtype):
+        config = replace(config_for(name), rope_dtype=dtype)
+        return [n for n in read_initial(str(DATA / f"{name}.safetensors"), config, OBJECTIVES)[1] if "rope_dtype" in n]
+
+    assert notes("float32") == [] and "model.rope_dtype=float32 gives its numbers" in notes("bfloat16")[0]
+
+
+def test_text_alone_needs_no_rotation():
+    config = replace(config_for("openclip"), rope_dtype="bfloat16")
+    notes = read_initial(str(DATA / "openclip.safetensors"), config, {"contrastive"})[1]
+    assert any("rope_dtype" in note for note in notes)
+    config = replace(config, vision=replace(TINY.vision, width=32, depth=2, heads=2))
+    notes = read_initial(str(DATA / "openclip.safetensors"), config, {"contrastive"})[1]
+    assert not any("rope_dtype" in note for note in notes)
+
+
+HUGE = 1 << 38  # numbers: a tensor of 1 TB
+
+
+@pytest.mark.parametrize("source, name", [
+    ("openclip", "token_embedding.weight"), ("openclip", "visual.conv1.weight"), ("openclip", "text_projection"),
+    ("dinov3", "patch_embed.proj.weight"), ("dinov3", "blocks.0.attn.qkv.weight"),
+    ("dinov3_plus", "blocks.1.norm1.bias"), ("dinov2_giant", "blocks.0.mlp.fc1.weight"),
+])
+@pytest.mark.parametrize("change, message", [
+    (lambda t: torch.zeros(1, dtype=torch.float16).expand(HUGE), "more numbers than are in the file"),
+    (lambda t: torch.zeros(1, dtype=torch.float16).expand(HUGE, *t.shape[1:]), "more numbers than are in the file"),
+    (lambda t: torch.zeros(HUGE, 0), "hold no numbers"), (lambda t: t.to("meta"), "no plain tensor"),
+    (lambda t: t.char(), r"(?:unexpected|is of torch.int8)"), (lambda t: t.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+    (lambda t: t[..., :1].reshape(-1), "shape|unexpected"), (lambda t: t.flatten()[0], "shape|unexpected|missing"),
+])
+def test_tensors_that_are_no_weights(source, name, change, message, tmp_path):
+    state = load_file(DATA / f"{source}.safetensors")
+    state[name] = change(state[name])
+    torch.save(state, tmp_path / "weights.pt")
+    try:
+        notes = read_initial(str(tmp_path / "weights.pt"), config_for(source), OBJECTIVES)[1]
+    except UserError as error:
+        said = str(error)
+    else:  # of an OpenCLIP model what does not fit stays out
+        said = next(note for note in notes if "the image encoder does not fit" in note or "text_projection" in note)
+    assert re.search(message, said) and "\n" not in said
+
+
 def test_all_faults_at_once_and_other_settings(tmp_path):
     with pytest.raises(UserError) as error:
         read_initial(str(DATA / "dinov3_plus.safetensors"), CONFIG, OBJECTIVES)

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from vtp_oracle import DATA, TINY
 
+from megavtp.checkpoint.formats.convert import convert
 from megavtp.checkpoint.formats.hf_vtp import (
     config_from_official,
     config_to_official,
@@ -18,6 +19,7 @@ from megavtp.checkpoint.formats.hf_vtp import (
     save_folder,
     to_official,
 )
+from megavtp.checkpoint.formats.vtp_source import open_vtp
 from megavtp.config.schema import ModelConfig
 from megavtp.config.sizes import resolve_model
 from megavtp.errors import UserError
@@ -139,6 +141,50 @@ def test_half_precision_and_vector_scale_files_load(folder):
     tensors = load_folder(folder)[1]
     assert tensors["text.norm.weight"].dtype == torch.float32
     assert tensors["trunk.rope_embed.periods"].dtype == torch.bfloat16
+
+
+def test_what_only_the_released_folder_says_is_written_back(folder, tmp_path):
+    """Byte for byte, by way of every form, as VTP-Large says it: 4 for 4.0, and another version of transformers."""
+    said = {"nonscalar_logit_scale": True, "text_pad_id": 7, "vision_mlp_ratio": 4, "transformers_version": "4.56.0"}
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **said}, indent=2) + "\n")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["logit_scale"] = tensors["logit_scale"].reshape(1)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    steps = [(folder.name, "native", "native"), ("native", "native", "again"), ("again", "hf-vtp", "back")]
+    for one, form, other in (*steps, ("back", "hf-vtp", "hf")):
+        convert(tmp_path / one, form, tmp_path / other)
+    for name in ("config.json", "model.safetensors"):
+        for out in ("back", "hf"):
+            assert (tmp_path / out / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_another_decoder_is_said_as_it_is(folder, tmp_path):
+    """What the released folder of the encoder said of its own decoder is not written over that of the new one."""
+    convert(folder, "native", tmp_path / "encoder")
+    source = open_vtp(tmp_path / "encoder")
+    config = replace(source.config.model, decoder=replace(source.config.model.decoder, qk_norm=True))
+    save_folder(tmp_path / "other", config, build_vtp(config, objectives={"reconstruction"}).state_dict() | {
+        name: tensor for name, tensor in source.tensors.items() if name.startswith("trunk.")
+    })
+    convert(tmp_path / "encoder", "hf-vtp", tmp_path / "out", decoder=tmp_path / "other")
+    assert json.loads((tmp_path / "out/config.json").read_text())["decoder_use_qk_norm"] is True
+    load_folder(tmp_path / "out")
+
+
+@pytest.mark.parametrize("nonscalar, shape", [(True, ()), (False, (1,)), (True, (2,))])
+def test_a_scale_of_another_shape_than_its_config_says(folder, nonscalar, shape):
+    edit_config(folder, nonscalar_logit_scale=nonscalar)
+    edit_tensors(folder, lambda tensors: tensors.update(logit_scale=torch.ones(shape)))
+    with pytest.raises(UserError, match=r"logit_scale has shape"):
+        load_folder(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64, torch.float8_e4m3fn, torch.complex64])
+def test_numbers_that_are_no_weights(folder, dtype):
+    edit_tensors(folder, lambda tensors: tensors.update({"ln_final.bias": tensors["ln_final.bias"].to(dtype)}))
+    with pytest.raises(UserError, match=f"ln_final.bias is of {dtype}"):
+        load_folder(folder)
 
 
 def test_every_wrong_tensor_is_listed(folder):

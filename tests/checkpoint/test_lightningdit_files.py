@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from dit_oracle import DATA, OFFICIAL, stored
+from safetensors.torch import save_file
 from vtp_oracle import DATA as VTP_DATA
 from vtp_oracle import TINY
 
@@ -140,6 +141,78 @@ def test_a_file_that_states_nothing_is_taken_by_its_tensors(tree, tmp_path):
     assert read_lightningdit(tmp_path / "0000002.pt").config.depth == 1
 
 
+def averaged(table, steps):
+    """What LightningDiT's moving average, of all parameters and in float32, makes of one that never changes."""
+    average = table.clone()
+    for _ in range(steps):
+        average.mul_(0.9999).add_(table, alpha=1 - 0.9999)
+    return average
+
+
+@pytest.mark.parametrize("steps, off", [(300, "2e-05"), (6000, "0.0002")])
+@pytest.mark.parametrize("form", ["whole", "ema alone", "bare ema", "model alone", "started from an average"])
+def test_the_average_of_the_position_table_shrinks(tree, form, steps, off, tmp_path):
+    table = tree["ema"]["pos_embed"].clone()
+    tree["ema"]["pos_embed"] = averaged(table, steps)
+    assert (tree["ema"]["pos_embed"] - table).abs().max() > 1e-5
+    if form == "started from an average":
+        tree["model"]["module.pos_embed"] = tree["ema"]["pos_embed"]
+        tree["ema"]["pos_embed"] = averaged(tree["ema"]["pos_embed"], steps)
+    given = {"ema alone": {"ema": tree["ema"]}, "bare ema": tree["ema"], "model alone": {"model": tree["model"]}}
+    torch.save(given.get(form, tree), tmp_path / "0006000.pt")
+    notes = [note for note in read_lightningdit(tmp_path / "0006000.pt").notes if "position table" in note]
+    assert len(notes) == (form != "model alone")
+    if notes and form != "started from an average":
+        assert f"is off by {off}" in notes[0]
+    convert(tmp_path / "0006000.pt", "native", tmp_path / "native")
+    convert(tmp_path / "native", "lightningdit", tmp_path / "back.pt")
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    for part in ("model", "ema"):
+        torch.testing.assert_close(back[part]["pos_embed"], table, rtol=0, atol=1e-6)
+        weights = tree["ema" if form in ("ema alone", "bare ema") else "model" if form == "model alone" else part]
+        weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+        assert all(torch.equal(back[part][n], tensor) for n, tensor in weights.items() if n not in POSITIONS)
+
+
+@pytest.mark.parametrize("change", [
+    lambda s: s["pos_embed"].mul_(0.998), lambda s: s["pos_embed"].add_(1e-3),
+    lambda s: s["pos_embed"][0, 0, 0].add_(1),
+    lambda s: s.update(pos_embed=s["pos_embed"].flip(1)), lambda s: s["pos_embed"][0, 1, 2].fill_(torch.nan),
+    lambda s: s["feat_rope.freqs_cos"].mul_(0.9999), lambda s: s.update(pos_embed=s["pos_embed"].transpose(1, 2)),
+    lambda s: s.update(pos_embed=s["pos_embed"][:, :9]),
+])
+def test_other_position_tables_are_refused(tree, change, tmp_path):
+    change(tree["ema"])
+    torch.save(tree, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match=r"\(ema\) (pos_embed|feat_rope.freqs_cos) (is not the fixed|has shape)"):
+        read_lightningdit(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.char(), "is of torch.int8"), (lambda t: t > 0, "is of torch.bool"),
+    (lambda t: t.to(torch.float8_e5m2), "is of torch.float8_e5m2"),
+    (lambda t: t.to(torch.complex64), "is of torch.complex64"),
+    (lambda t: torch.zeros(1).expand(t.shape), "more numbers than are in the file"),
+    (lambda t: torch.zeros(1).expand(1 << 40), "more numbers than are in the file"),
+    (lambda t: t.to("meta"), "no plain tensor .it is on the device meta"),
+    (lambda t: t.to_sparse(), "no plain tensor .it is sparse_coo"),
+])
+def test_tensors_that_are_no_weights(tree, change, message, tmp_path):
+    name = "blocks.1.attn.proj.weight"
+    tree["ema"][name] = change(tree["ema"][name])
+    torch.save(tree, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match=f"{name}.*{message}"):
+        read_lightningdit(tmp_path / "bad.pt")
+
+
+def test_blocks_that_are_only_claimed(tree, tmp_path):
+    """Names are cheap: a module for each would take hours."""
+    state = tree["ema"] | {f"blocks.{i}.norm1.weight": torch.zeros(0) for i in range(2, 1001)}
+    save_file(state, tmp_path / "bad.safetensors")
+    with pytest.raises(UserError, match="has 1001 blocks"):
+        read_lightningdit(tmp_path / "bad.safetensors")
+
+
 def test_sizes_that_make_no_dit(tmp_path):
     """All shapes fit one another, but heads of six channels take no rotary positions."""
     shapes = dit_shapes(replace(OFFICIAL, width=6, heads=1))
@@ -182,6 +255,22 @@ def test_a_dit_takes_no_other_tokenizer(official, tmp_path):
     replace(own, statistics=rounded).write(tmp_path / "own")
     convert(tmp_path / "dit", "native", tmp_path / "again", tokenizer=tmp_path / "own")
     assert load_dit(tmp_path / "again").artifact.statistics == rounded
+
+
+@pytest.mark.parametrize("mean, message", [
+    (torch.zeros(1).expand(1, 1 << 40, 1, 1), "more numbers than are in the file"),
+    (torch.zeros(8, device="meta"), "no plain tensor .it is on the device meta"),
+    (torch.zeros(8).to_sparse(), "no plain tensor .it is sparse_coo"),
+    (torch.zeros(8).to(torch.float8_e4m3fn), "does not hold the floating point tensors"),
+    (torch.zeros(8, dtype=torch.int32), "does not hold the floating point tensors"),
+    (torch.zeros(1, 8, 2, 2), r"one number per channel, not of shape \(1, 8, 2, 2\)"),
+    (torch.full((8,), torch.nan), "one finite mean"),
+    (torch.zeros(1 << 40, 0), "one number per channel"),
+])
+def test_statistics_that_are_none(mean, message, tmp_path):
+    torch.save({"mean": mean, "std": torch.ones(8)}, tmp_path / "latents_stats.pt")
+    with pytest.raises(UserError, match=f"latents_stats.pt.*{message}"):
+        LatentStatistics.read(tmp_path / "latents_stats.pt")
 
 
 def test_a_wrong_form_is_named(tmp_path):

@@ -182,7 +182,7 @@ def test_foreign_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="format version 2, this MegaVTP reads 1"):
         open_checkpoint(tmp_path / "latest")
     rewrite_index(tmp_path, version=1, format="other")
-    with pytest.raises(UserError, match="not the index of a MegaVTP checkpoint"):
+    with pytest.raises(UserError, match="format: Input should be 'megavtp-checkpoint'"):
         open_checkpoint(tmp_path / "latest")
 
 

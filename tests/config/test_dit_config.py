@@ -54,6 +54,9 @@ def test_shipped_recipes_are_valid(recipe):
 
 
 ERRORS = {
+    ("model.latent_size=96000",): "model.latent_size = 96000: must be between 1 and 512",
+    ("model.depth=1000000000",): "model.depth = 1000000000: must be between 1 and 256",
+    ("model.num_classes=1000000000000",): "model.num_classes = .*: must be between 1 and 16777216",
     ("model.heads=5",): r"model.width = 192 is not a multiple of model.heads = 5",
     ("model.heads=96",): "heads of 2 channels: the rotary",
     ("model.patch_size=3", "model.latent_size=8"): "model.latent_size = 8 is not a multiple of model.patch_size = 3",

@@ -119,6 +119,45 @@ def test_bad_yaml_names_file_and_line(recipe, text, match):
     refused(match, recipe(text))
 
 
+def aliases(first, *parts):
+    """A value that stands for 8^8 of the first."""
+    lines = [f"a0: &a0 {first}"]
+    lines += [f"a{i}: &a{i} {parts[0]}{', '.join([f'*a{i - 1}'] * 8)}{parts[1]}" for i in range(1, 9)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(("text", "match"), [
+    (aliases("[x]", "[", "]"), r"recipe\.yaml, line \d: more than 10,000 values"),
+    (aliases("{x: 1}", "{<<: [", "]}"), r"recipe\.yaml, line \d: more than 10,000 values"),
+    ("train: &a {steps: *a}", r"recipe\.yaml, line 1: more than 10,000 values"),
+    ("\n".join(f"k{i}: 1" for i in range(9_999)), r"line 5001: more than 10,000 values"),
+    ("a: " + 5000 * "[", r"line 1: nested too deeply, 32 levels are the most"),
+    ("deepspeed: " + 40 * "{a: " + "1" + 40 * "}", r"line 1: nested too deeply"),
+    ("? " + 100_000 * "k" + "\n: 1", r"^k{100}: unknown key"),
+    ("train: {steps: " + 100_000 * "x" + "}", r"^train\.steps: expected an integer.*x \[\.\.\.\] x"),
+    ("train: {steps: 1" + 5000 * "0" + "}", r"a value is not what its form or tag says \(Exceeds the limit"),
+    ("train: {steps: 1" + 400 * "0" + "}", r"a whole number is beyond 64 bits"),
+    ("train: {optimizer: {lr: 0x1" + 9000 * "0" + "}}", r"a whole number is beyond 64 bits"),
+    (r'output_dir: "a\0b"', r"'a\\x00b' holds NUL or half of a surrogate pair"),
+    (r'output_dir: "\ud800"', r"'\\ud800' holds NUL or half of a surrogate pair"),
+    ("output_dir: 2024-99-99", r"not what its form or tag says \(month must be in 1\.\.12\); quote it"),
+    ("seed: !!int x", r"not what its form or tag says"),
+    ("seed: !!bool x", r"not what its form or tag says"),
+    ("seed: !!timestamp x", r"not what its form or tag says"),
+    ("output_dir: ''", r"output_dir: expected a string, got ''"),
+])
+def test_what_no_recipe_holds_is_refused_at_once(recipe, text, match):
+    refused(match, recipe(text))
+
+
+def test_anchors_and_merges_of_usual_size(recipe):
+    config = load_config(recipe(
+        "model: {vision: &tower {width: 64, depth: 2}, decoder: {<<: *tower, heads: 2}}\ntrain: {steps: &n 7}\n"
+        "evaluation: {every: *n}"
+    ))
+    assert (config.model.decoder.width, config.model.decoder.heads, config.evaluation.every) == (64, 2, 7)
+
+
 def test_unreadable_files(recipe, tmp_path):
     refused(r"nothing\.yaml: no such config file", tmp_path / "nothing.yaml")
     refused(r"cannot read the config file", tmp_path)
@@ -149,6 +188,12 @@ def test_overrides_win_and_are_yaml(recipe):
     ("train.steps.more=3", r"train\.steps\.more: unknown key"),
     ("train.steps=[1", r"the value is not YAML"),
     ("train.steps=", r"expected an integer, got None"),
+    ("train..steps=3", r"an override is written key=value"),
+    ("deepspeed.\0=3", r"an override is written key=value"),
+    ("deepspeed." + 5000 * "a." + "b=1", r"an override is written key=value"),
+    ("train.steps=" + 5000 * "[", r"^train\.steps=\[{40}: the value is not YAML: nested too deeply"),
+    ("train.steps=" + 5000 * "9", r"^train\.steps=9{40}: a value is not what its form or tag says"),
+    ("output_dir=a\udcff", r"the value is not YAML: unacceptable character #xdcff"),
     ("deepspeed.a.b.c=1", r"^deepspeed\.a: expected a mapping of keys, got 3"),
 ])
 def test_bad_overrides(recipe, override, match):
@@ -169,6 +214,10 @@ def test_a_deepspeed_file_is_merged_between_recipe_and_overrides(recipe):
     ('{\n"a": }', r"ds\.json, line 2: not JSON"),
     ('{"a": 1, "a": 2}', r"ds\.json: the key 'a' is written twice"),
     ("[1]", r"ds\.json: expected a mapping of keys"),
+    (5000 * '{"a": ' + "1" + 5000 * "}", r"ds\.json: nested too deeply"),
+    (100 * '{"a": ' + "1" + 100 * "}", r"ds\.json: nested too deeply"),
+    ('{"a": 1' + 50 * "0" + "}", r"ds\.json: a whole number is beyond 64 bits"),
+    (r'{"a": "\ud800"}', r"ds\.json: '\\ud800' holds NUL or half"),
 ])
 def test_a_bad_deepspeed_file(recipe, text, match):
     refused(match, recipe(""), (), recipe(text, "ds.json"))

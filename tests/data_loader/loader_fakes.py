@@ -34,8 +34,10 @@ class MemoryDataset:
     def __len__(self):
         return sum(self.shard_counts)
 
+    def name(self, shard, row):
+        return f"shard-{shard:06d}/{row}"
+
     def read(self, shard, row):
-        name = f"shard-{shard:06d}/{row}"
         if (shard, row) in self.unreadable:
             raise BadSample("short read")
         rng = np.random.default_rng([shard, row])
@@ -43,7 +45,7 @@ class MemoryDataset:
         file = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(file, "PNG")
         data = b"not an image" if (shard, row) in self.broken else file.getvalue()
-        return RawSample(str(row), data, f"sample {row} of shard {shard}", {"shard": shard}, name)
+        return RawSample(str(row), data, f"sample {row} of shard {shard}", {"shard": shard}, self.name(shard, row))
 
 
 class LengthTokenizer:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from dit_oracle import DATA, stored
 from latent_folder import FINGERPRINT, artifact, random_latents, random_shard, write_latents
+from safetensors.torch import save_file
 
 from megavtp.config.load import from_dict
 from megavtp.data.loader import Loader
@@ -169,6 +170,12 @@ def write_shard(path, change):
     shutil.copy(path / "other" / "latents_rank00_shard000.safetensors", path / "latents_rank00_shard009.safetensors")
 
 
+def of_nothing(path):
+    """The first shard claims many images, of no positions."""
+    shard = {"latents": torch.zeros(1 << 40, 4, 0, 0), "labels": torch.zeros(3).long()}
+    save_file(shard, path / "latents_rank00_shard000.safetensors")
+
+
 FAULTS = {
     "no such folder": lambda path: shutil.rmtree(path),
     "visual_tokenizer.json is missing": lambda path: (path / "visual_tokenizer.json").unlink(),
@@ -178,8 +185,13 @@ FAULTS = {
     "no tensor labels": lambda path: write_shard(path, lambda shard: shard.pop("labels")),
     "not those of the first shard": lambda path: write_shard(path, lambda shard: shard.pop("latents_flip")),
     "labels must be integers": lambda path: write_shard(path, lambda shard: shard.update(labels=torch.ones(3))),
+    "below 1000000": lambda path: write_shard(path, lambda shard: shard.update(labels=torch.tensor([0, 1, 1 << 33]))),
+    "labels must be integers from": lambda path: write_shard(path, lambda s: s.update(labels=torch.ones(3).bool())),
+    "latents is of I8": lambda path: write_shard(path, lambda shard: shard.update(latents=shard["latents"].char())),
+    "no square latents": lambda path: write_shard(path, lambda shard: shard.update(labels=torch.zeros(4).long())),
+    "no square latents of": of_nothing,
     "cannot be read": lambda path: (path / "latents_rank00_shard001.safetensors").write_bytes(b"not a shard"),
-    "is no list of class names": lambda path: (path / "classes.json").write_text('{"cat": 0}'),
+    "classes.json is damaged or of another kind": lambda path: (path / "classes.json").write_text('{"cat": 0}'),
 }
 
 

@@ -2,18 +2,23 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from loader_fakes import LengthTokenizer, MemoryDataset, small_config
 
+from megavtp.config.schema import ParallelConfig
+from megavtp.data import loader as loader_module
 from megavtp.data.batch import Batch, StepDataset
 from megavtp.data.loader import Loader
 from megavtp.errors import UserError
@@ -106,11 +111,60 @@ class Deadly(MemoryDataset):
 def test_a_killed_worker_is_an_error_and_no_hang():
     handler = signal.getsignal(signal.SIGCHLD)
     with Loader(make(Deadly()), 0, 8, workers=2) as loader:
-        with pytest.raises(UserError, match="worker was killed.*data.workers") as error:
+        with pytest.raises(UserError, match=r"data worker \d \(pid \d+\) ended: it was killed.*data.workers") as error:
             for _ in loader:
                 time.sleep(0.01)
     assert "\n" not in str(error.value)
     assert signal.getsignal(signal.SIGCHLD) is handler  # nothing is raised in the midst of a training step
+
+
+class NoRoom(Batch):
+    """A batch for which there is no room, as torch tells of a small /dev/shm."""
+
+    def __reduce__(self):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)")
+
+
+class NoRoomDataset(StepDataset):
+    def __getitem__(self, step):
+        batch = super().__getitem__(step)
+        return NoRoom(**vars(batch)) if step == 2 else batch
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_without_shared_memory_is_an_error_that_names_it(capfd):
+    config = small_config()
+    with Loader(NoRoomDataset(MemoryDataset(), LengthTokenizer(), config, 0, 1), 0, 8, workers=2) as loader:
+        with pytest.raises(UserError, match=r"data worker 0 \(pid \d+\) ended: /dev/shm, .* is full.*--shm-size"):
+            list(loader)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+class Hanging(MemoryDataset):
+    """Stuck in a read, as on storage that is gone; deaf to SIGTERM like every worker."""
+
+    parent = os.getpid()
+
+    def read(self, shard, row):
+        if shard == 1 and os.getpid() != self.parent:
+            time.sleep(600)
+        return super().read(shard, row)
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_hangs_is_an_error_that_names_it(monkeypatch):
+    monkeypatch.setattr(loader_module, "_CLOSING", 1.0)
+    dataset = StepDataset(
+        Hanging(), LengthTokenizer(), replace(small_config(), parallel=ParallelConfig(timeout=0.5)), 0, 1
+    )
+    start = time.monotonic()
+    with Loader(dataset, 0, 50, workers=2) as loader:
+        with pytest.raises(UserError, match=r"data worker \d \(pid \d+\) hangs: .* parallel.timeout") as error:
+            list(loader)
+        workers = workers_of(loader)
+    assert "\n" not in str(error.value)
+    assert not any(worker.is_alive() for worker in workers)
+    assert time.monotonic() - start < 15  # all are ended at once, not one after the other
 
 
 def workers_of(loader: Loader) -> list:
@@ -145,6 +199,38 @@ def test_it_works_outside_the_main_thread():
     thread.start()
     thread.join(60)
     assert seen == [0, 1, 2]
+
+
+def _end_without_a_word(pids) -> None:
+    """As a rank that is killed, or that the watchdog ends."""
+    loader = Loader(make(Hanging()), 0, 1000, workers=2)
+    loader._steps = loader_module._start(loader._loader)
+    pids.send([worker.pid for worker in workers_of(loader)])
+    os._exit(1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a worker stuck in a read outlives its rank")
+@pytest.mark.timeout(60)
+def test_no_worker_outlives_its_rank_even_if_stuck():
+    ours, theirs = multiprocessing.Pipe()
+    rank = multiprocessing.get_context("fork").Process(target=_end_without_a_word, args=(theirs,))
+    rank.start()
+    pids = ours.recv()
+    rank.join()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(map(lives, pids)):
+        time.sleep(0.02)
+    left = [pid for pid in pids if lives(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 LEFT_OPEN = """

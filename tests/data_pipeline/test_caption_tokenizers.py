@@ -72,6 +72,7 @@ def test_clip_ids_equal_the_reference():
     assert (tokenizer.vocab_size, tokenizer.vocab_size - 1) == (oracle["vocab_size"], oracle["eot"])
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert copy.encode(["a dog"])[0, :4].tolist() == [49406, 320, 1929, 49407]
+    assert copy.encode(["a dog \ud83d"])[0, :3].tolist() == [49406, 320, 1929]  # half an emoji is a question mark
 
 
 def test_what_is_missing_is_said(tmp_path, monkeypatch):

@@ -142,6 +142,63 @@ def test_other_contents_are_no_image():
             decode_image(data)
 
 
+def variants():
+    """JPEGs of all the ways that a decoder may treat on its own."""
+    image, turned = smooth(), Image.Exif()
+    turned[0x0112] = 6
+    ways = {
+        "plain": {}, "progressive": {"progressive": True}, "subsampled": {"subsampling": 2},
+        "restarts": {"restart_marker_blocks": 2}, "turned": {"exif": turned},
+        "turned by XMP": {"xmp": b'<x:xmpmeta tiff:Orientation="6"/>'}, "RGB": {"keep_rgb": True},
+        # The EXIF data lie behind another block, beyond the first 64 KiB.
+        "late EXIF": {"exif": turned, "icc_profile": bytes(70_000)},
+    }
+    found = {way: encode(image, "JPEG", **options) for way, options in ways.items()}
+    found |= {mode: encode(image.convert(mode), "JPEG") for mode in ("L", "CMYK")}
+    found["two pictures"] = encode(image, "MPO", save_all=True, append_images=[image.rotate(90)])
+    return found
+
+
+def outcome(data):
+    try:
+        return decode_image(data, 1_000_000).numpy()
+    except BadSample:
+        return None
+
+
+def extraneous(data):
+    """Five bytes before the last marker: libjpeg warns, and decodes the whole picture."""
+    return data[:-2] + b"words" + data[-2:]
+
+
+def test_a_recoverable_fault_is_read(decoder):
+    data = encode(smooth(), "JPEG", restart_marker_blocks=2)
+    for at in (data.index(b"\xff\xdb"), data.index(b"\xff\xd0"), len(data) - 2):
+        assert np.array_equal(pixels(data[:at] + b"words" + data[at:]), pixels(data)), at
+
+
+def test_the_same_samples_are_good_without_the_optional_decoder(monkeypatch):
+    if decode.simplejpeg is None:
+        pytest.skip("simplejpeg is not installed")
+    rng = np.random.default_rng(0)
+    files = {}
+    for way, data in variants().items():
+        files[way] = data
+        files[f"{way}, extraneous bytes"] = extraneous(data)
+        for number in range(12):
+            at, broken = int(rng.integers(len(data))), bytearray(data)
+            broken[at : at + number % 3] = rng.bytes(int(rng.integers(4)))  # changed, put in, or left out
+            files[f"{way}, damaged at {at}"] = bytes(broken)
+        files[f"{way}, cut"] = data[: int(rng.integers(len(data)))]
+    fast = {way: outcome(data) for way, data in files.items()}
+    monkeypatch.setattr(decode, "simplejpeg", None)
+    for way, data in files.items():
+        slow = outcome(data)
+        assert (slow is None) == (fast[way] is None), way
+        assert slow is None or (slow.shape == fast[way].shape and np.abs(slow.astype(int) - fast[way]).max() <= 4), way
+    assert sum(found is not None for found in fast.values()) > 40
+
+
 def test_both_decoders_agree(monkeypatch):
     if decode.simplejpeg is None:
         pytest.skip("simplejpeg is not installed")

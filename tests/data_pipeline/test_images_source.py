@@ -166,8 +166,23 @@ def test_an_existing_folder_is_safe(photos, tmp_path):
     before = (tmp_path / "out" / "dataset.json").read_bytes()
     with pytest.raises(UserError, match="--overwrite"):
         prepare(photos, tmp_path / "out")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("today")
     with pytest.raises(UserError, match="not replaced"):
-        prepare(photos, photos, overwrite=True)
+        prepare(photos, tmp_path / "notes", overwrite=True)
+    for inside in (tmp_path / "out", tmp_path / "out" / "train"):
+        with pytest.raises(UserError, match="lies in --out"):
+            prepare(inside, tmp_path / "out", overwrite=True)
+    own, left = tmp_path / "mine.partial" / "diary.txt", tmp_path / "other.partial" / "train"
+    own.parent.mkdir()
+    own.write_text("today")
+    with pytest.raises(UserError, match="mine.partial is in the way"):
+        prepare(photos, tmp_path / "mine")
+    assert own.read_text() == "today"
+    shutil.rmtree(own.parent)
+    left.mkdir(parents=True)
+    prepare(photos, tmp_path / "other")
+    assert not left.exists()
     with pytest.raises(KeyboardInterrupt), staged_folder(tmp_path / "out", overwrite=True) as folder:
         (folder / "half").write_text("made")
         raise KeyboardInterrupt

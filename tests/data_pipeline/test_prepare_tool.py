@@ -1,4 +1,6 @@
+import os
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -6,7 +8,9 @@ import pytest
 from tar_builder import encode, picture, sample, write_tar
 
 from megavtp.cli import run
+from megavtp.data.captions import load_tokenizer
 from megavtp.data.maintain import index_dataset
+from megavtp.data.shards import split_folder
 from megavtp.errors import UserError
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
@@ -62,8 +66,44 @@ def test_images_check_and_errors(tmp_path, call):
     shard.write_bytes(data)
     status, out, _ = call("check", tmp_path / "out", "--workers", 1)
     assert status == 1 and out.startswith("2 good samples, 1 problems\n  1 x bad sample: train/shard-0")
-    status, out, _ = call("index", tmp_path / "out", "--vocab-size", 300)
+    status, out, err = call("index", tmp_path / "out", "--vocab-size", 300)
+    assert (status, out) == (2, "") and "captions.model exists" in err and "--overwrite" in err
+    status, out, _ = call("index", tmp_path / "out", "--vocab-size", 300, "--overwrite")
     assert (status, out) == (0, "3 good samples, 0 problems\n")
+
+
+def test_a_folder_of_shards_is_a_data_set_to_all(tmp_path, call):
+    """Indexed, checked and trained on under one name, and nothing beside it is touched."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    write_tar(flat / "a.tar", [m for i in range(3) for m in sample(f"k{i}", f"thing {i}")])
+    (tmp_path / "captions.model").write_bytes(b"of another data set")
+    assert call("index", flat, "--vocab-size", 300)[:2] == (0, "3 good samples, 0 problems\n")
+    assert (tmp_path / "captions.model").read_bytes() == b"of another data set"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["captions.model", "flat"]
+    assert call("check", flat, "--workers", 1)[:2] == (0, "3 good samples, 0 problems\n")
+    assert split_folder(flat, "train") == flat and load_tokenizer("auto", flat, 8).vocab_size <= 300
+    with pytest.raises(UserError, match="has no test split, only train"):
+        split_folder(flat, "test")
+    (flat / "train").mkdir()
+    shutil.move(flat / "a.tar", flat / "train" / "a.tar")
+    write_tar(flat / "stray.tar", sample("stray"))
+    assert call("index", flat)[:2] == (0, "3 good samples, 0 problems\n")  # as training, which reads train/
+    assert split_folder(flat, "train") == flat / "train"
+
+
+def test_a_name_that_nothing_can_encode_is_refused(tmp_path, call):
+    source = tmp_path / os.fsdecode(b"pictures-\xff")
+    (source / "cat").mkdir(parents=True)
+    status, out, err = call("images", "--from", source, "--out", tmp_path / "out", "--workers", 1)
+    assert (status, out) == (2, "") and "holds bytes that are no UTF-8 text" in err and err.count("\n") == 1
+    assert str(UserError(f"{source} is odd")) == f"{tmp_path}/pictures-? is odd"
+
+
+def test_any_name_can_be_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: print("half \ud83d"))
+    assert ended.value.code == 0 and capsys.readouterr().out == "half \\ud83d\n"
 
 
 def test_an_index_gives_up_on_too_many_bad_samples(tmp_path, call):

@@ -1,16 +1,19 @@
 import json
+import os
 import pickle
 import struct
 import tarfile
 import threading
+from functools import partial
 
 import pytest
 from tar_builder import encode, picture, sample, write_tar
 
 from megavtp.data.decode import BadSample
 from megavtp.data.index import build_index, index_shard, sidecar_path
+from megavtp.data.maintain import check_dataset, index_dataset
 from megavtp.data.report import SkipReport
-from megavtp.data.shards import ShardDataset, open_dataset
+from megavtp.data.shards import ShardDataset, open_dataset, split_folder
 from megavtp.errors import UserError
 
 
@@ -131,6 +134,34 @@ def test_a_compressed_tar_is_refused_with_the_remedy(tmp_path):
         index(tmp_path / "x.tar")
 
 
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "x.tar.zst"])
+def test_a_folder_of_compressed_tars_is_told_to_unpack_them(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    for read in (build_index, open_dataset, check_dataset, partial(split_folder, split="train")):
+        with pytest.raises(UserError, match=f"compressed tars \\({name}\\).*unpack them first.*index {tmp_path}"):
+            read(tmp_path)
+
+
+def test_what_is_called_a_tar_and_is_no_file_is_not_opened(tmp_path):
+    write_tar(tmp_path / "b.tar", sample("b"))
+    for make in (os.mkfifo, os.mkdir):
+        make(tmp_path / "a.tar")
+        for read in (build_index, index_dataset):
+            with pytest.raises(UserError, match="a.tar is not a file; move it out"):
+                read(tmp_path)
+        (tmp_path / "a.tar").rename(tmp_path / f"{make.__name__}.pipe")
+
+
+def test_many_headers_in_a_row_end_the_shard_quietly(tmp_path):
+    """Each announces a long name for the next, and tarfile reads them by recursion."""
+    long = tarfile.TarInfo("././@LongLink")
+    long.type, long.size = tarfile.GNUTYPE_LONGNAME, 1
+    path = tmp_path / "x.tar"
+    path.write_bytes((long.tobuf(tarfile.GNU_FORMAT) + b"x".ljust(512, b"\0")) * 2000 + bytes(1024))
+    count, report = index(path)
+    assert count == 0 and report.reasons["truncated or damaged tar"] == 1
+
+
 def test_broken_shards_do_not_stop_the_others(tmp_path):
     write_tar(tmp_path / "a.tar", sample("a"))
     (tmp_path / "b.tar").write_bytes(b"junk" * 1000)
@@ -143,7 +174,7 @@ def test_broken_shards_do_not_stop_the_others(tmp_path):
 def test_what_cannot_be_opened_names_the_command(tmp_path):
     with pytest.raises(UserError, match="does not exist; make one with: python tools/prepare_data.py"):
         open_dataset(tmp_path / "none")
-    with pytest.raises(UserError, match="no shards"):
+    with pytest.raises(UserError, match="no .tar shards"):
         open_dataset(tmp_path)
     with pytest.raises(UserError, match="no .tar shards"):
         build_index(tmp_path)

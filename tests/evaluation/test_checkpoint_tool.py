@@ -166,7 +166,7 @@ def test_measuring_on_train_lets_the_others_vote(released, data):
     (["--data", "{tmp}/none"], "none"),
     (["--split", "validation"], "validation"),
     (["--device", "warp"], "no such device"),
-    (["--max-samples", "0"], "--max-samples 0"),
+    (["--max-samples", "0"], "--max-samples: must be a whole number"),
     (["--captions", "{tmp}/absent.model"], "absent.model"),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line(released, data, dit, tmp_path, options, message, monkeypatch, capsys):

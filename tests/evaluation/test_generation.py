@@ -16,6 +16,7 @@ import torch
 from distributed import run_ranks
 from evaluation_fakes import FakeModel, FakeSet, FakeTokenizer
 from megavtp.evaluation.distances.measure.samples import samples_like
+from megavtp.evaluation.distances.measure.scale import Noise, blur, untrained
 from PIL import Image
 
 from megavtp.config.schema import EvaluationConfig
@@ -33,7 +34,6 @@ from megavtp.evaluation.distances.kid import kernel_distance
 from megavtp.evaluation.distances.measure import Reference, measure_generation, open_reference
 from megavtp.evaluation.distances.network import FeatureNetwork
 from megavtp.evaluation.distances.precision_recall import precision_recall
-from megavtp.evaluation.generation.scale import Noise, blur, untrained
 from megavtp.parallel.mesh import SINGLE, build_mesh
 from megavtp.pixels import normalise, to_uint8
 
@@ -327,7 +327,7 @@ def test_which_samples_are_drawn(dit, shards, tmp_path):
     (["--samples-from", "{sets}/samples.npz", "--tokenizer", "x"], "--tokenizer belongs to --dit"),
     (["--samples-from", "{sets}/samples.npz", "--label", "x"], "--label belongs to --dit"),
     (["--samples-from", "{sets}/none.npz"], "none.npz does not exist"),
-    (["--samples-from", "{sets}/samples.npz", "--batch-size", "0"], "--batch-size 0"),
+    (["--samples-from", "{sets}/samples.npz", "--batch-size", "0"], "--batch-size: must be a whole number"),
     (["--dit", "{sets}"], "--dit needs --tokenizer"),
     (["--dit", "{sets}", "--tokenizer", "{sets}", "--size", "8"], "--size is for --samples-from"),
     (["--dit", "{sets}", "--tokenizer", "{sets}"], "no checkpoint"),

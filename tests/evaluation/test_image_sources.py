@@ -1,5 +1,8 @@
 import io
+import random
+import tracemalloc
 import zipfile
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from megavtp.data.augment import center_crop
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.image_sources import open_images
 from megavtp.evaluation.distances.npz_images import NpzImages, holds_images
+from megavtp.evaluation.distances.reference_file import read_statistics
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), dtype=np.uint8)
 
@@ -123,13 +127,76 @@ def test_damaged_archives_are_refused(tmp_path, npz):
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (11, 8, 8, 3)})
     with zipfile.ZipFile(npz, "w") as archive:
         archive.writestr("arr_0.npy", header.getvalue() + PIXELS.tobytes()[:-1])
-    with pytest.raises(UserError, match="damaged .it ends before its last image"):
-        everything(open_images(npz))
+    with pytest.raises(UserError, match="claims 11 images, more than it holds"):
+        open_images(npz)
     changed = bytearray(whole)
     changed[400] ^= 255
     npz.write_bytes(changed)
     with pytest.raises(UserError, match="damaged"):
         everything(open_images(npz))
+
+
+def claiming(path, **changed):
+    """An archive of a few hundred bytes whose array says that it is larger."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (2 * 10**8, 8, 8, 3), **changed}
+    )
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + bytes(192))
+
+
+def test_claims_are_held_against_the_file(tmp_path):
+    path = tmp_path / "x.npz"
+    claiming(path)
+    with pytest.raises(UserError, match="claims 200000000 images, more than it holds"):
+        open_images(path)
+    content = bytearray(path.read_bytes())
+    size = 192 + 128
+    for place in (i for i in range(len(content) - 4) if content[i : i + 4] == size.to_bytes(4, "little")):
+        content[place : place + 4] = (2**32 - 2).to_bytes(4, "little")  # so the archive's own directory lies as well
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="claims 200000000 images|no whole .npz"):
+        open_images(path)
+
+
+def test_a_share_of_many_images_is_not_written_down(tmp_path):
+    """1 x 1 pixels: numbers of images as a list would take more than the images."""
+    np.savez(tmp_path / "x.npz", np.zeros((3 * 10**6, 1, 1, 3), np.uint8))
+    images = NpzImages(tmp_path / "x.npz")
+    tracemalloc.start()
+    assert len(next(images.batches(4, 0, 1))[1]) == 4
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**7
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("flags", 1, "is encrypted"), ("method", 99, "compression method is not supported"), ("method", 9, "not supported"),
+])
+def test_archives_that_are_encrypted_or_packed_otherwise(tmp_path, field, value, message):
+    np.savez(tmp_path / "images.npz", PIXELS)
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(2), sigma=np.eye(2))
+    for name, read in (("images", open_images), ("statistics", lambda path: read_statistics(path, "inception", 2))):
+        content = bytearray((tmp_path / f"{name}.npz").read_bytes())
+        for start, offsets in ((b"PK\3\4", {"flags": 6, "method": 8}), (b"PK\1\2", {"flags": 8, "method": 10})):
+            content[content.index(start) + offsets[field]] = value
+        (tmp_path / f"{name}.npz").write_bytes(content)
+        with pytest.raises(UserError, match=f"no whole .npz file .*{message}"):
+            read(tmp_path / f"{name}.npz")
+
+
+def test_bits_that_flip_in_an_archive(npz):
+    """What comes back are the images, or a refusal."""
+    whole, draw = npz.read_bytes(), random.Random(3)
+    for _ in range(150):
+        content = bytearray(whole)
+        for _ in range(draw.choice((1, 4))):
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        npz.write_bytes(content)
+        with suppress(UserError):
+            if holds_images(npz):
+                assert torch.equal(everything(NpzImages(npz)), chw(PIXELS))
 
 
 def test_rows_are_read_one_by_one(npz, monkeypatch):

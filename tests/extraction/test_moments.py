@@ -31,7 +31,7 @@ def test_equal_to_two_passes(latents, batch):
 
 def test_json_keeps_every_bit(latents):
     whole = moments(latents)
-    again = Moments.load(whole.dump())
+    again = Moments.load(whole.dump(), len(whole.mean), "x")
     assert (again.images, again.count) == (50, 800)
     assert np.array_equal(again.mean, whole.mean) and np.array_equal(again.squares, whole.squares)
 

@@ -112,6 +112,19 @@ def test_who_does_not_answer_is_named_in_time():
     assert time.monotonic() - start < 5
 
 
+def test_the_folder_of_a_single_machine(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    for folder, problem in (("none", "No such file or directory"), ("file", "Not a directory"), (".", None)):
+        monkeypatch.setattr(sys, "argv", ["doctor.py", "--shared", str(tmp_path / folder)])
+        status, said = check.main(), capsys.readouterr().out
+        if problem:
+            told = re.escape(f"cannot write into {tmp_path / folder} ({problem}): name with --shared")
+            assert status == 1 and "WRONG  storage: see below" in said and re.search(told, said), said
+        else:
+            assert f"ok     storage: {tmp_path} can be written to" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def _examine(fault: str, rank: int) -> None:
     """Never returns."""
     sys.argv = ["doctor", "--timeout", "4", "--megabytes", "1"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sys
 import time
 from functools import partial
@@ -13,6 +15,7 @@ import pytest
 from distributed import free_port
 from launched import Launched, Ranks
 
+from megavtp.launch import ranks
 from megavtp.launch.ranks import STOPPED
 from megavtp.pretraining import passes
 
@@ -66,6 +69,27 @@ def test_a_machine_with_rank_0_that_is_lost_without_a_word(tmp_path):
         assert ranks.processes[1].exitcode == 1
         assert seconds_since_fault(ranks.output) < TIMEOUT + 15
     assert re.search(r"\[rank 1\] ended because other ranks did: rank 0 \(\S+\): no sign of life", ranks.output)
+
+
+def _is_killed_before_it_joins(rank: int) -> None:
+    """On rank 1, once all have met. Nobody has heard of it again, and no launcher ends the others."""
+    if rank == 1:
+        ranks.import_deepspeed = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    faulty.run("", -1, 1.0)
+
+
+def test_a_rank_that_is_killed_before_it_joins_ends_all(tmp_path):
+    with Ranks([], 2, tmp_path, _is_killed_before_it_joins) as ranks:
+        assert ranks.wait(30) == [1, -9], ranks.output  # a minute more is what the process group would wait
+    told = r"\[rank 0\] ended because other ranks did: rank 1 \(\S+\):? (no sign of life|hangs)"
+    assert re.search(told, ranks.output), ranks.output
+
+
+def test_a_single_process_is_watched_too(tmp_path):
+    with Ranks([], 1, tmp_path, partial(faulty.run, "hangs", 0, 1.0)) as ranks:
+        assert ranks.wait(30) == [1], ranks.output
+    told = r"\[rank 0\] rank 0 \(\S+\) hangs: no progress for \d s \(limit: parallel.timeout = 1 s\), in step 3, pass "
+    assert re.search(told, ranks.output) and "Traceback" not in ranks.output, ranks.output
 
 
 @pytest.mark.parametrize("kind", ["raises", "is killed", "hangs"])

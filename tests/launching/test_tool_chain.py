@@ -1,4 +1,5 @@
-"""From a tokenizer to measured samples, each step by its command on two processes."""
+"""From a tokenizer to measured samples, each step by its command on two processes. The launcher starts the same
+commands in ``test_readme_runs``."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from runpy import run_path
 import numpy as np
 import pytest
 import yaml
-from launched import ROOT, Ranks, deepspeed
+from launched import ROOT, Ranks
 from vtp_oracle import TINY
 
 from megavtp.checkpoint.formats.convert import convert
@@ -36,16 +37,8 @@ def tool(name: str) -> None:
     run_path(str(ROOT / "tools" / name), run_name="__main__")
 
 
-def launch(name: str, arguments: list, folder: Path) -> str:
-    """By the deepspeed launcher; what it printed."""
-    with deepspeed(2, [str(a) for a in arguments], folder / f"{name}.log", ROOT / "tools" / name) as launched:
-        launched.wait_until_gone(240)
-        assert launched.process.returncode == 0, launched.output
-    return launched.output
-
-
 def start(entry, arguments: list, folder: Path) -> str:
-    """The same without the seconds of a launcher."""
+    """What the processes printed."""
     with Ranks([str(a) for a in arguments], 2, folder / "ranks", entry=entry) as ranks:
         assert ranks.wait() == [0, 0], ranks.output
     return ranks.output
@@ -58,8 +51,9 @@ def test_from_a_tokenizer_to_measured_samples(tmp_path):
     convert(tmp_path / "vtp", "hf-vtp", tmp_path / "tokenizer")
     shards = write_shards(tmp_path / "shards", [16, 8])
 
-    given = ["--tokenizer", tmp_path / "tokenizer", "--data", shards, "--label", "group", "--out", tmp_path / "latents"]
-    said = launch("extract_latents.py", given, tmp_path)
+    given = ["--local_rank=0", "--tokenizer", tmp_path / "tokenizer", "--data", shards, "--label", "group"]
+    given += ["--out", tmp_path / "latents"]
+    said = start(partial(tool, "extract_latents.py"), given, tmp_path)
     assert said.count("24 samples in 1 shards") == 1
     assert LatentFolder(tmp_path / "latents").classes == sorted(GROUPS)
 
@@ -68,7 +62,8 @@ def test_from_a_tokenizer_to_measured_samples(tmp_path):
     start(train_dit, given, tmp_path)
 
     drawn = ["--dit", tmp_path / "run/checkpoints/latest", "--tokenizer", tmp_path / "tokenizer", "--steps", "2"]
-    said = launch("sample.py", [*drawn, "--classes", "all", "--per-class", "2", "--out", tmp_path / "a.npz"], tmp_path)
+    given = [*drawn, "--local_rank=0", "--classes", "all", "--per-class", "2", "--out", tmp_path / "a.npz"]
+    said = start(partial(tool, "sample.py"), given, tmp_path)
     assert said.count("wrote 6 images") == 1
     assert np.load(tmp_path / "a.npz")["arr_0"].shape == (6, 64, 64, 3)
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+import threading
+import time
 
-from megavtp.launch import phase
-from megavtp.launch.verdict import Report, judge, load_report, load_verdict, main_thread_position
+import pytest
+import torch
+import torch.distributed as dist
+
+from megavtp.checkpoint import store
+from megavtp.errors import UserError
+from megavtp.launch import phase, watchdog
+from megavtp.launch.verdict import Report, judge, load_report, load_verdict, position
+from megavtp.parallel.collectives import together
 
 WAITS = dict(at="engine.py:7 in step", in_collective=True)
 
@@ -57,6 +65,20 @@ def test_verdict(name):
     assert load_report(reports[0].dump()) == reports[0]
 
 
+def test_a_process_that_was_suspended_does_not_hang(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(phase, "_current", phase.Phase(7, "step 1, update", 995.0, False))
+    store = dist.HashStore()
+    watch = watchdog.Watchdog(store, 0, 1, "node", 10)
+    for clock[0] in (1001.0, 1901.0, 1902.0):  # Ctrl-Z, and fg a quarter of an hour later
+        watch._beat()
+    assert load_report(store.get("watch/0")).age == 7.0 and watch._verdict is None
+    for clock[0] in (1903.0, 1904.0, 1905.0, 1906.0):
+        watch._beat()
+    assert watch._verdict.text.startswith("rank 0 (node) hangs: no progress for 11 s")
+
+
 def test_no_limit_for_hangs():
     assert judge({0: report(age=1e9)}, {0: 0.5}, 0) is None
     assert judge({0: report()}, {0: 61.0}, 0) is not None
@@ -69,6 +91,51 @@ def test_phases_are_counted():
     assert (now.number, now.name, now.slow) == (before + 1, "step 3, pass contrastive", False)
 
 
+def seen_meanwhile(wait, until, then=lambda: None) -> tuple[str, bool]:
+    """What the watchdog's thread sees of the main one, once it is ``until``, while that is in ``wait``."""
+    found = [("", False)]
+
+    def look():
+        deadline = time.monotonic() + 20
+        while not until(*found[-1]) and time.monotonic() < deadline:
+            found.append(position())
+            time.sleep(0.01)
+        then()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    wait(thread.join)
+    thread.join()
+    return found[-1]
+
+
 def test_where_the_main_thread_is():
-    at, in_collective = main_thread_position()
-    assert at.startswith("verdict.py:") and at.endswith(" in main_thread_position") and not in_collective
+    at, waits = seen_meanwhile(together, lambda at, waits: "together" in at)
+    assert at.startswith("collectives.py:") and at.endswith(" in together") and waits
+    assert position() == ("", False)
+
+
+def test_the_rank_that_writes_is_to_blame_and_not_the_one_that_waits_for_its_part(tmp_path, monkeypatch):
+    """The main threads of both wait for their own writer."""
+    stuck = [True]
+
+    def write(path, tensors):
+        while tensors and stuck:
+            time.sleep(0.01)
+        raise OSError(5, "made up")
+
+    def finish(wait):
+        with pytest.raises(UserError):
+            wait()
+
+    monkeypatch.setattr(store, "write_tensors", write)
+    stores = [store.CheckpointStore(tmp_path, 1, "token") for _ in range(2)]
+    stores[1].save(1, {"x": torch.ones(1)}, writer=1, writers=2)
+    at, waits = seen_meanwhile(lambda _: finish(stores[1].wait), lambda at, waits: "store.py" in at, stuck.clear)
+    assert at.endswith(" in _write_part") and not waits
+    for note in tmp_path.glob("*/*.failed"):
+        note.unlink()
+    leave_note = lambda: next(tmp_path.glob("*.partial-*")).joinpath("part-00001.failed").write_text("made up")  # noqa: E731
+    stores[0].save(1, {}, {}, writer=0, writers=2)
+    at, waits = seen_meanwhile(lambda _: finish(stores[0].wait), lambda at, waits: "_wait_for" in at, leave_note)
+    assert at.startswith("store.py:") and at.endswith(" in _wait_for_parts") and waits

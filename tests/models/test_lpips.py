@@ -124,8 +124,11 @@ def test_own_file(narrow, tmp_path):
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="does not hold"):
         load_lpips_weights("alex", str(path))
+    save_file({**narrow, "conv.0.weight": narrow["conv.0.weight"].to(torch.float8_e4m3fn)}, path)
+    with pytest.raises(UserError, match="conv.0.weight is of torch.float8_e4m3fn"):
+        load_lpips_weights("alex", str(path))
     path.write_bytes(b"garbage")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not a whole safetensors file"):
         load_lpips_weights("alex", str(path))
 
 
@@ -140,9 +143,14 @@ def test_torchvision_and_release_files(narrow, tmp_path):
     assert loaded.keys() == narrow.keys() and all(torch.equal(loaded[name], t) for name, t in narrow.items())
     with pytest.raises(UserError, match="lack the tensor"):
         load_lpips_weights("alex", f"{heads},{heads}")
-    torch.save({"x": Evil()}, heads)
-    with pytest.raises(UserError, match="cannot be read"):
-        load_lpips_weights("alex", f"{backbone},{heads}")
+    for value, message in (
+        (Evil(), "it holds more than tensors"),
+        (torch.zeros(1).expand(1 << 40), "more numbers than are in the file"),
+        (torch.zeros(2).to_sparse(), "no plain tensor"),
+    ):
+        torch.save({"lin0.model.1.weight": value}, heads)
+        with pytest.raises(UserError, match=message):
+            load_lpips_weights("alex", f"{backbone},{heads}")
 
 
 def test_absent_package_names_the_remedies(monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ from sampling_fakes import NAMES, STATISTICS, TOKENIZER, tokenizer_facts, write_
 
 from megavtp.data.randomness import generator
 from megavtp.dit.checkpoint import load_dit
-from megavtp.dit.sampling.command import interval_of, names_of, samples_of
+from megavtp.dit.sampling.command import names_of, samples_of
 from megavtp.dit.sampling.sampler import GeneratedImages, all_images, open_sampler
 from megavtp.dit.sampling.samples import Sample, SampleNoise, each, in_proportion, parse_classes
 from megavtp.dit.sampling.settings import SamplingSettings
@@ -142,12 +142,12 @@ def test_captions(tmp_path, monkeypatch):
         return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
 
     monkeypatch.setattr(sampler.tokenizer, "encode_text", features)
-    samples = samples_of(sampler.dit, None, ["a red cat", "sea"], 2, 8)
+    samples = samples_of(sampler.dit, None, ["a red cat", "sea"], 2)
     assert names_of(sampler.dit, samples) == ["a red cat", "a red cat", "sea", "sea"]
     whole = torch.cat(list(all_images(sampler, samples, 4)))
     assert differ_by_rounding(torch.cat(list(all_images(sampler, samples, 1))), whole)
     with pytest.raises(UserError, match="conditioned on captions: give --caption"):
-        samples_of(sampler.dit, "3", None, 1, 8)
+        samples_of(sampler.dit, "3", None, 1)
     with pytest.raises(UserError, match="condition=caption: give its samples captions"):
         sampler.images([Sample(1, 0)])
 
@@ -174,7 +174,7 @@ def test_mixes_are_refused(checkpoint, tmp_path):
 def test_classes_by_number_and_name(checkpoint):
     dit = open_sampler(checkpoint, TOKENIZER, SamplingSettings()).dit
     assert parse_classes("2, 0,food & drink", 3, NAMES) == [2, 0, 2]
-    samples = samples_of(dit, "Flags,0", None, 2, 8)
+    samples = samples_of(dit, "Flags,0", None, 2)
     assert samples == [Sample(1, 0), Sample(1, 1), Sample(0, 0), Sample(0, 1)]
     assert names_of(dit, samples) == ["Flags", "Flags", "Animals", "Animals"]
     assert names_of(replace(dit, classes=None), samples[:1]) == ["class 1"]
@@ -182,26 +182,22 @@ def test_classes_by_number_and_name(checkpoint):
         ("3", None, 1, "--classes 3: the DiT has 3, 0 to 2: Animals, Flags, Food & Drink"),
         ("flag", None, 1, "the nearest is 'Flags'"), ("", None, 1, "no class of that name: Animals"),
         (None, None, 1, "conditioned on classes: give --classes"), ("1", ["x"], 1, "no --caption"),
-        ("1", None, 0, "--per-class 0"),
     ):
         with pytest.raises(UserError, match=text):
-            samples_of(dit, classes, caption, per_class, 8)
+            samples_of(dit, classes, caption, per_class)
     with pytest.raises(UserError, match="does not know its classes' names"):
         parse_classes("Flags", 3, None)
-    assert interval_of("0.1,1.0") == (0.1, 1.0)
-    with pytest.raises(UserError, match="--interval 0.1: give two times"):
-        interval_of("0.1")
 
 
 def test_a_model_with_room_for_more_classes_than_it_was_trained_on(tmp_path):
     """As with ImageNet's thousand rows for a small data set: nobody wants to see the others, unless by number."""
     path = write_dit(tmp_path / "ckpt", replace(tokenizer_facts(), statistics=STATISTICS), num_classes=10)
     dit = load_dit(path)
-    assert samples_of(dit, "all", None, 1, 8) == each([0, 1, 2], 1)
-    assert names_of(dit, samples_of(dit, "9,1", None, 1, 8)) == ["class 9", "Flags"]
+    assert samples_of(dit, "all", None, 1) == each([0, 1, 2], 1)
+    assert names_of(dit, samples_of(dit, "9,1", None, 1)) == ["class 9", "Flags"]
     assert samples_like("absent", dit, 7, None) == in_proportion([1, 1, 1], 7)
     numbered = replace(dit, classes=None)
-    assert samples_of(numbered, "all", None, 1, 8) == each(range(10), 1)
+    assert samples_of(numbered, "all", None, 1) == each(range(10), 1)
 
 
 def test_samples_in_proportion():

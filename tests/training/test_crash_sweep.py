@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -25,15 +26,14 @@ from launched import SCRIPT, events, steps_done
 
 POINTS = os.environ.get("CRASH_POINTS", "4")  # of each start, or "all"
 STEPS = 4
-# What a small checkpoint needs: the picture objective and its teacher-free towers.
+# One objective, the one that has pictures and is evaluated: small checkpoints, and all kinds of files.
 TINY = [
     f"train.steps={STEPS}", "train.checkpoint_every=2", "train.keep_last=1", "train.batch_size=8",
     "objectives.contrastive.weight=0", "objectives.self_distillation.weight=0", "objectives.reconstruction.batch=8",
     "telemetry.pictures_every=2", "telemetry.pictures=2", "evaluation.at_end=true", "evaluation.max_samples=4",
 ]
-_PATHS = {  # functions of os that change what is on the disk -> which arguments are paths
-    "mkdir": (0,), "rmdir": (0,), "unlink": (0,), "remove": (0,), "rename": (0, 1), "replace": (0, 1), "link": (1,),
-    "symlink": (1,), "truncate": (0,),
+_PATHS = {  # functions of os that change what is on the disk -> the place of the path that is made or unmade
+    "mkdir": 0, "rmdir": 0, "unlink": 0, "remove": 0, "truncate": 0, "rename": 1, "replace": 1, "link": 1, "symlink": 1,
 }
 _DESCRIPTORS = ("write", "pwrite", "fsync", "ftruncate")
 _BUFFER = 1 << 16  # of files: a tensor file is a dozen writes rather than a hundred
@@ -62,8 +62,8 @@ class Operations:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def patch(self) -> None:
-        for name, places in _PATHS.items():
-            setattr(os, name, self._of_paths(name, getattr(os, name), places))
+        for name, place in _PATHS.items():
+            setattr(os, name, self._of_path(name, getattr(os, name), place))
         for name in _DESCRIPTORS:
             setattr(os, name, self._of_descriptor(name, getattr(os, name)))
         plain_open, os_open = io.open, os.open
@@ -83,11 +83,10 @@ class Operations:
 
         os.open, io.open, builtins.open = low_open, high_open, high_open
 
-    def _of_paths(self, name: str, original: Callable, places: tuple[int, ...]) -> Callable:
+    def _of_path(self, name: str, original: Callable, place: int) -> Callable:
         def call(*args, **options):
             directory = options.get("dir_fd") or options.get("dst_dir_fd")
-            for place in places[-1:]:
-                self.meet(name, _whole(args[place], directory))
+            self.meet(name, _whole(args[place], directory))
             return original(*args, **options)
 
         return call
@@ -183,10 +182,12 @@ def sweep(recipe: str, folder: Path) -> None:
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  these imports take seconds: once for all runs
     import matplotlib.figure  # noqa: F401
     import torch
+    from tqdm import tqdm
 
     import megavtp.pretraining.launcher  # noqa: F401
 
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is one for several processes, which a kill would leave behind
     command, log = ["--config", recipe, *TINY], folder / "log"
     assert _start(command, folder / "whole", log, note=folder / "names") == 0, log.read_text()
     expected = left_by(folder / "whole")

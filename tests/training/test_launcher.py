@@ -9,7 +9,9 @@ import psutil
 import pytest
 from launched import deepspeed, run, steps_done, succeed
 
+from megavtp.errors import UserError
 from megavtp.launch import two_on_a_cpu
+from megavtp.training import launcher
 
 LAUNCH = ["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=eyI", "launchers/pretrain.py"]
 RUNNER = ["python", "/bin/deepspeed"]
@@ -65,11 +67,15 @@ def test_the_deepspeed_launcher_alone_becomes_two_processes(recipe, tmp_path):
     assert sorted(steps_done(tmp_path / "run")) == [1, 2]
 
 
-def test_a_dry_run_is_of_the_processes_that_a_run_would_have(recipe, tmp_path):
-    for setting, found in (("seed=0", "layout     2 processes"), ("data.streams=1", "error: data.streams = 1 is not")):
-        with deepspeed(None, ["--config", recipe, "--dry-run", setting], tmp_path / setting) as launched:
-            launched.wait_until_gone(120)
-        assert found in launched.output and "Traceback" not in launched.output, launched.output
+def test_a_dry_run_is_of_the_processes_that_a_run_would_have(recipe, tmp_path, monkeypatch):
+    command = ["--config", recipe, "--dry-run"]
+    with deepspeed(None, command, tmp_path / "log") as launched:
+        launched.wait_until_gone(120)
+    assert "layout     2 processes" in launched.output and "Traceback" not in launched.output, launched.output
+    monkeypatch.setattr(two_on_a_cpu, "alone_on_a_cpu_without_being_told", lambda: True)  # as it was there
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *command, "data.streams=1"])
+    with pytest.raises(UserError, match="data.streams = 1 is not"):
+        launcher._main()
 
 
 def test_dry_run_without_a_recipe_describes_the_demo(tmp_path, monkeypatch):

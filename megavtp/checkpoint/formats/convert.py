@@ -15,14 +15,14 @@ from torch import Tensor
 from megavtp import __version__
 from megavtp.checkpoint.formats.hf_vtp import PERIODS, save_folder
 from megavtp.checkpoint.formats.vtp_source import VTPSource, check_periods, open_vtp
-from megavtp.checkpoint.reading import INDEX, is_checkpoint, open_checkpoint, step_folder
+from megavtp.checkpoint.reading import INDEX, is_checkpoint, named_step, open_checkpoint, step_folder
 from megavtp.checkpoint.store import CheckpointStore
-from megavtp.config.load import from_dict, to_dict
+from megavtp.config.load import to_dict
 from megavtp.config.sizes import narrowed
 from megavtp.data.new_path import new_path
 from megavtp.data.torch_file import write_torch_file
-from megavtp.dit.checkpoint import AVERAGE, FACTS, TRAINED, artifact_of, is_dit
-from megavtp.dit.config import CompleteDiTConfig, DiTConfig, complete_config
+from megavtp.dit.checkpoint import AVERAGE, FACTS, TRAINED, artifact_of, dit_config, dit_tensors, is_dit
+from megavtp.dit.config import CompleteDiTConfig, DiTConfig
 from megavtp.dit.lightningdit import LightningDiT, lightningdit_tree, read_lightningdit
 from megavtp.errors import UserError
 from megavtp.latents.artifact import LatentStatistics, TokenizerArtifact, check_same_tokenizer
@@ -104,7 +104,7 @@ def convert_tokenizer(
         artifact = replace(artifact, statistics=_statistics(statistics, artifact.latent_channels))
     with new_path(out) as folder:
         if to == "hf-vtp":
-            save_folder(folder, source.config.model, source.tensors)
+            save_folder(folder, source.config.model, source.tensors, source.released)
             notes = _left_out(source)
         else:
             notes = _save_native(folder, source)
@@ -141,7 +141,7 @@ def _left_out(source: VTPSource) -> list[str]:
 def _save_native(folder: Path, source: VTPSource) -> list[str]:
     check_periods(source)
     tensors = {f"model/{name}": t for name, t in source.tensors.items() if not name.endswith(PERIODS)}
-    write_native(folder, 0, tensors, source.config)
+    write_native(folder, 0, tensors, source.config, {"released": dict(source.released)})
     return [_WEIGHTS_ONLY]
 
 
@@ -185,12 +185,9 @@ def convert_dit(
 def _read_native_dit(path: Path) -> LightningDiT:
     with open_checkpoint(path) as checkpoint:
         artifact = artifact_of(checkpoint)  # first, as it says if this is no DiT
-        config = complete_config(from_dict(checkpoint.meta["config"], DiTConfig))
-        weights, average = (
-            {name.removeprefix(p): checkpoint.tensor(name) for name in checkpoint.names if name.startswith(p)}
-            for p in (TRAINED, AVERAGE)
-        )
-        facts = checkpoint.meta[FACTS]
+        config = dit_config(checkpoint)
+        weights, average = (dit_tensors(checkpoint, config.model, prefix) for prefix in (TRAINED, AVERAGE))
+        facts = checkpoint.fact(FACTS, dict[str, Any])
         return LightningDiT(config.model, weights, average, checkpoint.step, [], artifact, config, facts)
 
 
@@ -209,6 +206,9 @@ def write_native(
     folder: Path, step: int, tensors: Mapping[str, Tensor], config: Any, facts: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
     """One native checkpoint without optimizer state as ``folder``, which must not exist yet. Raises UserError."""
+    name = folder.name.partition(".")[0]
+    if named_step(name) not in (None, step):
+        raise UserError(f"the weights are of step {step}, --out {name} says another: name it {step_folder(step)}")
     root = folder.with_name(folder.name + ".store")
     meta = {"config": to_dict(config), "optimizer_steps": 0, "version": __version__, **facts}
     try:

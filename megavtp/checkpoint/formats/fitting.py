@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from megavtp.data.torch_file import no_floats
 from megavtp.errors import UserError
 
 
 def faults(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> list[str]:
-    """Everything that is missing, unexpected or of another shape than ``shapes`` says; empty when all fits."""
+    """All that is missing, unexpected, of another shape than ``shapes`` says, or no weights; empty when all fits."""
     found = [f"missing {name}" for name in shapes if name not in tensors]
     found += [f"unexpected {name}" for name in tensors if name not in shapes]
-    return found + misshapen(tensors, shapes)
+    return found + misshapen(tensors, shapes) + no_floats(tensors)
 
 
 def misshapen(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> list[str]:

@@ -10,24 +10,25 @@ import re
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from megavtp.checkpoint.formats.fitting import check
 from megavtp.checkpoint.formats.hf_vtp_config import config_from_official, config_to_official, read_keys
 from megavtp.checkpoint.tensor_file import write_tensors, write_text
 from megavtp.config.sizes import ResolvedModel
-from megavtp.data.files import read_json_object
+from megavtp.data.weights_file import read_safetensors
 from megavtp.errors import UserError
+from megavtp.json_file import read_json
 from megavtp.models.vtp import OBJECTIVES, VTP
 from megavtp.nn.rope import DTYPES, rope_periods
 
 __all__ = [
     "config_from_official", "config_to_official", "from_official", "load_folder", "load_tensors", "official_shapes",
-    "save_folder", "to_official",
+    "read_released", "save_folder", "to_official",
 ]
 
 EXPORTED = frozenset({"contrastive", "reconstruction"})  # the DINO head and the teacher have no official place
@@ -36,7 +37,11 @@ _TEXT_BLOCK = {
     "norm1.": "ln_1.", "norm2.": "ln_2.", "ls1.": "ls_1.", "ls2.": "ls_2.", "attn.qkv.": "attn.in_proj_",
     "attn.proj.": "attn.out_proj.", "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj.",
 }
-SCALARS = ("logit_scale", "logit_bias")  # of shape () officially, (1,) here
+SCALARS = ("logit_scale", "logit_bias")  # of shape () officially, as a rule, (1,) here
+# Keys of ``config.json`` that no setting here stands for. What a released folder says in them is written back.
+_KEPT = ("nonscalar_logit_scale", "text_output_tokens", "text_pad_id", "transformers_version")
+NOTHING: Mapping[str, Any] = MappingProxyType({})  # in place of a released folder's ``config.json``
+_REMEDY = "give the folder of an official VTP checkpoint"
 
 
 def official_name(name: str, config: ResolvedModel) -> str:
@@ -66,11 +71,18 @@ def our_shapes(config: ResolvedModel, objectives: AbstractSet[str]) -> dict[str,
 
 def official_shapes(config: ResolvedModel, objectives: AbstractSet[str] = OBJECTIVES) -> dict[str, list[int]]:
     """Official name and shape of every tensor of ``config``'s model."""
-    return _to_official_shapes(our_shapes(config, objectives), config)
+    return _to_official_shapes(our_shapes(config, objectives), config, NOTHING)
 
 
-def _to_official_shapes(shapes: Mapping[str, list[int]], config: ResolvedModel) -> dict[str, list[int]]:
-    shapes = {**shapes, **{name: [] for name in SCALARS if name in shapes}}
+def _is_nonscalar(released: Mapping[str, Any]) -> bool:
+    return released.get("nonscalar_logit_scale") is True
+
+
+def _to_official_shapes(
+    shapes: Mapping[str, list[int]], config: ResolvedModel, released: Mapping[str, Any]
+) -> dict[str, list[int]]:
+    if not _is_nonscalar(released):
+        shapes = {**shapes, **{name: [] for name in SCALARS if name in shapes}}
     return {
         official_name(name, config): shape[::-1] if _is_transposed(name, config) else shape
         for name, shape in shapes.items()
@@ -87,11 +99,13 @@ def objectives_of(names: AbstractSet[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def to_official(state: Mapping[str, Tensor], config: ResolvedModel) -> dict[str, Tensor]:
+def to_official(
+    state: Mapping[str, Tensor], config: ResolvedModel, released: Mapping[str, Any] = NOTHING
+) -> dict[str, Tensor]:
     """Our full tensors as official ones: float32, RoPE periods bfloat16.
 
     ``state`` may lack the periods (they follow from the config) and may hold the DINO head and the teacher, which
-    are left out. UserError lists everything that is missing or of a wrong shape.
+    are left out. ``released``: see ``save_folder``. UserError lists everything that is missing or of a wrong shape.
     """
     shapes = our_shapes(config, objectives_of(state.keys()))
     state = {**_periods(config, shapes), **state}
@@ -100,25 +114,22 @@ def to_official(state: Mapping[str, Tensor], config: ResolvedModel) -> dict[str,
     for name in shapes:
         tensor = state[name].detach().to("cpu", torch.bfloat16 if name.endswith(PERIODS) else torch.float32)
         tensor = tensor.t() if _is_transposed(name, config) else tensor
-        result[official_name(name, config)] = tensor.reshape(()) if name in SCALARS else tensor.contiguous()
+        is_scalar = name in SCALARS and not _is_nonscalar(released)
+        result[official_name(name, config)] = tensor.reshape(()) if is_scalar else tensor.contiguous()
     return result
 
 
 def from_official(
-    tensors: Mapping[str, Tensor], config: ResolvedModel, objectives: AbstractSet[str] | None = None
+    tensors: Mapping[str, Tensor], config: ResolvedModel, objectives: AbstractSet[str] | None = None,
+    released: Mapping[str, Any] = NOTHING,
 ) -> dict[str, Tensor]:
     """Official tensors under our names, float32 (periods in their own dtype).
 
-    ``objectives``: whose towers must be there, None = those that are. UserError lists every missing, unexpected and
-    misshapen tensor.
+    ``objectives``: whose towers must be there, None = those that are. ``released``: see ``save_folder``. UserError
+    lists every missing, unexpected and misshapen tensor.
     """
     names = our_shapes(config, objectives_of(tensors.keys()) if objectives is None else objectives)
-    tensors = {
-        # The scale of a config with nonscalar_logit_scale has shape (1,).
-        name: tensor.reshape(()) if name in SCALARS and tensor.numel() == 1 else tensor
-        for name, tensor in tensors.items()
-    }
-    check(tensors, _to_official_shapes(names, config), "the checkpoint")
+    check(tensors, _to_official_shapes(names, config, released), "the checkpoint")
     result = {}
     for name in names:
         tensor = tensors[official_name(name, config)]
@@ -137,28 +148,40 @@ def load_tensors(folder: str | Path) -> dict[str, Tensor]:
     """The raw tensors of ``folder/model.safetensors``. UserError when it is missing or corrupt."""
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
-        raise UserError(f"{path} is missing; give the folder of an official VTP checkpoint")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); download it again") from None
+        raise UserError(f"{path} is missing; {_REMEDY}")
+    return read_safetensors(path, "download it again")
 
 
 def load_folder(folder: str | Path) -> tuple[ResolvedModel, dict[str, Tensor]]:
     """Model config and full tensors by our names of an official folder. UserError for anything that does not fit."""
-    data = read_json_object(Path(folder) / "config.json", "give the folder of an official VTP checkpoint")
-    values, config = read_keys(data), config_from_official(data)
-    flags = {"contrastive": values["train_clip"], "reconstruction": values["train_reconstruction"]}
+    data = read_released(folder)
+    where = str(Path(folder) / "config.json")
+    values, config = read_keys(data, where), config_from_official(data, where)
+    flags = {"contrastive": values.train_clip, "reconstruction": values.train_reconstruction}
     objectives = {name for name, is_on in flags.items() if is_on}
-    return config, from_official(load_tensors(folder), config, objectives)
+    return config, from_official(load_tensors(folder), config, objectives, data)
 
 
-def save_folder(folder: str | Path, config: ResolvedModel, state: Mapping[str, Tensor]) -> None:
-    """Write an official folder from our full tensors. UserError when the model has no official form."""
+def read_released(folder: str | Path) -> dict[str, Any]:
+    """The ``config.json`` of an official folder as it is. Raises UserError."""
+    return read_json(Path(folder) / "config.json", dict[str, Any], _REMEDY)
+
+
+def save_folder(
+    folder: str | Path, config: ResolvedModel, state: Mapping[str, Tensor], released: Mapping[str, Any] = NOTHING
+) -> None:
+    """Write an official folder from our full tensors. UserError when the model has no official form.
+
+    ``released``: the ``config.json`` of the folder that the model came from. So that the same files are written back,
+    what it says in other words (4 for 4.0) or beyond our settings is kept.
+    """
     folder = Path(folder)
     objectives = objectives_of(state.keys())
-    text = json.dumps(config_to_official(config, objectives), indent=2) + "\n"
-    tensors = to_official(state, config)
+    values = config_to_official(config, objectives)
+    said = {key: released[key] for key in values if key in released}
+    values |= {key: value for key, value in said.items() if key in _KEPT or value == values[key]}
+    text = json.dumps(values, indent=2) + "\n"
+    tensors = to_official(state, config, released)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Each file gets its name when it is whole; the config goes last, so a new folder with one is complete.

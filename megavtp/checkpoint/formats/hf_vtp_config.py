@@ -4,99 +4,113 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Literal
 
-from megavtp.config.sizes import VISION, ResolvedDecoder, ResolvedModel, ResolvedText, ResolvedVision
+from megavtp.config.schema import DecoderConfig, ModelConfig, TextConfig, VisionConfig
+from megavtp.config.sizes import VISION, ResolvedModel
+from megavtp.config.validate import check_model
 from megavtp.errors import UserError
+from megavtp.json_file import Finite, Positive, check_form, foreign_form
 from megavtp.models.vtp import OBJECTIVES
 
 # What transformers writes around the model's own keys.
 FRAME = {"architectures": ["VTPModel"], "dtype": "float32", "model_type": "vtp", "transformers_version": "4.56.2"}
 
-NORM_NAMES = ("rmsnorm", "layernorm", "layernormbf16")
-FFN_NAMES = ("swiglu", "swiglu32", "swiglu64", "swiglu128", "mlp")
-
-# Official key: (default of the official class, admitted type or values). Every key the class writes is here.
-KEYS: dict[str, tuple[Any, Any]] = {
-    "image_size": (256, int), "train_clip": (True, bool), "train_reconstruction": (True, bool),
-    "vision_patch_size": (16, int), "vision_embed_dim": (768, int), "vision_depth": (12, int),
-    "vision_num_heads": (12, int), "vision_mlp_ratio": (4.0, float), "vision_ffn_layer": ("swiglu", FFN_NAMES),
-    "vision_norm_layer": ("rmsnorm", NORM_NAMES), "vision_init_values": (None, float),
-    "vision_use_qk_norm": (False, bool), "vision_feature_bottleneck": (64, int),
-    "vision_bottleneck_ae_only": (True, bool), "vision_clip_feat": ("cls", ("cls", "pooled")),
-    "text_context_length": (77, int), "text_vocab_size": (49408, int), "text_embed_dim": (768, int),
-    "text_num_heads": (12, int), "text_depth": (12, int), "text_mlp_ratio": (4.0, float),
-    "text_ls_init_value": (None, float), "text_embed_cls": (False, bool), "text_pad_id": (0, int),
-    "text_no_causal_mask": (False, bool), "text_pool_type": ("argmax", ("argmax", "first", "last")),
-    "text_proj_type": ("linear", ("linear", "none")), "text_proj_bias": (False, bool),
-    "text_output_tokens": (False, bool), "text_quick_gelu": (False, bool), "decoder_embed_dim": (768, int),
-    "decoder_num_heads": (12, int), "decoder_depth": (12, int), "decoder_ffn_layer": ("swiglu", FFN_NAMES),
-    "decoder_norm_layer": ("layernorm", NORM_NAMES), "decoder_init_values": (None, float),
-    "decoder_use_qk_norm": (False, bool), "init_logit_scale": (None, float), "init_logit_bias": (None, float),
-    "nonscalar_logit_scale": (False, bool),
-}
-OPTIONAL = {key for key, (default, _) in KEYS.items() if default is None}
-POSITIVE = {key for key, (_, kind) in KEYS.items() if kind is int} - {"text_pad_id"}
+_Norm = Literal["rmsnorm", "layernorm", "layernormbf16"]
+_Ffn = Literal["swiglu", "swiglu32", "swiglu64", "swiglu128", "mlp"]
 
 
-def _checked(key: str, value: Any) -> Any:
-    kind = KEYS[key][1]
-    if value is None and key in OPTIONAL:
-        return None
-    if isinstance(kind, tuple):
-        if value in kind:
-            return value
-        raise UserError(f"config.json: {key} is {value!r}, which is not one of {', '.join(kind)}")
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is float and is_number:
-        return float(value)
-    if type(value) is not kind or (key in POSITIVE and value < 1):
-        wanted = f"a positive {kind.__name__}" if key in POSITIVE else f"a {kind.__name__}"
-        raise UserError(f"config.json: {key} is {value!r}; it must be {wanted}")
-    return value
+@foreign_form
+class OfficialConfig:
+    """Every key that the official class writes, with its default."""
+
+    image_size: Positive = 256
+    train_clip: bool = True
+    train_reconstruction: bool = True
+    vision_patch_size: Positive = 16
+    vision_embed_dim: Positive = 768
+    vision_depth: Positive = 12
+    vision_num_heads: Positive = 12
+    vision_mlp_ratio: Finite = 4.0
+    vision_ffn_layer: _Ffn = "swiglu"
+    vision_norm_layer: _Norm = "rmsnorm"
+    vision_init_values: Finite | None = None
+    vision_use_qk_norm: bool = False
+    vision_feature_bottleneck: Positive = 64
+    vision_bottleneck_ae_only: bool = True
+    vision_clip_feat: Literal["cls", "pooled"] = "cls"
+    text_context_length: Positive = 77
+    text_vocab_size: Positive = 49408
+    text_embed_dim: Positive = 768
+    text_num_heads: Positive = 12
+    text_depth: Positive = 12
+    text_mlp_ratio: Finite = 4.0
+    text_ls_init_value: Finite | None = None
+    text_embed_cls: bool = False
+    text_pad_id: int = 0
+    text_no_causal_mask: bool = False
+    text_pool_type: Literal["argmax", "first", "last"] = "argmax"
+    text_proj_type: Literal["linear", "none"] = "linear"
+    text_proj_bias: bool = False
+    text_output_tokens: bool = False
+    text_quick_gelu: bool = False
+    decoder_embed_dim: Positive = 768
+    decoder_num_heads: Positive = 12
+    decoder_depth: Positive = 12
+    decoder_ffn_layer: _Ffn = "swiglu"
+    decoder_norm_layer: _Norm = "layernorm"
+    decoder_init_values: Finite | None = None
+    decoder_use_qk_norm: bool = False
+    init_logit_scale: Finite | None = None
+    init_logit_bias: Finite | None = None
+    nonscalar_logit_scale: bool = False
 
 
-def read_keys(data: Mapping[str, Any]) -> dict[str, Any]:
+def read_keys(data: Mapping[str, Any], where: str = "config.json") -> OfficialConfig:
     """Every official key with its value or default, checked. UserError for another model's config."""
     if data.get("model_type") != "vtp":
-        raise UserError(f"config.json is of model_type {data.get('model_type')!r}, not 'vtp'; give a VTP folder")
-    values = {key: _checked(key, data.get(key, default)) for key, (default, _) in KEYS.items()}
-    if values["text_embed_cls"]:
-        raise UserError("config.json: text_embed_cls=true is not supported (broken in the official code as well)")
-    if values["train_reconstruction"] and values["vision_patch_size"] != 16:
+        raise UserError(f"{where} is of model_type {data.get('model_type')!r}, not 'vtp'; give a VTP folder")
+    values = check_form(data, OfficialConfig, where, "download it again")
+    if values.text_embed_cls:
+        raise UserError(f"{where}: text_embed_cls=true is not supported (broken in the official code as well)")
+    if values.train_reconstruction and values.vision_patch_size != 16:
         raise UserError(
-            f"config.json: vision_patch_size is {values['vision_patch_size']}, but the official decoder always "
-            "enlarges by 16; only 16 is supported with train_reconstruction"
+            f"{where}: vision_patch_size is {values.vision_patch_size}, but the official decoder always enlarges by "
+            "16; only 16 is supported with train_reconstruction"
         )
     return values
 
 
-def config_from_official(data: Mapping[str, Any]) -> ResolvedModel:
+def config_from_official(data: Mapping[str, Any], where: str = "config.json") -> ResolvedModel:
     """The model config of an official ``config.json``, all sizes explicit. UserError names a bad value."""
-    v = read_keys(data)
+    v = read_keys(data, where)
     sizes = {shape: name for name, shape in VISION.items()}
-    shape = (v["vision_embed_dim"], v["vision_depth"], v["vision_num_heads"])
-    return ResolvedModel(
-        size=sizes.get(shape, "b"), image_size=v["image_size"], patch_size=v["vision_patch_size"],
-        bottleneck=v["vision_feature_bottleneck"], bottleneck_reconstruction_only=v["vision_bottleneck_ae_only"],
-        init_logit_scale=v["init_logit_scale"] or None, init_logit_bias=v["init_logit_bias"],
-        vision=ResolvedVision(
-            width=shape[0], depth=shape[1], heads=shape[2], mlp_ratio=v["vision_mlp_ratio"],
-            ffn=v["vision_ffn_layer"], norm=v["vision_norm_layer"], layer_scale=v["vision_init_values"] or None,
-            qk_norm=v["vision_use_qk_norm"], clip_feature=v["vision_clip_feat"],
+    shape = (v.vision_embed_dim, v.vision_depth, v.vision_num_heads)
+    model = ModelConfig(
+        size=sizes.get(shape, "b"), image_size=v.image_size, patch_size=v.vision_patch_size,
+        bottleneck=v.vision_feature_bottleneck, bottleneck_reconstruction_only=v.vision_bottleneck_ae_only,
+        init_logit_scale=v.init_logit_scale or None, init_logit_bias=v.init_logit_bias,
+        vision=VisionConfig(
+            width=shape[0], depth=shape[1], heads=shape[2], mlp_ratio=v.vision_mlp_ratio, ffn=v.vision_ffn_layer,
+            norm=v.vision_norm_layer, layer_scale=v.vision_init_values or None, qk_norm=v.vision_use_qk_norm,
+            clip_feature=v.vision_clip_feat,
         ),
-        text=ResolvedText(
-            width=v["text_embed_dim"], depth=v["text_depth"], heads=v["text_num_heads"], mlp_ratio=v["text_mlp_ratio"],
-            context_length=v["text_context_length"], vocab_size=v["text_vocab_size"],
-            layer_scale=v["text_ls_init_value"], causal=not v["text_no_causal_mask"], pool=v["text_pool_type"],
-            projection=v["text_proj_type"], projection_bias=v["text_proj_bias"], quick_gelu=v["text_quick_gelu"],
+        text=TextConfig(
+            width=v.text_embed_dim, depth=v.text_depth, heads=v.text_num_heads, mlp_ratio=v.text_mlp_ratio,
+            context_length=v.text_context_length, vocab_size=v.text_vocab_size, layer_scale=v.text_ls_init_value,
+            causal=not v.text_no_causal_mask, pool=v.text_pool_type, projection=v.text_proj_type,
+            projection_bias=v.text_proj_bias, quick_gelu=v.text_quick_gelu,
         ),
-        decoder=ResolvedDecoder(
-            width=v["decoder_embed_dim"], depth=v["decoder_depth"], heads=v["decoder_num_heads"],
-            ffn=v["decoder_ffn_layer"], norm=v["decoder_norm_layer"], layer_scale=v["decoder_init_values"] or None,
-            qk_norm=v["decoder_use_qk_norm"],
+        decoder=DecoderConfig(
+            width=v.decoder_embed_dim, depth=v.decoder_depth, heads=v.decoder_num_heads, ffn=v.decoder_ffn_layer,
+            norm=v.decoder_norm_layer, layer_scale=v.decoder_init_values or None, qk_norm=v.decoder_use_qk_norm,
         ),
     )
+    try:
+        return check_model(model)
+    except UserError as error:
+        raise UserError(f"{where} is of no model: {error}; download it again") from None
 
 
 def config_to_official(config: ResolvedModel, objectives: AbstractSet[str] = OBJECTIVES) -> dict[str, Any]:
@@ -113,7 +127,7 @@ def config_to_official(config: ResolvedModel, objectives: AbstractSet[str] = OBJ
         )
     vision, text, decoder = config.vision, config.text, config.decoder
     return dict(sorted({
-        **{key: default for key, (default, _) in KEYS.items()}, **FRAME,
+        **asdict(OfficialConfig()), **FRAME,
         "image_size": config.image_size, "train_clip": "contrastive" in objectives,
         "train_reconstruction": "reconstruction" in objectives, "vision_patch_size": config.patch_size,
         "vision_embed_dim": vision.width, "vision_depth": vision.depth, "vision_num_heads": vision.heads,

@@ -14,10 +14,11 @@ from megavtp.checkpoint.formats.fitting import misshapen
 from megavtp.checkpoint.formats.foreign import ForeignWeights, unwrapped
 from megavtp.checkpoint.formats.hf_vtp import PERIODS
 from megavtp.checkpoint.formats.openclip import from_openclip, is_openclip
-from megavtp.checkpoint.formats.timm_vit import from_timm, is_timm_vit
+from megavtp.checkpoint.formats.timm_vit import from_timm, is_timm_vit, other_rotation
 from megavtp.checkpoint.formats.vtp_source import check_periods, open_vtp
-from megavtp.checkpoint.formats.weights_file import read_weights_file
 from megavtp.config.sizes import ResolvedModel
+from megavtp.data.torch_file import no_floats
+from megavtp.data.weights_file import read_weights_file
 from megavtp.errors import UserError
 from megavtp.models.vtp import VTP
 from megavtp.parallel.sharding import cut, shard_of
@@ -46,9 +47,14 @@ def read_initial(
     for path in (part.strip() for part in spec.split(",")):
         found = _read(Path(path), config, shapes)
         _check(found, shapes, path)
-        tensors |= found.tensors
+        tensors |= {name: tensor.float() for name, tensor in found.tensors.items()}
         towers = sorted({_tower(name) for name in found.tensors})
         notes += [f"initial weights from {path}: {', '.join(towers)}", *(f"{path}: {note}" for note in found.notes())]
+        if "trunk" in towers and config.rope_dtype != "float32" and not Path(path).is_dir():
+            notes.append(
+                f"{path}: its library computes queries and keys in float32; with model.rope_dtype={config.rope_dtype} "
+                "they are rounded, model.rope_dtype=float32 gives its numbers"
+            )
     drawn = [name for name in shapes if _tower(name) == "trunk" and name not in tensors and name not in NOT_READ]
     if frozen_encoder and drawn:
         raise UserError(
@@ -85,14 +91,17 @@ def _read(path: Path, config: ResolvedModel, shapes: Mapping[str, list[int]]) ->
     if path.is_dir():
         return _read_vtp(path, config, shapes)
     state = unwrapped(read_weights_file(path, "no weights", _REMEDY))
-    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    state = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if empty := [name for name, tensor in state.items() if not tensor.numel()]:
+        raise UserError(f"{path} is damaged: {', '.join(empty)} hold no numbers; {_REMEDY}")
     if is_openclip(state):
         found = from_openclip(state, config, shapes)
     elif is_timm_vit(state):
+        if why := other_rotation(state):
+            raise UserError(f"{path} is {why}; give a DINOv3, DINOv2 or supervised ViT")
         found = from_timm(state)
     else:
         raise UserError(f"{path} is neither of OpenCLIP nor a timm ViT; {_REMEDY}")
-    found.tensors = {name: tensor.float() for name, tensor in found.tensors.items()}
     return found
 
 
@@ -141,6 +150,7 @@ def _check(found: ForeignWeights, shapes: Mapping[str, list[int]], path: str) ->
         if _tower(name) in towers and name not in found.tensors and name not in found.fresh
     ]
     faults += [f"unexpected {name}" for name in found.tensors if name not in shapes]
-    faults += [f"unexpected {name}" for name in found.unknown] + misshapen(found.tensors, shapes)
+    faults += [f"unexpected {name}" for name in found.unknown]
+    faults += misshapen(found.tensors, shapes) + no_floats(found.tensors)
     if faults:
         raise UserError(f"{path} does not fit this model; change its model keys or leave it out: {'; '.join(faults)}")

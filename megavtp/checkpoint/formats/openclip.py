@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from megavtp.checkpoint.formats.fitting import misshapen
 from megavtp.checkpoint.formats.foreign import ForeignWeights
 from megavtp.checkpoint.formats.hf_vtp import official_name
-from megavtp.checkpoint.formats.timm_vit import from_timm
+from megavtp.checkpoint.formats.timm_vit import from_timm, other_rotation
 from megavtp.config.sizes import ResolvedModel
 
 Shapes = Mapping[str, Sequence[int]]
@@ -64,27 +63,36 @@ def _text(state: Mapping[str, Tensor], config: ResolvedModel, shapes: Shapes, fo
         elif name == "attn_mask":
             found.left_out[name] = "the causal mask is not stored here"
         elif name in theirs:
-            found.tensors[theirs[name]] = tensor.t() if name == "text_projection" else tensor
+            found.tensors[theirs[name]] = _turned(tensor) if name == "text_projection" else tensor
         elif _TEXT.fullmatch(name) and not theirs:
             found.left_out[name] = "the contrastive objective is off"
         else:
             found.unknown.append(name)
     projection = "text.projection.weight"
-    if projection in found.tensors and misshapen(found.tensors, {projection: shapes[projection]}):
+    shape = list(found.tensors[projection].shape) if projection in found.tensors else []
+    if len(shape) == 2 and shape[1] == shapes[projection][1] and shape[0] != shapes[projection][0]:
         del found.tensors[projection]
         found.fresh |= {projection, "text.projection.bias"}
         found.left_out["text_projection"] = "the image features here have the text encoder's width, there another"
 
 
+def _turned(matrix: Tensor) -> Tensor:
+    """Stored to be used as x @ P; what is no matrix stays as it is, and does not fit."""
+    return matrix.t() if matrix.ndim == 2 else matrix
+
+
 def _visual(state: Mapping[str, Tensor], shapes: Shapes, found: ForeignWeights) -> None:
+    faults = []
     if any(name.startswith("trunk.") for name in state):
-        trunk = from_timm({n.removeprefix("trunk."): t for n, t in state.items() if n.startswith("trunk.")})
+        theirs = {n.removeprefix("trunk."): t for n, t in state.items() if n.startswith("trunk.")}
+        faults += [why] if (why := other_rotation(theirs)) else []
+        trunk = from_timm(theirs)
         trunk.left_out = {f"trunk.{name}": reason for name, reason in trunk.left_out.items()}
         trunk.left_out |= {n: "projection of the file" for n in state if n.startswith("head.")}
     else:
         trunk = _vit(state, shapes)
     wanted = {name: shape for name, shape in shapes.items() if name.startswith("trunk.") and name not in trunk.fresh}
-    faults = [f"missing {name}" for name in wanted if name not in trunk.tensors]
+    faults += [f"missing {name}" for name in wanted if name not in trunk.tensors]
     faults += [f"unexpected {name}" for name in trunk.tensors if name not in shapes]
     faults += [f"unknown visual.{name}" for name in trunk.unknown] + misshapen(trunk.tensors, shapes)
     if faults:
@@ -108,13 +116,13 @@ def _vit(state: Mapping[str, Tensor], shapes: Shapes) -> ForeignWeights:
             trunk.tensors[f"trunk.blocks.{block[1]}.{own}"] = tensor
         elif name == "conv1.weight":
             trunk.tensors["trunk.patch_embed.proj.weight"] = tensor
-            trunk.tensors["trunk.patch_embed.proj.bias"] = torch.zeros(len(tensor))
+            trunk.tensors["trunk.patch_embed.proj.bias"] = tensor.new_zeros(tensor.shape[:1])
         elif name == "class_embedding":
             trunk.tensors["trunk.cls_token"] = tensor.reshape(1, 1, -1)
         elif name.startswith("ln_post."):
             trunk.tensors[f"trunk.norm.{name.removeprefix('ln_post.')}"] = tensor
-        elif name == "proj" and list(tensor.t().shape) == list(shapes.get("visual_proj.weight", ())):
-            trunk.tensors["visual_proj.weight"] = tensor.t()
+        elif name == "proj" and list(_turned(tensor).shape) == list(shapes.get("visual_proj.weight", ())):
+            trunk.tensors["visual_proj.weight"] = _turned(tensor)
         elif name == "proj":
             trunk.left_out[name] = "the image features here have the text encoder's width, there another"
         elif name == "positional_embedding":

@@ -1,14 +1,14 @@
-"""Weights of timm's ViTs as the encoder's: ``Eva`` (EVA-02, DINOv3) and ``VisionTransformer`` (DINOv2, supervised).
+"""Weights of timm's ViTs as the encoder's: ``Eva`` (DINOv3) and ``VisionTransformer`` (DINOv2, supervised).
 
 The block stack computes the same where the settings agree: ``model.vision.norm`` layernormbf16 (timm's 1e-5) or
 layernorm (1e-6), ``ffn`` mlp or swiglu with the ``mlp_ratio`` that gives the file's hidden width, ``layer_scale`` set
-when the file has one, and for DINOv3 ``model.rope_dtype=float32``.
+when the file has one, and ``model.rope_dtype=float32``: bfloat16 rounds queries and keys.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,18 @@ _GATED = {"fc1_g": "w1", "fc1_x": "w2", "fc2": "w3"}
 
 def is_timm_vit(names: Mapping[str, Tensor]) -> bool:
     return "patch_embed.proj.weight" in names and "blocks.0.attn.proj.weight" in names
+
+
+def other_rotation(names: Mapping[str, Tensor]) -> str | None:
+    """Which model a file is of whose blocks fit and rotate queries and keys by another rule than the encoder here."""
+    own = {name.removeprefix("blocks.0.") for name in names if name.startswith("blocks.0.")}
+    first, last = (names.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
+    gated = "mlp.fc1_g.weight" in own or _is_packed(first, last)
+    if gated and "pos_embed" in names and own & {"attn.q_bias", "attn.q_proj.weight"}:
+        return "an EVA-02, whose rotary positions are others than this encoder's"
+    if "rope.freqs" in names or own >= {"gamma_1", "attn.qkv.bias"}:
+        return "a RoPE-ViT, whose rotary positions are others than this encoder's"
+    return None
 
 
 def from_timm(state: Mapping[str, Tensor]) -> ForeignWeights:
@@ -67,28 +79,44 @@ def _block(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _feed_forward(_attention(own))
 
 
-def _attention(own: dict[str, Tensor]) -> dict[str, Tensor]:
+def _attention(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One fused projection with a bias; keys without one get zeros, which attention cannot tell from none."""
     own = dict(own)
-    split = [own.pop(f"attn.{part}_proj.weight", None) for part in "qkv"]
-    if all(weight is not None for weight in split):
-        own["attn.qkv.weight"] = torch.cat(split)
+    _join(own, "attn.qkv.weight", [f"attn.{part}_proj.weight" for part in "qkv"])
     weight = own.get("attn.qkv.weight")
-    if weight is not None and "attn.qkv.bias" not in own:
+    if weight is not None and weight.ndim == 2 and "attn.qkv.bias" not in own:
         zeros = weight.new_zeros(len(weight) // 3)
-        own["attn.qkv.bias"] = torch.cat([
-            own.pop(f"attn.{part}_bias", own.pop(f"attn.{part}_proj.bias", zeros)) for part in "qkv"
-        ])
+        for part in "qkv":
+            name = next((n for n in (f"attn.{part}_bias", f"attn.{part}_proj.bias") if n in own), None)
+            own[f"attn.{part}_bias"] = zeros if name is None else own.pop(name)
+        _join(own, "attn.qkv.bias", [f"attn.{part}_bias" for part in "qkv"])
     return own
+
+
+def _join(own: dict[str, Tensor], name: str, parts: Sequence[str]) -> None:
+    """``parts``, one below the other, as ``name``; parts that do not go together stay, and are unknown."""
+    tensors = [own[part] for part in parts if part in own]
+    if len(tensors) == len(parts) and len({(t.dtype, t.shape[1:], t.ndim) for t in tensors}) == 1 and tensors[0].ndim:
+        own[name] = torch.cat(tensors)
+        for part in parts:
+            del own[part]
+
+
+def _is_packed(first: Tensor | None, last: Tensor | None) -> bool:
+    """Whether the first linear of a feed-forward network gives both gate and value."""
+    if first is None or last is None or first.ndim != 2 or last.ndim != 2:
+        return False
+    return len(first) == 2 * last.shape[1]
 
 
 def _feed_forward(own: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm's gated networks as w1 (gate), w2, w3; a plain one as it is."""
-    first, last = own.get("mlp.fc1.weight"), own.get("mlp.fc2.weight")
-    if first is not None and last is not None and len(first) == 2 * last.shape[1]:  # gate and value in one linear
+    first = own.get("mlp.fc1.weight")
+    if _is_packed(first, own.get("mlp.fc2.weight")):
         for kind in ("weight", "bias"):
-            gate, value = own.pop(f"mlp.fc1.{kind}").chunk(2)
-            own |= {f"mlp.fc1_g.{kind}": gate, f"mlp.fc1_x.{kind}": value}
+            whole = own.get(f"mlp.fc1.{kind}")
+            if whole is not None and whole.shape[:1] == first.shape[:1]:
+                own[f"mlp.fc1_g.{kind}"], own[f"mlp.fc1_x.{kind}"] = own.pop(f"mlp.fc1.{kind}").chunk(2)
     if "mlp.fc1_g.weight" not in own:
         return own
     return {re.sub(r"^mlp\.(fc1_g|fc1_x|fc2)\.", lambda m: f"mlp.{_GATED[m[1]]}.", name): t for name, t in own.items()}

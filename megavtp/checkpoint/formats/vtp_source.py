@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megavtp.checkpoint.formats.fingerprint import encoder_fingerprint
-from megavtp.checkpoint.formats.hf_vtp import PERIODS, load_folder, objectives_of
+from megavtp.checkpoint.formats.fitting import check
+from megavtp.checkpoint.formats.hf_vtp import PERIODS, load_folder, objectives_of, our_shapes, read_released
 from megavtp.checkpoint.reading import INDEX, Checkpoint, is_checkpoint, open_checkpoint
-from megavtp.config.load import from_dict
 from megavtp.config.schema import (
     Config,
     ContrastiveConfig,
@@ -22,8 +24,10 @@ from megavtp.config.schema import (
     SelfDistillationConfig,
 )
 from megavtp.config.sizes import ResolvedConfig, ResolvedModel
+from megavtp.config.validate import check_stored
 from megavtp.dit.checkpoint import is_dit
 from megavtp.errors import UserError
+from megavtp.json_file import check_form
 from megavtp.latents import artifact as artifact_file
 from megavtp.latents.artifact import TokenizerArtifact
 from megavtp.models.build import load_full
@@ -44,6 +48,7 @@ class VTPSource:
         artifact: the one beside the weights, or made from them.
         captions: "clip", or the caption tokenizer's file, which need not exist; None = no text encoder.
         step: of the run.
+        released: the ``config.json`` of the released folder that these weights came from, if any.
     """
 
     path: Path
@@ -52,6 +57,7 @@ class VTPSource:
     artifact: TokenizerArtifact
     captions: str | Path | None
     step: int = 0
+    released: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tokenizer_tensors(self) -> dict[str, Tensor]:
@@ -72,16 +78,20 @@ def open_vtp(path: str | Path, form: str | None = None) -> VTPSource:
         with open_checkpoint(path) as checkpoint:
             path = checkpoint.path
             config, tensors, step = _read_native(checkpoint)
+            where = f"{path / INDEX}: released"
+            released = check_form(checkpoint.meta.get("released", {}), dict[str, Any], where, "use another checkpoint")
     elif form == "hf-vtp" or (path / "config.json").is_file():
         model, tensors = load_folder(path)
         config, step = released_config(model, objectives_of(tensors.keys())), 0
+        released = read_released(path)
     else:
         raise UserError(
             f"{path} is no tokenizer: give the folder with {INDEX} (RUN/checkpoints/latest), or that of a released "
             "model with config.json and model.safetensors"
         )
     captions = find_captions(path, config.data) if "contrastive" in objectives_of(tensors.keys()) else None
-    return VTPSource(path, config, tensors, _artifact(path, config.model, tensors, captions), captions, step)
+    artifact = _artifact(path, config.model, tensors, captions)
+    return VTPSource(path, config, tensors, artifact, captions, step, released)
 
 
 def _read_native(checkpoint: Checkpoint) -> tuple[ResolvedConfig, dict[str, Tensor], int]:
@@ -92,8 +102,15 @@ def _read_native(checkpoint: Checkpoint) -> tuple[ResolvedConfig, dict[str, Tens
     names = [name.removeprefix("model/") for name in checkpoint.names if name.startswith("model/")]
     if "trunk.cls_token" not in names:
         raise UserError(f"{checkpoint.path} is no tokenizer's checkpoint (it has no trunk); give one of a VTP run")
-    config = from_dict(checkpoint.meta["config"])
-    return config, {name: checkpoint.tensor(f"model/{name}") for name in names}, checkpoint.step
+    config = checkpoint.config(Config, check_stored)
+    objectives = objectives_of(set(names))
+    if "contrastive" in objectives and config.model.text.vocab_size is None:
+        raise UserError(f"{checkpoint.path}: its configuration lacks model.text.vocab_size; use another checkpoint")
+    tensors = {name: checkpoint.tensor(f"model/{name}") for name in names}
+    # A model of this configuration takes no more memory than the file, then.
+    shapes = {name: shape for name, shape in our_shapes(config.model, objectives).items() if not name.endswith(PERIODS)}
+    check({name: t for name, t in tensors.items() if not name.startswith(TRAINING_ONLY)}, shapes, str(checkpoint.path))
+    return config, tensors, checkpoint.step
 
 
 def released_config(model: ResolvedModel, objectives: AbstractSet[str]) -> ResolvedConfig:
@@ -135,6 +152,11 @@ def _artifact(
         raise UserError(
             f"{path / artifact_file.FILE} belongs to other weights than those beside it (fingerprint "
             f"{found.fingerprint[:12]}, not {fingerprint[:12]}); convert the tokenizer again, or remove that file"
+        )
+    if (found.patch_size, found.latent_channels) != (model.patch_size, model.bottleneck):
+        raise UserError(
+            f"{path / artifact_file.FILE} has other patches or latent channels than the model beside it; convert the "
+            "tokenizer again, or remove that file"
         )
     return replace(found, captions=captions and Path(captions).name)
 

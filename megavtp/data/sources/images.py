@@ -12,10 +12,11 @@ from typing import Any
 
 from PIL import Image
 
-from megavtp.data.decode import BadSample, decode_image, open_image, to_rgb
+from megavtp.data.decode import BadSample, decode_image, open_image
 from megavtp.data.files import refuse_remote
 from megavtp.data.new_sample import NewSample, Skipped
 from megavtp.data.report import SkipReport
+from megavtp.data.sample_text import MAX_TEXT, check_length, encodable, pack_text
 from megavtp.data.sources.tables import Entry, read_table
 from megavtp.data.workers import ordered_map
 from megavtp.data.write import staged_folder, write_dataset
@@ -48,6 +49,8 @@ def prepare_images(
     if not 0 <= test_fraction < 1:
         raise UserError(f"--test-fraction {test_fraction}; choose 0 or more and less than 1")
     path = refuse_remote(source)
+    if refuse_remote(out).resolve() in (path.resolve(), *path.resolve().parents):
+        raise UserError(f"--from {path} lies in --out {out}, which would take its place; choose another --out")
     report = SkipReport()
     if path.is_dir():
         found = folder_entries(path)
@@ -56,12 +59,12 @@ def prepare_images(
     else:
         raise UserError(f"--from {path} does not exist; name a folder of images or a .csv, .tsv or .jsonl file")
     entries = []
-    for entry in found:
-        if entry.caption:
-            entries.append(entry)
-        else:
-            report.skip("no caption", str(entry.path))
+    for entry in map(_with_text, found):
+        if isinstance(entry, Skipped):
+            report.skip(entry.reason, entry.name)
             report.limit(max_bad)
+        else:
+            entries.append(entry)
     order = list(enumerate(entries))
     random.Random(f"{seed}/images").shuffle(order)
     tests = round(test_fraction * len(order))
@@ -69,7 +72,8 @@ def prepare_images(
         tests = 0  # a test split of all there is would leave nothing to train on
     load = partial(_load, settings=_Settings(size, max_pixels))
     with staged_folder(out, overwrite) as root:
-        info = {"name": path.resolve().name, "source": str(path), "attribution": [], "image_size": size, "seed": seed}
+        name, spelled = encodable(path.resolve().name), encodable(str(path))
+        info = {"name": name, "source": spelled, "attribution": [], "image_size": size, "seed": seed}
         splits = {"train": order[tests:], "test": order[:tests]}
         streams = {split: ordered_map(load, jobs, workers, split, quiet) for split, jobs in splits.items()}
         info = write_dataset(
@@ -79,45 +83,66 @@ def prepare_images(
     return info | {"skips": report.lines()}
 
 
-def folder_entries(folder: Path) -> Iterator[Entry]:
+def folder_entries(folder: Path) -> Iterator[Entry | Skipped]:
     """All images below ``folder``, in sorted order. The caption is IMAGE.txt beside the image, else the name of the
     folder the image is in, as words ("red_apple": "red apple"); for an image right in ``folder`` only the former."""
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in _SUFFIXES or not path.is_file():
             continue
         label = "" if path.parent == folder else " ".join(path.parent.name.replace("_", " ").split())
-        beside = path.with_suffix(".txt")
-        text = beside.read_text(encoding="utf-8-sig", errors="replace") if beside.is_file() else ""
-        yield Entry(path, " ".join(text.split()) or label, label)
+        try:
+            yield Entry(path, _caption_beside(path) or label, label)
+        except BadSample as error:
+            yield Skipped(str(error), str(path))
+
+
+def _caption_beside(path: Path) -> str:
+    beside = path.with_suffix(".txt")
+    if not beside.is_file():
+        return ""
+    try:
+        with beside.open("rb") as file:
+            text = file.read(MAX_TEXT + 1)
+    except OSError as error:
+        raise BadSample(f"caption not readable: {error.strerror}") from None
+    check_length(len(text))
+    return " ".join(text.decode("utf-8-sig", errors="replace").split())
+
+
+def _with_text(entry: Entry | Skipped) -> Entry | Skipped:
+    """The entry if its caption and label can be stored."""
+    if isinstance(entry, Skipped):
+        return entry
+    if not entry.caption:
+        return Skipped("no caption", str(entry.path))
+    try:
+        pack_text(entry.caption, entry.meta)
+    except BadSample as error:
+        return Skipped(str(error), str(entry.path))
+    return entry
 
 
 def _load(job: tuple[int, Entry], settings: _Settings) -> NewSample | Skipped:
     number, entry = job
     try:
-        data = entry.path.read_bytes()
-        image, extension = _fit(data, settings)
+        if not entry.path.is_file():  # a pipe would block; a path with a zero byte is no file either
+            return Skipped("file not readable", f"{entry.path} (no such file)")
+        image, extension = _fit(entry.path.read_bytes(), settings)
     except OSError as error:
         return Skipped("file not readable", f"{entry.path} ({error.strerror})")
     except BadSample as error:
         return Skipped("bad image", f"{entry.path} ({error})")
-    meta = {"source": entry.path.name} | ({"label": entry.label} if entry.label else {})
-    return NewSample(f"{number:09d}", image, extension, entry.caption, meta)
+    return NewSample(f"{number:09d}", image, extension, entry.caption, entry.meta)
 
 
 def _fit(data: bytes, settings: _Settings) -> tuple[bytes, str]:
     """The bytes to store and their extension: as they are where that will do, else encoded anew."""
-    try:
-        picture = open_image(data, settings.max_pixels)
-    except BadSample:
-        raise
-    except Exception as error:  # as in decode_image: anything may come out of damaged bytes
-        raise BadSample(f"cannot read image: {type(error).__name__}") from error
-    extension = _KEPT.get(picture.format)
-    decode_image(data, settings.max_pixels)  # a truncated file shows only here
-    shorter = min(picture.size)
+    pixels = decode_image(data, settings.max_pixels)  # first: a damaged file shows only here
+    extension = _KEPT.get(open_image(data, settings.max_pixels).format)
+    shorter = min(pixels.shape[1:])
     if extension and not 0 < settings.size < shorter:
         return data, extension
-    rgb = to_rgb(picture)
+    rgb = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     if 0 < settings.size < shorter:
         scale = settings.size / shorter
         rgb = rgb.resize([max(1, round(side * scale)) for side in rgb.size], Image.Resampling.BICUBIC)

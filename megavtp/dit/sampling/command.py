@@ -11,30 +11,18 @@ from megavtp.dit.sampling.settings import SamplingSettings
 from megavtp.errors import UserError
 
 
-def interval_of(text: str) -> tuple[float, float]:
-    """Two times from "0.1,1"."""
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        raise UserError(f"--interval {text}: give two times from 0 (noise) to 1 (data), such as 0.1,1") from None
-    return low, high
-
-
 def settings_of(options: argparse.Namespace) -> SamplingSettings:
     """Of ``options.add_sampling_options``."""
     return SamplingSettings(
-        options.method, options.steps, options.shift, options.guidance, interval_of(options.interval),
+        options.method, options.steps, options.shift, options.guidance, options.interval,
         options.guided_channels, options.diffusion, seed=options.seed,
     )
 
 
 def samples_of(
-    dit: StoredDiT, classes: str | None, captions: list[str] | None, per_class: int, batch_size: int
+    dit: StoredDiT, classes: str | None, captions: list[str] | None, per_class: int
 ) -> list[Sample]:
     """The samples to draw. UserError for options that do not fit the DiT."""
-    for name, value in (("--per-class", per_class), ("--batch-size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name} {value}: must be at least 1")
     model = dit.config.model
     if model.condition == "caption":
         if captions is None or classes is not None:

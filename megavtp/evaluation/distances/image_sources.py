@@ -18,7 +18,7 @@ from megavtp.data.augment import center_crop
 from megavtp.data.decode import BadSample, decode_image
 from megavtp.data.files import refuse_remote
 from megavtp.data.loader import EvalDataset
-from megavtp.data.shards import open_dataset, shards_at
+from megavtp.data.shards import open_dataset, split_folders
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.npz_images import NpzImages
 from megavtp.evaluation.tokenizer.interface import NoCaptions
@@ -61,7 +61,8 @@ def open_images(path: str | Path, size: int | None = None, limit: int | None = N
         return _Cropped(NpzImages(path, limit), size)
     if not path.is_dir():
         raise UserError(f"{path} is neither a folder nor an .npz file; give one of these")
-    if folder := shards_at(path):  # of a data set the train split: a generator is measured against what it learnt from
+    # Of a data set the train split: a generator is measured against what it learnt from.
+    if folder := split_folders(path).get("train"):
         if size is None:
             raise UserError(f"{path} holds shards, whose images may have any size: say which by --size")
         return _ShardImages(folder, size, limit)

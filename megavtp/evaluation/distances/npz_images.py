@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -19,6 +20,9 @@ from megavtp.errors import UserError
 
 _MEMBER = "arr_0.npy"
 _MAX_ROW_BYTES = 3 * 64_000_000
+_MAX_RATIO = 1032  # of deflate
+# What a damaged archive leads zipfile and numpy to; RuntimeError: it is encrypted, or compressed in a way not known.
+NPZ_ERRORS = (OSError, ValueError, EOFError, RuntimeError, MemoryError, SyntaxError, zipfile.BadZipFile, zlib.error)
 
 
 class NpzImages:
@@ -36,9 +40,11 @@ class NpzImages:
         try:
             with zipfile.ZipFile(path) as archive, archive.open(_MEMBER) as file:
                 shape, dtype, fortran = _header(file)
+                # What the archive says of its size is a claim, too.
+                held = min(archive.getinfo(_MEMBER).file_size, _MAX_RATIO * path.stat().st_size) - file.tell()
         except KeyError:
             raise UserError(f"{path} holds no images: they are an array named arr_0") from None
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        except NPZ_ERRORS as error:
             raise UserError(f"{path} is no whole .npz file ({error}); write or copy it again") from None
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or fortran:
             what = "Python objects, which are refused" if dtype.hasobject else f"{dtype} of shape {shape}"
@@ -47,6 +53,8 @@ class NpzImages:
         self._row_bytes = math.prod(self._shape)
         if self._row_bytes > _MAX_ROW_BYTES:
             raise UserError(f"{path}: images of {shape[2]} x {shape[1]} pixels are larger than any that are read here")
+        if self._total * self._row_bytes > held:
+            raise UserError(f"{path} claims {self._total} images, more than it holds; write or copy it again")
         self.width = shape[2]
         self._count = self._total if limit is None else min(limit, self._total)
 
@@ -55,13 +63,13 @@ class NpzImages:
 
     def batches(self, batch_size: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(numbers (b,), uint8 (b, 3, H, W)) of the images rank, rank + world, ..."""
-        own = list(range(rank, self._count, world))
-        parts = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
+        own = range(rank, self._count, world)
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(_MEMBER) as file:
                 _header(file)
                 at = 0
-                for numbers in parts:
+                for first in range(0, len(own), batch_size):
+                    numbers = own[first : first + batch_size]
                     rows = []
                     for number in numbers:
                         place = number * self._total // self._count
@@ -69,7 +77,7 @@ class NpzImages:
                         rows.append(self._row(file))
                         at = place + 1
                     yield torch.tensor(numbers), torch.stack(rows)
-        except (OSError, zipfile.BadZipFile, EOFError, ValueError) as error:
+        except NPZ_ERRORS as error:
             raise UserError(f"{self.path} is damaged ({error}); write or copy it again") from None
 
     def _row(self, file: IO[bytes]) -> Tensor:
@@ -84,7 +92,7 @@ def holds_images(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return _MEMBER in archive.namelist()
-    except (OSError, zipfile.BadZipFile) as error:
+    except NPZ_ERRORS as error:
         raise UserError(f"{path} is no whole .npz file ({error}); write or copy it again") from None
 
 

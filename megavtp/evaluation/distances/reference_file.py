@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.frechet import FeatureStatistics
 from megavtp.evaluation.distances.network import INCEPTION
+from megavtp.evaluation.distances.npz_images import NPZ_ERRORS
 
 _REMEDY = "give a reference of the same network, or its images"
 
@@ -30,7 +29,7 @@ def read_statistics(path: str | Path, network: str, dims: int) -> FeatureStatist
             made_by = str(arrays["network"]) if "network" in arrays.files else INCEPTION
             count = int(arrays["count"]) if "count" in arrays.files else None
             mean, covariance = (np.asarray(arrays[name], dtype=np.float64) for name in ("mu", "sigma"))
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
+    except (*NPZ_ERRORS, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no whole .npz file of plain arrays ({error}); copy or write it again") from None
     if made_by != network:
         raise UserError(f"{path} holds statistics of {made_by} features, these images' are {network}'s; {_REMEDY}")

@@ -14,9 +14,9 @@ from megavtp.evaluation.distances.features import load_network
 from megavtp.evaluation.distances.image_sources import ImageSource, open_images
 from megavtp.evaluation.distances.measure import GenerationResult, Reference, measure_generation, open_reference
 from megavtp.evaluation.distances.measure.samples import samples_like
+from megavtp.evaluation.distances.measure.scale import BLURS, Blurred, Noise, untrained
 from megavtp.evaluation.distances.network import FeatureNetwork
 from megavtp.evaluation.distances.reference_file import write_statistics
-from megavtp.evaluation.generation.scale import BLURS, Blurred, Noise, untrained
 from megavtp.evaluation.report import format_table, write_metrics
 from megavtp.parallel.collectives import together
 from megavtp.parallel.mesh import Mesh
@@ -29,10 +29,6 @@ def run_generation(options: argparse.Namespace, device: torch.device, mesh: Mesh
 
     Raises ``UserError`` on every rank.
     """
-    for name in ("samples", "reference_samples", "size", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     network = together(lambda: load_network(options.inception, device))
     samples = together(lambda: _samples(options, device))
     reference = together(lambda: open_reference(options.reference, network, samples.size, options.reference_samples))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megavtp.data.decode import BadSample
-from megavtp.data.shards import ShardDataset, open_dataset, shards_at
+from megavtp.data.shards import ShardDataset, open_dataset, split_folders
 from megavtp.dit.checkpoint import StoredDiT
 from megavtp.dit.sampling.samples import Sample, in_proportion
 from megavtp.errors import UserError
@@ -29,7 +29,7 @@ def samples_like(reference: str | Path, dit: StoredDiT, count: int, label: str |
     model = dit.config.model
     if model.condition == "class" and label is None:
         return in_proportion([1] * dit.trained_classes, count)
-    folder = shards_at(Path(reference))
+    folder = split_folders(Path(reference)).get("train")
     if folder is None:
         wants = "--label needs their metadata" if label else "this DiT needs their captions"
         raise UserError(f"--reference {reference} is no folder of shards, and {wants}")

@@ -14,7 +14,7 @@ from megavtp.config.sizes import ResolvedConfig
 from megavtp.data.captions import CaptionTokenizer, load_tokenizer
 from megavtp.data.files import refuse_hub_id
 from megavtp.data.loader import EvalDataset
-from megavtp.data.shards import open_dataset
+from megavtp.data.shards import open_dataset, split_folder, split_folders
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.network import FeatureNetwork
 from megavtp.evaluation.tokenizer.interface import NoCaptions, Perceptual, VTPEvaluated
@@ -34,6 +34,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise NotImplementedError
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name}: no such device here; use auto, cpu, cuda or cuda:N") from None
     return device
@@ -110,18 +112,17 @@ class CheckpointEvaluation:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("max_samples", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        folder = open_dataset(self.data / self.split)  # a missing data set is found before the model is loaded
+        # A missing data set is found before the model is loaded.
+        folder = open_dataset(split_folder(self.data, self.split))
         self.model, self.config = open_model(self.checkpoint, self.device)
         given = {k: v for k in ("max_samples", "batch_size") if (v := getattr(self, k)) is not None}
         self.settings = replace(self.config.evaluation, **given)
         self.tokenizer = find_tokenizer(self.model, self.config, self.data, self.captions)
         self.test_set = self._samples(folder, self.settings.max_samples)
         self.train_set = None
-        if self.split != "train" and (self.data / "train").is_dir():
-            self.train_set = self._samples(open_dataset(self.data / "train"), self.settings.max_samples)
+        train = split_folders(self.data).get("train")
+        if self.split != "train" and train:
+            self.train_set = self._samples(open_dataset(train), self.settings.max_samples)
         self._perceptual: dict[str, Perceptual] | None = None
 
     def _samples(self, folder, count: int) -> EvalDataset:

@@ -16,17 +16,12 @@ import torch
 from megavtp.launch import phase
 from megavtp.launch.doctor import bandwidth
 from megavtp.launch.doctor.bandwidth import Link
-from megavtp.launch.doctor.links import (
-    Board,
-    clock_offsets,
-    clock_problems,
-    port_problems,
-    shared_storage_problems,
-)
+from megavtp.launch.doctor.links import Board, clock_offsets, clock_problems, port_problems, shared_storage_problems
 from megavtp.launch.doctor.machine import Facts, by_host, compare, gather_facts, load_facts, ranks_in_words
 from megavtp.launch.meeting import meet
 from megavtp.launch.ranks import join, run_ranks
 from megavtp.launch.rendezvous import Place, detect
+from megavtp.options import Options, place, real, whole
 
 _SHOWN = 16  # links in the report, the slowest ones
 
@@ -45,8 +40,9 @@ def main() -> int:
     _say(board, "versions and settings", problems, "alike on all ranks")
     leaders = [ranks[0] for ranks in by_host(facts).values()]
     closed = []
+    problems += _storage(board, leaders, arguments.shared)
     if len(leaders) > 1:
-        problems += _between_machines(board, leaders, arguments.shared)
+        problems += _clocks(board, leaders)
         closed = port_problems(board, leaders)
         _say(board, "ports", closed, "every machine can connect to every other one")
     if place.rank == 0:
@@ -68,17 +64,18 @@ def main() -> int:
 
 
 def _parse(given: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Options(
         prog="deepspeed --hostfile hosts launchers/doctor.py",
         description="Check machines, network and shared storage before a run. Start it as the run will be started.",
         epilog="srun --ntasks-per-node=8 python launchers/doctor.py; torchrun --nnodes ... launchers/doctor.py",
     )
     parser.add_argument(
-        "--shared", type=Path, default=Path("."), metavar="DIR",
+        "--shared", type=place, default=Path("."), metavar="DIR",
         help="folder that all machines should share, such as output_dir's parent; default: the current one",
     )
-    parser.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds that any answer may take")
-    parser.add_argument("--megabytes", type=int, default=64, metavar="MIB", help="size of the exchanged data")
+    seconds, size = real(0, 1e6, above=True), whole(1, 65_536)
+    parser.add_argument("--timeout", type=seconds, default=60, metavar="S", help="seconds that any answer may take")
+    parser.add_argument("--megabytes", type=size, default=64, metavar="MIB", help="size of the exchanged data")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
     return parser.parse_args(given)
 
@@ -109,13 +106,18 @@ def _say(board: Board, name: str, problems: Sequence[str], well: str) -> None:
         print(f"WRONG  {name}: see below" if problems else f"ok     {name}: {well}", flush=True)
 
 
-def _between_machines(board: Board, leaders: Sequence[Facts], folder: Path) -> list[str]:
+def _storage(board: Board, leaders: Sequence[Facts], folder: Path) -> list[str]:
+    problems = shared_storage_problems(board, leaders, folder)
+    well = f"all machines see {folder.absolute()}" if len(leaders) > 1 else f"{folder.absolute()} can be written to"
+    _say(board, "shared storage" if len(leaders) > 1 else "storage", problems, well)
+    return problems
+
+
+def _clocks(board: Board, leaders: Sequence[Facts]) -> list[str]:
     offsets = clock_offsets(board, leaders)
-    clocks = clock_problems(offsets)
-    _say(board, "clocks", clocks, f"within {max(map(abs, offsets.values()), default=0):.3f} s")
-    storage = shared_storage_problems(board, leaders, folder)
-    _say(board, "shared storage", storage, f"all machines see {folder.absolute()}")
-    return clocks + storage
+    problems = clock_problems(offsets)
+    _say(board, "clocks", problems, f"within {max(map(abs, offsets.values()), default=0):.3f} s")
+    return problems
 
 
 def _speed(place: Place, facts: Sequence[Facts], device: torch.device, megabytes: int) -> list[str]:

@@ -102,7 +102,7 @@ def clock_problems(offsets: Mapping[str, float]) -> list[str]:
 
 
 def shared_storage_problems(board: Board, leaders: Sequence[Facts], folder: Path) -> list[str]:
-    """Whether all machines see what one writes into ``folder``. On rank 0; others return nothing.
+    """Whether ``folder`` can be written to, and all machines see what one writes. On rank 0; others return nothing.
 
     The leaders' files are removed again.
     """
@@ -127,13 +127,14 @@ def shared_storage_problems(board: Board, leaders: Sequence[Facts], folder: Path
         seen = [True, *board.collect("seen", ranks[1:])]
         board.put("storage done", 0)
     finally:
-        own.unlink(missing_ok=True)
+        if not error:
+            own.unlink(missing_ok=True)
     problems = []
     for leader, entry, sees_first, is_seen in zip(leaders, written, seen, found):
         if entry["error"]:
             problems.append(
-                f"{leader.host} cannot write into {folder} ({entry['error']}): the checkpoints' folder must be one "
-                "that all machines can write to (--shared names it here)"
+                f"{leader.host} cannot write into {folder} ({entry['error']}): name with --shared the folder of the "
+                "checkpoints, which must be there and be one that all machines can write to"
             )
         elif not (sees_first and is_seen):
             problems.append(

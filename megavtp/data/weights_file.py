@@ -5,25 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from megavtp.data.torch_file import read_torch_file
 from megavtp.errors import UserError
 
 
 def read_weights_file(path: Path, otherwise: str, remedy: str) -> dict[str, Any]:
-    """The dictionary in the file.
+    """The dictionary in the file. No tensor in it claims more numbers than the file holds.
 
     UserError, which ends with ``remedy``, when it is damaged, or holds something else (``otherwise`` says what that
     makes of it).
     """
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path} is not a whole safetensors file ({error}); {remedy}") from None
+        return read_safetensors(path, remedy)
     tree = read_torch_file(path, remedy)
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}, {otherwise}; {remedy}")
     return tree
+
+
+def read_safetensors(path: Path, remedy: str) -> dict[str, Tensor]:
+    """All tensors of the file, of whatever dtype. UserError, which ends with ``remedy``, when it is damaged."""
+    try:
+        return load_file(path)
+    except Exception as error:  # besides its own error, the library raises whatever its header leads it to
+        raise UserError(f"{path} is not a whole safetensors file ({error}); {remedy}") from None

@@ -1,0 +1,152 @@
+"""Options of tools and launchers: what cannot work is told in one line, before anything is loaded or written.
+
+Light to import, as a tool parses before it loads torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megavtp.errors import UserError, is_text
+
+_PATIENCE = 15.0  # seconds that the first process has to tell of a mistake, before its launcher ends all others
+
+
+class Options(argparse.ArgumentParser):
+    """A parser whose errors are one line, told by the first process of a launcher alone."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        for word in sys.argv[1:] if args is None else args:
+            if not is_text(word):
+                self.error(f"{word!r} holds bytes that are no UTF-8 text; rename what it names")
+            if not word or (word.startswith("--") and word.endswith("=")):
+                self.error(f"{word!r} is empty where a value belongs; leave the option out, or give it one")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        if not _first_process():
+            time.sleep(_PATIENCE)  # a launcher ends all as soon as one has ended
+        self.exit(2, f"error: {UserError(message)}; see --help\n")
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of an option that takes whole numbers from ``low`` to ``high``."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low:,} to {high:,}, got {text[:40]!r}")
+        return value
+
+    return number
+
+
+def real(low: float, high: float, *, above: bool = False, below: bool = False) -> Callable[[str], float]:
+    """The type of an option that takes numbers from ``low`` to ``high``; ``above``, ``below``: without these two."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high or (above and value == low) or (below and value == high):
+            words = f"{'above' if above else 'at least'} {low:g} and {'below' if below else 'at most'} {high:g}"
+            raise argparse.ArgumentTypeError(f"must be a number {words}, got {text[:40]!r}")
+        return value
+
+    return number
+
+
+def place(text: str) -> Path:
+    """The type of an option that names a file or folder to read. Who reads it says more of one that is missing."""
+    _exists(Path(text))
+    return Path(text)
+
+
+def place_name(text: str) -> str:
+    """As ``place``, of an option that may also hold a name that is no place."""
+    return str(place(text))
+
+
+def new_file(*suffixes: str) -> Callable[[str], Path]:
+    """The type of an option that names a file to write, with one of ``suffixes`` (none given: any)."""
+
+    def file(text: str) -> Path:
+        path = Path(text)
+        if suffixes and path.suffix.lower() not in suffixes:
+            raise argparse.ArgumentTypeError(f"{text} must end in {' or '.join(suffixes)}")
+        if _exists(path) and path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
+        _try_to_write(path.parent, text)
+        return path
+
+    return file
+
+
+def new_folder(text: str) -> Path:
+    """The type of an option that names a folder to make, or to go on with."""
+    path = Path(text)
+    if _exists(path) and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file; name a folder")
+    _try_to_write(path, text)
+    return path
+
+
+def new_path(text: str) -> Path:
+    """The type of an option that names a file or folder to make, where nothing is yet."""
+    path = Path(text)
+    is_new = not _exists(path) or (path.is_dir() and not any(path.iterdir()))
+    if path.is_symlink() or not is_new:
+        raise argparse.ArgumentTypeError(f"{text} exists; choose another place, or remove it first")
+    _try_to_write(path.parent, text)
+    return path
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be reached ({error.strerror}); choose another place") from None
+    return True
+
+
+def _try_to_write(folder: Path, text: str) -> None:
+    """See whether ``folder`` and what is missing above it can be made and written to, and leave nothing behind.
+
+    Only to try tells: permissions say nothing to root, nor of a disk that is full. The first process writes.
+    """
+    if not _first_process():
+        return
+    nearest = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    try:
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text} cannot be written ({error.strerror}); choose another place"
+        ) from None
+
+
+# Types of options that several tools have.
+WORKERS = whole(0, 1024)  # processes on one machine
+IMAGES = whole(1, 10_000_000)  # how many of them; each is an entry of a list
+BATCH = whole(1, 65_536)
+PIXELS = whole(1, 16_384)  # of an image's side
+BAD = whole(0, 1_000_000_000)  # samples that may be left out
+SEED = whole(0, 2**63 - 1)
