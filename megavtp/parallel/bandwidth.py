@@ -72,7 +72,7 @@ def rounds(members: Sequence[int]) -> list[list[tuple[int, int]]]:
     half, found = len(ring) // 2, []
     for _ in range(len(ring) - 1):
         pairs = zip(ring[:half], reversed(ring[half:]))
-        found.append([(min(p), max(p)) for p in pairs if None not in p])
+        found.append([(min(a, b), max(a, b)) for a, b in pairs if a is not None and b is not None])
         ring = [ring[0], ring[-1], *ring[1:-1]]
     return [round_ for round_ in found if round_]
 

@@ -114,7 +114,7 @@ def shared_storage_problems(board: Board, leaders: Sequence[Facts], folder: Path
     try:
         own.write_text(str(board.rank))
     except OSError as failure:
-        error = failure.strerror
+        error = failure.strerror or str(failure)
     try:
         board.put(f"storage/{board.rank}", {"file": str(own.absolute()), "error": error})
         if board.rank > 0:
