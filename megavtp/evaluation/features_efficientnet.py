@@ -92,9 +92,11 @@ class EfficientNetLite0(FeatureNetwork):
         if any(name not in weights or tuple(weights[name].shape) != shape for name, shape in shapes.items()):
             raise UserError(f"these tensors are not the weights of EfficientNet-Lite0; {REMEDY}")
         # Channels last is 1.5 to 2 times as fast on a CPU, and does not harm a GPU.
-        order = {"device": device, "memory_format": torch.channels_last}
         merged = [(conv, *_without_norm(conv, weights)) for conv in _CONVS]
-        self._layers = [(conv, weight.to(**order), bias.to(device)) for conv, weight, bias in merged]
+        self._layers = [
+            (conv, weight.to(device, memory_format=torch.channels_last), bias.to(device))
+            for conv, weight, bias in merged
+        ]
 
     def _features(self, images: Tensor) -> Tensor:
         x = F.interpolate(images.float(), (_SIZE, _SIZE), mode="bilinear", antialias=True)
