@@ -52,7 +52,7 @@ def open_model(path: str | Path, device: torch.device) -> tuple[VTP, Config]:
 
 
 def untrained_like(model: VTP, seed: int, device: torch.device) -> VTP:
-    """The same architecture with initial weights."""
+    """A model of the same architecture with initial weights."""
     return build_vtp(model.config, objectives=model.objectives, seed=seed, device=device)
 
 

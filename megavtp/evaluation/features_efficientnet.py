@@ -128,7 +128,7 @@ def _without_norm(conv: _Conv, weights: Mapping[str, Tensor]) -> tuple[Tensor, T
 
 
 def load_efficientnet(device: torch.device | str = "cpu") -> EfficientNetLite0:
-    """With the weights of the installed package, which is found but not run. Raises ``UserError`` if it is missing."""
+    """The network with the installed package's weights; the package itself is not run. UserError if it is missing."""
     spec = importlib.util.find_spec(PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []
     path = next((p for p in (Path(folder, FILE) for folder in folders) if p.is_file()), None)

@@ -27,8 +27,9 @@ _SETTINGS = ("NCCL_", "GLOO_", "TORCH_NCCL_", "FI_", "UCX_")
 
 @dataclass(frozen=True)
 class Facts:
-    """Of one rank. versions: of what must be the same everywhere; "" where there is none.
+    """What one rank says of itself.
 
+    versions: of what must be the same everywhere; "" where there is none.
     settings: environment variables of the communication libraries. shared_memory: free bytes of /dev/shm, None where
     there is no such thing. address: at which other machines reach this one.
     """
@@ -91,7 +92,7 @@ def _driver() -> str:
 
 @cache
 def source_hash() -> str:
-    """Of this package's source files: two checkouts of one version may differ."""
+    """A hash of this package's source files: two checkouts of one version may differ."""
     digest = hashlib.sha256()
     for file in sorted(_PACKAGE.rglob("*.py")):
         digest.update(f"{file.relative_to(_PACKAGE)}\0".encode() + file.read_bytes())

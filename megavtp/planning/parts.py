@@ -93,7 +93,7 @@ def _as_it_is(outputs: Any) -> Any:
 
 
 def _line(a: Cost, b: Cost, t: float) -> Cost:
-    """On the line through ``a`` (t = 0) and ``b`` (t = 1)."""
+    """The cost at ``t`` on the straight line through ``a`` (t = 0) and ``b`` (t = 1)."""
 
     def at(x: float, y: float) -> float:
         return x + t * (y - x)

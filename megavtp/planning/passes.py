@@ -144,7 +144,7 @@ class _Chain:
 
     @property
     def forward_peak(self) -> float:
-        """Without graph: one part, and what the one before it gave out."""
+        """The most bytes in a forward without graph: one part's, and what the part before it gave out."""
         pairs = zip([Cost(), *self.segments], self.segments)
         return max((before.held + segment.peak for before, segment in pairs), default=0.0)
 
