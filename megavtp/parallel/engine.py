@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from megavtp.parallel.messages import connect
 from megavtp.parallel.orders import Schedule
 from megavtp.parallel.sharding import cut, merge, shard_of
 from megavtp.parallel.striping import FlowSpec
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class StepResult:
     tower_norms: dict[str, Tensor]
 
 
-class Engine:
+class Engine(Generic[M]):
     """One DeepSpeed engine around everything this rank owns.
 
     Args:
@@ -48,7 +50,7 @@ class Engine:
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, *, zero_stage: int,
+        self, module: M, optimizer: torch.optim.Optimizer, mesh: Mesh, *, zero_stage: int,
         clip_grad: float, extra: Mapping[str, Any] | None = None, leaf_classes: tuple[type[nn.Module], ...] = (),
         schedule: Schedule = "1f1b", hold: bool = False,
     ):
