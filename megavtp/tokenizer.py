@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megavtp.checkpoint.formats.vtp_source import VTPSource, build_tokenizer, open_vtp
+from megavtp.config.sizes import known
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.captions import load_tokenizer as load_captions
 from megavtp.data.files import refuse_hub_id
@@ -61,7 +62,8 @@ class Tokenizer:
         self.path, self.artifact = source.path, source.artifact
         self.device = torch.device(device)
         self.model = build_tokenizer(source, self.device, dtype)
-        self._captions_at, self._captions = source.captions, None
+        self._captions_at = source.captions
+        self._captions: CaptionTokenizer | None = None
 
     def encode(self, images: Tensor, normalised: bool = False) -> Tensor:
         """Latents (b, C, H / patch, W / patch), float32, on the tokenizer's device.
@@ -148,7 +150,7 @@ class Tokenizer:
         return normalise(images, mean=self.artifact.pixel_mean, std=self.artifact.pixel_std)
 
     def _ids(self, tokens: Tensor) -> Tensor:
-        size = self.model.config.text.vocab_size
+        size = known(self.model.config.text.vocab_size, "model.text.vocab_size")
         whole = not (tokens.is_floating_point() or tokens.dtype == torch.bool)
         if not whole or (tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size):
             raise UserError(f"token ids must be whole numbers from 0 to {size - 1}; use this model's caption tokenizer")

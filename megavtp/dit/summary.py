@@ -25,19 +25,22 @@ def dit_parameters(model: ResolvedDiT) -> int:
     return sum(parameter.numel() for parameter in dit.parameters())
 
 
+def _shown(size: int | None) -> str:
+    return "those of data.root" if size is None else f"{size}"
+
+
 def dit_summary(config: ResolvedDiTConfig, world_size: int) -> str:
     """The page that ``--dry-run`` prints for a validated ``config`` on ``world_size`` processes."""
     p, train, data, model, flow = config.parallel, config.train, config.data, config.model, config.flow_matching
     dp = world_size // (p.tp * p.pp)
     part, count = flow_share(config, dp), dit_parameters(model)
-    shown = lambda value: "those of data.root" if value is None else f"{value}"  # noqa: E731
-    condition = "captions" if model.condition == "caption" else f"classes: {shown(model.num_classes)}"
+    condition = "captions" if model.condition == "caption" else f"classes: {_shown(model.num_classes)}"
     memory = bytes_of_state(count, count, config.parallel, dp) / 2**30
     return "\n".join([
         f"model      DiT-{model.size}, {count / 1e6:.1f} M parameters and their average, width {model.width}, depth "
         f"{model.depth}, heads {model.heads}, patch {model.patch_size}",
-        f"           latent positions of a side: {shown(model.latent_size)}, channels: {shown(model.latent_channels)}, "
-        f"{condition}",
+        f"           latent positions of a side: {_shown(model.latent_size)}, channels: "
+        f"{_shown(model.latent_channels)}, {condition}",
         f"layout     {world_size} process{'es' if world_size > 1 else ''} = tp {p.tp} x pp {p.pp} x dp {dp}, "
         f"ZeRO stage {p.zero_stage}, {p.precision}, recompute {p.recompute}, "
         f"sequence parallelism {'on' if p.sequence_parallel else 'off'}, attention {p.attention}",

@@ -17,7 +17,7 @@ from megavtp.errors import UserError
 
 Net = Literal["alex", "vgg"]
 
-# Of the input in [-1, 1]; the ImageNet statistics on that scale.
+# Mean and deviation of the input, which lies in [-1, 1]: the ImageNet statistics on that scale.
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 

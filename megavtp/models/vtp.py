@@ -112,7 +112,7 @@ class VTP(nn.Module):
         self.visual_proj = RowParallelLinear(
             width, self.config.text.width, bias=False, mesh=self.mesh, input_is_parallel=False
         )
-        # Of shape (1,), not (): ZeRO-3 cannot partition a parameter without dimensions.
+        # Its shape is (1,), not (): ZeRO-3 cannot partition a parameter without dimensions.
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.logit_bias = nn.Parameter(torch.empty(1)) if self.config.init_logit_bias is not None else None
 

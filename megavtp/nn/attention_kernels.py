@@ -44,12 +44,12 @@ def adapt_torch_varlen(varlen_attn: Callable[..., Any]) -> Varlen | None:
     """Torch's kernel says causal by ``is_causal`` in its first releases and by ``window_size`` later."""
     parameters = inspect.signature(varlen_attn).parameters
     if "window_size" in parameters:
-        say = lambda causal: {"window_size": (-1, 0 if causal else -1)}  # noqa: E731
-    elif "is_causal" in parameters:
-        say = lambda causal: {"is_causal": causal}  # noqa: E731
-    else:
-        return None
-    return lambda q, k, v, cu, longest, causal: varlen_attn(q, k, v, cu, cu, longest, longest, **say(causal))
+        return lambda q, k, v, cu, longest, causal: varlen_attn(
+            q, k, v, cu, cu, longest, longest, window_size=(-1, 0 if causal else -1)
+        )
+    if "is_causal" in parameters:
+        return lambda q, k, v, cu, longest, causal: varlen_attn(q, k, v, cu, cu, longest, longest, is_causal=causal)
+    return None
 
 
 def check_kernel(kernel: Kernel) -> None:

@@ -75,8 +75,10 @@ class Block(nn.Module):
         self, x: Tensor, segments: Segments, tables: Sequence[Table] | None = None,
         drop: tuple[BranchDrop, BranchDrop] | None = None, cut: TokenCut | None = None, recompute: Recompute = "none",
     ) -> Tensor:
-        """With ``cut``, x is this rank's rows of the tokens, (n, width) -> (n, width). "full" recomputation is the
-        caller's to do."""
+        """Apply the block to packed tokens, (n, width) -> (n, width); with ``cut``, to this rank's rows of them.
+
+        The caller sees to "full" recomputation.
+        """
         drop_attention, drop_mlp = drop or (None, None)
 
         def attention(y: Tensor, kept: Segments, cut: TokenCut | None) -> Tensor:
@@ -102,7 +104,7 @@ def branch(
         hidden = redo(lambda y: net.expand(norm(y, cut), cut), x)
         return redo(net.contract, hidden, cut, *more)
     y = to_compute_dtype(norm(x, cut))
-    # Of the gathered tokens only own rows are held, and gathered again (arXiv 2205.05198, section 4.2.2).
+    # Only own rows of the gathered tokens are held; the backward gathers them again (arXiv 2205.05198, section 4.2.2).
     hidden = net.expand(y, cut) if cut is None or recompute == "full" else redo(net.expand, y, cut)
     return net.contract(hidden, cut, *more)
 

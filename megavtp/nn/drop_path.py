@@ -21,7 +21,8 @@ from megavtp.parallel.sequence import TokenCut
 
 @dataclass(frozen=True)
 class BranchDrop:
-    """Of one residual branch: per segment the kept sequences' positions, LongTensor (kept,), and the factor."""
+    """What one residual branch keeps of each segment: ``rows``, LongTensor (kept,), the positions of the sequences
+    that go through it, and ``scales``, the factor on their result."""
 
     rows: tuple[Tensor, ...]
     scales: tuple[float, ...]
@@ -29,7 +30,7 @@ class BranchDrop:
 
 @dataclass(frozen=True)
 class DropPlan:
-    """Per block the choice of its attention branch and of its feed-forward branch."""
+    """For each block what its attention branch and what its feed-forward branch keeps."""
 
     blocks: tuple[tuple[BranchDrop, BranchDrop], ...]
 

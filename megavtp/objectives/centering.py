@@ -42,7 +42,7 @@ def sinkhorn_bias(
         for iteration in range(iterations):
             peak, total = torch.full_like(bias, -torch.inf), torch.zeros_like(bias)
             for index, block in enumerate(blocks):
-                logits = kept[index] if keep else prototype_logits(block, W, temperature)
+                logits = prototype_logits(block, W, temperature) if kept is None else kept[index]
                 if iteration:  # each row's scale from the last bias; the very first rows are taken as they are
                     logits = logits - row_logsumexp(logits + bias, mesh)
                 higher = torch.maximum(peak, logits.amax(0))

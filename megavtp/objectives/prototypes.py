@@ -108,9 +108,9 @@ def _forward(student, student_W, teacher, teacher_W, student_T, teacher_T, bias,
         slope = log_p.exp_().mul_(v).sub_(target)  # by student logits / T
         slope = (slope.div_(student_T) if w is None else slope.mul_((w / student_T).unsqueeze(-1))).flatten(0, 1)
         slope = slope.to(student.dtype)
-        if grads[0]:
+        if grad_student is not None:
             grad_student[:, part] = matmul_wide(slope, W).view(s, -1, d)
-        if grads[1]:
+        if grad_W is not None:
             grad_W += matmul_wide(slope.T, rows)
     return all_reduce(value, mesh, "tp"), grad_student, grad_W
 

@@ -6,6 +6,7 @@ K_local prototypes on this rank. Crops are crop-major: all first crops, then all
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -31,7 +32,7 @@ class TeacherOutput(NamedTuple):
 
 
 class TeacherBias(NamedTuple):
-    """From ``centering``: the class tokens and the masked patches are balanced each on their own."""
+    """What ``centering`` found: class tokens and masked patches are balanced each on their own."""
 
     cls: Tensor  # (K_local,)
     patches: Tensor  # (K_local,)
@@ -51,26 +52,26 @@ def self_distillation_loss(
     """
     images = student.global_cls.shape[0] // GLOBAL_CROPS
     local_crops = student.local_cls.shape[0] // images
-    common = {
-        "student_temperature": config.student_temperature, "teacher_temperature": teacher_temperature,
-        "chunk": config.chunk, "mesh": mesh,
-    }
+    cross_entropy = partial(
+        prototype_cross_entropy, student_temperature=config.student_temperature,
+        teacher_temperature=teacher_temperature, chunk=config.chunk, mesh=mesh,
+    )
     terms = {}
     if config.dino_weight:
         pairs = GLOBAL_CROPS * (GLOBAL_CROPS - 1) + GLOBAL_CROPS * local_crops  # (student, teacher) crops per image
         views = teacher.cls.unflatten(0, (GLOBAL_CROPS, images))
         if local_crops:
             local = student.local_cls.unflatten(0, (local_crops, images))
-            terms["dino_local"] = prototype_cross_entropy(
-                local, student.W, views, teacher.W, teacher_bias=bias.cls, **common
+            terms["dino_local"] = cross_entropy(
+                local, student.W, views, teacher.W, teacher_bias=bias.cls
             ) / (pairs * images_total_local)
         # A global crop is compared with the teacher's view of the other one; with its own the task would be trivial.
-        terms["dino_global"] = prototype_cross_entropy(
-            student.global_cls, student.W, views.flip(0).flatten(0, 1), teacher.W, teacher_bias=bias.cls, **common
+        terms["dino_global"] = cross_entropy(
+            student.global_cls, student.W, views.flip(0).flatten(0, 1), teacher.W, teacher_bias=bias.cls
         ) / (pairs * images_total_local)
     if config.ibot_weight:
-        terms["ibot"] = prototype_cross_entropy(
+        terms["ibot"] = cross_entropy(
             student.patches, student.W, teacher.patches, teacher.W, teacher_bias=bias.patches,
-            row_weights=patch_weights, **common,
+            row_weights=patch_weights,
         ) / (GLOBAL_CROPS * images_total_local)
     return terms

@@ -168,7 +168,7 @@ def together(work: Callable[[], T]) -> T:
     What goes wrong on one rank alone (a disk that only its machine lacks) would leave the others waiting for it in the
     next collective: the first rank's ``UserError`` is raised on all.
     """
-    result, error = None, None
+    error: str | None = None
     try:
         result = work()
     except UserError as raised:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from megavtp.parallel.messages import connect
 from megavtp.parallel.orders import Schedule
 from megavtp.parallel.sharding import cut, merge, shard_of
 from megavtp.parallel.striping import FlowSpec
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,12 @@ class StepResult:
     tower_norms: dict[str, Tensor]
 
 
-class Engine:
+class Engine(Generic[M]):
     """One DeepSpeed engine around everything this rank owns.
 
     Args:
         module: its root forward runs every pass; parameters that do not train (the teacher) are frozen in it. Under
-            pipeline parallelism it also has ``legs`` and ``flow``, and takes ``stage`` and ``flow`` (see
-            ``pipeline.Runner``).
+            pipeline parallelism it is ``pipeline.Striped``, and its forward takes ``stage`` and ``flow``.
         optimizer: over the trainable parameters; its groups may carry ``lr_scale`` and ``tower``.
         clip_grad: global-norm ceiling, 0 = none.
         extra: further DeepSpeed keys of the user.
@@ -49,7 +51,7 @@ class Engine:
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, *, zero_stage: int,
+        self, module: M, optimizer: torch.optim.Optimizer, mesh: Mesh, *, zero_stage: int,
         clip_grad: float, extra: Mapping[str, Any] | None = None, leaf_classes: tuple[type[nn.Module], ...] = (),
         schedule: Schedule = "1f1b", hold: bool = False,
     ):
@@ -83,10 +85,10 @@ class Engine:
         return pipeline.infer(self, mode, **inputs)
 
     def legs(self, mode: str) -> int:
-        return self.module.legs(mode)
+        return cast(pipeline.Striped, self.module).legs(mode)
 
     def flow(self, mode: str, stage: int, **inputs: Any) -> list[FlowSpec]:
-        return self.module.flow(mode, stage, **inputs)
+        return cast(pipeline.Striped, self.module).flow(mode, stage, **inputs)
 
     def begin_step(self) -> None:
         """Before the first backward of an optimizer step."""
@@ -130,13 +132,10 @@ class Engine:
 
     def _readers(self) -> Iterator[tuple[str, Callable[[], Tensor], nn.Parameter]]:
         for parameter, name in self.names.items():
-            yield f"model/{name}", lambda p=parameter: adapter.read_parameter(self._engine, p), parameter
+            yield f"model/{name}", partial(adapter.read_parameter, self._engine, parameter), parameter
             if parameter.requires_grad:
                 for moment in adapter.MOMENTS:
-                    yield (
-                        f"{moment}/{name}",
-                        lambda p=parameter, m=moment: adapter.read_moment(self._engine, p, m), parameter,
-                    )
+                    yield f"{moment}/{name}", partial(adapter.read_moment, self._engine, parameter, moment), parameter
 
     def _whole(self, piece: Tensor, parameter: nn.Parameter) -> Tensor:
         shard = shard_of(parameter)
@@ -149,13 +148,14 @@ class Engine:
     def load(self, tensor: Callable[[str], Tensor], optimizer_steps: int) -> None:
         """Fill parameters and moments; ``tensor(name)`` gives the whole tensors that ``export`` names."""
 
-        def pieces() -> Iterable[tuple[nn.Parameter, Tensor, dict[str, Tensor]]]:
+        def own(kind: str, name: str, parameter: nn.Parameter) -> Tensor:
+            return cut(tensor(f"{kind}/{name}"), shard_of(parameter), self.mesh.tp_rank, self.mesh.tp)
+
+        def pieces() -> Iterator[tuple[nn.Parameter, Tensor, dict[str, Tensor]]]:
             for parameter, name in self.names.items():
-                own = lambda kind, p=parameter, n=name: cut(  # noqa: E731
-                    tensor(f"{kind}/{n}"), shard_of(p), self.mesh.tp_rank, self.mesh.tp
-                )
-                moments = {m: own(m) for m in adapter.MOMENTS} if parameter.requires_grad else {}
-                yield parameter, own("model"), moments
+                kinds = adapter.MOMENTS if parameter.requires_grad else ()
+                moments = {kind: own(kind, name, parameter) for kind in kinds}
+                yield parameter, own("model", name, parameter), moments
 
         adapter.write_state(self._engine, pieces(), optimizer_steps)
 

@@ -63,9 +63,9 @@ def joint_linear(x: Tensor, *layers: ColumnParallelLinear) -> Tensor:
     Besides being faster, it keeps the input from being followed by a product before its last use is recorded, so that
     recomputation of what precedes it makes no product again.
     """
-    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    bias = None if biases[0] is None else torch.cat([b.to(x.dtype) for b in biases])
-    return F.linear(x, torch.cat([w.to(x.dtype) for w in weights]), bias)
+    weight = torch.cat([layer.weight.to(x.dtype) for layer in layers])
+    biases = [layer.bias.to(x.dtype) for layer in layers if layer.bias is not None]
+    return F.linear(x, weight, torch.cat(biases) if biases else None)
 
 
 class RowParallelLinear(nn.Module):
@@ -91,11 +91,11 @@ class RowParallelLinear(nn.Module):
             x = scatter_to_tp(x, self.mesh)
         if self.mesh.tp == 1:
             return F.linear(x, self.weight, self.bias)
-        y, bias = F.linear(x, self.weight), self.bias
+        y = F.linear(x, self.weight)
         y = reduce_from_tp(y, self.mesh) if cut is None else cut.reduce(y)
-        if bias is None:
+        if self.bias is None:
             return y
-        bias = bias if cut is None else cut.share(bias)
+        bias = self.bias if cut is None else cut.share(self.bias)
         return y + bias.to(y.dtype)  # once, after the sum
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 
 Axis = Literal["tp", "pp", "dp", "mp"]
@@ -71,12 +72,12 @@ def build_mesh(tp: int, pp: int, virtual_stages: int = 1, sequence_parallel: boo
     """Split the initialised world into a mesh; every rank must call it. The world size must divide by tp * pp."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     dp = world // (tp * pp)
-    at = lambda d, p, t: (d * pp + p) * tp + t  # noqa: E731
-    lists = {
-        "tp": [[at(d, p, t) for t in range(tp)] for d in range(dp) for p in range(pp)],
-        "pp": [[at(d, p, t) for p in range(pp)] for d in range(dp) for t in range(tp)],
-        "dp": [[at(d, p, t) for d in range(dp)] for p in range(pp) for t in range(tp)],
-        "mp": [[at(d, p, t) for p in range(pp) for t in range(tp)] for d in range(dp)],
+    ranks_at = torch.arange(dp * pp * tp).view(dp, pp, tp)
+    lists: dict[str, list[list[int]]] = {
+        "tp": ranks_at.flatten(0, 1).tolist(),
+        "pp": ranks_at.transpose(1, 2).flatten(0, 1).tolist(),
+        "dp": ranks_at.flatten(1).T.tolist(),
+        "mp": ranks_at.flatten(1).tolist(),
     }
     lists["pp_down"] = lists["pp"]
     groups: dict[str, dist.ProcessGroup | None] = {}

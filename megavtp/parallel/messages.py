@@ -23,13 +23,14 @@ class Messages:
     while computing. No order of operations can block that could run at all.
 
     Args:
+        device: where messages are received; None with one pipeline rank, which gets none.
         orders: of every pipeline rank.
         stages: of the pass.
         flow: what enters a stage.
     """
 
     def __init__(
-        self, mesh: Mesh, device: torch.device, orders: Sequence[Sequence[Op]], stages: int,
+        self, mesh: Mesh, device: torch.device | None, orders: Sequence[Sequence[Op]], stages: int,
         flow: Callable[[int], list[FlowSpec]],
     ):
         self._mesh, self._device, self._stages, self._flow = mesh, device, stages, flow
@@ -50,15 +51,12 @@ class Messages:
         stage = op.stage - (1 if op.kind == "F" else -1)
         return stage % self._mesh.pp if 0 <= stage < self._stages else None
 
-    def _group(self, source: int, target: int) -> dist.ProcessGroup:
-        return self._mesh.pp_group if source < target else self._mesh.pp_down_group
-
     def post(self, op: Op) -> None:
         """Begin to receive what ``op`` needs, and what its sender sends before."""
         source = self._source(op)
         if source is None:
             return
-        group = self._group(source, self._mesh.pp_rank)
+        group = _group(self._mesh, source, self._mesh.pp_rank)
         while op not in self._coming:
             message = self._expected[source].popleft()
             specs = self._flow(message.stage if message.kind == "F" else message.stage + 1)
@@ -79,11 +77,12 @@ class Messages:
     def send(self, op: Op, tensors: Sequence[Tensor]) -> None:
         """Send on what ``op`` has made, without waiting; it must be as ``flow`` says."""
         target = self._enables(op)
+        assert target is not None, f"nobody waits for what {op} makes"
         specs = self._flow(target.stage if op.kind == "F" else op.stage)
         made = [(tuple(x.shape), x.dtype) for x in tensors]
         assert made == list(specs), f"{op} makes {made}, its receiver expects {specs}"
         rank = target.stage % self._mesh.pp
-        group = self._group(self._mesh.pp_rank, rank)
+        group = _group(self._mesh, self._mesh.pp_rank, rank)
         tensors = [x.detach().contiguous() for x in tensors]
         self._sent.append((tensors, [dist.isend(x, group=group, group_dst=rank) for x in tensors]))
         while self._sent and all(one.is_completed() for one in self._sent[0][1]):
@@ -97,6 +96,13 @@ class Messages:
         self._sent.clear()
 
 
+def _group(mesh: Mesh, source: int, target: int) -> dist.ProcessGroup:
+    """The group for messages from one pipeline rank to another."""
+    group = mesh.pp_group if source < target else mesh.pp_down_group
+    assert group is not None, "a message needs two pipeline ranks"
+    return group
+
+
 def connect(mesh: Mesh, device: torch.device) -> None:
     """One message between all neighbours of the ring of pipeline ranks, in one order everywhere.
 
@@ -106,11 +112,10 @@ def connect(mesh: Mesh, device: torch.device) -> None:
     x = torch.zeros(1, device=device)
     for source in range(mesh.pp if mesh.pp > 1 else 0):
         for target in sorted({(source + 1) % mesh.pp, (source - 1) % mesh.pp}):
-            group = mesh.pp_group if source < target else mesh.pp_down_group
             if mesh.pp_rank == source:
-                dist.send(x, group=group, group_dst=target)
+                dist.send(x, group=_group(mesh, source, target), group_dst=target)
             elif mesh.pp_rank == target:
-                dist.recv(x, group=group, group_src=source)
+                dist.recv(x, group=_group(mesh, source, target), group_src=source)
 
 
 def broadcast_last_stage(x: Tensor, mesh: Mesh) -> Tensor:

@@ -5,8 +5,9 @@ With one pipeline rank the whole pass is one stage, and the same loop is a plain
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,15 @@ Inputs = Callable[[int, bool], dict[str, Any]]
 """(micro-batch, whether for the first stage) -> keyword inputs of a stage; later ones read no pixels, only shapes."""
 
 
-class Runner(Protocol):
+class Striped(Protocol):
+    """What says how a pass goes through the towers' chunks: a model that can be cut over pipeline ranks."""
+
+    def legs(self, mode: str) -> int: ...
+
+    def flow(self, mode: str, stage: int, **inputs: Any) -> list[FlowSpec]: ...
+
+
+class Runner(Striped, Protocol):
     """What executes a pass: an ``Engine``, or in tests a plain module. With one pipeline rank only ``mesh``, the call
     and ``backward`` are used; with more, the call takes ``stage`` and ``flow`` too."""
 
@@ -32,10 +41,6 @@ class Runner(Protocol):
     def __call__(self, mode: str, **inputs: Any) -> Any: ...
 
     def backward(self, loss: Tensor) -> None: ...
-
-    def legs(self, mode: str) -> int: ...
-
-    def flow(self, mode: str, stage: int, **inputs: Any) -> list[FlowSpec]: ...
 
 
 class _Seed(torch.autograd.Function):
@@ -79,7 +84,7 @@ class _Trip:
             self.specs[stage] = self.run.flow(self.mode, stage, **self.inputs(0, False))
         return self.specs[stage]
 
-    def operations(self) -> Any:
+    def operations(self) -> Iterator[Op]:
         """This rank's operations in order; what the next one needs begins to arrive before it is asked for."""
         for op, following in zip(self.order, [*self.order[1:], None]):
             self.messages.post(op)
@@ -114,11 +119,11 @@ class _Trip:
                 return
             self.run.backward(seed(out, gradients))
         if flow:
-            self.messages.send(op, [x.grad for x in flow])
+            self.messages.send(op, [x.grad for x in flow if x.grad is not None])  # ``send`` misses one that is None
 
 
 def _orders(run: Runner, mode: str, make: Callable[[int, int, int], list[Op]]) -> list[list[Op]]:
-    """Of every pipeline rank; ``make``: (ranks, rank, chunks of the pass on a rank) -> its order."""
+    """The order of every pipeline rank; ``make``: (ranks, rank, chunks of the pass on a rank) -> that rank's."""
     p = run.mesh.pp
     chunks = 1 if p == 1 else run.legs(mode) * run.mesh.virtual_stages
     return [make(p, rank, chunks) for rank in range(p)]
@@ -127,7 +132,7 @@ def _orders(run: Runner, mode: str, make: Callable[[int, int, int], list[Op]]) -
 @torch.no_grad()
 def forward(run: Runner, mode: str, inputs: Inputs, micro_batches: int) -> list[Any]:
     """Forwards without graph; the results by micro-batch on the last pipeline rank, nothing on the others."""
-    trip = _Trip(run, mode, inputs, _orders(run, mode, lambda *place: forward_order(*place, micro_batches)))
+    trip = _Trip(run, mode, inputs, _orders(run, mode, partial(forward_order, m=micro_batches)))
     results = []
     for op in trip.operations():
         _, out, is_last = trip.forward(op)
@@ -158,7 +163,7 @@ def _on_all_stages(run: Runner, tensors: list[Tensor], specs: Sequence[FlowSpec]
 def train(run: Runner, mode: str, inputs: Inputs, micro_batches: int, loss: Callable[[Any, int], Tensor]) -> None:
     """Forwards and backwards of all micro-batches; ``loss``: (result, micro-batch) -> scalar, on the last rank."""
     schedule = run.schedule if run.mesh.pp > 1 else "1f1b"
-    orders = _orders(run, mode, lambda *place: train_order(schedule, *place, micro_batches))
+    orders = _orders(run, mode, partial(train_order, schedule, m=micro_batches))
     trip = _Trip(run, mode, inputs, orders)
     for op in trip.operations():
         if op.kind == "F":
@@ -173,7 +178,7 @@ def infer(run: Runner, mode: str, **inputs: Any) -> Any:
     results = forward(run, mode, lambda micro, first: dict(inputs), 1)
     if run.mesh.pp == 1:
         return results[0]
-    result = results[0] if results else ()
+    result: Any = results[0] if results else ()
     alone = isinstance(result, Tensor)
     tensors = [result] if alone else list(result)
     specs = [(x.shape, x.dtype) for x in tensors]

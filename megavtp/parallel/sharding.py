@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+_MARK = "shard"  # attribute of a parameter
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -21,12 +23,12 @@ class Shard:
 
 
 def mark(parameter: nn.Parameter, shard: Shard) -> None:
-    parameter.shard = shard
+    setattr(parameter, _MARK, shard)
 
 
 def shard_of(parameter: Tensor) -> Shard | None:
     """The cut of a parameter, ``None`` when every tensor-parallel rank holds all of it."""
-    return getattr(parameter, "shard", None)
+    return getattr(parameter, _MARK, None)
 
 
 def cut(full: Tensor, shard: Shard | None, rank: int, size: int) -> Tensor:

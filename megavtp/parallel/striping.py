@@ -40,7 +40,7 @@ def _cut(costs: tuple[float, ...], chunks: int, first: float, last: float) -> tu
         return sums[end] - sums[start] + ends
 
     def best(limit: float | None) -> tuple[float, tuple[int, ...]]:
-        """Without ``limit`` the least highest cost; with it the least sum of squares among chunks up to it."""
+        """The least highest cost, or with ``limit`` the least sum of squares of chunks up to it; and where to cut."""
         found: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
         for chunk in range(chunks):
             longer: dict[int, tuple[float, tuple[int, ...]]] = {}

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,7 +52,8 @@ TOWER_OF = {
 _LINEAR = (64, 128)  # images of a micro-batch from which on all grows in proportion
 _ENOUGH_CHUNKS = 4
 
-Sent = Counter  # (axis, operation) -> payload bytes of one rank
+T = TypeVar("T")
+Sent = Counter[tuple[str, str]]  # (axis, operation) -> payload bytes of one rank
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def as_cost(counted: Rehearsed) -> Cost:
 
 
 def _sum(transfers: Iterable[Transfer]) -> Sent:
-    sent = Sent()
+    sent: Sent = Counter()
     for transfer in transfers:
         sent[transfer.axis, transfer.op] += transfer.bytes
     return sent
@@ -92,14 +93,16 @@ def _as_it_is(outputs: Any) -> Any:
 
 
 def _line(a: Cost, b: Cost, t: float) -> Cost:
-    """On the line through ``a`` (t = 0) and ``b`` (t = 1)."""
-    at = lambda x, y: x + t * (y - x)  # noqa: E731
-    sent = [
-        Sent({k: round(at(x[k], y[k])) for k in x.keys() | y.keys()})
-        for x, y in ((a.forward, b.forward), (a.backward, b.backward))
-    ]
+    """The cost at ``t`` on the straight line through ``a`` (t = 0) and ``b`` (t = 1)."""
+
+    def at(x: float, y: float) -> float:
+        return x + t * (y - x)
+
+    def sent(x: Sent, y: Sent) -> Sent:
+        return Counter({key: round(at(x[key], y[key])) for key in x.keys() | y.keys()})
+
     held = at(a.held, b.held)
-    return Cost(held, held + at(a.extra, b.extra), *sent)
+    return Cost(held, held + at(a.extra, b.extra), sent(a.forward, b.forward), sent(a.backward, b.backward))
 
 
 def _interpolated(at: Callable[[int], Cost], m: int) -> Cost:
@@ -136,9 +139,11 @@ class Parts:
         self.objectives = frozenset(share(config, 1).passes)
         self._known: dict[tuple, Any] = {}
 
-    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
+    def _once(self, make: Callable[..., T], *arguments: Hashable) -> T:
+        """``make(*arguments)``, which is called once."""
+        key = (make, *arguments)
         if key not in self._known:
-            self._known[key] = make()
+            self._known[key] = make(*arguments)
         return self._known[key]
 
     # Blocks
@@ -152,14 +157,17 @@ class Parts:
             return Cost()
         if kind == "global":  # without a backward there is nothing to make again
             recompute = "none"
-        at = lambda size: _more(*self._once(  # noqa: E731
-            ("stacks", kind, size, layout, recompute), lambda: self._rehearse_stacks(kind, size, layout, recompute)
-        ), blocks - 1)
-        return self._once(("stack", kind, blocks, m, layout, recompute), lambda: _interpolated(at, m))
+        return self._once(self._stack, kind, blocks, m, layout, recompute)
+
+    def _stack(self, kind: str, blocks: int, m: int, layout: TensorLayout, recompute: Recompute) -> Cost:
+        def at(size: int) -> Cost:
+            return _more(*self._once(self._rehearse_stacks, kind, size, layout, recompute), blocks - 1)
+
+        return _interpolated(at, m)
 
     def _rehearse_stacks(self, kind: str, m: int, layout: TensorLayout, recompute: Recompute) -> tuple[Cost, Cost]:
-        fields = {"tp": layout.tp, "sequence_parallel": layout.sequence_parallel, "fused_norms": self.fused_norms}
-        with rehearsal(**fields) as mesh:
+        tokens_cut, fused = layout.sequence_parallel, self.fused_norms
+        with rehearsal(tp=layout.tp, sequence_parallel=tokens_cut, fused_norms=fused) as mesh:
             # Two blocks of their own: gradients of one used twice would wait for each other.
             model = self._model(mesh, depth=2)
             tower = getattr(model, TOWER_OF[kind])
@@ -220,23 +228,16 @@ class Parts:
 
         What the towers' blocks take in is counted here where it is made; what they give out is not.
         """
-        at = lambda size: self._once(  # noqa: E731
-            ("end", mode, leg, is_last, size, tp, loss), lambda: self._rehearse_end(mode, leg, is_last, size, tp, loss)
-        )
+        at = partial(self._once, self._rehearse_end, mode, leg, is_last, tp, loss, True)
         chunked = mode == "student" and is_last and loss  # its logits are made in chunks: not linear
         return at(m) if chunked else _interpolated(at, m)
 
     def results(self, mode: str, m: int, tp: int) -> Cost:
         """The last end of a forward without graph; held are the results, and what they are views of."""
         last = len(LEGS[mode]) - 1
-        at = lambda size: self._once(  # noqa: E731
-            ("results", mode, size, tp), lambda: self._rehearse_end(mode, last, True, size, tp, False, graph=False)
-        )
-        return _interpolated(at, m)
+        return _interpolated(partial(self._once, self._rehearse_end, mode, last, True, tp, False, False), m)
 
-    def _rehearse_end(
-        self, mode: str, leg: int, is_last: bool, m: int, tp: int, loss: bool, *, graph: bool = True
-    ) -> Cost:
+    def _rehearse_end(self, mode: str, leg: int, is_last: bool, tp: int, loss: bool, graph: bool, m: int) -> Cost:
         stage = 2 * leg + is_last
         closes = loss and stage == 2 * len(LEGS[mode]) - 1
         with rehearsal(tp=tp, fused_norms=self.fused_norms, pp=2, pp_rank=int(is_last)) as mesh:
@@ -261,7 +262,7 @@ class Parts:
 
     def flow_bytes(self, mode: str, leg: int, is_first: bool, m: int) -> int:
         """What one micro-batch brings to a stage of ``leg``, the leg's first one or a later one."""
-        return m * self._once(("flow", mode, leg, is_first), lambda: self._flow_bytes(mode, leg, is_first))
+        return m * self._once(self._flow_bytes, mode, leg, is_first)
 
     def _flow_bytes(self, mode: str, leg: int, is_first: bool) -> int:
         if leg == 0 and is_first:
@@ -274,7 +275,10 @@ class Parts:
     def _inputs(self, mode: str, m: int) -> dict[str, Tensor]:
         """A micro-batch as it comes from the loader."""
         model, augment = self.config.model, self.config.data.augment
-        picture = lambda count, size: torch.empty(count, 3, size, size, dtype=torch.uint8)  # noqa: E731
+
+        def picture(count: int, size: int) -> Tensor:
+            return torch.empty(count, 3, size, size, dtype=torch.uint8)
+
         if mode == "contrastive":
             tokens = torch.empty(m, model.text.context_length, dtype=torch.long)
             return {"images": picture(m, contrastive_size(self.config)), "tokens": tokens}
@@ -344,16 +348,16 @@ class Parts:
 
     def over_batch(self, mode: str, images: int, dp: int) -> Cost:
         """The terms over all micro-batches of a rank with ``images``, from their features to their gradients."""
-        return self._once(("over_batch", mode, images, dp), lambda: self._rehearse_over_batch(mode, images, dp))
+        return self._once(self._rehearse_over_batch, mode, images, dp)
 
     def _rehearse_over_batch(self, mode: str, images: int, dp: int) -> Cost:
         model, objectives = self.config.model, self.config.objectives
         with rehearsal(dp=dp) as mesh:
             if mode == "contrastive":
-                rows = [torch.empty(images, model.text.width, requires_grad=True) for _ in range(2)]
+                image, text = (torch.empty(images, model.text.width, requires_grad=True) for _ in range(2))
                 scale = torch.empty((), requires_grad=True)
                 loss = info_nce if objectives.contrastive.loss == "infonce" else siglip
-                return as_cost(rehearse(mesh, lambda: loss(*rows, scale, None, mesh), inputs=rows))
+                return as_cost(rehearse(mesh, lambda: loss(image, text, scale, None, mesh), inputs=[image, text]))
             if mode == "student" and objectives.self_distillation.koleo_weight > 0:
                 features = torch.empty(GLOBAL_CROPS, images, feature_width(model), requires_grad=True)
                 return as_cost(rehearse(mesh, lambda: koleo(features, mesh), inputs=[features]))
@@ -361,7 +365,7 @@ class Parts:
 
     def centering(self, images: int, tp: int, dp: int) -> Cost:
         """Sinkhorn-Knopp over the teacher's outputs of a rank with ``images``."""
-        return self._once(("centering", images, tp, dp), lambda: self._rehearse_centering(images, tp, dp))
+        return self._once(self._rehearse_centering, images, tp, dp)
 
     def _rehearse_centering(self, images: int, tp: int, dp: int) -> Cost:
         settings, head = self.config.objectives.self_distillation, self.config.model.dino_head
@@ -385,5 +389,5 @@ class Parts:
             cost = as_cost(rehearse(mesh, forward))
         # Further chunks need no more memory; over tp each row sends alike.
         ratio = sum(rows) / sum(len(group) for group in groups)
-        sent = Sent({key: round(count * ratio) if key[0] == "tp" else count for key, count in cost.forward.items()})
+        sent = Counter({key: round(count * ratio) if key[0] == "tp" else count for key, count in cost.forward.items()})
         return replace(cost, forward=sent)

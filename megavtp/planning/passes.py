@@ -70,7 +70,7 @@ def place_of(config: ResolvedConfig, world_size: int, pp_rank: int) -> Place:
 
 
 def pass_costs(parts: Parts, config: ResolvedConfig, place: Place) -> dict[str, PassCost]:
-    """Of each objective that is on; ``config`` is validated."""
+    """What each objective that is on costs; ``config`` is validated."""
     shares = share(config, place.dp).passes
     return {name: pass_cost(parts, config, place, name, part) for name, part in shares.items()}
 
@@ -144,7 +144,7 @@ class _Chain:
 
     @property
     def forward_peak(self) -> float:
-        """Without graph: one part, and what the one before it gave out."""
+        """The most bytes in a forward without graph: one part's, and what the part before it gave out."""
         pairs = zip([Cost(), *self.segments], self.segments)
         return max((before.held + segment.peak for before, segment in pairs), default=0.0)
 
@@ -201,7 +201,7 @@ def _in_flight(chains: Sequence[_Chain], place: Place, count: int) -> float:
 def _forward_traffic(
     parts: Parts, place: Place, mode: str, m: int, count: int, chains: Sequence[_Chain]
 ) -> Sent:
-    sent = Sent()
+    sent: Sent = Counter()
     for chain in chains:
         for segment in chain.segments:
             sent += _times(segment.forward, count)
@@ -211,14 +211,17 @@ def _forward_traffic(
 
 def _sends(parts: Parts, place: Place, mode: str, stage: int, m: int, count: int, *, back: bool) -> Sent:
     """What goes to the ranks of the next stage and, as gradients, of the one before."""
-    sent = Sent()
+    sent: Sent = Counter()
     if place.pp == 1:
         return sent
-    of = lambda s: parts.flow_bytes(mode, s // place.chunks, s % place.chunks == 0, m)  # noqa: E731
+
+    def into(s: int) -> int:
+        return parts.flow_bytes(mode, s // place.chunks, s % place.chunks == 0, m)
+
     if stage < len(LEGS[mode]) * place.chunks - 1:
-        sent["pp", "send"] += count * of(stage + 1)
+        sent["pp", "send"] += count * into(stage + 1)
     if back and stage > 0:
-        sent["pp", "send"] += count * of(stage)
+        sent["pp", "send"] += count * into(stage)
     return sent
 
 

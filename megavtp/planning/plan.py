@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 from megavtp.config.share import share
 from megavtp.config.sizes import ResolvedConfig
@@ -16,6 +17,7 @@ from megavtp.planning.flops import flops_per_step
 from megavtp.planning.parts import MODES, Parts, Sent
 from megavtp.planning.passes import PassCost, pass_costs, place_of
 
+T = TypeVar("T")
 GIB = 2**30
 _ADAM_BYTES = 28  # a trained float32 parameter: gradient, weight and two moments read, the last three written
 _TEACHER_BYTES = 12
@@ -119,7 +121,7 @@ class Planner:
         self.device, self.gpus_per_node = device, gpus_per_node
         self.parts = Parts(config, fused_norms=cuda)
         self.inventory = zero.Inventory(config.model, self.parts.objectives, groups)
-        self._known: dict[tuple, object] = {}
+        self._known: dict[tuple, Any] = {}
 
     def plan(self, config: ResolvedConfig, world_size: int, *, draft: bool = False) -> Plan:
         """``config``: this planner's with another ``parallel`` section or micro-batches, validated for the size.
@@ -138,7 +140,7 @@ class Planner:
         key = ("pieces", p.tp, p.pp, pp_rank, p.virtual_stages)
         return self._once(key, lambda: self.inventory.rank(p.tp, p.pp, pp_rank, p.virtual_stages))
 
-    def _once(self, key: tuple, make: Callable[[], object]):
+    def _once(self, key: tuple, make: Callable[[], T]) -> T:
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]

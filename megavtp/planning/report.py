@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import yaml
 
@@ -77,7 +78,7 @@ def details(plan: Plan) -> str:
 def yaml_lines(plan: Plan) -> str:
     """The keys of a plan, to be pasted into a recipe."""
     p = plan.config.parallel
-    parallel = {"tp": p.tp, "pp": p.pp, "zero_stage": p.zero_stage, "recompute": p.recompute}
+    parallel: dict[str, Any] = {"tp": p.tp, "pp": p.pp, "zero_stage": p.zero_stage, "recompute": p.recompute}
     if p.pp > 1:
         parallel["schedule"] = p.schedule
         if p.virtual_stages > 1:
@@ -93,7 +94,7 @@ def yaml_lines(plan: Plan) -> str:
 def nothing_fits(found: Search, memory: float, budget: float) -> str:
     """Why there is no plan, and what comes closest."""
     if found.closest is None:
-        reasons = sorted(found.refused, key=found.refused.get, reverse=True)[:3]
+        reasons = sorted(found.refused, key=found.refused.__getitem__, reverse=True)[:3]
         return "no legal layout: " + "; ".join(reasons)
     closest = found.closest
     state, more = closest.fullest.state, "a larger model-parallel part or more GPUs"

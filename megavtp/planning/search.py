@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Literal
 
 from megavtp.config.run import ParallelConfig
 from megavtp.config.share import share
@@ -12,14 +13,19 @@ from megavtp.config.sizes import ResolvedConfig
 from megavtp.config.validate import validate
 from megavtp.errors import UserError
 from megavtp.nn.block import Recompute
+from megavtp.parallel.orders import Schedule
 from megavtp.planning.plan import Plan, Planner
 
 # (sequence parallelism, recompute), from fast and large to slow and small.
 _SAVING: tuple[tuple[bool, Recompute], ...] = (
     (False, "none"), (True, "none"), (False, "selective"), (True, "selective"), (False, "full"), (True, "full"),
 )
-_SCHEDULES = (("1f1b", 1), ("interleaved_1f1b", 2), ("interleaved_1f1b", 4))  # gpipe only holds more
-_ZERO = ((0, "block"), (1, "block"), (2, "block"), (3, "block"), (3, "step"))
+_SCHEDULES: tuple[tuple[Schedule, int], ...] = (  # gpipe only holds more
+    ("1f1b", 1), ("interleaved_1f1b", 2), ("interleaved_1f1b", 4),
+)
+_ZERO: tuple[tuple[Literal[0, 1, 2, 3], Literal["block", "step"]], ...] = (
+    (0, "block"), (1, "block"), (2, "block"), (3, "block"), (3, "step"),
+)
 _SMALLER = 4  # times a micro-batch is halved at most
 
 
@@ -45,7 +51,9 @@ def search(planner: Planner, config: ResolvedConfig, world_size: int, budget: fl
 
     Of each layout the mildest means to save memory that suffices is taken: what saves more costs time.
     """
-    fitting, closest, refused = [], None, {}
+    fitting: list[Plan] = []
+    closest: Plan | None = None
+    refused: dict[str, int] = {}
     for parallel in layouts(config.parallel, world_size, planner.gpus_per_node):
         try:
             variants = list(_micro_batches(replace(config, parallel=parallel), world_size))

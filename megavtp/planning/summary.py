@@ -50,7 +50,7 @@ def state_bytes(config: ResolvedConfig, dp: int) -> int:
 
 
 def bytes_of_state(trained: int, untrained: int, parallel: ParallelConfig, dp: int) -> int:
-    """The same for ``trained`` parameters and ``untrained`` ones, which follow them or stand still."""
+    """About how many bytes a rank holds of ``trained`` parameters and of ``untrained`` ones, a teacher's or frozen."""
     whole, partitioned = {0: (16, 0), 1: (8, 12), 2: (4, 16), 3: (0, 16)}[parallel.zero_stage]
     weights_alone = 4 * untrained / (dp if parallel.zero_stage == 3 else 1)
     return int((trained * (whole + partitioned / dp) + weights_alone) / (parallel.tp * parallel.pp))

@@ -216,7 +216,10 @@ def traffic(
     sent: Counter[tuple[str, str]] = Counter()
     if dp == 1:
         return sent
-    padded = lambda these: FLOAT * dp * sum(shard(p.numel, dp) for p in these)  # noqa: E731
+
+    def padded(these: Iterable[Piece]) -> int:
+        return FLOAT * dp * sum(shard(p.numel, dp) for p in these)
+
     if stage in (0, 1):
         sent["dp", "all_reduce"] += FLOAT * sum(p.numel for p in pieces if p.trained)
     if stage in (1, 2):

@@ -14,6 +14,7 @@ from megavtp.data.loader import EvalDataset
 from megavtp.data.shards import open_dataset, split_folder
 from megavtp.evaluation import VTPEvaluated, evaluate, format_table, write_metrics
 from megavtp.models.lpips import PERCEPTUAL_NETS
+from megavtp.models.vtp import VTP
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import Mesh
 from megavtp.pixels import normalise, to_uint8
@@ -28,7 +29,7 @@ class InLoopEvaluation:
     """
 
     def __init__(
-        self, config: ResolvedConfig, engine: Engine, mesh: Mesh, tokenizer: CaptionTokenizer,
+        self, config: ResolvedConfig, engine: Engine[VTP], mesh: Mesh, tokenizer: CaptionTokenizer,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None, telemetry: Telemetry,
     ):
         self.config, self.engine, self.mesh = config, engine, mesh

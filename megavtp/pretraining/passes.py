@@ -34,6 +34,11 @@ from megavtp.training.schedules import linear_warmup
 CONTRASTIVE_LOSSES = {"infonce": info_nce, "siglip": siglip}
 
 
+def _needed(x: Tensor | None) -> Tensor:
+    assert x is not None, "a batch has all that an active objective reads"
+    return x
+
+
 class _PretrainingPass(Pass):
     """What the three passes share: their slice of the batch, the device, and the drop-path draws."""
 
@@ -86,29 +91,30 @@ class ContrastivePass(_PretrainingPass):
     mode = "contrastive"
     over_batch = True
 
+    def prepare(self, run: Runner, batch: Batch) -> int:
+        self.images, self.tokens = _needed(batch.images), _needed(batch.tokens)
+        return super().prepare(run, batch)
+
     def inputs(self, micro: int) -> dict[str, Any]:
-        return self._inputs(micro, self.batch.images)
+        return self._inputs(micro, self.images)
 
     def later_inputs(self, micro: int) -> dict[str, Any]:
-        return self._inputs(micro, self.batch.images.to("meta"))
+        return self._inputs(micro, self.images.to("meta"))
 
     def _inputs(self, micro: int, images: Tensor) -> dict[str, Any]:
         rows = self.rows(micro)
         pixels, size = self.pixels(images[rows]), contrastive_size(self.config)
         if size < pixels.shape[-1]:
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-        return {
-            "images": pixels, "tokens": self.to_device(self.batch.tokens[rows]),
-            "drop": self.drop_plan(micro, [1]),
-        }
+        return {"images": pixels, "tokens": self.to_device(self.tokens[rows]), "drop": self.drop_plan(micro, [1])}
 
     def global_inputs(self, outputs: Any) -> tuple[list[Tensor], list[Tensor]]:
         image, text, scale, bias = outputs
         return [image, text], [scale] if bias is None else [scale, bias]
 
     def global_terms(self, rows: list[Tensor], shared: list[Tensor]) -> dict[str, Tensor]:
-        scale, bias = shared if len(shared) == 2 else (shared[0], None)
-        return {"loss": CONTRASTIVE_LOSSES[self.settings.loss](*rows, scale, bias, self.mesh)}
+        (image, text), bias = rows, shared[1] if len(shared) == 2 else None
+        return {"loss": CONTRASTIVE_LOSSES[self.settings.loss](image, text, shared[0], bias, self.mesh)}
 
 
 class SelfDistillationPass(_PretrainingPass):
@@ -140,7 +146,8 @@ class SelfDistillationPass(_PretrainingPass):
             batch.step, round(self.settings.teacher_temperature_warmup * self.config.train.steps),
             self.settings.teacher_temperature_start, self.settings.teacher_temperature,
         )
-        masks = [batch.masks[:, self.rows(micro)] for micro in range(count)]  # (2, m, patches) each
+        self.global_crops, self.local_crops = _needed(batch.global_crops), _needed(batch.local_crops)
+        masks = [_needed(batch.masks)[:, self.rows(micro)] for micro in range(count)]  # (2, m, patches) each
         rows_and_weights = [masked_rows(mask) for mask in masks]
         self._masked_rows, self._patch_weights = (
             [self.to_device(x) for x in column] for column in zip(*rows_and_weights)
@@ -159,7 +166,7 @@ class SelfDistillationPass(_PretrainingPass):
         self.centers = {name: state[f"center/{name}"] for name in self.centers}
 
     def _teacher_inputs(self, micro: int, first: bool) -> dict[str, Any]:
-        crops = self.batch.global_crops if first else self.batch.global_crops.to("meta")
+        crops = self.global_crops if first else self.global_crops.to("meta")
         return {"global_crops": self._crops(crops, micro), "masked_rows": self._masked_rows[micro]}
 
     def _teacher_bias(self) -> TeacherBias:
@@ -183,10 +190,10 @@ class SelfDistillationPass(_PretrainingPass):
         return self.pixels(crops[:, self.rows(micro)].flatten(0, 1))
 
     def inputs(self, micro: int) -> dict[str, Any]:
-        return self._inputs(micro, self.batch.global_crops, self.batch.local_crops)
+        return self._inputs(micro, self.global_crops, self.local_crops)
 
     def later_inputs(self, micro: int) -> dict[str, Any]:
-        return self._inputs(micro, self.batch.global_crops.to("meta"), self.batch.local_crops.to("meta"))
+        return self._inputs(micro, self.global_crops.to("meta"), self.local_crops.to("meta"))
 
     def _inputs(self, micro: int, global_crops: Tensor, local_crops: Tensor) -> dict[str, Any]:
         crops = [len(global_crops)] + [len(local_crops)] * (len(local_crops) > 0)
@@ -226,16 +233,17 @@ class ReconstructionPass(_PretrainingPass):
         self._last: tuple[int, Tensor] | None = None  # the micro-batch that came to the device last, and its images
 
     def prepare(self, run: Runner, batch: Batch) -> int:
+        self.images, self.rec_rows = _needed(batch.images), _needed(batch.rec_rows)
         self._last = None
         return super().prepare(run, batch)
 
     def _images(self, micro: int) -> Tensor:
         if self._last is None or self._last[0] != micro:
-            self._last = micro, self.pixels(self.batch.images[self.batch.rec_rows[self.rows(micro)]])
+            self._last = micro, self.pixels(self.images[self.rec_rows[self.rows(micro)]])
         return self._last[1]
 
     def _meta_images(self) -> Tensor:
-        return torch.empty((self.share.micro_batch, *self.batch.images.shape[1:]), device="meta")
+        return torch.empty((self.share.micro_batch, *self.images.shape[1:]), device="meta")
 
     def inputs(self, micro: int) -> dict[str, Any]:
         return self._inputs(micro, self._images(micro))
@@ -264,7 +272,7 @@ class ReconstructionPass(_PretrainingPass):
 
 
 class DecoderPass(ReconstructionPass):
-    """The same of a frozen encoder: its latents come first, without graph, and the pass begins at the decoder."""
+    """Reconstruction behind a frozen encoder, whose latents are made first, without graph."""
 
     mode = "decode"
 

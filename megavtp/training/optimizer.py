@@ -60,22 +60,22 @@ def build_optimizer(
     so there it is always torch's.
     """
     groups = parameter_groups(named, config, tower_of)
-    settings = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    beta1, beta2 = config.betas
     on_gpu = groups[0]["params"][0].is_cuda
     fused = _apex_adam() if on_gpu and zero_stage < 3 else None
     if fused is not None:
-        optimizer = fused(groups, adam_w_mode=True, **settings)
+        optimizer = fused(groups, adam_w_mode=True, lr=config.lr, betas=(beta1, beta2), eps=config.eps)
     else:
-        optimizer = torch.optim.AdamW(groups, fused=True, **settings)
+        optimizer = torch.optim.AdamW(groups, fused=True, lr=config.lr, betas=(beta1, beta2), eps=config.eps)
     optimizer.register_step_post_hook(partial(_cap_logit_scale, max_logit_scale))
     return optimizer
 
 
 @torch.no_grad()
 def _cap_logit_scale(ceiling: float, optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """Of whatever the optimizer updates in that group: the parameter, or ZeRO's flat part of it, from which the engine
-    then makes the parameter. As OpenCLIP does: left to itself the parameter would drift on above the ceiling, where
-    the loss does not see it, and take as long to come down."""
+    """Clamp what the optimizer updates in that group: the parameter, or ZeRO's flat part of it, from which the engine
+    then makes the parameter. OpenCLIP does the same: left to itself the parameter would drift on above the ceiling,
+    where the loss does not see it, and take as long to come down."""
     for group in optimizer.param_groups:
         if group["logit_scale"]:
             for values in group["params"]:

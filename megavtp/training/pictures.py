@@ -80,7 +80,7 @@ def loss_curves(metrics: Path, path: Path) -> bool:
     columns = min(4 if len(curves) > 6 else 3, len(curves))
     rows = -(-len(curves) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for index, (axis, (name, (steps, values))) in enumerate(zip(axes, curves.items())):
         axis.plot(steps, values, color="#9db8d9", linewidth=0.9)
@@ -93,8 +93,8 @@ def loss_curves(metrics: Path, path: Path) -> bool:
             axis.set_xlabel("step", fontsize=9)
     for axis in axes[len(curves):]:
         axis.set_visible(False)
-    figure.canvas.draw()
-    _save(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()), path)
+    canvas.draw()
+    _save(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()), path)
     return True
 
 

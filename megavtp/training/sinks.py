@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from megavtp.config.schema import TelemetryConfig
+from megavtp.config.run import LoggingConfig
 from megavtp.data.files import unwritable, write_atomic
 from megavtp.errors import UserError
 
@@ -25,7 +25,7 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def check_sinks(config: TelemetryConfig) -> None:
+def check_sinks(config: LoggingConfig) -> None:
     """Raise UserError if a configured sink is not installed; every rank calls it, so that all stop together."""
     if config.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
         raise UserError(
@@ -40,7 +40,7 @@ def check_sinks(config: TelemetryConfig) -> None:
 
 
 def open_sinks(
-    config: TelemetryConfig, output_dir: Path, start_step: int, run_config: Mapping[str, Any]
+    config: LoggingConfig, output_dir: Path, start_step: int, run_config: Mapping[str, Any]
 ) -> list[Sink]:
     """The configured sinks of a run that starts after ``start_step`` steps; ``run_config`` is shown beside it."""
     sinks: list[Sink] = []
@@ -54,7 +54,7 @@ def open_sinks(
 class WandbSink:
     """One wandb run; its id is kept in ``output_dir`` and taken up again when the run is resumed."""
 
-    def __init__(self, config: TelemetryConfig, output_dir: Path, start_step: int, run_config: Mapping[str, Any]):
+    def __init__(self, config: LoggingConfig, output_dir: Path, start_step: int, run_config: Mapping[str, Any]):
         import wandb
 
         self._wandb = wandb

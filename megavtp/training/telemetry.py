@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from megavtp.config.load import to_dict
-from megavtp.config.run import RunConfig
-from megavtp.config.schema import TelemetryConfig
+from megavtp.config.run import LoggingConfig, RunConfig
 from megavtp.parallel.collectives import all_reduce
 from megavtp.parallel.mesh import Mesh
 from megavtp.planning.devices import device_peak_tflops
@@ -45,7 +44,7 @@ class Telemetry:
     """
 
     def __init__(
-        self, config: TelemetryConfig, output_dir: Path, *, is_main: bool, total_steps: int, images_per_step: int,
+        self, config: LoggingConfig, output_dir: Path, *, is_main: bool, total_steps: int, images_per_step: int,
         flops_per_step: float | None = None, peak_tflops: float | None = None, device: torch.device | None = None,
         reduce: Callable[[Tensor], Tensor] = lambda x: x, make_sinks: Callable[[int], list[Sink]] = lambda step: [],
         keep_folder: Callable[[], None] = lambda: None,
@@ -193,16 +192,18 @@ class Telemetry:
         Norms that are numbers already, the same on every rank, stay as they are.
         """
         steps, width = len(self._steps), len(self._names)
-        on_device = isinstance(self._norms[0], Tensor)
-        scalars = [value for row in self._steps for value in row] + (self._norms if on_device else [])
+        scalars = [value for row in self._steps for value in row]
+        scalars += [norm for norm in self._norms if isinstance(norm, Tensor)]
         vector = torch.stack([scalar.detach().reshape(()).to(self._device, torch.float32) for scalar in scalars])
         *values, wait = self._reduce(torch.cat([vector, vector.new_tensor([wait])])).tolist()
-        norms = values[steps * width :] if on_device else self._norms
+        read = iter(values[steps * width :])
+        norms = [next(read) if isinstance(norm, Tensor) else norm for norm in self._norms]
         self._steps, self._norms = [], []
         return [values[row * width : (row + 1) * width] for row in range(steps)], norms, wait
 
     def _emit(self, record: dict[str, Any]) -> None:
         self._keep_folder()
+        assert self._file is not None, "records come after the start, on the first rank"
         self._file.append(record)
         if record["kind"] == "step":
             self._progress.update(record, self._total_steps)

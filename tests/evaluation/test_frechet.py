@@ -156,7 +156,10 @@ def test_statistics_go_through_a_file(tmp_path):
 def test_adm_file(tmp_path):
     """No word on the network: Inception's. Other arrays are not looked at."""
     np.savez(tmp_path / "adm.npz", mu=np.arange(3.0), sigma=np.eye(3), mu_s=np.zeros(9), arr_0=np.zeros((1, 2, 2, 3)))
-    assert read_statistics(tmp_path / "adm.npz", "inception", 3).mean.tolist() == [0, 1, 2]
+    statistics = read_statistics(tmp_path / "adm.npz", "inception", 3)
+    assert statistics.mean.tolist() == [0, 1, 2] and statistics.count is None
+    write_statistics(tmp_path / "again.npz", statistics, "inception")
+    assert read_statistics(tmp_path / "again.npz", "inception", 3).count is None
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((1, 2, 2, 3), np.uint8))
     assert read_statistics(tmp_path / "images.npz", "inception", 3) is None
 

@@ -308,7 +308,7 @@ def test_which_samples_are_drawn(dit, shards, tmp_path):
     count = lambda *given: Counter(s.condition for s in samples_like(*given))  # noqa: E731
     assert count("absent", stored, 7, None) == {0: 3, 1: 2, 2: 2}
     assert count(shards, stored, 8, "kind") == {0: 6, 2: 2}
-    numbered = SimpleNamespace(classes=None, config=stored.config)
+    numbered = replace(stored, classes=None)
     assert count(shards, numbered, 9, "number") == {0: 3, 1: 3, 2: 3}
     captioned = SimpleNamespace(config=SimpleNamespace(model=SimpleNamespace(condition="caption")))
     drawn = samples_like(shards, captioned, 12, None)

@@ -18,14 +18,10 @@ from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.sharding import cut, shard_of
 
 
-def _xavier() -> Fill:
-    """Of a weight as a matrix (outputs, all that goes into one of them)."""
-
-    def fill(t: Tensor, g: torch.Generator) -> Tensor:
-        bound = math.sqrt(6 / (t.shape[0] + t[0].numel()))
-        return t.uniform_(-bound, bound, generator=g)
-
-    return fill
+def _xavier(t: Tensor, g: torch.Generator) -> Tensor:
+    """Xavier's uniform values for a weight as a matrix (outputs, all that goes into one of them)."""
+    bound = math.sqrt(6 / (t.shape[0] + t[0].numel()))
+    return t.uniform_(-bound, bound, generator=g)
 
 
 # Adaptive norms and the last layer start at zero: the first output is 0 and every block the identity.
@@ -36,7 +32,7 @@ _RULES: list[tuple[str, Fill]] = [
     (r".*\.bias", constant(0.0)),
     (r"y_embedder\.embedding_table\.weight", normal(0.02)),
     (r"[ty]_embedder\.mlp\.[02]\.weight", normal(0.02)),
-    (r".*\.weight", _xavier()),
+    (r".*\.weight", _xavier),
 ]
 
 

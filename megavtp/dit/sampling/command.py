@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from megavtp.config.sizes import known
 from megavtp.dit.checkpoint import StoredDiT
 from megavtp.dit.sampling.samples import Sample, each, parse_classes
 from megavtp.dit.sampling.settings import SamplingSettings
@@ -12,7 +13,7 @@ from megavtp.errors import UserError
 
 
 def settings_of(options: argparse.Namespace) -> SamplingSettings:
-    """Of ``options.add_sampling_options``."""
+    """What the options of ``options.add_sampling_options`` ask for."""
     return SamplingSettings(
         options.method, options.steps, options.shift, options.guidance, options.interval,
         options.guided_channels, options.diffusion, seed=options.seed,
@@ -28,14 +29,15 @@ def samples_of(
         if captions is None or classes is not None:
             raise UserError('this DiT is conditioned on captions: give --caption "..." and no --classes')
         return each(captions, per_class)
+    num_classes = known(model.num_classes, "model.num_classes")
     if classes is None or captions is not None:
         raise UserError(
-            f"this DiT is conditioned on classes: give --classes, some of 0 to {model.num_classes - 1} or all, and no "
+            f"this DiT is conditioned on classes: give --classes, some of 0 to {num_classes - 1} or all, and no "
             "--caption"
         )
     if classes.strip() == "all":
         return each(range(dit.trained_classes), per_class)
-    return each(parse_classes(classes, model.num_classes, dit.classes), per_class)
+    return each(parse_classes(classes, num_classes, dit.classes), per_class)
 
 
 def names_of(dit: StoredDiT, samples: Sequence[Sample]) -> list[str]:

@@ -3,6 +3,8 @@ sample chooses for itself: what else is in the batch does not change its path.""
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -79,7 +81,7 @@ def _coarse(factor: Tensor) -> Tensor:
 
 
 def _mix(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
-    return sum(weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight)
+    return reduce(torch.add, (weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight))
 
 
 def _like(values: Tensor, x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ _WRITERS = 4  # threads that compress PNG files
 
 
 def open_output(out: Path, names: Sequence[str]) -> AbstractContextManager[Sink]:
-    """By the suffix of ``out``: .png, .npz, or none for a folder.
+    """A sink of the kind that the suffix of ``out`` asks for: .png, .npz, or none for a folder.
 
     Args:
         names: one for each image, in the order in which they come: what a sheet writes beside its rows.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megavtp.config.sizes import known
 from megavtp.dit.checkpoint import StoredDiT, load_dit
 from megavtp.dit.sampling.dopri5 import dopri5
 from megavtp.dit.sampling.guidance import GuidedField
@@ -82,16 +83,18 @@ class Sampler:
         return self.tokenizer.decode(self.latents(samples), normalised=True).mul_(255).round_().to(torch.uint8)
 
     def _conditions(self, samples: Sequence[Sample]) -> Tensor:
-        values, model = [sample.condition for sample in samples], self.dit.config.model
-        kind = int if model.condition == "class" else str
-        if not all(isinstance(value, kind) for value in values):
-            raise UserError(f"this DiT was trained with model.condition={model.condition}: give its samples "
-                            f"{'labels' if kind is int else 'captions'}")
-        if kind is str:
-            return self.tokenizer.encode_text(values)
-        if not 0 <= min(values) <= max(values) < model.num_classes:
-            raise UserError(f"label {max(values)}: this DiT has {model.num_classes} classes, from 0")
-        return torch.tensor(values, device=self.device)
+        model = self.dit.config.model
+        labels = [sample.condition for sample in samples if isinstance(sample.condition, int)]
+        captions = [sample.condition for sample in samples if isinstance(sample.condition, str)]
+        wanted, kind = (labels, "labels") if model.condition == "class" else (captions, "captions")
+        if len(wanted) < len(samples):
+            raise UserError(f"this DiT was trained with model.condition={model.condition}: give its samples {kind}")
+        if model.condition == "caption":
+            return self.tokenizer.encode_text(captions)
+        classes = known(model.num_classes, "model.num_classes")
+        if not 0 <= min(labels) <= max(labels) < classes:
+            raise UserError(f"label {max(labels)}: this DiT has {classes} classes, from 0")
+        return torch.tensor(labels, device=self.device)
 
 
 def open_sampler(

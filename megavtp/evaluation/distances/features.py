@@ -70,4 +70,4 @@ def _shown(source: ImageSource, batch_size: int, mesh: Mesh, title: str) -> Iter
     with tqdm(total=len(source), desc=title, unit="img", disable=hidden) as bar:
         for index, images in source.batches(batch_size, mesh.dp_rank, mesh.dp):
             yield index, images
-            bar.update(min(len(index) * mesh.dp, bar.total - bar.n))
+            bar.update(min(len(index) * mesh.dp, len(source) - bar.n))

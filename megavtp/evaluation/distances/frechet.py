@@ -77,7 +77,7 @@ class Moments:
         self.count = total
 
     def statistics(self, mesh: Mesh = SINGLE) -> FeatureStatistics:
-        """Of the rows of all data-parallel ranks; a collective call with the same result on each.
+        """Mean and covariance of the rows of all data-parallel ranks; a collective call with the same result on each.
 
         Raises ``UserError`` for fewer than two rows in all: they have no covariance.
         """
@@ -94,7 +94,7 @@ class Moments:
 
 
 def statistics_of(features: Tensor) -> FeatureStatistics:
-    """Of all rows of ``features`` (n, d). Raises ``UserError`` for fewer than two."""
+    """Mean and covariance of the rows of ``features`` (n, d). Raises ``UserError`` for fewer than two."""
     moments = Moments(features.shape[1], features.device)
     moments.update(features)
     return moments.statistics()

@@ -35,7 +35,8 @@ Batch = tuple[Tensor, Tensor]
 class ImageSource(Protocol):
     """``size``: pixels of a side. ``len``: images, before broken ones are left out."""
 
-    size: int
+    @property
+    def size(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -70,7 +71,7 @@ def open_images(path: str | Path, size: int | None = None, limit: int | None = N
 
 
 class _ShardImages:
-    """Of an ``EvalDataset``, without their captions."""
+    """The images of an ``EvalDataset``, without their captions."""
 
     def __init__(self, folder: Path, size: int, limit: int | None):
         dataset = open_dataset(folder)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from megavtp.evaluation.distances.features import FeatureSummary, summarise
 from megavtp.evaluation.distances.frechet import FeatureStatistics, few_samples_warning, frechet_distance
 from megavtp.evaluation.distances.image_sources import ImageSource, open_images
 from megavtp.evaluation.distances.kid import kernel_distance
-from megavtp.evaluation.distances.network import INCEPTION, FeatureNetwork, metric_name
+from megavtp.evaluation.distances.network import INCEPTION, FeatureNetwork, MetricKind, metric_name
 from megavtp.evaluation.distances.npz_images import holds_images
 from megavtp.evaluation.distances.precision_recall import precision_recall
 from megavtp.evaluation.distances.reference_file import read_statistics
@@ -41,14 +42,14 @@ def open_reference(path: str | Path, network: FeatureNetwork, size: int, limit: 
         return Reference(open_images(path, size, limit))
     images = open_images(path, size, limit) if holds_images(path) else None
     try:
-        statistics, notes = read_statistics(path, network.name, network.dims), ()
+        statistics, note = read_statistics(path, network.name, network.dims), ""
     except UserError as error:
         if images is None:
             raise
-        statistics, notes = None, (f"the statistics in the reference are not used: {error}",)
+        statistics, note = None, f"the statistics in the reference are not used: {error}"
     if images is None and statistics is None:
         raise UserError(f"{path} holds neither images (arr_0) nor statistics (mu and sigma); name another reference")
-    return Reference(images, statistics, notes)
+    return Reference(images, statistics, (note,) if note else ())
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,13 @@ def measure_generation(
         UserError: samples or references of fewer than two images.
     """
     device = torch.device(device)
-    options = {"batch_size": batch_size, "mesh": mesh, "device": device}
-    made = summarise(samples, network, title="samples", **options)
-    real = None if reference.images is None else summarise(reference.images, network, title="reference", **options)
-    statistics = real.statistics if reference.statistics is None else reference.statistics
+    summary = partial(summarise, network=network, batch_size=batch_size, mesh=mesh, device=device)
+    made = summary(samples, title="samples")
+    real = None if reference.images is None else summary(reference.images, title="reference")
+    statistics = reference.statistics if real is None or reference.statistics is not None else real.statistics
+    assert statistics is not None, "a reference without images has statistics"
     statistics = FeatureStatistics(statistics.mean.to(device), statistics.covariance.to(device), statistics.count)
-    others = {name: summarise(source, network, title=name, **options) for name, source in (compare or {}).items()}
+    others = {name: summary(source, title=name) for name, source in (compare or {}).items()}
 
     def measured() -> tuple[dict[str, float], dict[str, str], dict[str, dict[str, float]]]:
         metrics, skipped = _distances(made, real, statistics, network.name, seed)
@@ -106,18 +108,20 @@ def measure_generation(
 def _distances(
     made: FeatureSummary, real: FeatureSummary | None, reference: FeatureStatistics, network: str, seed: int
 ) -> tuple[dict[str, float], dict[str, str]]:
-    metrics = {"samples": float(made.statistics.count)}
-    if reference.count is not None:
-        metrics["reference_samples"] = float(reference.count)
-    key: Callable[..., str] = lambda kind: metric_name(kind, network, "generation")  # noqa: E731
+    counts = {"samples": made.statistics.count, "reference_samples": reference.count}
+    metrics = {name: float(count) for name, count in counts.items() if count is not None}
+
+    def key(kind: MetricKind) -> str:
+        return metric_name(kind, network, "generation")
+
     metrics[key("frechet")] = frechet_distance(made.statistics, reference)
     skipped: dict[str, str] = {}
     if real is None:
-        kinds = ("kernel", "precision", "recall")
-        return metrics, {key(kind): "the reference holds statistics, but no images" for kind in kinds}
+        reason = "the reference holds statistics, but no images"
+        return metrics, {key("kernel"): reason, key("precision"): reason, key("recall"): reason}
     metrics[key("kernel")], metrics[key("kernel_std")] = kernel_distance(made.features, real.features, seed=seed)
     try:
         metrics[key("precision")], metrics[key("recall")] = precision_recall(real.features, made.features)
     except UserError as error:
-        skipped = {key(kind): str(error) for kind in ("precision", "recall")}
+        skipped = {key("precision"): str(error), key("recall"): str(error)}
     return metrics, skipped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,10 +49,14 @@ def write_statistics(path: str | Path, statistics: FeatureStatistics, network: s
     if path.suffix != ".npz":
         raise UserError(f"{path}: statistics go into an .npz file; name one")
     partial = path.with_name(f".{path.name}.{os.getpid()}.npz")
-    arrays = {"mu": statistics.mean.cpu().numpy(), "sigma": statistics.covariance.cpu().numpy()}
+    arrays: dict[str, Any] = {
+        "mu": statistics.mean.cpu().numpy(), "sigma": statistics.covariance.cpu().numpy(), "network": network,
+    }
+    if statistics.count is not None:  # None would be pickled, and then nobody could read the file
+        arrays["count"] = statistics.count
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(partial, **arrays, network=network, count=statistics.count)
+        np.savez(partial, **arrays)
         partial.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; name another file") from None

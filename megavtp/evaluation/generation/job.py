@@ -74,7 +74,8 @@ def _scale(options: argparse.Namespace, samples: ImageSource, reference: Referen
         found |= {f"blurred {side} px": Blurred(images, side) for side in BLURS}
     if isinstance(samples, GeneratedImages):
         found["untrained"] = GeneratedImages(untrained(samples.sampler), samples.samples)
-    return found | {"noise": Noise(count, size, options.seed)}
+    found["noise"] = Noise(count, size, options.seed)
+    return found
 
 
 def _record(options: argparse.Namespace, network: FeatureNetwork, result: GenerationResult) -> dict[str, Any]:

@@ -34,10 +34,10 @@ def samples_like(reference: str | Path, dit: StoredDiT, count: int, label: str |
         wants = "--label needs their metadata" if label else "this DiT needs their captions"
         raise UserError(f"--reference {reference} is no folder of shards, and {wants}")
     dataset = open_dataset(folder)
-    if model.condition == "caption":
-        if label is not None:
-            raise UserError(f"--label {label}: this DiT takes captions, which the reference gives; leave it out")
+    if label is None:
         return _captions(dataset, count)
+    if model.condition == "caption":
+        raise UserError(f"--label {label}: this DiT takes captions, which the reference gives; leave it out")
     return in_proportion(_class_counts(dataset, dit, label), count)
 
 
@@ -75,7 +75,7 @@ def _class_counts(dataset: ShardDataset, dit: StoredDiT, label: str) -> list[int
             except BadSample:
                 continue  # left out of the reference, too
             values[value if isinstance(value, str | int) else None] += 1
-    classes: Sequence[str | int] = dit.classes or range(dit.config.model.num_classes)
+    classes: Sequence[str | int] = dit.classes or range(dit.trained_classes)
     if strange := [value for value in values if value not in classes]:
         raise UserError(
             f"--label {label}: the value {strange[0]!r} of {values[strange[0]]} samples in {dataset.folder} is no "

@@ -65,7 +65,7 @@ def blur(images: Tensor, side: int) -> Tensor:
 
 
 def untrained(sampler: Sampler, seed: int = 0) -> Sampler:
-    """The same drawing with a DiT of the same shape that has learnt nothing."""
+    """``sampler`` with a DiT of the same shape that has learnt nothing."""
     config = sampler.dit.config
     device = next(sampler.dit.model.parameters()).device
     model = build_dit(config.model, seed=seed, device=device, attention=config.parallel.attention).eval()

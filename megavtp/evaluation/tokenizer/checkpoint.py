@@ -10,11 +10,10 @@ from torch import Tensor
 
 from megavtp.checkpoint.formats.vtp_source import build_tokenizer, captions_beside, open_vtp
 from megavtp.config.schema import Config
-from megavtp.config.sizes import ResolvedConfig
 from megavtp.data.captions import CaptionTokenizer, load_tokenizer
 from megavtp.data.files import refuse_hub_id
 from megavtp.data.loader import EvalDataset
-from megavtp.data.shards import open_dataset, split_folder, split_folders
+from megavtp.data.shards import ShardDataset, open_dataset, split_folder, split_folders
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.network import FeatureNetwork
 from megavtp.evaluation.tokenizer.interface import NoCaptions, Perceptual, VTPEvaluated
@@ -55,11 +54,11 @@ def open_model(path: str | Path, device: torch.device) -> tuple[VTP, Config]:
 
 
 def untrained_like(model: VTP, seed: int, device: torch.device) -> VTP:
-    """The same architecture with initial weights."""
+    """A model of the same architecture with initial weights."""
     return build_vtp(model.config, objectives=model.objectives, seed=seed, device=device)
 
 
-def find_tokenizer(model: VTP, config: ResolvedConfig, data: Path, spec: str | None) -> CaptionTokenizer | NoCaptions:
+def find_tokenizer(model: VTP, config: Config, data: Path, spec: str | None) -> CaptionTokenizer:
     """The tokenizer the model was trained with: ``spec``, else the run's, whose data set may lie elsewhere now.
 
     Raises ``UserError`` when its vocabulary is not the model's.
@@ -79,7 +78,7 @@ def find_tokenizer(model: VTP, config: ResolvedConfig, data: Path, spec: str | N
     return tokenizer
 
 
-def find_perceptual(config: ResolvedConfig, device: torch.device, skipped: dict[str, str]) -> dict[str, Perceptual]:
+def find_perceptual(config: Config, device: torch.device, skipped: dict[str, str]) -> dict[str, Perceptual]:
     """LPIPS with the network of the run's loss, else VGG; the reason goes to ``skipped`` if it cannot be had."""
     settings = config.objectives.reconstruction
     net = PERCEPTUAL_NETS.get(settings.perceptual, "vgg")
@@ -125,7 +124,7 @@ class CheckpointEvaluation:
             self.train_set = self._samples(open_dataset(train), self.settings.max_samples)
         self._perceptual: dict[str, Perceptual] | None = None
 
-    def _samples(self, folder, count: int) -> EvalDataset:
+    def _samples(self, folder: ShardDataset, count: int) -> EvalDataset:
         return EvalDataset(folder, self.tokenizer, self.model.config.image_size, count, self.config.data.max_pixels)
 
     def metrics(self, model: VTP) -> dict[str, float]:

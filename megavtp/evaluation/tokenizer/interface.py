@@ -47,7 +47,9 @@ class CaptionEncoder(Protocol):
 
 
 class NoCaptions:
-    """Stands in for the tokenizer where no model reads captions."""
+    """Stands in for the tokenizer where no model reads captions: every one is the single id 0."""
+
+    vocab_size = context_length = 1
 
     def encode(self, captions: list[str]) -> Tensor:
         return torch.zeros(len(captions), 1, dtype=torch.long)

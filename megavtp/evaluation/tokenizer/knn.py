@@ -30,7 +30,7 @@ def knn_predict(
     predicted = torch.empty(len(queries), dtype=torch.long, device=queries.device)
     for rows in row_blocks(len(queries), len(bank)):
         scores = queries[rows] @ bank.T
-        if query_group is not None:
+        if query_group is not None and bank_group is not None:
             scores.masked_fill_(query_group[rows, None] == bank_group, -math.inf)
         near, who = scores.topk(k, dim=1)
         weights = torch.exp((near - 1.0) / _TEMPERATURE)  # the constant shift changes no election, and cannot overflow
@@ -57,8 +57,8 @@ def knn_accuracy(
     queries, ids = features[labels.rows.to(device)], labels.ids.to(device)
     if train is None:
         style = read_labels([meta[row] for row in labels.rows.tolist()], "style")
-        whole = style is not None and len(style.rows) == len(labels.rows)
-        group = (style.ids if whole else torch.arange(len(labels.rows))).to(device)
+        each = torch.arange(len(labels.rows))
+        group = (each if style is None or len(style.rows) < len(each) else style.ids).to(device)
         predicted = knn_predict(queries, queries, ids, len(labels.names), k, group, group)
     else:
         bank, bank_meta = train

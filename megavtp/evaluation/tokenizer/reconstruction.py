@@ -6,6 +6,7 @@ Images are float32 (b, 3, H, W) in [0, 1] throughout.
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ def ssim(prediction: Tensor, target: Tensor) -> Tensor:
         x = F.pad(x, (5, 5, 5, 5), mode="reflect")
         for dim in (2, 3):
             size = x.shape[dim] - 10
-            x = sum(weight * x.narrow(dim, i, size) for i, weight in enumerate(window))
+            x = reduce(torch.add, (weight * x.narrow(dim, i, size) for i, weight in enumerate(window)))
         return x
 
     mean_p, mean_t = blur(prediction), blur(target)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -48,16 +49,22 @@ def evaluate(
     """
     device = torch.device(device)
     skipped = {} if skipped is None else skipped
-    options = {"batch_size": config.batch_size, "mesh": mesh, "device": device}
-    table = collect(test_set, _probe(model, perceptual or {}, frechet), quiet=quiet, **options)
+    gather = partial(collect, batch_size=config.batch_size, mesh=mesh, device=device, quiet=quiet)
+    table = gather(test_set, _probe(model, perceptual or {}, frechet))
     metrics: dict[str, float] = {"samples": float(len(table))}
     if "contrastive" in model.objectives:
         images = table.columns["image"].to(device)
         for field in label_fields:
-            metrics |= zero_shot(model, tokenizer, images, table.meta, field, config.templates, **options)
+            metrics |= zero_shot(
+                model, tokenizer, images, table.meta, field, config.templates, batch_size=config.batch_size, mesh=mesh,
+                device=device,
+            )
         metrics |= caption_retrieval(images, table.columns["text"].to(device), table.captions)
         metrics |= cross_style_retrieval(images, table.meta, "retrieval/cross_style")
-    metrics |= _frozen(model, table, train_set, config, label_fields, options | {"quiet": quiet})
+    seen = None
+    if train_set is not None:
+        seen = gather(train_set, lambda images, _: {"features": model.features(normalise(images))})
+    metrics |= _frozen(table, seen, config.knn, label_fields, device)
     metrics |= {name: x.double().mean().item() for name, x in table.columns.items() if "reconstruction/" in name}
     if frechet is not None and _REAL in table.columns:
         metrics |= _frechet(table, frechet, device, skipped)
@@ -70,19 +77,14 @@ def evaluate(
 
 
 def _frozen(
-    model: Evaluated, table: Table, train_set: EvaluationSet | None, config: EvaluationConfig,
-    label_fields: Sequence[str], options: dict,
+    table: Table, seen: Table | None, neighbours: int, label_fields: Sequence[str], device: torch.device
 ) -> dict[str, float]:
     """k-NN classification and cross-style retrieval on the class token, without any trained head."""
-    device = options["device"]
     features = F.normalize(table.columns["features"].to(device), dim=-1)
-    train = None
-    if train_set is not None:
-        seen = collect(train_set, lambda images, _: {"features": model.features(normalise(images))}, **options)
-        train = (seen.columns["features"].to(device), seen.meta)
+    train = None if seen is None else (seen.columns["features"].to(device), seen.meta)
     metrics: dict[str, float] = {}
     for field in label_fields:
-        metrics |= knn_accuracy(features, table.meta, field, config.knn, train)
+        metrics |= knn_accuracy(features, table.meta, field, neighbours, train)
     return metrics | cross_style_retrieval(features, table.meta, "knn/cross_style")
 
 
@@ -119,14 +121,13 @@ def _probe(model: Evaluated, perceptual: Mapping[str, Perceptual], frechet: Feat
 
 
 def _reconstruction_errors(shown: Tensor, target: Tensor, perceptual: Mapping[str, Perceptual]) -> dict[str, Tensor]:
-    values: dict[str, Callable[[], Tensor]] = {
-        "reconstruction/psnr": lambda: psnr(shown, target),
-        "chance/reconstruction/psnr": lambda: flat_psnr(target),
-        "reconstruction/ssim": lambda: ssim(shown, target),
+    values = {
+        "reconstruction/psnr": psnr(shown, target), "chance/reconstruction/psnr": flat_psnr(target),
+        "reconstruction/ssim": ssim(shown, target),
     }
     for name, distance in perceptual.items():
-        values[f"reconstruction/{name}"] = lambda d=distance: _in_parts(d, shown * 2 - 1, target * 2 - 1)
-    return {name: value() for name, value in values.items()}
+        values[f"reconstruction/{name}"] = _in_parts(distance, shown * 2 - 1, target * 2 - 1)
+    return values
 
 
 def _in_parts(distance: Perceptual, x: Tensor, y: Tensor) -> Tensor:

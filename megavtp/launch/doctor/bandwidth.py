@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,7 +42,7 @@ def links(pairs: Sequence[Sequence[tuple[int, int]]], size: int, device: torch.d
         partner = next((b if rank == a else a for a, b in round_ if rank in (a, b)), None)
         phase.enter(f"exchange round {number + 1} of {len(pairs)}" + ("" if partner is None else f", with {partner}"))
         if partner is not None:
-            seconds = _fastest(lambda other=partner: _exchange(give, take, other), device)
+            seconds = _fastest(partial(_exchange, give, take, partner), device)
             if rank < partner:
                 own.append((rank, partner, size / seconds))
         dist.barrier()
@@ -55,7 +57,7 @@ def _exchange(give: torch.Tensor, take: torch.Tensor, partner: int) -> None:
         handle.wait()
 
 
-def _fastest(work, device: torch.device) -> float:
+def _fastest(work: Callable[[], Any], device: torch.device) -> float:
     times = []
     for _ in range(_REPEATS + 1):
         start = time.perf_counter()
@@ -72,7 +74,7 @@ def rounds(members: Sequence[int]) -> list[list[tuple[int, int]]]:
     half, found = len(ring) // 2, []
     for _ in range(len(ring) - 1):
         pairs = zip(ring[:half], reversed(ring[half:]))
-        found.append([(min(p), max(p)) for p in pairs if None not in p])
+        found.append([(min(a, b), max(a, b)) for a, b in pairs if a is not None and b is not None])
         ring = [ring[0], ring[-1], *ring[1:-1]]
     return [round_ for round_ in found if round_]
 

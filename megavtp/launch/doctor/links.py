@@ -70,9 +70,9 @@ class Board:
 
 
 def clock_offsets(board: Board, leaders: Sequence[Facts]) -> dict[str, float]:
-    """On rank 0: seconds by which each machine's clock is ahead of rank 0's. Others return an empty dict.
+    """Seconds by which each machine's clock is ahead of rank 0's. On rank 0; others return an empty dict.
 
-    As in NTP: the other's time is compared with the middle of the question and the answer.
+    The other's time is compared with the middle of the question and the answer, as NTP does.
     """
     if board.rank > 0:
         if board.rank in [leader.rank for leader in leaders]:
@@ -114,7 +114,7 @@ def shared_storage_problems(board: Board, leaders: Sequence[Facts], folder: Path
     try:
         own.write_text(str(board.rank))
     except OSError as failure:
-        error = failure.strerror
+        error = failure.strerror or str(failure)
     try:
         board.put(f"storage/{board.rank}", {"file": str(own.absolute()), "error": error})
         if board.rank > 0:

@@ -10,7 +10,7 @@ import platform
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -27,8 +27,9 @@ _SETTINGS = ("NCCL_", "GLOO_", "TORCH_NCCL_", "FI_", "UCX_")
 
 @dataclass(frozen=True)
 class Facts:
-    """Of one rank. versions: of what must be the same everywhere; "" where there is none.
+    """What one rank says of itself.
 
+    versions: of what must be the same everywhere; "" where there is none.
     settings: environment variables of the communication libraries. shared_memory: free bytes of /dev/shm, None where
     there is no such thing. address: at which other machines reach this one.
     """
@@ -91,7 +92,7 @@ def _driver() -> str:
 
 @cache
 def source_hash() -> str:
-    """Of this package's source files: two checkouts of one version may differ."""
+    """A hash of this package's source files: two checkouts of one version may differ."""
     digest = hashlib.sha256()
     for file in sorted(_PACKAGE.rglob("*.py")):
         digest.update(f"{file.relative_to(_PACKAGE)}\0".encode() + file.read_bytes())
@@ -122,27 +123,29 @@ def compare(facts: Sequence[Facts]) -> list[str]:
     problems = []
     for name in facts[0].versions:
         remedy = "update the checkout on all machines" if name == "megavtp" else "install the same version everywhere"
-        problems += _different(facts, name, lambda f, n=name: f.versions[n] or "none", remedy)
+        problems += _different(facts, name, [fact.versions[name] or "none" for fact in facts], remedy)
     if (found := facts[0].versions["deepspeed"]) != SUPPORTED_VERSION:
         problems.append(f"deepspeed is {found}: pip install deepspeed=={SUPPORTED_VERSION}")
-    problems += _different(facts, "the device", lambda f: f.device, "start ranks on machines of one kind only")
+    devices = [fact.device for fact in facts]
+    problems += _different(facts, "the device", devices, "start ranks on machines of one kind only")
     for name in sorted({name for fact in facts for name in fact.settings}):
-        get = lambda f, n=name: f.settings.get(n, "not set")  # noqa: E731
-        problems += _different(facts, name, get, "set it alike for all ranks")
+        values = [fact.settings.get(name, "not set") for fact in facts]
+        problems += _different(facts, name, values, "set it alike for all ranks")
     for host, ranks in by_host(facts).items():
         problems += _one_machine(host, ranks, several=len(by_host(facts)) > 1)
     return problems
 
 
-def _different(facts: Sequence[Facts], name: str, value: Callable[[Facts], str], remedy: str) -> list[str]:
-    values: dict[str, list[Facts]] = {}
-    for fact in facts:
-        values.setdefault(value(fact), []).append(fact)
-    if len(values) == 1:
+def _different(facts: Sequence[Facts], name: str, values: Sequence[str], remedy: str) -> list[str]:
+    """The complaint about ranks that differ in ``name``, of which ``values`` holds each rank's."""
+    ranks_with: dict[str, list[Facts]] = {}
+    for fact, value in zip(facts, values):
+        ranks_with.setdefault(value, []).append(fact)
+    if len(ranks_with) == 1:
         return []
     told = [
         f"{text} on rank{'s' * (len(who) > 1)} {ranks_in_words([f.rank for f in who])} ({', '.join(by_host(who))})"
-        for text, who in values.items()
+        for text, who in ranks_with.items()
     ]
     return [f"{name} differs: {'; '.join(told)}: {remedy}"]
 

@@ -101,13 +101,19 @@ class _FusedNorm(torch.autograd.Function):
         return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
 
 
+def _fused_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    return _FusedNorm.apply(input, weight)
+
+
 @contextmanager
 def _norms(fused: bool) -> Iterator[None]:
     if not fused:
         yield
         return
     plain = F.rms_norm
-    F.rms_norm = lambda x, shape, weight=None, eps=None: _FusedNorm.apply(x, weight)
+    F.rms_norm = _fused_norm
     try:
         yield
     finally:
