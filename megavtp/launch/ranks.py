@@ -132,6 +132,7 @@ def run_ranks(main: Callable[[], int | None]) -> NoReturn:
     Before the ranks are joined every rank finds the same error, so rank 0 speaks for all; afterwards the rank that
     raises does, and the others are told and end within seconds. See ``watchdog`` for those that cannot speak.
     """
+    phase.enter("starting", slow=True)  # this process may have been forked from one that imported it long ago
     cli.print_any_name()
     cli.go_on_unread()
     try:
