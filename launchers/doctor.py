@@ -6,7 +6,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
 from megavtp.cli import guard  # noqa: E402
-from megavtp.launch.doctor.check import doctor  # noqa: E402
 
 if __name__ == "__main__":
     guard()

@@ -6,10 +6,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
 from megavtp.cli import guard  # noqa: E402
-from megavtp.pretraining.launcher import pretrain  # noqa: E402
 
 if __name__ == "__main__":
     guard()
-    from megavtp.training.launcher import pretrain  # takes seconds
+    from megavtp.pretraining.launcher import pretrain  # takes seconds
 
     pretrain()

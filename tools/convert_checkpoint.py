@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    from megavtp.checkpoint.formats.convert import convert
+    from megavtp.conversion import convert
     from megavtp.data.files import refuse_hub_id
 
     decoder = options.decoder and refuse_hub_id(options.decoder)

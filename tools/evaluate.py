@@ -79,8 +79,8 @@ def checkpoint(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from megavtp.evaluation import format_table, write_metrics
     from megavtp.evaluation.distances.features import load_network
-    from megavtp.evaluation.tokenizer.checkpoint import CheckpointEvaluation, choose_device
-    from megavtp.launch.tool import join_others
+    from megavtp.evaluation.tokenizer.checkpoint import CheckpointEvaluation
+    from megavtp.launch.tool import choose_device, join_others
     from megavtp.parallel.collectives import together
     from megavtp.training.pictures import reconstruction_grid
 
@@ -109,10 +109,8 @@ def checkpoint(options: argparse.Namespace) -> None:
 
 def generation(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    from megavtp.evaluation.distances.measure.job import run_generation
-
-    from megavtp.evaluation.tokenizer.checkpoint import choose_device
-    from megavtp.launch.tool import join_others
+    from megavtp.evaluation.generation.job import run_generation
+    from megavtp.launch.tool import choose_device, join_others
 
     device, mesh = join_others(options.device, choose_device)
     for line in run_generation(options, device, mesh):

@@ -47,9 +47,8 @@ def main(options: argparse.Namespace) -> None:
     import torch
 
     from megavtp.data.shards import split_folder
-    from megavtp.evaluation.tokenizer.checkpoint import choose_device
     from megavtp.extraction.job import Extraction, ExtractionSettings
-    from megavtp.launch.tool import join_others
+    from megavtp.launch.tool import choose_device, join_others
     from megavtp.parallel.collectives import together
     from megavtp.tokenizer import load_tokenizer
 

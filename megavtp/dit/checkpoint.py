@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from megavtp.checkpoint.formats.fitting import check
+from megavtp.checkpoint.kind import FACTS, is_dit
 from megavtp.checkpoint.store import Checkpoint, open_checkpoint
 from megavtp.config.sizes import known
-from megavtp.dit.config import CompleteDiTConfig, DiTConfig, DiTModelConfig
+from megavtp.dit.config import CompleteDiT, CompleteDiTConfig, DiTConfig, complete_config
 from megavtp.dit.model.build import build_dit, load_full_dit
 from megavtp.dit.model.model import DiT
 from megavtp.dit.validate import check_dit_model
@@ -20,7 +21,6 @@ from megavtp.errors import UserError
 from megavtp.json_file import form
 from megavtp.latents.artifact import TokenizerArtifact
 
-FACTS = "dit"  # of the checkpoint's meta data: {"visual_tokenizer": ..., "classes": names or None}
 AVERAGE, TRAINED = "model/ema.", "model/dit."  # what comes before LightningDiT's keys
 
 
@@ -55,10 +55,6 @@ class StoredDiT:
         return self.classes[label] if self.classes and label < len(self.classes) else f"class {label}"
 
 
-def is_dit(checkpoint: Checkpoint) -> bool:
-    return FACTS in checkpoint.meta
-
-
 def artifact_of(checkpoint: Checkpoint) -> TokenizerArtifact | None:
     """The tokenizer of the latents it was trained on, None if unknown. UserError if it holds no DiT."""
     if not is_dit(checkpoint):
@@ -72,17 +68,17 @@ def classes_of(checkpoint: Checkpoint) -> list[str] | None:
     return _facts(checkpoint).classes
 
 
-def dit_config(checkpoint: Checkpoint) -> DiTConfig:
+def dit_config(checkpoint: Checkpoint) -> CompleteDiTConfig:
     """The configuration of its run, with all sizes of the model. Raises UserError."""
     config = checkpoint.config(DiTConfig, lambda config: replace(config, model=check_dit_model(config.model)))
     given = "num_classes" if config.model.condition == "class" else "caption_width"
     for name in ("latent_size", "latent_channels", given):
         if getattr(config.model, name) is None:
             raise UserError(f"{checkpoint.path}: its configuration lacks model.{name}; use another checkpoint")
-    return config
+    return complete_config(config)
 
 
-def dit_tensors(checkpoint: Checkpoint, config: DiTModelConfig, prefix: str) -> dict[str, Tensor]:
+def dit_tensors(checkpoint: Checkpoint, config: CompleteDiT, prefix: str) -> dict[str, Tensor]:
     """Its averaged or its trained weights, by LightningDiT's keys. UserError unless they are all that ``config`` has,
     so that a model of it takes no more memory than the file."""
     names = [name for name in checkpoint.names if name.startswith(prefix)]

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from megavtp.checkpoint.kind import FACTS
 from megavtp.checkpoint.store import Checkpoint
 from megavtp.data.loader import Loader
 from megavtp.dit.batch import LatentStepDataset
-from megavtp.dit.checkpoint import FACTS
 from megavtp.dit.config import CompleteDiT, CompleteDiTConfig, ResolvedDiTConfig
 from megavtp.dit.flops import dit_flops_per_step
 from megavtp.dit.model.average import AveragedDiT, build_averaged_dit

@@ -46,3 +46,17 @@ def join_others(device: str, choose: Callable[[str], torch.device]) -> tuple[tor
     # No limit for hangs: how long a share takes is up to the user's data. A process that is lost is still found out.
     own = ranks.join(place, meet(place, _ARRIVAL), 0)
     return own, build_mesh(1, 1)
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" = a GPU if there is one. Raises ``UserError`` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise NotImplementedError
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name}: no such device here; use auto, cpu, cuda or cuda:N") from None
+    return device

@@ -33,9 +33,9 @@ from megavtp.objectives.reconstruction import reconstruction_terms
 from megavtp.objectives.self_distillation import StudentOutput, TeacherBias, TeacherOutput, self_distillation_loss
 from megavtp.objectives.siglip import siglip
 from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.rehearsal import Rehearsed, rehearsal, rehearse
+from megavtp.parallel.traffic import Transfer
 from megavtp.pixels import normalise
-from megavtp.planning.counting.rehearsal import Rehearsed, rehearsal, rehearse
-from megavtp.planning.counting.traffic import Transfer
 from megavtp.planning.flops import expected_masked_patches, patches_of
 
 MODES = {"contrastive": "contrastive", "self_distillation": "student", "reconstruction": "reconstruction"}

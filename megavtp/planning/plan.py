@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from megavtp.config.share import share
 from megavtp.config.sizes import ResolvedConfig
+from megavtp.parallel.traffic import Transfer
 from megavtp.planning import zero
-from megavtp.planning.counting.traffic import Transfer
 from megavtp.planning.devices import Device
 from megavtp.planning.flops import flops_per_step
 from megavtp.planning.parts import MODES, Parts, Sent

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from vtp_oracle import DATA, TINY, assert_equals, assert_matches_oracle, stored
 
 import megavtp
-from megavtp.checkpoint.formats.convert import convert, write_native
+from megavtp.checkpoint.formats.convert import write_native
 from megavtp.checkpoint.formats.vtp_source import open_vtp
 from megavtp.checkpoint.store import open_checkpoint
 from megavtp.config.schema import Config, DataConfig
+from megavtp.conversion import convert
 from megavtp.data.captions import load_tokenizer as load_captions
 from megavtp.data.captions import train_sentencepiece
 from megavtp.dit.checkpoint import load_dit

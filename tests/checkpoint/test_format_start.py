@@ -6,8 +6,8 @@ import pytest
 import torch
 from launched import events, steps_done, succeed
 
-from megavtp.checkpoint.formats.convert import convert
 from megavtp.checkpoint.store import open_checkpoint
+from megavtp.conversion import convert
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -7,8 +7,8 @@ import torch
 from vtp_oracle import DATA
 
 import megavtp
-from megavtp.checkpoint.formats.convert import convert
 from megavtp.checkpoint.formats.hf_vtp import load_folder, save_folder
+from megavtp.conversion import convert
 from megavtp.errors import UserError
 from megavtp.latents.artifact import LatentStatistics, TokenizerArtifact
 from megavtp.pixels import normalise, to_uint8

@@ -8,7 +8,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from vtp_oracle import DATA, TINY
 
-from megavtp.checkpoint.formats.convert import convert
 from megavtp.checkpoint.formats.hf_vtp import (
     config_from_official,
     config_to_official,
@@ -22,6 +21,7 @@ from megavtp.checkpoint.formats.hf_vtp import (
 from megavtp.checkpoint.formats.vtp_source import open_vtp
 from megavtp.config.schema import ModelConfig
 from megavtp.config.sizes import resolve_model
+from megavtp.conversion import convert
 from megavtp.errors import UserError
 from megavtp.models.build import build_vtp, load_full
 

@@ -15,8 +15,8 @@ from vtp_oracle import DATA as VTP_DATA
 from vtp_oracle import TINY
 
 import megavtp
-from megavtp.checkpoint.formats.convert import convert
 from megavtp.checkpoint.formats.hf_vtp import save_folder
+from megavtp.conversion import convert
 from megavtp.dit.checkpoint import load_dit
 from megavtp.dit.config import complete_dit
 from megavtp.dit.lightningdit import POSITIONS, read_lightningdit

@@ -14,10 +14,11 @@ from vtp_oracle import TINY
 
 from megavtp.checkpoint.formats.convert import write_native
 from megavtp.checkpoint.formats.vtp_source import build_tokenizer, open_vtp
+from megavtp.checkpoint.kind import FACTS
 from megavtp.checkpoint.reading import digest_of
 from megavtp.checkpoint.store import CheckpointStore, open_checkpoint
 from megavtp.config.schema import Config
-from megavtp.dit.checkpoint import AVERAGE, FACTS, load_dit
+from megavtp.dit.checkpoint import AVERAGE, load_dit
 from megavtp.dit.config import DiTConfig, DiTModelConfig
 from megavtp.dit.model.build import build_dit
 from megavtp.errors import UserError

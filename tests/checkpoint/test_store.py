@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from megavtp.checkpoint import store as store_module
-from megavtp.checkpoint.formats.convert import detect
 from megavtp.checkpoint.formats.vtp_source import open_vtp
 from megavtp.checkpoint.reading import is_checkpoint
 from megavtp.checkpoint.store import CheckpointStore, find_latest, open_checkpoint
 from megavtp.checkpoint.tensor_file import DTYPE_NAMES, write_tensors
+from megavtp.conversion import detect
 from megavtp.errors import UserError
 
 

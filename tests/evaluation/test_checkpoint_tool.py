@@ -12,15 +12,16 @@ from distributed import run_ranks
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from megavtp.checkpoint.formats.convert import convert
 from megavtp.checkpoint.formats.hf_vtp import save_folder
 from megavtp.checkpoint.store import CheckpointStore
 from megavtp.config.load import from_dict, to_dict
 from megavtp.config.schema import Config, DataConfig, DecoderConfig, ModelConfig, TextConfig, VisionConfig
+from megavtp.conversion import convert
 from megavtp.data.captions import train_sentencepiece
 from megavtp.data.index import build_index
 from megavtp.errors import UserError
-from megavtp.evaluation.tokenizer.checkpoint import CheckpointEvaluation, choose_device, find_perceptual, open_model
+from megavtp.evaluation.tokenizer.checkpoint import CheckpointEvaluation, find_perceptual, open_model
+from megavtp.launch.tool import choose_device
 from megavtp.models.build import build_vtp
 from megavtp.parallel.mesh import build_mesh
 

@@ -15,8 +15,6 @@ import pytest
 import torch
 from distributed import run_ranks
 from evaluation_fakes import FakeModel, FakeSet, FakeTokenizer
-from megavtp.evaluation.distances.measure.samples import samples_like
-from megavtp.evaluation.distances.measure.scale import Noise, blur, untrained
 from PIL import Image
 
 from megavtp.config.schema import EvaluationConfig
@@ -34,6 +32,8 @@ from megavtp.evaluation.distances.kid import kernel_distance
 from megavtp.evaluation.distances.measure import Reference, measure_generation, open_reference
 from megavtp.evaluation.distances.network import FeatureNetwork
 from megavtp.evaluation.distances.precision_recall import precision_recall
+from megavtp.evaluation.generation.samples import samples_like
+from megavtp.evaluation.generation.scale import Noise, blur, untrained
 from megavtp.parallel.mesh import SINGLE, build_mesh
 from megavtp.pixels import normalise, to_uint8
 
@@ -217,7 +217,7 @@ def run_tool(monkeypatch, *arguments) -> int:
 
 @pytest.fixture
 def pools(monkeypatch):
-    from megavtp.evaluation.distances.measure import job
+    from megavtp.evaluation.generation import job
 
     monkeypatch.setattr(job, "load_network", lambda inception, device: Pools())
 

@@ -15,8 +15,8 @@ import yaml
 from launched import ROOT, Ranks
 from vtp_oracle import TINY
 
-from megavtp.checkpoint.formats.convert import convert
 from megavtp.checkpoint.formats.hf_vtp import save_folder
+from megavtp.conversion import convert
 from megavtp.dit.launcher import train_dit
 from megavtp.evaluation.distances import efficientnet
 from megavtp.latents.folder import LatentFolder

@@ -18,7 +18,7 @@ from megavtp.nn.rope import AxialRope
 from megavtp.nn.stack import run_blocks
 from megavtp.parallel.mesh import SINGLE, Mesh, build_mesh
 from megavtp.parallel.sharding import cut, shard_of
-from megavtp.planning.counting.traffic import count_traffic
+from megavtp.parallel.traffic import count_traffic
 
 WIDTH, HEADS, HIDDEN, DEPTH = 32, 4, 48, 2
 MODES = ("none", "selective", "full")

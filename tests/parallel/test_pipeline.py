@@ -18,7 +18,7 @@ from megavtp.parallel import pipeline
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import SINGLE
 from megavtp.parallel.orders import Op, forward_order, simulate
-from megavtp.planning.counting.traffic import count_traffic
+from megavtp.parallel.traffic import count_traffic
 
 PLACES = [(2, "gpipe", 4), (2, "1f1b", 4), (2, "interleaved_1f1b", 4), (4, "1f1b", 4), (4, "gpipe", 2)]  # pp, order, m
 LEGS = {"contrastive": 1, "student": 1, "reconstruction": 2, "teacher": 1}

@@ -8,7 +8,7 @@ from distributed import run_ranks
 
 from megavtp.parallel.collectives import all_gather, all_reduce, copy_to_tp, gather_from_dp, reduce_from_tp
 from megavtp.parallel.mesh import SINGLE, build_mesh
-from megavtp.planning.counting.traffic import Transfer, count_traffic
+from megavtp.parallel.traffic import Transfer, count_traffic
 
 ROW = 3 * 4  # bytes of one of the rows below
 EXPECTED = [

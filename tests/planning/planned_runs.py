@@ -15,7 +15,7 @@ from megavtp.models.vtp import OBJECTIVES, VTP
 from megavtp.parallel.deepspeed_adapter import _flat_partitions, _inner
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import build_mesh
-from megavtp.planning.counting.traffic import count_traffic
+from megavtp.parallel.traffic import count_traffic
 from megavtp.planning.devices import find_device
 from megavtp.planning.plan import Plan, Planner
 from megavtp.training.optimizer import parameter_groups

@@ -9,7 +9,8 @@ from vtp_oracle import DATA
 
 import megavtp
 from megavtp.checkpoint.formats.convert import write_native
-from megavtp.dit.checkpoint import AVERAGE, FACTS, TRAINED
+from megavtp.checkpoint.kind import FACTS
+from megavtp.dit.checkpoint import AVERAGE, TRAINED
 from megavtp.dit.config import DiTConfig, DiTModelConfig
 from megavtp.dit.model.build import build_dit
 from megavtp.latents.artifact import LatentStatistics, TokenizerArtifact

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from distributed import run_ranks
-from megavtp.evaluation.distances.measure.samples import samples_like
 from sampling_fakes import NAMES, STATISTICS, TOKENIZER, tokenizer_facts, write_dit
 
 from megavtp.data.randomness import generator
@@ -15,6 +14,7 @@ from megavtp.dit.sampling.sampler import GeneratedImages, all_images, open_sampl
 from megavtp.dit.sampling.samples import Sample, SampleNoise, each, in_proportion, parse_classes
 from megavtp.dit.sampling.settings import SamplingSettings
 from megavtp.errors import UserError
+from megavtp.evaluation.generation.samples import samples_like
 from megavtp.parallel.mesh import build_mesh
 
 SAMPLES = each([2, 0, 1], 3)

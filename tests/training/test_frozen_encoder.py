@@ -14,9 +14,10 @@ from tiny_run import PlainRunner, build_model, data_of, optimizer_of, passes_of,
 from vtp_oracle import TINY
 
 import megavtp
-from megavtp.checkpoint.formats.convert import convert, write_native
+from megavtp.checkpoint.formats.convert import write_native
 from megavtp.checkpoint.formats.vtp_source import open_vtp
 from megavtp.config.schema import Config, DataConfig
+from megavtp.conversion import convert
 from megavtp.errors import UserError
 from megavtp.models.build import build_vtp
 from megavtp.objectives.reconstruction import reconstruction_terms

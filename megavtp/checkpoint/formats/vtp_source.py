@@ -14,6 +14,7 @@ from torch import Tensor
 from megavtp.checkpoint.formats.fingerprint import encoder_fingerprint
 from megavtp.checkpoint.formats.fitting import check
 from megavtp.checkpoint.formats.hf_vtp import PERIODS, load_folder, objectives_of, our_shapes, read_released
+from megavtp.checkpoint.kind import is_dit
 from megavtp.checkpoint.reading import INDEX, Checkpoint, is_checkpoint, open_checkpoint
 from megavtp.config.schema import (
     Config,
@@ -25,7 +26,6 @@ from megavtp.config.schema import (
 )
 from megavtp.config.sizes import ResolvedConfig, ResolvedModel
 from megavtp.config.validate import check_stored
-from megavtp.dit.checkpoint import is_dit
 from megavtp.errors import UserError
 from megavtp.json_file import check_form
 from megavtp.latents import artifact as artifact_file

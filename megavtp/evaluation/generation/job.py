@@ -13,10 +13,10 @@ from megavtp.errors import UserError
 from megavtp.evaluation.distances.features import load_network
 from megavtp.evaluation.distances.image_sources import ImageSource, open_images
 from megavtp.evaluation.distances.measure import GenerationResult, Reference, measure_generation, open_reference
-from megavtp.evaluation.distances.measure.samples import samples_like
-from megavtp.evaluation.distances.measure.scale import BLURS, Blurred, Noise, untrained
 from megavtp.evaluation.distances.network import FeatureNetwork
 from megavtp.evaluation.distances.reference_file import write_statistics
+from megavtp.evaluation.generation.samples import samples_like
+from megavtp.evaluation.generation.scale import BLURS, Blurred, Noise, untrained
 from megavtp.evaluation.report import format_table, write_metrics
 from megavtp.parallel.collectives import together
 from megavtp.parallel.mesh import Mesh

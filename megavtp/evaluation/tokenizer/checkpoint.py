@@ -26,20 +26,6 @@ from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.pixels import normalise, to_uint8
 
 
-def choose_device(name: str) -> torch.device:
-    """ "auto" = a GPU if there is one. Raises ``UserError`` for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        if device.type not in ("cpu", "cuda"):
-            raise NotImplementedError
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name}: no such device here; use auto, cpu, cuda or cuda:N") from None
-    return device
-
-
 def open_model(path: str | Path, device: torch.device) -> tuple[VTP, Config]:
     """The tokenizer's towers, which all metrics are of, and its config: of a run's checkpoint or a released model.
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megavtp.parallel.mesh import Mesh
-from megavtp.planning.counting.traffic import Transfer, count_traffic
+from megavtp.parallel.traffic import Transfer, count_traffic
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,59 @@
+"""Which conversion a user asks for: of a tokenizer or of a DiT, from what is found into the form that is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megavtp.checkpoint.formats.convert import Format, convert_tokenizer
+from megavtp.checkpoint.kind import is_dit
+from megavtp.checkpoint.reading import INDEX, is_checkpoint, open_checkpoint
+from megavtp.dit.convert import convert_dit
+from megavtp.errors import UserError
+
+
+def detect(path: str | Path) -> Format:
+    """The form of what lies at ``path``. Raises UserError."""
+    path = Path(path)
+    if is_checkpoint(path):
+        return "native"
+    if (path / "config.json").is_file():
+        return "hf-vtp"
+    if path.is_file():
+        return "lightningdit"
+    missing = "does not exist" if not path.exists() else f"has neither {INDEX} nor config.json"
+    raise UserError(f"--from {path} {missing}; give a checkpoint folder, a released model's folder or a .pt file")
+
+
+def convert(
+    path: str | Path, to: Format, out: str | Path, *, source_format: Format | None = None, captions: str | None = None,
+    statistics: str | Path | None = None, decoder: str | Path | None = None, tokenizer: str | Path | None = None,
+    module_prefix: bool = False,
+) -> list[str]:
+    """Write what lies at ``path`` in the form ``to`` at ``out``, which must not exist; nothing is left there on errors.
+
+    Args:
+        source_format: in place of ``detect``'s answer.
+        captions, statistics, decoder: see ``convert_tokenizer``.
+        tokenizer, module_prefix: see ``convert_dit``.
+
+    Returns:
+        Notes for the user: what the new form does not hold.
+    """
+    found = source_format or detect(path)
+    if found == "lightningdit" and Path(path).is_dir():
+        raise UserError(f"{path} is a folder, a LightningDiT is a .pt file: leave --from-format out, or name the file")
+    is_a_dit = found == "lightningdit" or (found == "native" and _holds_dit(path))
+    if is_a_dit and (to == "hf-vtp" or captions or statistics or decoder):
+        raise UserError(f"{path} is a DiT; --to hf-vtp, --captions, --statistics and --decoder are for tokenizers")
+    if not is_a_dit and (to == "lightningdit" or tokenizer):
+        raise UserError(f"{path} is a tokenizer; --to lightningdit and --tokenizer are for DiTs")
+    if module_prefix and to != "lightningdit":
+        raise UserError(f"--module-prefix is for --to lightningdit, not for --to {to}; leave it out")
+    if is_a_dit:
+        return convert_dit(path, to, out, tokenizer, module_prefix)
+    return convert_tokenizer(path, to, out, captions, statistics, found, decoder)
+
+
+def _holds_dit(path: str | Path) -> bool:
+    with open_checkpoint(path, verify="sizes") as checkpoint:
+        return is_dit(checkpoint)
