@@ -80,6 +80,7 @@ test-gpu: install
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

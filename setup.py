@@ -10,7 +10,9 @@ EXTRAS = {
     "fid": ["torch-fidelity"],  # Inception's network for --inception; its torchvision has to be made for this torch
     "clip": ["ftfy", "regex"],  # CLIP's caption tokenizer; its word list: pip install --no-deps open_clip_torch==3.3.0
     "track": ["wandb", "tensorboard"],
-    "test": ["pytest", "pytest-timeout", "ruff", "tensorboard"],
+    "test": [
+        "pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "types-psutil", "types-tqdm", "tensorboard",
+    ],
 }
 
 setup(
