@@ -27,7 +27,7 @@ def read_weights_file(path: Path, otherwise: str, remedy: str) -> dict[str, Any]
 
 
 def read_safetensors(path: Path, remedy: str) -> dict[str, Tensor]:
-    """All tensors of the file, of whatever dtype. UserError, which ends with ``remedy``, when it is missing or damaged."""
+    """All tensors of the file, of whatever dtype. UserError, which ends with ``remedy``: it is missing or damaged."""
     try:
         return load_file(path)
     except FileNotFoundError:
