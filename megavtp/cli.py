@@ -56,7 +56,8 @@ def guard() -> None:
 
 
 def go_on_unread() -> None:
-    """What is printed, and nobody reads any more, is dropped: no reason to stop for a long run."""
+    """What is printed, and nobody reads any more, is dropped: no reason to stop for a long run. What stdout cannot
+    encode is escaped, as in ``print_any_name``."""
     guard()
     sys.stdout, sys.stderr = _forgiving(sys.stdout), _forgiving(sys.stderr)
 
@@ -100,7 +101,7 @@ def _forgiving(stream: TextIO) -> TextIO:
     stream.flush()
     raw = _Forgiving(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(
-        raw if stream.write_through else io.BufferedWriter(raw), stream.encoding, stream.errors,
+        raw if stream.write_through else io.BufferedWriter(raw), stream.encoding, "backslashreplace",
         line_buffering=stream.line_buffering, write_through=stream.write_through,
     )
 

@@ -27,8 +27,10 @@ def read_weights_file(path: Path, otherwise: str, remedy: str) -> dict[str, Any]
 
 
 def read_safetensors(path: Path, remedy: str) -> dict[str, Tensor]:
-    """All tensors of the file, of whatever dtype. UserError, which ends with ``remedy``, when it is damaged."""
+    """All tensors of the file, of whatever dtype. UserError, which ends with ``remedy``: it is missing or damaged."""
     try:
         return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"the weights {path} do not exist; {remedy}") from None
     except Exception as error:  # besides its own error, the library raises whatever its header leads it to
         raise UserError(f"{path} is not a whole safetensors file ({error}); {remedy}") from None

@@ -133,7 +133,6 @@ def run_ranks(main: Callable[[], int | None]) -> NoReturn:
     raises does, and the others are told and end within seconds. See ``watchdog`` for those that cannot speak.
     """
     phase.enter("starting", slow=True)  # this process may have been forked from one that imported it long ago
-    cli.print_any_name()
     cli.go_on_unread()
     try:
         status = main() or 0
