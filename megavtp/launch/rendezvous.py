@@ -76,6 +76,8 @@ def _of_variables(environment: Mapping[str, str], tasks: int) -> Place:
         if name not in environment:
             raise UserError(f"{other} is set but {name} is not: set both, or unset {other} for a single process")
     rank, world = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    launcher: Launcher
+    groups: str | None
     if "TORCHELASTIC_RUN_ID" in environment:
         launcher, local_world, groups = "torchrun", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"
     elif "CROSS_SIZE" in environment:
@@ -113,7 +115,8 @@ def _of_srun(environment: Mapping[str, str], tasks: int) -> Place:
     node = _number(environment, "SLURM_NODEID", 0)
     per_node = expand_counts(environment.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)))
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
-    if "MASTER_ADDR" not in environment and not nodes:
+    master = environment.get("MASTER_ADDR") or (first_host(nodes) if nodes else None)
+    if master is None:
         raise UserError("neither MASTER_ADDR nor SLURM_STEP_NODELIST is set: set MASTER_ADDR to the first node's name")
     if node >= len(per_node):
         raise UserError(
@@ -124,7 +127,7 @@ def _of_srun(environment: Mapping[str, str], tasks: int) -> Place:
     return _checked(
         Place(
             "srun", _number(environment, "SLURM_PROCID"), tasks, _number(environment, "SLURM_LOCALID"), per_node[node],
-            environment.get("MASTER_ADDR") or first_host(nodes), _number(environment, "MASTER_PORT", port),
+            master, _number(environment, "MASTER_PORT", port),
         )
     )
 
@@ -152,8 +155,8 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     if text is None and default is not None:
         return default
     try:
-        return int(text)
-    except (TypeError, ValueError):
+        return int(text or "")
+    except ValueError:
         given = f"{name} is not set" if text is None else f"{name} = {text!r} is not a number"
         raise UserError(f"environment variable {given}: the launcher should set it, or unset the others") from None
 

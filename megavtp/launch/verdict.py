@@ -143,7 +143,7 @@ def position() -> tuple[str, bool]:
     thread, waits = phase.working_thread()
     if thread is threading.current_thread():
         return "", False  # it would be this line
-    frame = sys._current_frames().get(thread.ident)
+    frame = sys._current_frames().get(thread.ident or 0)
     waits = waits or (frame is not None and frame.f_code.co_name in ("wait", "synchronize"))
     while frame is not None:
         file = frame.f_code.co_filename

@@ -52,14 +52,14 @@ class Watchdog:
     """
 
     def __init__(self, store: dist.Store, rank: int, world: int, host: str, timeout: float):
-        self._store = dist.PrefixStore(REPORTS, store).clone()
+        self._store = dist.PrefixStore(REPORTS, store).clone()  # type: ignore[attr-defined]  # torch's stubs leave it out
         self._rank, self._world, self._host, self._timeout = rank, world, host, timeout
         self._broken = False
         self._closed = threading.Event()
         self._ending = threading.Event()  # the main thread ends, and speaks for this rank
         self._verdict: Verdict | None = None
         self._known = threading.Event()  # a verdict is there
-        self._heard = {}  # rank -> (its last report as text, when that arrived)
+        self._heard: dict[int, tuple[bytes, float]] = {}  # rank -> (its last report as text, when that arrived)
         self._talk = threading.Lock()  # with the store
         self._looking = threading.Lock()
         self._last_beat = self._last_look = time.monotonic()
@@ -109,8 +109,8 @@ class Watchdog:
             # Nobody is there to judge: a rank that waits for others may rightly be older than its own phase's limit.
             if self._own_age() > limit_of(self._timeout, slow=True) + 30:
                 self._decide(Verdict(self._overdue_text(), (self._rank,)))
-            if self._known.wait(_BEAT) and not self._closed.is_set():
-                self._end()
+            if self._known.wait(_BEAT) and not self._closed.is_set() and self._verdict is not None:
+                self._end(self._verdict)
 
     def _look(self) -> float:
         """The time. After a suspension what was heard last says nothing, and the phase is that much younger."""
@@ -196,16 +196,16 @@ class Watchdog:
             text = f"rank 0 ({last.host}): {LOST}; last seen in {last.phase}"
         return Verdict(f"{text} [{reason}]", (0,))
 
-    def _end(self) -> None:
+    def _end(self, verdict: Verdict) -> None:
         """End this process; the main thread may be stuck for good."""
-        hangs = self._rank in self._verdict.ranks and not self._ending.is_set()
+        hangs = self._rank in verdict.ranks and not self._ending.is_set()
         if hangs:
-            print(f"[rank {self._rank}] {self._verdict.text}; the stack:", file=sys.stderr, flush=True)
+            print(f"[rank {self._rank}] {verdict.text}; the stack:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
         elif self._ending.wait(_GRACE):
             time.sleep(_LAST_WORDS)  # the main thread says why and exits
         else:
-            print(f"[rank {self._rank}] ended because other ranks did: {self._verdict.text}", file=sys.stderr)
+            print(f"[rank {self._rank}] ended because other ranks did: {verdict.text}", file=sys.stderr)
         sys.stderr.flush()
         if self._rank == 0:
             self._let_others_hear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from types import MappingProxyType
 from typing import Any
 
@@ -77,6 +78,7 @@ class Pass(ABC):
         assert not state, f"the pass {self.name} carries nothing from step to step"
 
     def weighted(self, terms: dict[str, Tensor]) -> list[Tensor]:
+        """Weigh each term inside the objective."""
         return [value * self.term_weights.get(name, 1.0) for name, value in terms.items()]
 
 
@@ -107,7 +109,7 @@ def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
             whole = objective.global_terms(*objective.global_inputs(outputs))
             terms.update({name: value.detach() for name, value in whole.items()})
             total += objective.weighted(whole)
-        return _not_finite_with(terms.values(), sum(total) * objective.weight)
+        return _not_finite_with(terms.values(), reduce(torch.add, total) * objective.weight)
 
     train(run, objective.mode, inputs, count, loss)
     return {f"{objective.name}/{name}": value for name, value in _on_all_stages(objective, run, terms).items()}
@@ -158,6 +160,6 @@ def _first_pass(objective: Pass, outputs: list[Any]) -> tuple[_Seeds, dict[str, 
     rows = [torch.cat(parts).requires_grad_() for parts in zip(*(rows for rows, _ in collected))]
     shared = [value.detach().requires_grad_() for value in collected[0][1]]
     terms = objective.global_terms(rows, shared)
-    gradients = torch.autograd.grad(sum(objective.weighted(terms)), rows + shared)
+    gradients = torch.autograd.grad(reduce(torch.add, objective.weighted(terms)), rows + shared)
     seeds = _Seeds([g.split(sizes) for g in gradients[: len(rows)]], gradients[len(rows) :])
     return seeds, {name: value.detach() for name, value in terms.items()}

@@ -64,10 +64,10 @@ class InLoopEvaluation:
         return next(few.batches(count))["image"]
 
     @torch.no_grad()
-    def metrics(self, step: int) -> dict[str, float]:
+    def metrics(self, step: int) -> None:
         """Evaluate on the test split; written to ``evaluation.json`` and the log."""
         if self.test_set is None:
-            return {}
+            return
         model = VTPEvaluated(self.engine.infer, self.engine.module.objectives)
         with self.telemetry.paused():
             found = evaluate(
@@ -78,7 +78,6 @@ class InLoopEvaluation:
             write_metrics(self.output_dir / "evaluation.json", {"step": step, **found})
             print("\n" + format_table(found), flush=True)
         self.telemetry.event("evaluation", step=step, **found)
-        return found
 
     def finish(self, step: int) -> None:
         """What a finished run leaves: the last pictures, the metrics, the loss curves."""

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from megavtp.config.load import load_config
+from megavtp.config.run import RunConfig
 from megavtp.errors import UserError
 from megavtp.launch import phase, ranks
 from megavtp.launch.arguments import launcher_parser
@@ -39,7 +40,7 @@ class Launcher:
     description: str
     example: str
     recipe_help: str
-    settings: type
+    settings: type[RunConfig]
     validate: Callable[[Any, int], Any]
     summary: Callable[[Any, int], str]
     recipe: Callable[[Any, torch.device], Recipe]

@@ -82,7 +82,8 @@ def _observed(trainer: Trainer, batch: Any) -> _Report:
         terms, result = trainer.do_step(batch)
     own = {name: float(value) for name, value in terms.items()}
     of_ranks = all_gather_object((own, watch.found))
-    values, faults = [], []
+    values: list[str] = []
+    faults: list[str] = []
     for name in own:
         ranks = [of_rank[name] for of_rank, _ in of_ranks]
         bad = [str(rank) for rank, value in enumerate(ranks) if not math.isfinite(value)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 from megavtp.launch import phase
 from megavtp.launch.ranks import STOPPED
 from megavtp.parallel.collectives import together
@@ -21,13 +19,19 @@ def run(recipe: Recipe, replay: int | None = None) -> int:
     """
     phase.enter("opening data and building the model", slow=True)
 
-    def open_files() -> AbstractContextManager[OutputDir | None]:
+    def open_files() -> OutputDir:
         recipe.open()
-        return OutputDir(recipe.config, recipe.mesh.rank == 0) if replay is None else nullcontext()
+        return OutputDir(recipe.config, recipe.mesh.rank == 0)
 
-    with together(open_files) as output:
+    if replay is None:
+        with together(open_files) as output:
+            recipe.build()
+            status = _train(recipe, output)
+            recipe.engine.close()
+    else:
+        together(recipe.open)
         recipe.build()
-        status = replay_step(recipe, replay) if replay is not None else _train(recipe, output)
+        status = replay_step(recipe, replay)
         recipe.engine.close()
     return status
 

@@ -17,8 +17,8 @@ from megavtp.config.run import RunConfig
 from megavtp.errors import UserError
 from megavtp.json_file import Count
 from megavtp.parallel.collectives import all_gather, together
-from megavtp.parallel.deepspeed_adapter import MOMENTS
 from megavtp.parallel.engine import Engine
+from megavtp.parallel.engine_state import MOMENTS
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.passes import Pass
 from megavtp.parallel.sharding import Shard, cut, whole_shape
