@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from megavtp.config.precision import compute_dtype
 from megavtp.config.share import share
 from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig, contrastive_size, feature_width
 from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS, weight_shapes
@@ -126,7 +127,7 @@ class TensorLayout:
     sequence_parallel: bool = False
 
 
-class Parts:
+class Rehearsals:
     """Rehearsals of a configuration's parts, each made once.
 
     ``config`` has resolved sizes; of its ``parallel`` section only the precision counts here. ``fused_norms``: as
@@ -135,7 +136,7 @@ class Parts:
 
     def __init__(self, config: ResolvedConfig, *, fused_norms: bool):
         self.config, self.fused_norms = config, fused_norms
-        self.dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+        self.dtype = compute_dtype(config.parallel.precision)
         self.objectives = frozenset(share(config, 1).passes)
         self._known: dict[tuple, Any] = {}
 
@@ -181,7 +182,7 @@ class Parts:
             for count in (1, 2):
 
                 def forward(count: int = count) -> Tensor:
-                    with model._precision(), torch.set_grad_enabled(kind != "global"):
+                    with model.precision(), torch.set_grad_enabled(kind != "global"):
                         return run_blocks(blocks[:count], x, segments, tables, drop, recompute)
 
                 costs.append(as_cost(rehearse(mesh, forward, list(tower.parameters()), inputs=[x])))

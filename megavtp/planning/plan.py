@@ -14,8 +14,8 @@ from megavtp.parallel.traffic import Transfer
 from megavtp.planning import zero
 from megavtp.planning.devices import Device
 from megavtp.planning.flops import flops_per_step
-from megavtp.planning.parts import MODES, Parts, Sent
-from megavtp.planning.passes import PassCost, pass_costs, place_of
+from megavtp.planning.parts import MODES, Rehearsals, Sent
+from megavtp.planning.passes import PassCost, pass_costs, rank_layout
 
 T = TypeVar("T")
 GIB = 2**30
@@ -119,7 +119,7 @@ class Planner:
         self, config: ResolvedConfig, groups: zero.Groups, device: Device, gpus_per_node: int = 8, *, cuda: bool = True
     ):
         self.device, self.gpus_per_node = device, gpus_per_node
-        self.parts = Parts(config, fused_norms=cuda)
+        self.parts = Rehearsals(config, fused_norms=cuda)
         self.inventory = zero.Inventory(config.model, self.parts.objectives, groups)
         self._known: dict[tuple, Any] = {}
 
@@ -158,10 +158,10 @@ class Planner:
         return self._once(key, lambda: zero.state(pieces, p.zero_stage, dp, first_mode=first, hold=hold))
 
     def _rank(self, config: ResolvedConfig, world_size: int, pp_rank: int) -> RankPlan:
-        p, place = config.parallel, place_of(config, world_size, pp_rank)
-        shares = share(config, place.dp).passes
+        p, layout = config.parallel, rank_layout(config, world_size, pp_rank)
+        shares = share(config, layout.dp).passes
         sizes = tuple((name, part.micro_batch) for name, part in shares.items())
-        passes = self._once((place, sizes), lambda: pass_costs(self.parts, config, place))
+        passes = self._once((layout, sizes), lambda: pass_costs(self.parts, config, layout))
         pieces = self.pieces(config, pp_rank)
         state = self._state(config, world_size, pp_rank)
         sent: Sent = Counter()
@@ -170,11 +170,11 @@ class Planner:
         calls = [call for cost in passes.values() for call in cost.calls]
         shared = not config.model.bottleneck_reconstruction_only
         hold = p.zero3_gather == "step"
-        sent += zero.traffic(pieces, p.zero_stage, place.dp, calls, shared, hold=hold)
-        sent += zero.norm_traffic(pieces, p.zero_stage, place.dp, p.tp * p.pp, self.inventory.towers)
+        sent += zero.traffic(pieces, p.zero_stage, layout.dp, calls, shared, hold=hold)
+        sent += zero.norm_traffic(pieces, p.zero_stage, layout.dp, p.tp * p.pp, self.inventory.towers)
         trained = sum(piece.numel for piece in pieces if piece.trained)
         others = sum(piece.numel for piece in pieces if not piece.trained)
-        cut = place.dp if p.zero_stage > 0 else 1
+        cut = layout.dp if p.zero_stage > 0 else 1
         return RankPlan(
-            pp_rank, state, passes, sent, trained // cut, others // (place.dp if p.zero_stage == 3 else 1)
+            pp_rank, state, passes, sent, trained // cut, others // (layout.dp if p.zero_stage == 3 else 1)
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 from megavtp.checkpoint.formats.initial import fill, read_initial
 from megavtp.checkpoint.reading import has_checkpoints
 from megavtp.checkpoint.store import Checkpoint
+from megavtp.config.precision import compute_dtype
 from megavtp.config.share import Share, share
 from megavtp.config.sizes import ResolvedConfig
 from megavtp.config.validate import with_vocabulary
@@ -153,7 +154,7 @@ def build_model(
         config.model, mesh, objectives=frozenset(shares.passes), seed=config.seed,
         recompute=config.parallel.recompute, attention=config.parallel.attention,
         max_scale=config.objectives.contrastive.max_scale,
-        compute_dtype=torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32,
+        compute_dtype=compute_dtype(config.parallel.precision),
         frozen_encoder=config.objectives.reconstruction.frozen_encoder, device=device,
     )
     if initial:

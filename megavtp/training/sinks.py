@@ -15,7 +15,7 @@ from megavtp.errors import UserError
 _RUN_ID = "wandb_run_id"  # file in the output folder: a resumed run goes on in the same chart
 
 
-class Sink(Protocol):
+class MetricsSink(Protocol):
     """Takes numbers and pictures by step."""
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -41,9 +41,9 @@ def check_sinks(config: LoggingConfig) -> None:
 
 def open_sinks(
     config: LoggingConfig, output_dir: Path, start_step: int, run_config: Mapping[str, Any]
-) -> list[Sink]:
+) -> list[MetricsSink]:
     """The configured sinks of a run that starts after ``start_step`` steps; ``run_config`` is shown beside it."""
-    sinks: list[Sink] = []
+    sinks: list[MetricsSink] = []
     if config.wandb != "disabled":
         sinks.append(WandbSink(config, output_dir, start_step, run_config))
     if config.tensorboard:

@@ -20,7 +20,7 @@ from megavtp.parallel.mesh import Mesh
 from megavtp.planning.devices import device_peak_tflops
 from megavtp.training.metrics_file import MetricsFile
 from megavtp.training.progress import ProgressLine, peak_memory_gib
-from megavtp.training.sinks import Sink, check_sinks, open_sinks
+from megavtp.training.sinks import MetricsSink, check_sinks, open_sinks
 
 METRICS_FILE = "metrics.jsonl"
 _NORM = "grad_norm/"  # what sets a tower's gradient norm apart from the terms
@@ -46,7 +46,8 @@ class Telemetry:
     def __init__(
         self, config: LoggingConfig, output_dir: Path, *, is_main: bool, total_steps: int, images_per_step: int,
         flops_per_step: float | None = None, peak_tflops: float | None = None, device: torch.device | None = None,
-        reduce: Callable[[Tensor], Tensor] = lambda x: x, make_sinks: Callable[[int], list[Sink]] = lambda step: [],
+        reduce: Callable[[Tensor], Tensor] = lambda x: x,
+        make_sinks: Callable[[int], list[MetricsSink]] = lambda step: [],
         keep_folder: Callable[[], None] = lambda: None,
     ):
         self._config = config
@@ -63,7 +64,7 @@ class Telemetry:
         self._steps: list[list[Tensor]] = []  # terms of the steps since the last line, on the device
         self._norms: list[Tensor | float] = []
         self._file: MetricsFile | None = None
-        self._sinks: list[Sink] = []
+        self._sinks: list[MetricsSink] = []
         self._before_start: list[dict[str, Any]] = []
         self._progress = ProgressLine()
         self._seconds_per_step: float | None = None
