@@ -1,4 +1,4 @@
-"""The engine a trainer sees: forward, backward, update and whole-tensor state, on any ZeRO stage."""
+"""The engine that a trainer sees: forward, backward, update and whole-tensor state, on any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; norms are of the gradient before clipping.
+    """What a step did.
 
-    applied: False when the gradient norm was not finite, and nothing moved. tower_norms: of the parameter groups that
-    carry the same ``tower``.
+    Attributes:
+        applied: False when the gradient norm was not finite, and nothing moved.
+        grad_norm: the global gradient norm before clipping.
+        tower_norms: the same norm over the parameter groups of each ``tower``.
     """
 
     applied: bool
@@ -70,7 +72,7 @@ class Engine(Generic[M]):
         cls, module: M, optimizer: torch.optim.Optimizer, mesh: Mesh, config: RunConfig,
         leaf_classes: tuple[type[nn.Module], ...],
     ) -> Engine[M]:
-        """The engine that a run's settings ask for."""
+        """Make the engine that a run's settings ask for."""
         p = config.parallel
         return cls(
             module, optimizer, mesh, zero_stage=p.zero_stage, clip_grad=config.train.optimizer.clip_grad,
@@ -81,7 +83,7 @@ class Engine(Generic[M]):
         return self._engine(*args, **kwargs)
 
     def infer(self, mode: str, **inputs: Any) -> Any:
-        """The result of a forward without gradient on every rank, whatever the layout."""
+        """Return the result of a forward without gradient, on every rank of any layout."""
         return pipeline.infer(self, mode, **inputs)
 
     def legs(self, mode: str) -> int:
@@ -91,7 +93,7 @@ class Engine(Generic[M]):
         return cast(pipeline.Striped, self.module).flow(mode, stage, **inputs)
 
     def begin_step(self) -> None:
-        """Before the first backward of an optimizer step."""
+        """Prepare for an optimizer step; this is called before its first backward."""
         adapter.before_step(self._engine)
 
     def backward(self, loss: Tensor) -> None:
@@ -117,9 +119,9 @@ class Engine(Generic[M]):
             torch._foreach_lerp_(targets, sources, weight)
 
     def export(self, wanted: Callable[[int], bool]) -> dict[str, Tensor]:
-        """Whole (not tensor-parallel) tensors by logical name: ``model/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME``.
+        """Return whole tensors by logical name: ``model/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME``.
 
-        Collective over the world. A pipeline rank has the names of its own stages; of these, only tensors whose
+        This is collective over the world. A pipeline rank has the names of its own stages; of these, only tensors whose
         running number is ``wanted`` are kept, so that its tp x dp writers share the memory and the work.
         """
         engine_state.ensure_optimizer_state(self._engine)
@@ -161,7 +163,7 @@ class Engine(Generic[M]):
         engine_state.write_state(self._engine, pieces(), optimizer_steps)
 
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each whole parameter by name."""
+        """Return the shape of each whole parameter by name."""
         return {
             name: whole_shape(engine_state.whole_shape(parameter), shard_of(parameter), self.mesh.tp)
             for parameter, name in self.names.items()

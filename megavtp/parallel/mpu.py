@@ -17,7 +17,8 @@ class Mpu:
     def __init__(self, mesh: Mesh):
         self._mesh = mesh
         alone = None
-        for rank in range(mesh.world_size):  # collective: an axis of size 1 still needs a group of its own
+        # DeepSpeed needs a group also for an axis of size 1, and every rank takes part in creating each one.
+        for rank in range(mesh.world_size):
             group = dist.new_group([rank])
             if rank == mesh.rank:
                 alone = group
