@@ -43,7 +43,7 @@ class Pass(ABC):
 
     @abstractmethod
     def prepare(self, run: Runner, batch: Any) -> int:
-        """Take this rank's share of a step, run what is forward only (a teacher); return the number of micro-batches."""
+        """Take this rank's share of a step and run what has no backward (a teacher); return how many micro-batches."""
 
     @abstractmethod
     def inputs(self, micro: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the passes of a step need and send on one pipeline rank, put together from the rehearsed parts."""
+"""The memory and traffic of a step's passes on one pipeline rank, put together from the rehearsed parts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megavtp.planning.zero import FLOAT, Calls
 
 @dataclass(frozen=True)
 class RankLayout:
-    """A layout, but for ZeRO, with one pipeline rank in it."""
+    """A layout without ZeRO, and one of its pipeline ranks."""
 
     tensor: TensorLayout
     dp: int
@@ -41,16 +41,16 @@ class RankLayout:
 
 @dataclass(frozen=True)
 class PassCost:
-    """One objective on one rank.
+    """What one objective costs on one rank.
 
     Attributes:
-        peak: activation bytes, at most.
-        activity: bytes that its training forwards hold in all, each micro-batch counted: a measure of the traffic to
-            memory beside the products.
+        peak: the most activation bytes at one time.
+        activity: bytes that the training forwards of all micro-batches hold together: a measure of the memory
+            traffic beside the products.
         sent: payload bytes by (axis, operation).
         bubble: idle time over busy time in the pipeline.
-        calls: of the forwards, for ZeRO.
-        forwards: each sample's, in units of a forward; 3 is a plain training pass.
+        calls: how often the model is called, for ZeRO.
+        forwards: the work on a sample in units of a forward; a plain training pass is 3.
     """
 
     peak: float
@@ -68,13 +68,13 @@ def rank_layout(config: ResolvedConfig, world_size: int, pp_rank: int) -> RankLa
 
 
 def pass_costs(parts: Rehearsals, config: ResolvedConfig, layout: RankLayout) -> dict[str, PassCost]:
-    """What each objective that is on costs; ``config`` is validated."""
+    """Return what each objective that is on costs; ``config`` is validated."""
     shares = share(config, layout.dp).passes
     return {name: pass_cost(parts, config, layout, name, part) for name, part in shares.items()}
 
 
 def pass_cost(parts: Rehearsals, config: ResolvedConfig, layout: RankLayout, name: str, part: PassShare) -> PassCost:
-    """One objective with the micro-batches of ``part``."""
+    """Return what one objective costs with the micro-batches of ``part``."""
     mode, m, count = MODES[name], part.micro_batch, part.micro_batches
     chains = _chains(parts, config, layout, mode, m)
     batch_terms = parts.over_batch(mode, part.local, layout.dp) if layout.is_last else Cost()
@@ -105,7 +105,7 @@ def pass_cost(parts: Rehearsals, config: ResolvedConfig, layout: RankLayout, nam
             sent += _times(segment.forward, count) + _times(segment.backward, count)
         sent += _sends(parts, layout, mode, chain.stage, m, count, back=True)
     if layout.pp > 1:
-        sent["pp", "broadcast"] += FLOAT * _terms(config, mode)  # every rank is told the terms
+        sent["pp", "broadcast"] += FLOAT * _terms(config, mode)  # the terms are sent to every rank
     V = len(chains)
     peak = max(peak, base + _in_flight(chains, layout, count))
     plain = chains if layout.recompute == "none" else _chains(parts, config, layout, mode, m, redo=False)
@@ -125,7 +125,7 @@ class _Chain:
 
     stage: int
     segments: list[Cost]
-    input_bytes: float = 0  # that live to the end of the forward only
+    input_bytes: float = 0  # bytes that live to the end of the forward only
 
     @property
     def held(self) -> float:
@@ -133,7 +133,7 @@ class _Chain:
 
     @property
     def peak(self) -> float:
-        """While a part runs backward, what the parts before it hold is still there, and nothing of those after it."""
+        """The most bytes at one time: while a part runs backward, only the parts before it still hold theirs."""
         before, most = 0.0, 0.0
         for segment in self.segments:
             most = max(most, before + segment.peak)
@@ -151,7 +151,7 @@ def _chains(
     parts: Rehearsals, config: ResolvedConfig, layout: RankLayout, mode: str, m: int, *, loss: bool = True,
     redo: bool = True,
 ) -> list[_Chain]:
-    """Stage by stage what this rank runs of a pass; with one rank everything is one stage."""
+    """Return, stage by stage, what this rank runs of a pass; with one rank everything is one stage."""
     cuts = tower_cuts(config.model, parts.objectives, layout.chunks)
     recompute = layout.recompute if redo else "none"
     # In float32 the embedding itself holds them.
@@ -181,7 +181,7 @@ def _chains(
 
 
 def _in_flight(chains: Sequence[_Chain], layout: RankLayout, count: int) -> float:
-    """Most bytes at one time when the rank's operations run in the schedule's order."""
+    """Return the most bytes at one time when the rank's operations run in the schedule's order."""
     of_stage = {chain.stage: chain for chain in chains}
     V = len(chains)
     schedule = layout.schedule if layout.pp > 1 else "1f1b"
@@ -209,7 +209,7 @@ def _forward_traffic(
 
 
 def _sends(parts: Rehearsals, layout: RankLayout, mode: str, stage: int, m: int, count: int, *, back: bool) -> Sent:
-    """What goes to the ranks of the next stage and, as gradients, of the one before."""
+    """Count what is sent to the next stage or, as gradients, to the stage before."""
     sent: Sent = Counter()
     if layout.pp == 1:
         return sent
@@ -233,7 +233,7 @@ def _embeddings(config: ResolvedConfig, mode: str) -> int:
 
 
 def _terms(config: ResolvedConfig, mode: str) -> int:
-    """How many loss terms a pass reports."""
+    """Return how many loss terms a pass reports."""
     if mode == "contrastive":
         return 1
     if mode == "reconstruction":

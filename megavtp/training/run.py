@@ -1,4 +1,4 @@
-"""One run of a recipe, from its files to its last checkpoint."""
+"""A run of a recipe, from its files to its last checkpoint."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from megavtp.training.trainer import Trainer
 
 
 def run(recipe: Recipe, replay: int | None = None) -> int:
-    """Train from the newest checkpoint, or from the start, to the end; returns the exit status.
+    """Train from the newest checkpoint, or from the start, to the end; return the exit status.
 
-    ``replay``: do this step (from 1) again instead and print what in it is not finite; nothing is written then.
+    With ``replay`` do that step (counted from 1) again instead and print what in it is not finite; write nothing.
     """
     phase.enter("opening data and building the model", slow=True)
 
