@@ -1,4 +1,4 @@
-"""How the ranks find each other: a key-value store served by rank 0, or by torchrun, at which every rank checks in."""
+"""The ranks find each other at a key-value store, served by rank 0 or by torchrun, where every rank checks in."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ STOPPED = 143  # exit status after a signal (128 + SIGTERM): the state is saved,
 # rank 0 before it could speak; a rank that no launcher has ended by then reports the error itself.
 _PATIENCE = 15.0
 _VERDICT_PATIENCE = 15.0  # seconds until it is known which rank's end broke a connection
-_TERM_PATIENCE = 8.0  # the same, for a rank whose launcher ends it because of that rank; launchers kill after 30 s
+_TERM_PATIENCE = 8.0  # the same for a rank that its launcher ends, as launchers kill after 30 s
 _NO_LIMIT = timedelta(days=30)  # for the process group, when the watchdog has no limit
 # What gloo, NCCL and the rendezvous store say when another process has gone.
 _PEER_GONE = (

@@ -1,4 +1,4 @@
-"""How a run is asked to stop, and how all ranks agree on the step after which they do."""
+"""Signals ask a run to stop, and all ranks agree on the step after which they do."""
 
 from __future__ import annotations
 

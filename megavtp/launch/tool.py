@@ -1,4 +1,4 @@
-"""How a tool that can share its work runs: with all processes of a launcher, or alone."""
+"""A tool that can share its work runs in all processes of a launcher, or alone."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Watchdog:
         self._talk = threading.Lock()  # held while the store is used
         self._looking = threading.Lock()
         self._last_beat = self._last_look = time.monotonic()
-        self._suspended = (0, 0.0)  # number of a phase, seconds of it
+        self._suspended = (0, 0.0)  # the number of a phase, and for how long it was suspended
         self._talker = threading.Thread(target=self._beats, name="watchdog-store", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 

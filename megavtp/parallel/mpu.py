@@ -8,7 +8,7 @@ from megavtp.parallel.mesh import Mesh
 
 
 class Mpu:
-    """What DeepSpeed asks of a model-parallel unit, answered from the mesh.
+    """Answers what DeepSpeed asks of a model-parallel unit from the mesh.
 
     The model-parallel group is the tp x pp ranks of one replica, and the model-parallel rank counts over both: the
     gradient norm is summed over that group.

@@ -21,7 +21,7 @@ from megavtp.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class TokenCut:
-    """How packed tokens (T, D) lie on the tp ranks.
+    """The distribution of packed tokens (T, D) over the tp ranks.
 
     They are cut as one row of tokens, n = ceil(T / tp), of which rank r has those from r * n on. Where the work on a
     token depends on its sample, each of ``sequences`` equal sequences is cut in this way instead: a rank has its part

@@ -1,4 +1,4 @@
-"""How a parameter is cut over tensor-parallel ranks, as data on the parameter itself.
+"""The cut of a parameter over tensor-parallel ranks, as data on the parameter itself.
 
 The checkpoint, the gradient norm and the tests read it from there; no name pattern is matched anywhere.
 """

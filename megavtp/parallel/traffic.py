@@ -1,4 +1,4 @@
-"""What the ranks really send to each other, counted below all libraries: our collectives, the pipeline, DeepSpeed."""
+"""The traffic between ranks as it really is, counted below our collectives, the pipeline and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Transfer:
 
     @property
     def wire_bytes(self) -> float:
-        """What one rank sends with ring algorithms; a call that has none sends its whole payload."""
+        """The bytes that one rank sends with ring algorithms; a call that has none sends its whole payload."""
         steps = _RING_STEPS.get(self.op)
         return float(self.bytes) if steps is None else steps * self.bytes * (self.ranks - 1) / self.ranks
 

@@ -73,7 +73,7 @@ def search(planner: Planner, config: ResolvedConfig, world_size: int, budget: fl
 
 
 def _mildest(planner: Planner, variants: list[list[ResolvedConfig]], world_size: int, budget: float) -> Iterator[Plan]:
-    """For each way to cut micro-batches the first plan that fits, saving more and more; and the last one tried."""
+    """Return the first plan that fits for each way to cut micro-batches, saving more and more, and the last tried."""
     for saving in _SAVING:
         if saving[0] and variants[0][0].parallel.tp == 1:
             continue

@@ -124,7 +124,7 @@ def _curves(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    """As a PNG file, in place at once: a viewer never sees half a picture."""
+    """Write a PNG file and rename it into place, so that a viewer never sees half a picture."""
     file = io.BytesIO()
     picture.save(file, format="PNG")
     try:

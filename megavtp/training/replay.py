@@ -109,9 +109,9 @@ def _place(rank: int, mesh: Mesh) -> str:
 
 
 class Watch:
-    """Finds, while it is entered, the first module of each tower whose output is not finite, in the order of the
-    forward, and the first parameter whose gradient is not, in the order of the backward. Each check waits for the device.
+    """Finds the first module of each tower whose output is not finite, and the first parameter whose gradient is not.
 
+    It looks while it is entered, in the order of the forward and of the backward, and waits for the device each time.
     The gradients are this rank's own of one micro-batch, before they are added up, as ZeRO keeps them flattened.
 
     Attributes:
