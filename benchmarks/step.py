@@ -3,9 +3,9 @@
     python benchmarks/step.py                                     # CPU: the tiny model; GPU: VTP-B
     python benchmarks/step.py --size l --batch 64 --steps 20 --out benchmarks/results
 
-One process, one device, one batch that stays: what is compared is the work of a step, without data loading and without
-communication, so the ZeRO stages show their overhead here and not their gain. Each case has a process of its own, so
-that its peak memory is its own. Ratios are to the first case. Writes DEVICE.json and DEVICE.md. ``make test-gpu``
+It compares the work of a step on one device in one process, always on the same batch. There is no data loading and no
+communication, so the ZeRO stages show their overhead here and not their gain. Each case runs in a new process, which
+has its own peak memory. Ratios are to the first case. It writes DEVICE.json and DEVICE.md. ``make test-gpu``
 runs it on a GPU, after the tests.
 """
 
@@ -147,7 +147,7 @@ def make_config(options: argparse.Namespace, case: dict, gpu: bool):
 
 
 def make_batch(config, pin: bool):
-    """A batch of noise in the shapes and with the masks of a real one."""
+    """Make a batch of noise in the shapes and with the masks of a real one."""
     import io
 
     import numpy as np

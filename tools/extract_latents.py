@@ -44,8 +44,8 @@ def parse() -> argparse.Namespace:
 
 def main(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    import torch
 
+    from megavtp.config.precision import compute_dtype
     from megavtp.data.shards import split_folder
     from megavtp.extraction.job import Extraction, ExtractionSettings
     from megavtp.launch.tool import choose_device, join_others
@@ -56,9 +56,7 @@ def main(options: argparse.Namespace) -> None:
         options.label, options.flip, options.captions, options.batch_size, options.precision
     )
     device, mesh = join_others(options.device, choose_device)
-    tokenizer = load_tokenizer(
-        options.tokenizer, device, torch.bfloat16 if options.precision == "bf16" else torch.float32
-    )
+    tokenizer = load_tokenizer(options.tokenizer, device, compute_dtype(options.precision))
     workers = options.workers if options.workers is not None else 4 if device.type == "cuda" else 0
     data = together(lambda: split_folder(options.data, options.split))
     job = Extraction(

@@ -39,8 +39,7 @@ def parse() -> argparse.Namespace:
 
 def main(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    import torch
-
+    from megavtp.config.precision import compute_dtype
     from megavtp.dit.sampling.command import names_of, samples_of, settings_of
     from megavtp.dit.sampling.output import open_output
     from megavtp.dit.sampling.sampler import all_images, open_sampler
@@ -49,7 +48,7 @@ def main(options: argparse.Namespace) -> None:
     device, mesh = join_others(options.device, choose_device)
     sampler = open_sampler(
         options.dit, options.tokenizer, settings_of(options), device, average=options.weights == "average",
-        dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32,
+        dtype=compute_dtype(options.precision),
     )
     samples = samples_of(sampler.dit, options.classes, options.caption, options.per_class)
     first = mesh.rank == 0

@@ -1,4 +1,4 @@
-"""What ``parallel.precision=auto`` means on this machine."""
+"""What a precision means: its type, and what ``auto`` is on this machine."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import torch
 from megavtp.config.run import ParallelConfig
 
 _CPU_FEATURES = ("avx512_bf16", "amx_bf16")  # elsewhere bfloat16 products are made of float32 ones, or worse
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """Return the type in which "bf16" or "fp32" computes."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def with_precision(parallel: ParallelConfig) -> ParallelConfig:

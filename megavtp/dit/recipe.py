@@ -10,6 +10,7 @@ import torch
 
 from megavtp.checkpoint.kind import FACTS
 from megavtp.checkpoint.store import Checkpoint
+from megavtp.config.precision import compute_dtype
 from megavtp.data.loader import Loader
 from megavtp.dit.batch import LatentStepDataset
 from megavtp.dit.config import CompleteDiT, CompleteDiTConfig, ResolvedDiTConfig
@@ -110,7 +111,7 @@ def build_model(config: CompleteDiTConfig, mesh: Mesh, device: torch.device) -> 
     p = config.parallel
     return build_averaged_dit(
         config.model, mesh, seed=config.seed, device=device, recompute=p.recompute, attention=p.attention,
-        compute_dtype=torch.bfloat16 if p.precision == "bf16" else torch.float32,
+        compute_dtype=compute_dtype(p.precision),
     )
 
 

@@ -1,4 +1,4 @@
-"""How the ranks find each other: a key-value store served by rank 0, or by torchrun, at which every rank checks in."""
+"""The ranks find each other at a key-value store, served by rank 0 or by torchrun, where every rank checks in."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from megavtp.launch.verdict import REPORTS, load_report, own_report
 _LONG = 30 * 86_400.0  # seconds, when there is no limit
 _POLL = 0.1  # seconds
 _CONNECTS = 5.0  # seconds that a connection may take
-_READING = 0.5  # seconds that the others have to read what rank 0 says
+_READING = 0.5  # seconds for the others to read what rank 0 says
 _GRACE = 5.0  # seconds for rank 0 to speak first
 
 
 def meet(place: Place, timeout: float) -> dist.Store:
-    """The store of the run, once all ranks have arrived. In it lies a first report of each.
+    """Return the store of the run, once all ranks have arrived. It holds a first report of each rank.
 
     Args:
-        timeout: seconds that the ranks may arrive one after another; 0 = no limit.
+        timeout: seconds between the arrival of the first rank and the last; 0 = no limit.
 
     Raises:
         UserError: the port is in use, rank 0 cannot be reached or has gone, or ranks are missing; it says which.
@@ -46,7 +46,7 @@ def meet(place: Place, timeout: float) -> dist.Store:
 
 
 def _wait_for_server(place: Place, deadline: float) -> None:
-    """Until somebody listens there. ``TCPStore`` itself would wait for two or three times its timeout."""
+    """Wait until a process listens there. ``TCPStore`` itself would wait for two or three times its timeout."""
     while True:
         try:
             socket.create_connection((place.master_addr, place.master_port), timeout=_CONNECTS).close()
@@ -58,7 +58,7 @@ def _wait_for_server(place: Place, deadline: float) -> None:
 
 
 def _told(store: dist.Store, place: Place, limit: float, deadline: float) -> str:
-    """What rank 0 says of the missing ranks. If it has come later than this rank, it may wait for longer."""
+    """Return what rank 0 says of the missing ranks. If it has come later than this rank, it may wait for longer."""
     try:
         try:
             store.wait(["missing"], timedelta(seconds=max(0.0, deadline - time.monotonic()) + _GRACE))
@@ -92,13 +92,13 @@ def _connect(place: Place, limit: float, deadline: float) -> dist.Store:
             f"{place.master_addr}:{place.master_port} within {limit:.0f} s: see that rank 0 was started, that this "
             f"machine resolves the name {place.master_addr}, and that no firewall closes the port [{reason}]"
         ) from None
-    if place.agent_store:  # the agents use it, too, and start the ranks again in the same one
+    if place.agent_store:  # the agents use this store, too, and restarted ranks get the same one
         return dist.PrefixStore(f"/worker/attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     return store
 
 
 def _missing(store: dist.Store, world: int, limit: float, deadline: float) -> str:
-    """Empty when all ranks have arrived, else what to say of those that have not by the deadline."""
+    """Return "" when all ranks have arrived, or else a message about those that have not by the deadline."""
     waiting = list(range(world))
     while waiting := [rank for rank in waiting if not store.check([f"{REPORTS}/{rank}"])]:
         if time.monotonic() > deadline:

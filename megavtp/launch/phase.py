@@ -1,4 +1,4 @@
-"""Where this rank is in its work: what messages about a failed, lost or hung rank say of it."""
+"""Where this rank is in its work, for messages about a rank that failed, is lost or hangs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Phase:
-    """What a rank does at a time.
+    """What a rank is doing.
 
-    number: how many phases it has entered. All ranks enter the same ones in the same order, so a smaller number is a
-        rank behind the others.
-    since: ``time.monotonic()`` of its begin.
-    slow: reads or writes much, or runs an evaluation: may take longer than a part of a step.
+    Attributes:
+        number: how many phases the rank has entered. All ranks enter the same ones in the same order, so the rank with
+            a smaller number is behind the others.
+        since: ``time.monotonic()`` when it began.
+        slow: it reads or writes much, or runs an evaluation, and may take longer than the others.
     """
 
     number: int
@@ -31,7 +32,7 @@ _waiting: set[threading.Thread] = set()  # for other ranks
 
 
 def enter(name: str, *, slow: bool = False) -> None:
-    """Begin a phase, as in "step 12, pass contrastive". Host work of a microsecond."""
+    """Begin a phase, as in "step 12, pass contrastive". It costs the host a microsecond."""
     global _current
     _current = Phase(_current.number + 1, name, time.monotonic(), slow)
 
@@ -42,7 +43,7 @@ def current() -> Phase:
 
 @contextmanager
 def handed_to(thread: threading.Thread) -> Iterator[None]:
-    """The main thread waits for this one: where that is, is where the rank is."""
+    """While the main thread waits for ``thread``, the rank is where that thread is."""
     global _working
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -56,7 +57,7 @@ def handed_to(thread: threading.Thread) -> Iterator[None]:
 
 @contextmanager
 def waiting_for_others() -> Iterator[None]:
-    """This thread waits for other ranks, as in a collective, but by means that are not of torch.distributed."""
+    """Mark that this thread waits for other ranks, as in a collective, but not in torch.distributed."""
     thread = threading.current_thread()
     _waiting.add(thread)
     try:
@@ -66,6 +67,6 @@ def waiting_for_others() -> Iterator[None]:
 
 
 def working_thread() -> tuple[threading.Thread, bool]:
-    """The thread that does this rank's work now, and whether it is ``waiting_for_others``."""
+    """Return the thread that does this rank's work now, and whether it is ``waiting_for_others``."""
     thread = _working
     return thread, thread in _waiting

@@ -25,13 +25,13 @@ from megavtp.launch.verdict import limit_of
 from megavtp.launch.watchdog import Watchdog
 from megavtp.parallel.deepspeed_adapter import import_deepspeed
 
-STOPPED = 143  # exit status after a signal (128 + SIGTERM): the state is saved, the same command goes on
-# Seconds that rank 0 has to tell of an error that all ranks find. A rank that left before it would have the launcher
-# end rank 0 in silence; one that is still here afterwards (no launcher ends it) tells its own.
+STOPPED = 143  # exit status after a signal (128 + SIGTERM): the state is saved, and the same command goes on from it
+# Seconds that rank 0 has to report an error that all ranks find. If another rank left first, the launcher would end
+# rank 0 before it could speak; a rank that no launcher has ended by then reports the error itself.
 _PATIENCE = 15.0
 _VERDICT_PATIENCE = 15.0  # seconds until it is known which rank's end broke a connection
-_TERM_PATIENCE = 8.0  # the same, for a rank whose launcher ends it because of that rank; launchers kill after 30 s
-_NO_LIMIT = timedelta(days=30)  # of the process group, when the watch has none
+_TERM_PATIENCE = 8.0  # the same for a rank that its launcher ends, as launchers kill after 30 s
+_NO_LIMIT = timedelta(days=30)  # for the process group, when the watchdog has no limit
 # What gloo, NCCL and the rendezvous store say when another process has gone.
 _PEER_GONE = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was likely closed",
@@ -41,7 +41,7 @@ _watchdog: Watchdog | None = None
 
 
 class _Terminated(BaseException):
-    """SIGTERM or SIGHUP while nothing is to be saved: before the first step, or after the last."""
+    """Raised by SIGTERM or SIGHUP while there is nothing to save: before the first step, or after the last."""
 
 
 def _on_stop_signal(signum, frame) -> None:
@@ -52,7 +52,7 @@ def start(timeout: float = 600) -> torch.device:
     """Initialise torch.distributed (NCCL with GPUs, else gloo), watch over the ranks, and return this rank's device.
 
     Args:
-        timeout: seconds that all ranks have to arrive, and that a part of a step may take; 0 = no limit.
+        timeout: seconds that all ranks have to arrive, and that a phase of a step may take; 0 = no limit.
 
     Raises:
         UserError: more local ranks than GPUs, or the rendezvous fails.
@@ -62,7 +62,7 @@ def start(timeout: float = 600) -> torch.device:
 
 
 def join(place: Place, store: dist.Store, timeout: float) -> torch.device:
-    """The second half of ``start``, of ranks that have met at ``store``."""
+    """Do the second half of ``start``, once the ranks have met at ``store``."""
     global _watchdog
     device, backend = _device(place)
     import_deepspeed()
@@ -75,7 +75,7 @@ def join(place: Place, store: dist.Store, timeout: float) -> torch.device:
     if not dist.is_initialized():
         _watchdog = Watchdog(store, place.rank, place.world, socket.gethostname(), timeout)
         _watchdog.start()
-        limit = timedelta(seconds=limit_of(timeout, True) + 60) if timeout else _NO_LIMIT  # the watch comes first
+        limit = timedelta(seconds=limit_of(timeout, True) + 60) if timeout else _NO_LIMIT  # after the watchdog's
         try:
             dist.init_process_group(
                 backend, store=dist.PrefixStore("group", store), rank=place.rank, world_size=place.world, timeout=limit
@@ -114,7 +114,7 @@ def _device(place: Place) -> tuple[torch.device, str]:
 
 
 def stop() -> None:
-    """Leave the process group in step: without it gloo's threads sometimes abort the exit."""
+    """Leave the process group together: without the barrier gloo's threads sometimes abort the exit."""
     global _watchdog
     if dist.is_initialized():
         phase.enter("leaving")
@@ -126,13 +126,15 @@ def stop() -> None:
 
 
 def run_ranks(main: Callable[[], int | None]) -> NoReturn:
-    """Run a launcher's ``main`` on this rank and exit with its status: 0 finished, ``STOPPED`` saved its state and can
-    be started again, 2 an error of the user's (one line), 1 a bug, or other ranks that failed, are lost or hang.
+    """Run a launcher's ``main`` on this rank and exit with its status.
 
-    Before the ranks are joined every rank finds the same error, so rank 0 speaks for all; afterwards the rank that
-    raises does, and the others are told and end within seconds. See ``watchdog`` for those that cannot speak.
+    0: finished. ``STOPPED``: the state is saved, and the run can be started again. 2: an error of the user's, told in
+    one line. 1: a bug, or other ranks have failed, are lost or hang.
+
+    Before the ranks are joined every rank finds the same error, so rank 0 reports it for all. Afterwards the
+    rank that raises does, and the others are told and end within seconds. ``watchdog`` covers ranks that cannot.
     """
-    phase.enter("starting", slow=True)  # this process may have been forked from one that imported it long ago
+    phase.enter("starting", slow=True)  # this process may be a fork of one that imported this long ago
     cli.go_on_unread()
     try:
         status = main() or 0
@@ -149,7 +151,7 @@ def run_ranks(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _tell_all(error: BaseException) -> int:
-    """Say on this rank's stderr, and to the other ranks, why it ends; returns the exit status."""
+    """Say on this rank's stderr, and to the other ranks, why this one ends; return the exit status."""
     if isinstance(error, UserError):
         return _user_error(error)
     if isinstance(error, _Terminated):
@@ -179,7 +181,7 @@ def _rank() -> int:
 def _user_error(error: UserError) -> int:
     try:
         place = detect()
-    except UserError:  # it is what the launcher set that is wrong
+    except UserError:  # what the launcher set is wrong
         place = None
     joined = dist.is_initialized() and dist.get_world_size() > 1
     if place is not None and place.rank > 0 and not joined:
@@ -192,7 +194,7 @@ def _user_error(error: UserError) -> int:
 
 
 def _terminated(name: str) -> int:
-    """Either somebody ends the job, or the launcher does because another rank has gone; that takes a moment to know."""
+    """Find out who ends this rank: somebody ends the job, or the launcher does because another rank has gone."""
     known = _watchdog.reason(_TERM_PATIENCE) if _watchdog is not None else None
     text = f"ended because other ranks did: {known}" if known else f"was told to end ({name})"
     _say(f"{text} (this rank: {phase.current().name})")
@@ -211,6 +213,6 @@ def _reason(error: BaseException) -> str:
 
 
 def _lost_others(error: BaseException) -> bool:
-    """Whether a collective failed only because its peers have left: their message is the one to read."""
+    """Tell whether a collective failed only because other ranks have left: their message is the one to read."""
     several = _watchdog is not None and int(os.environ["WORLD_SIZE"]) > 1
     return isinstance(error, RuntimeError) and several and any(sign in str(error) for sign in _PEER_GONE)

@@ -17,16 +17,17 @@ Launcher = Literal["deepspeed", "torchrun", "srun", "environment", "none"]
 
 # Ports of SLURM jobs: below the range that systems hand out to outgoing connections (32768 and up on Linux).
 _FIRST_PORT, _PORTS = 10_000, 20_000
-_ELSEWHERE = "192.0.2.1"  # of the network that RFC 5737 sets aside: nobody is there, but the default route leads to it
+_ELSEWHERE = "192.0.2.1"  # RFC 5737 sets this network aside: nobody is there, but the default route leads to it
 
 
 @dataclass(frozen=True)
 class Place:
-    """This process among all of the run.
+    """This process's place among all processes of the run.
 
-    launcher: "environment" stands for RANK, WORLD_SIZE, ... set by hand or by another launcher, "none" for one process.
-    local_rank, local_world: among the processes on this machine.
-    agent_store: torchrun itself serves the rendezvous store, else rank 0 does.
+    Attributes:
+        launcher: "environment" if RANK, WORLD_SIZE, ... were set by hand or another launcher; "none" for one process.
+        local_rank, local_world: rank and number of processes on this machine.
+        agent_store: torchrun itself serves the rendezvous store; otherwise rank 0 does.
     """
 
     launcher: Launcher
@@ -44,13 +45,13 @@ class Place:
 
 
 def detect(environment: Mapping[str, str] = os.environ) -> Place:
-    """The place that the launcher gave this process.
+    """Return the place that the launcher gave this process.
 
-    The innermost launcher counts: torchrun or deepspeed inside of an `srun` are that launcher's. In a SLURM job, but
-    not started by `srun` (the batch script's own process), a process is alone.
+    The innermost launcher counts: a process of torchrun or deepspeed inside of an `srun` belongs to that launcher. A
+    process in a SLURM job that `srun` did not start (the batch script's own) is alone.
 
     Raises:
-        UserError: variables that are missing, no numbers, or contradict each other.
+        UserError: variables are missing, are not numbers, or contradict each other.
     """
     tasks = _number(environment, "SLURM_STEP_NUM_TASKS", 1)
     if "TORCHELASTIC_RUN_ID" in environment and "CROSS_SIZE" in environment:
@@ -71,11 +72,13 @@ def detect(environment: Mapping[str, str] = os.environ) -> Place:
 
 
 def _of_variables(environment: Mapping[str, str], tasks: int) -> Place:
-    """RANK and its like: torchrun, deepspeed, or set by hand."""
+    """Read RANK and its like, set by torchrun, by deepspeed or by hand."""
     for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
         if name not in environment:
             raise UserError(f"{other} is set but {name} is not: set both, or unset {other} for a single process")
     rank, world = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    launcher: Launcher
+    groups: str | None
     if "TORCHELASTIC_RUN_ID" in environment:
         launcher, local_world, groups = "torchrun", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"
     elif "CROSS_SIZE" in environment:
@@ -109,11 +112,12 @@ def _of_variables(environment: Mapping[str, str], tasks: int) -> Place:
 
 
 def _of_srun(environment: Mapping[str, str], tasks: int) -> Place:
-    """The tasks of an `srun` step: all variables are there but where to meet."""
+    """Read SLURM's variables of an `srun` step, which tell everything but where to meet."""
     node = _number(environment, "SLURM_NODEID", 0)
     per_node = expand_counts(environment.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)))
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
-    if "MASTER_ADDR" not in environment and not nodes:
+    master = environment.get("MASTER_ADDR") or (first_host(nodes) if nodes else None)
+    if master is None:
         raise UserError("neither MASTER_ADDR nor SLURM_STEP_NODELIST is set: set MASTER_ADDR to the first node's name")
     if node >= len(per_node):
         raise UserError(
@@ -124,13 +128,13 @@ def _of_srun(environment: Mapping[str, str], tasks: int) -> Place:
     return _checked(
         Place(
             "srun", _number(environment, "SLURM_PROCID"), tasks, _number(environment, "SLURM_LOCALID"), per_node[node],
-            environment.get("MASTER_ADDR") or first_host(nodes), _number(environment, "MASTER_PORT", port),
+            master, _number(environment, "MASTER_PORT", port),
         )
     )
 
 
 def _port(job: int, step: int) -> int:
-    """The same on all nodes, another for jobs and steps that run side by side."""
+    """Choose a port that is the same on all nodes, and differs between jobs and steps that run side by side."""
     return _FIRST_PORT + (job * 37 + step) % _PORTS
 
 
@@ -152,14 +156,14 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     if text is None and default is not None:
         return default
     try:
-        return int(text)
-    except (TypeError, ValueError):
+        return int(text or "")
+    except ValueError:
         given = f"{name} is not set" if text is None else f"{name} = {text!r} is not a number"
         raise UserError(f"environment variable {given}: the launcher should set it, or unset the others") from None
 
 
 def expand_counts(text: str) -> list[int]:
-    """SLURM's short form of a list of numbers: "2(x3),1" -> [2, 2, 2, 1]."""
+    """Expand SLURM's short form of a list of numbers: "2(x3),1" -> [2, 2, 2, 1]."""
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
@@ -170,9 +174,9 @@ def expand_counts(text: str) -> list[int]:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of SLURM's short form of a list of hosts: "gpu[003-006,9]-ib,login1" -> "gpu003-ib".
+    """Return the first name of SLURM's short form of a list of hosts: "gpu[003-006,9]-ib,login1" -> "gpu003-ib".
 
-    In a step's list it is the host of task 0. Several brackets in one name are allowed.
+    In a step's list this is the host of task 0. A name may have several brackets.
     """
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if first is None:
@@ -181,7 +185,7 @@ def first_host(nodes: str) -> str:
 
 
 def gloo_interface(place: Place) -> str | None:
-    """Name of the network interface that gloo should use on this machine, None to leave it to gloo.
+    """Return the network interface that gloo should use on this machine, None to leave the choice to gloo.
 
     gloo takes the address that the machine's own name resolves to. On many systems that is 127.0.0.1, which the other
     machines would then be told to connect to.
@@ -192,7 +196,7 @@ def gloo_interface(place: Place) -> str | None:
 
 
 def own_address(place: Place) -> str | None:
-    """The address at which other machines reach this one; None if there is one machine only, or no route."""
+    """Return the address at which other machines reach this one; None if there is no other machine, or no route."""
     own = _address_towards(place.master_addr)
     if own is None or own.startswith("127."):  # on the master itself its name may be a loopback address, too
         own = _address_towards(_ELSEWHERE) if place.several_machines else None
@@ -200,7 +204,7 @@ def own_address(place: Place) -> str | None:
 
 
 def _address_towards(host: str) -> str | None:
-    """This machine's own address on the route to ``host``."""
+    """Return this machine's own address on the route to ``host``."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 9))  # no packet is sent: the system only picks a route

@@ -1,4 +1,4 @@
-"""How a run is asked to stop, and how all ranks agree on the step after which they do."""
+"""Signals ask a run to stop, and all ranks agree on the step after which they do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megavtp.cli import stop_signals
 _LAUNCHERS = {
     "deepspeed", "ds", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run",
 }
-_WATCH_SECONDS = 1.0  # between two looks at the launchers
+_WATCH_SECONDS = 1.0  # seconds between two looks at the launchers
 
 
 class StopSignal:
@@ -29,10 +29,10 @@ class StopSignal:
     - `deepspeed` is two processes above the ranks of a node, the runner and the node's launcher. On a single node the
       runner handles no signal: SIGTERM ends it alone, and the ranks would go on with nobody waiting for them. So they
       watch the chain of launchers above them, and a link that is gone counts as a signal.
-    - When the node's launcher is killed, the runner ends with 0, as if all were done. The ranks are left to tell.
+    - When the node's launcher is killed, the runner ends with 0, as if all were done. Only the ranks can tell.
     - The node's launcher (Ctrl-C and schedulers reach it, as they signal the whole group) sends SIGTERM to one rank
-      after the other with all its descendants, kills each after 30 s, and exits with 1. That one rank was told is
-      enough here, so the 30 s are for the step at work and the save.
+      after the other with all its descendants, kills each after 30 s, and exits with 1. It is enough that
+      one rank was told, so the 30 s are left for the step under way and the save.
     - torchrun passes SIGTERM, SIGINT and SIGHUP on to all ranks, kills after 30 s, and exits with 1.
 
     Loader workers get these signals too and ignore them: the trainer closes them.
@@ -53,7 +53,7 @@ class StopSignal:
         self._raised, self.reason = True, reason
 
     def agreed(self) -> bool:
-        """Whether any rank had been told to stop before the last call. Collective: once per step on every rank."""
+        """Tell whether any rank had been told to stop before the last call; every rank calls this once per step."""
         arrived = False
         if self._pending is not None:
             flag, event = self._pending
@@ -83,7 +83,7 @@ class StopSignal:
 
 
 def _launcher_links() -> list[tuple[psutil.Process, int]]:
-    """(process, its parent's id) from this process up, as long as the parent is a launcher."""
+    """Return (process, its parent's id) from this process up, as long as the parent is a launcher."""
     links = []
     try:
         process = psutil.Process()
@@ -91,7 +91,7 @@ def _launcher_links() -> list[tuple[psutil.Process, int]]:
             links.append((process, parent.pid))
             process = parent
     except psutil.Error:
-        pass  # gone or hidden: what cannot be seen is not watched
+        pass  # it is gone or hidden, and cannot be watched
     return links
 
 
@@ -100,11 +100,11 @@ def _is_launcher(process: psutil.Process) -> bool:
 
 
 def _holds(process: psutil.Process, parent: int) -> bool:
-    """Whether the parent still lives: orphans get another one at once."""
+    """Tell whether the parent still lives: an orphan gets another parent at once."""
     try:
         return process.ppid() == parent
     except psutil.Error:
         return False
 
 
-_LAUNCHER_LINKS = _launcher_links()  # at start-up: a runner that has ended before the first step must be missed, too
+_LAUNCHER_LINKS = _launcher_links()  # at start-up, so that a runner that ends before the first step is missed

@@ -1,4 +1,4 @@
-"""How a tool runs that can share its work: with all processes of a launcher, or alone."""
+"""A tool that can share its work runs in all processes of a launcher, or alone."""
 
 from __future__ import annotations
 
@@ -19,37 +19,40 @@ _ARRIVAL = 600.0  # seconds that the processes have to find each other
 
 
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
-    """Call ``main`` and exit, as ``cli.run`` does; under a launcher as ``ranks.run_ranks``: what stops one process
-    stops all."""
+    """Call ``main`` and exit, as ``cli.run`` does, or under a launcher as ``ranks.run_ranks`` does.
+
+    What stops one process then stops all.
+    """
     start_two_on_a_cpu()
     try:
         alone = detect().world == 1
     except UserError:
-        alone = True  # ``main`` meets it, too, and then it is told
+        alone = True  # ``main`` meets the same error, and reports it
     (cli.run if alone else ranks.run_ranks)(main)
 
 
 def join_others(device: str, choose: Callable[[str], torch.device]) -> tuple[torch.device, Mesh]:
-    """This process's device, and all processes as data-parallel ranks.
+    """Return this process's device, and the mesh of all processes as data-parallel ranks.
 
     Args:
-        device: what the user asked for. choose: makes a device of that, for a single process.
+        device: the name that the user gave.
+        choose: makes a device of it, for a single process.
 
     Raises:
-        UserError: as ``ranks.start``; or a device was asked for, and there are several processes.
+        UserError: as ``ranks.start`` does; or a device was named, and there are several processes.
     """
     place = detect()
     if place.world == 1:
         return choose(device), SINGLE
     if device != "auto":
         raise UserError(f"--device {device} is for a single process; several take a GPU each, or the CPU")
-    # No limit for hangs: how long a share takes is up to the user's data. A process that is lost is still found out.
+    # How long a share takes depends on the user's data, so no process counts as hung. A lost one is still found.
     own = ranks.join(place, meet(place, _ARRIVAL), 0)
     return own, build_mesh(1, 1)
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" = a GPU if there is one. Raises ``UserError`` for a device that is not there."""
+    """Return the device of that name, a GPU for "auto" if there is one. UserError if there is no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

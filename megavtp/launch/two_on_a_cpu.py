@@ -1,7 +1,7 @@
-"""Two processes where the deepspeed launcher, not told a number, starts one because a machine has no GPU.
+"""Start two processes on a machine without a GPU, where the deepspeed launcher would start one.
 
-The CPU counts as one accelerator; but it has more than one core, and two processes exercise what a parallel run is
-about.
+Without a number from the user it counts the CPU as one accelerator. But a CPU has more than one core, and with two
+processes a trial run is a parallel run.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ def start_two_on_a_cpu() -> None:
     if "--dry-run" in sys.argv or not alone_on_a_cpu_without_being_told():
         return
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
-    port = ["--master_port", os.environ["MASTER_PORT"]]  # the one that the user may have given
+    port = ["--master_port", os.environ["MASTER_PORT"]]  # the user may have given one
     own = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     os.execvp(sys.executable, [*runner, *port, sys.argv[0], *own])
 
 
 def processes_of_run(world: int) -> int:
-    """How many processes the command trains on, asked by one of ``world``: a dry run does not become two."""
+    """Return on how many processes the command would train; a dry run itself stays one process."""
     return 2 if alone_on_a_cpu_without_being_told() else world
 
 
 def alone_on_a_cpu_without_being_told() -> bool:
-    """Whether this is the only process, has no GPU, and no option of the deepspeed launcher asked for that."""
+    """Tell whether this is the only process, has no GPU, and no option of the deepspeed launcher asked for that."""
     if not {"RANK", "CROSS_SIZE"} <= os.environ.keys() or os.environ.get("WORLD_SIZE") != "1":
         return False
     if torch.cuda.is_available() or "--device" in _names(sys.argv):
@@ -41,7 +41,7 @@ def alone_on_a_cpu_without_being_told() -> bool:
 
 
 def _names(arguments: list[str]) -> set[str]:
-    """Of the options among ``arguments``, without their values."""
+    """Return the names of the options among ``arguments``, without their values."""
     return {argument.split("=")[0] for argument in arguments}
 
 

@@ -1,4 +1,4 @@
-"""From what the ranks report of themselves: which one is lost or hangs, in words."""
+"""Which rank is lost or hangs, judged from what the ranks report of themselves."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from megavtp.launch import phase
 
 REPORTS = "watch"  # prefix of the ranks' reports in the store of the rendezvous, by rank
-SLOW = 3  # times the limits, in phases that read or write much
+SLOW = 3  # factor on the limits in phases that read or write much
 SILENCE = 60.0  # seconds without a sign of life, at most; less if the limit for hangs is less
-SILENCE_AFTER_LOSS = 5.0  # the same, once a rank has noticed that a connection broke
-_MUTE = 3.0  # seconds; a rank that hangs and is silent for longer cannot even report: not just its main thread is stuck
+SILENCE_AFTER_LOSS = 5.0  # the same limit, once a rank has noticed that a connection broke
+_MUTE = 3.0  # seconds; a rank that hangs and is silent for longer is stuck as a whole, not just its main thread
 LOST = "no sign of life: killed (out of memory?), crashed, stuck in C code, or the machine is lost"
-# What is called from here waits for other ranks.
+# Code in these files waits for other ranks.
 _COLLECTIVE = ("/torch/distributed/", "/deepspeed/comm/", "megavtp/parallel/collectives.py")
 _OURS = str(Path(__file__).resolve().parents[1])
 
@@ -27,8 +27,12 @@ _OURS = str(Path(__file__).resolve().parents[1])
 class Report:
     """What a rank tells of itself, about once a second.
 
-    phase, number, slow: see ``phase.Phase``. age: seconds since it began. broken: a connection to another rank broke.
-    at: "file:line in function" of the innermost own code. in_collective: whether it waits for other ranks there.
+    Attributes:
+        phase, number, slow: as in ``phase.Phase``.
+        age: seconds since the phase began.
+        broken: a connection to another rank broke.
+        at: "file:line in function" of the innermost own code.
+        in_collective: whether it waits for other ranks there.
     """
 
     host: str
@@ -50,7 +54,7 @@ def load_report(text: bytes | str) -> Report:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why all ranks end. ``ranks`` are those to blame, ``text`` says so."""
+    """Why all ranks end: ``text`` says so, and ``ranks`` are those to blame."""
 
     text: str
     ranks: tuple[int, ...]
@@ -65,7 +69,7 @@ def load_verdict(text: bytes | str) -> Verdict:
 
 
 def limit_of(timeout: float, slow: bool) -> float:
-    """Seconds that a phase may take; ``timeout`` 0 = no limit."""
+    """Return the seconds that a phase may take; ``timeout`` 0 means no limit."""
     return (timeout or float("inf")) * (SLOW if slow else 1)
 
 
@@ -76,7 +80,7 @@ def silence_of(timeout: float, slow: bool) -> float:
 def judge(
     reports: Mapping[int, Report], silent: Mapping[int, float], timeout: float, broken: bool = False
 ) -> Verdict | None:
-    """The verdict on all ranks, None if there is nothing to say.
+    """Return the verdict on all ranks, None if all are well.
 
     Args:
         silent: seconds since each rank's last sign of life.
@@ -90,13 +94,13 @@ def judge(
     ]
     if gone:
         return _lost(gone, reports)
-    # Who waits for another has come as far as the other, or farther.
+    # A rank that waits for another has come as far as the other, or farther.
     first = min(report.number for report in reports.values())
     behind = [rank for rank, report in reports.items() if report.number == first]
     behind = [rank for rank in behind if not reports[rank].in_collective] or behind
-    # The others may have waited for longer than these have had for their phase: what counts is these ones' own time.
+    # The others may have waited for longer than these ranks are in their phase: these ranks' own time counts.
     ages = {rank: reports[rank].age + silent[rank] for rank in behind}
-    # A rank whose connection broke waits for the verdict on that.
+    # A rank whose connection broke waits for the verdict, and does not hang.
     if not any(ages[rank] > limit_of(timeout, reports[rank].slow) and not reports[rank].broken for rank in behind):
         return None
     if all(silent[rank] > _MUTE for rank in behind):
@@ -123,7 +127,7 @@ def _verb(ranks: Sequence[int], one: str, several: str) -> str:
 
 
 def _where(ranks: Sequence[int], reports: Mapping[int, Report]) -> str:
-    """The different places of at most a few ranks."""
+    """Say where the ranks were seen last, each place once."""
     places = {f"{reports[r].phase}" + (f" at {reports[r].at}" if reports[r].at else ""): r for r in reversed(ranks)}
     if len(places) == 1:
         return f"in {next(iter(places))}"
@@ -131,19 +135,21 @@ def _where(ranks: Sequence[int], reports: Mapping[int, Report]) -> str:
 
 
 def own_report(host: str, broken: bool = False) -> Report:
-    """Of this rank, now."""
+    """Return this rank's report of now."""
     now = phase.current()
     at, waits = position()
     return Report(host, now.name, now.number, now.slow, time.monotonic() - now.since, broken, at, waits)
 
 
 def position() -> tuple[str, bool]:
-    """("file:line in function" of the innermost own code, whether it waits for other ranks there), of the thread that
-    does this rank's work."""
+    """Return ("file:line in function" of the innermost own code, whether it waits for other ranks there).
+
+    It is asked of the thread that does this rank's work.
+    """
     thread, waits = phase.working_thread()
     if thread is threading.current_thread():
-        return "", False  # it would be this line
-    frame = sys._current_frames().get(thread.ident)
+        return "", False  # the answer would be this line
+    frame = sys._current_frames().get(thread.ident or 0)
     waits = waits or (frame is not None and frame.f_code.co_name in ("wait", "synchronize"))
     while frame is not None:
         file = frame.f_code.co_filename

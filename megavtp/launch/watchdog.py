@@ -1,9 +1,10 @@
-"""Ends every rank, also a single one, with a reason, when one of them has failed, is lost or hangs.
+"""The watchdog ends every rank, with a reason, when one of them has failed, is lost or hangs; also a single process.
 
 Each rank has a thread that says once a second where the rank is. Rank 0's thread reads what all say and passes the
-verdict (``verdict.judge``); all others read that. It goes through the store of the rendezvous, over connections of its
-own: a rank that is stuck in a collective or on a device still tells and hears. A second thread ends the process, also
-when the first waits in vain for a store whose machine is lost. No thread touches the device.
+verdict (``verdict.judge``), which all others read. Reports and verdict go through the store of the rendezvous, over
+connections of their own, so a rank that is stuck in a collective or on a device still sends and receives them. A second
+thread ends the process, also when the first waits in vain for a store whose machine is lost. No thread touches the
+device.
 """
 
 from __future__ import annotations
@@ -35,35 +36,35 @@ from megavtp.launch.verdict import (
 )
 
 _BEAT = 1.0  # seconds between two reports
-_GRACE = 3.0  # seconds that the main thread has to end by itself, and to say more than the watchdog knows
-# Seconds after which a rank ends whose main thread lets no other thread run (it is in C code that holds the
-# interpreter): no Python of ours runs then. The others take it for lost before that.
+_GRACE = 3.0  # seconds for the main thread to end by itself; it can say more than the watchdog knows
+# Seconds after which a rank ends if its main thread lets no other thread run, because C code holds the interpreter lock
+# and none of our Python can run. The others take it for lost before that.
 STUCK = 2 * SLOW * SILENCE
 _LAST_WORDS = 20.0  # seconds the main thread may take to end, once it has begun to
 _VERDICT = "verdict"
 
 
 class Watchdog:
-    """The watch over one run, seen from one rank.
+    """Watches over one run from one rank.
 
     Args:
-        store: of the rendezvous, at which all ranks have arrived; a connection of its own is made from it.
+        store: the store of the rendezvous, at which all ranks have arrived; the watchdog opens a connection of its own.
         timeout: seconds that a phase may take on any rank, three times that in a slow one; 0 = no limit.
     """
 
     def __init__(self, store: dist.Store, rank: int, world: int, host: str, timeout: float):
-        self._store = dist.PrefixStore(REPORTS, store).clone()
+        self._store = dist.PrefixStore(REPORTS, store).clone()  # type: ignore[attr-defined]  # torch's stubs leave it out
         self._rank, self._world, self._host, self._timeout = rank, world, host, timeout
         self._broken = False
         self._closed = threading.Event()
-        self._ending = threading.Event()  # the main thread ends, and speaks for this rank
+        self._ending = threading.Event()  # the main thread ends, and reports for this rank
         self._verdict: Verdict | None = None
-        self._known = threading.Event()  # a verdict is there
-        self._heard = {}  # rank -> (its last report as text, when that arrived)
-        self._talk = threading.Lock()  # with the store
+        self._known = threading.Event()  # whether there is a verdict
+        self._heard: dict[int, tuple[bytes, float]] = {}  # rank -> (its last report as text, when that arrived)
+        self._talk = threading.Lock()  # held while the store is used
         self._looking = threading.Lock()
         self._last_beat = self._last_look = time.monotonic()
-        self._suspended = (0, 0.0)  # number of a phase, seconds of it
+        self._suspended = (0, 0.0)  # the number of a phase, and for how long it was suspended
         self._talker = threading.Thread(target=self._beats, name="watchdog-store", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -72,16 +73,16 @@ class Watchdog:
         self._watcher.start()
 
     def tell(self, text: str) -> None:
-        """From the main thread: this rank ends for the given reason, and so must all."""
+        """Say, from the main thread, that this rank ends for the given reason, so that all ranks end."""
         self._ending.set()
         try:
             self._propose(Verdict(text, (self._rank,)))
             self._let_others_hear()
         except RuntimeError:
-            pass  # rank 0 has gone already: they know
+            pass  # rank 0 has gone already, so the others know
 
     def reason(self, patience: float) -> str | None:
-        """From the main thread, when a connection to another rank broke: the verdict on it, waited for."""
+        """Wait, in the main thread, for the verdict after a connection to another rank broke, and return it."""
         self._ending.set()
         self._broken = True
         self._known.wait(patience if self._world > 1 else 0)
@@ -90,7 +91,7 @@ class Watchdog:
         return None if self._verdict is None else self._verdict.text
 
     def close(self) -> None:
-        """All ranks have done their work."""
+        """Stop watching, once all ranks have done their work."""
         self._closed.set()
         self._known.set()  # wakes the watcher
         self._watcher.join()
@@ -109,11 +110,11 @@ class Watchdog:
             # Nobody is there to judge: a rank that waits for others may rightly be older than its own phase's limit.
             if self._own_age() > limit_of(self._timeout, slow=True) + 30:
                 self._decide(Verdict(self._overdue_text(), (self._rank,)))
-            if self._known.wait(_BEAT) and not self._closed.is_set():
-                self._end()
+            if self._known.wait(_BEAT) and not self._closed.is_set() and self._verdict is not None:
+                self._end(self._verdict)
 
     def _look(self) -> float:
-        """The time. After a suspension what was heard last says nothing, and the phase is that much younger."""
+        """Return the time. After a suspension of this process, restart the silences; the phase does not age by it."""
         with self._looking:
             now = time.monotonic()
             if (gap := now - self._last_look) > 5 * _BEAT:
@@ -125,7 +126,7 @@ class Watchdog:
         return now
 
     def _suspended_in(self, number: int) -> float:
-        """Seconds of a phase."""
+        """Return for how many seconds this process was suspended in a phase."""
         return self._suspended[1] if self._suspended[0] == number else 0.0
 
     def _beats(self) -> None:
@@ -159,7 +160,7 @@ class Watchdog:
             self._propose(found)
 
     def _propose(self, verdict: Verdict) -> None:
-        """The first one counts."""
+        """Put the verdict into the store, unless there is one: the first one counts."""
         with self._talk:
             self._hear(load_verdict(self._store.compare_set(_VERDICT, "", verdict.dump())))
 
@@ -168,7 +169,7 @@ class Watchdog:
             self._store.add("heard", 1)
 
     def _decide(self, verdict: Verdict) -> bool:
-        """Whether it is the first one."""
+        """Take the verdict if it is the first one; return whether it is."""
         if self._known.is_set():
             return False
         self._verdict = verdict
@@ -196,16 +197,16 @@ class Watchdog:
             text = f"rank 0 ({last.host}): {LOST}; last seen in {last.phase}"
         return Verdict(f"{text} [{reason}]", (0,))
 
-    def _end(self) -> None:
+    def _end(self, verdict: Verdict) -> None:
         """End this process; the main thread may be stuck for good."""
-        hangs = self._rank in self._verdict.ranks and not self._ending.is_set()
+        hangs = self._rank in verdict.ranks and not self._ending.is_set()
         if hangs:
-            print(f"[rank {self._rank}] {self._verdict.text}; the stack:", file=sys.stderr, flush=True)
+            print(f"[rank {self._rank}] {verdict.text}; the stack:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
         elif self._ending.wait(_GRACE):
             time.sleep(_LAST_WORDS)  # the main thread says why and exits
         else:
-            print(f"[rank {self._rank}] ended because other ranks did: {self._verdict.text}", file=sys.stderr)
+            print(f"[rank {self._rank}] ended because other ranks did: {verdict.text}", file=sys.stderr)
         sys.stderr.flush()
         if self._rank == 0:
             self._let_others_hear()

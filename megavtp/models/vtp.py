@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from megavtp.models.vision_encoder import VisionEncoder
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute
 from megavtp.nn.drop_path import DropPlan
+from megavtp.nn.precision import computing_in
 from megavtp.nn.split import share
 from megavtp.parallel.layers import RowParallelLinear
 from megavtp.parallel.mesh import SINGLE, Mesh
@@ -123,7 +124,7 @@ class VTP(nn.Module):
         With ``stage``, only that stage of the pass, which this rank must hold: ``flow`` is what the stage before
         returned, and of ``inputs`` a stage after the first reads no pixels, only their shape.
         """
-        with self._precision():
+        with self.precision():
             if stage is not None:
                 leg, chunk = divmod(stage, self.mesh.chunks)
                 result = self._routes[mode][leg](chunk, flow, **inputs)
@@ -163,13 +164,9 @@ class VTP(nn.Module):
         rows, columns = (size // self.config.patch_size for size in images.shape[-2:])
         return len(images), self.config.bottleneck, rows, columns
 
-    def _precision(self) -> AbstractContextManager:
-        if self.compute_dtype == torch.float32:
-            return nullcontext()
-        # A forward reads each weight once. The cache of cast weights would only keep a 16-bit copy of the whole model
-        # until its end, also of what ZeRO-3 or recomputation has released.
-        device = self.trunk.rope_embed.periods.device.type
-        return torch.autocast(device, dtype=self.compute_dtype, cache_enabled=False)
+    def precision(self) -> AbstractContextManager[object]:
+        """Return the context in which the model computes."""
+        return computing_in(self.compute_dtype, self.trunk.rope_embed.periods.device)
 
     # Legs. Each runs one chunk of a tower (None: all of it) and returns the flow to the next, or at its end the result.
     # What flows goes by position: ZeRO-3 sees from positional tensors when a module's backward is over.

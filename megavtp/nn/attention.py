@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megavtp.errors import UserError
 from megavtp.nn.attention_kernels import Kernel, Segments, attend, check_kernel
 from megavtp.nn.norms import RMSNorm, rms_norm
-from megavtp.nn.rope import Table, rotate
+from megavtp.nn.rope import RotaryTable, rotate
 from megavtp.nn.split import share
 from megavtp.parallel.collectives import copy_to_tp
 from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -41,7 +41,7 @@ class Attention(nn.Module):
 
     def __init__(
         self, width: int, heads: int, *, qk_norm: bool = False, norm_eps: float = 1e-5, causal: bool = False,
-        rotation: Callable[[Tensor, Table], Tensor] = rotate, kernel: Kernel = "auto", mesh: Mesh = SINGLE,
+        rotation: Callable[[Tensor, RotaryTable], Tensor] = rotate, kernel: Kernel = "auto", mesh: Mesh = SINGLE,
     ):
         super().__init__()
         if width % heads:
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         self.k_norm = HeadNorm(self.head_dim, mesh, norm_eps) if qk_norm else None
         self.proj = RowParallelLinear(width, width, mesh=mesh)
 
-    def forward(self, x: Tensor, segments: Segments, tables: Sequence[Table] | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Segments, tables: Sequence[RotaryTable] | None = None) -> Tensor:
         """x (T, width), packed as ``segments`` says; ``tables``: rotary table of each segment -> (T, width)."""
         return self.contract(self.expand(x), None, segments, tables)
 
@@ -65,7 +65,7 @@ class Attention(nn.Module):
         return self.qkv(x, cut)
 
     def contract(
-        self, qkv: Tensor, cut: TokenCut | None, segments: Segments, tables: Sequence[Table] | None = None
+        self, qkv: Tensor, cut: TokenCut | None, segments: Segments, tables: Sequence[RotaryTable] | None = None
     ) -> Tensor:
         """All that follows it."""
         q, k, v = qkv.unflatten(-1, (3, self.local_heads, self.head_dim)).unbind(1)
@@ -78,7 +78,7 @@ class Attention(nn.Module):
 
 
 def _rotate_packed(
-    x: Tensor, segments: Segments, tables: Sequence[Table], rotation: Callable[[Tensor, Table], Tensor]
+    x: Tensor, segments: Segments, tables: Sequence[RotaryTable], rotation: Callable[[Tensor, RotaryTable], Tensor]
 ) -> Tensor:
     pieces, start = [], 0
     for (sequences, length), table in zip(segments, tables):

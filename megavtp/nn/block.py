@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Segments
 from megavtp.nn.drop_path import BranchDrop, add_branch
-from megavtp.nn.rope import Table
+from megavtp.nn.rope import RotaryTable
 from megavtp.parallel.layers import to_compute_dtype
 from megavtp.parallel.sequence import TokenCut
 
@@ -72,7 +72,7 @@ class Block(nn.Module):
         self.ls2 = None if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(
-        self, x: Tensor, segments: Segments, tables: Sequence[Table] | None = None,
+        self, x: Tensor, segments: Segments, tables: Sequence[RotaryTable] | None = None,
         drop: tuple[BranchDrop, BranchDrop] | None = None, cut: TokenCut | None = None, recompute: Recompute = "none",
     ) -> Tensor:
         """Apply the block to packed tokens, (n, width) -> (n, width); with ``cut``, to this rank's rows of them.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megavtp.errors import UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-Table = tuple[Tensor, Tensor]  # cosine and sine, each (L, h)
+RotaryTable = tuple[Tensor, Tensor]  # cosine and sine, each (L, h)
 
 
 def rope_periods(head_dim: int, dtype: torch.dtype, base: float = 100.0) -> Tensor:
@@ -39,7 +39,7 @@ class AxialRope(nn.Module):
             raise UserError(f"axial RoPE needs a head dimension that 4 divides, not {head_dim}; change width or heads")
         self.head_dim, self.dtype = head_dim, DTYPES[dtype]
         self.register_buffer("periods", torch.empty(head_dim // 4, dtype=self.dtype))
-        self._cache: OrderedDict[tuple[int, ...], Table] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, ...], RotaryTable] = OrderedDict()
         self.reset_periods()
 
     def reset_periods(self) -> None:
@@ -57,7 +57,7 @@ class AxialRope(nn.Module):
         self._cache.clear()
         return self
 
-    def tables(self, rows: int, columns: int, prefix: int = 0) -> Table:
+    def tables(self, rows: int, columns: int, prefix: int = 0) -> RotaryTable:
         """Cosines and sines (prefix + rows * columns, h); the ``prefix`` tokens in front are not rotated."""
         key = (rows, columns, prefix, self.periods.data_ptr(), self.periods._version)
         if key not in self._cache:
@@ -68,7 +68,7 @@ class AxialRope(nn.Module):
                 self._cache.popitem(last=False)
         return self._cache[key]
 
-    def _build(self, rows: int, columns: int, prefix: int) -> Table:
+    def _build(self, rows: int, columns: int, prefix: int) -> RotaryTable:
         device, dtype = self.periods.device, self.dtype
         y = torch.arange(0.5, rows, device=device, dtype=dtype) / rows
         x = torch.arange(0.5, columns, device=device, dtype=dtype) / columns
@@ -81,7 +81,7 @@ class AxialRope(nn.Module):
         return torch.cat([ones, cos]), torch.cat([zeros, sin])
 
 
-def rotate(x: Tensor, table: Table) -> Tensor:
+def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     """Rotate queries or keys (b, L, heads, h) by a table (L, h), computed in the table's dtype; dtype as x."""
     cos, sin = (t.unsqueeze(1) for t in table)
     y = x.to(cos.dtype)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from megavtp.nn.attention_kernels import Segments
 from megavtp.nn.block import Block, Recompute, run_block
 from megavtp.nn.drop_path import DropPlan
-from megavtp.nn.rope import Table
+from megavtp.nn.rope import RotaryTable
 from megavtp.parallel.sequence import TokenCut
 
 
 def run_blocks(
-    blocks: Iterable[tuple[int, nn.Module]], x: Tensor, segments: Segments, tables: Sequence[Table] | None = None,
+    blocks: Iterable[tuple[int, nn.Module]], x: Tensor, segments: Segments, tables: Sequence[RotaryTable] | None = None,
     drop: DropPlan | None = None, recompute: Recompute = "none", taken: dict[int, Tensor | None] | None = None,
 ) -> Tensor:
     """Packed tokens (T, width) through ``blocks`` -> (T, width).

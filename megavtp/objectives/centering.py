@@ -1,7 +1,7 @@
-"""What keeps the teacher's prototype distributions from collapsing: Sinkhorn-Knopp, or a running centre.
+"""Sinkhorn-Knopp or a running centre, either of which keeps the teacher's prototype distributions from collapsing.
 
-Both turn teacher logits z into targets of one form, softmax(z / T + bias) with one bias per prototype, so all that has
-to be carried from here to the loss is a vector (K_local,): no target matrix exists.
+Both turn teacher logits z into targets softmax(z / T + bias) with one bias per prototype. So the loss needs only a
+vector (K_local,), and no target matrix exists.
 
 Shape letters: n rows of this rank, d feature size, K_local prototypes on this rank.
 """
@@ -17,7 +17,7 @@ from megavtp.objectives.prototypes import prototype_logits, row_logsumexp
 from megavtp.parallel.collectives import all_reduce
 from megavtp.parallel.mesh import SINGLE, Mesh
 
-# Logits up to this many elements (256 MiB of float32) are kept over the iterations. Beyond it they are made anew each
+# Logits up to this many elements (256 MiB of float32) are kept over the iterations. More are computed anew each
 # time: a product over d = 256 costs a GPU about as long as reading its result back from memory.
 KEEP_ELEMENTS = 2**26
 
@@ -27,11 +27,11 @@ def sinkhorn_bias(
     features: Sequence[Tensor], W: Tensor, temperature: float, *, iterations: int, chunk: int = 1024,
     mesh: Mesh = SINGLE,
 ) -> Tensor:
-    """Sinkhorn-Knopp over the rows of all micro-batches and all data-parallel ranks -> bias (K_local,), float32.
+    """Run Sinkhorn-Knopp over the rows of all micro-batches and data-parallel ranks -> bias (K_local,), float32.
 
     ``features``: the micro-batches' teacher features, (n_j, d) each; the counts may differ between ranks and be 0.
     W (K_local, d). After ``iterations`` the assignment of a row is softmax(row W^T / temperature + bias) over all
-    prototypes (arXiv 2006.09882, as in DINOv2: prototypes are normalised first, then samples). Works on logarithms,
+    prototypes (arXiv 2006.09882, as in DINOv2: prototypes are normalised first, then samples). It works on logarithms,
     so no logit is too large. If there is no row anywhere the bias is 0. No host synchronisation.
     """
     with torch.autocast(W.device.type, enabled=False):
@@ -53,14 +53,14 @@ def sinkhorn_bias(
 
 
 def _logsumexp_over_dp(peak: Tensor, total: Tensor, mesh: Mesh) -> Tensor:
-    """log sum_ranks total * exp(peak), each (K_local,); a rank without rows has peak -inf, total 0. 0 if none has."""
+    """Return log sum_ranks total * exp(peak), each (K_local,); 0 without any row. A rank without rows has peak -inf."""
     highest = all_reduce(peak, mesh, "dp", "max")
     total = all_reduce(total * (peak - highest).exp(), mesh, "dp")
     return torch.where(total > 0, highest + total.log(), 0.0)  # without any row total is NaN (-inf - -inf)
 
 
 def center_bias(center: Tensor, temperature: float) -> Tensor:
-    """Softmax centering (DINO, arXiv 2104.14294): softmax((z - center) / T) as a bias (K_local,)."""
+    """Express softmax centering (DINO, arXiv 2104.14294), softmax((z - center) / T), as a bias (K_local,)."""
     return -center / temperature
 
 
@@ -68,9 +68,9 @@ def center_bias(center: Tensor, temperature: float) -> Tensor:
 def update_center(
     center: Tensor, features: Sequence[Tensor], W: Tensor, *, momentum: float, mesh: Mesh = SINGLE
 ) -> Tensor:
-    """The centre (K_local,) after a step: momentum * center + (1 - momentum) * global mean of the teacher logits.
+    """Return the next centre (K_local,): momentum * center + (1 - momentum) * global mean of the teacher logits.
 
-    ``features`` as in ``sinkhorn_bias``. To be called after the step used the old centre; the first centre is zeros.
+    ``features`` as in ``sinkhorn_bias``. Call it after the step has used the old centre; the first centre is zeros.
     The mean of logits is the logit of the mean feature, so one product with a vector does it. Without any row on any
     rank the centre stays.
     """

@@ -14,7 +14,7 @@ from megavtp.parallel.mesh import SINGLE, Mesh
 
 
 def info_nce(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None, mesh: Mesh = SINGLE) -> Tensor:
-    """Symmetric InfoNCE of L2-normalised image (b, E) and text (b, E); every other pair of the B is a negative.
+    """Compute symmetric InfoNCE of L2-normalised image (b, E) and text (b, E); all other pairs of the B are negatives.
 
     ``scale`` is the inverse temperature (a scalar tensor). Each rank compares its own b rows with all B columns, so
     the B x B matrix exists on no rank. All ranks must hold the same b. Returns a float32 scalar, the mean over own

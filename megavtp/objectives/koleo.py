@@ -19,7 +19,7 @@ _MIN_DISTANCE = 1e-6
 
 
 def koleo(features: Tensor, mesh: Mesh = SINGLE) -> Tensor:
-    """Sum over crops of -mean_i log |x_i - nearest_i|, neighbours sought among the same crop of all B images.
+    """Sum -mean_i log |x_i - nearest_i| over crops; neighbours are sought among the same crop of all B images.
 
     ``features``: (c, b, D) or, for one crop, (b, D); not normalised. All ranks must hold the same b, and all local
     rows must come in one call (a neighbour may be in any micro-batch). With one image in all the loss and its
@@ -36,12 +36,12 @@ def koleo(features: Tensor, mesh: Mesh = SINGLE) -> Tensor:
         everyone = gather_from_dp(x.transpose(0, 1).contiguous(), mesh).transpose(0, 1)  # (c, B, D)
         nearest = _nearest(x.detach(), everyone.detach(), mesh.dp_rank * rows)
         neighbour = everyone.gather(1, nearest.unsqueeze(-1).expand_as(x))
-        distance = F.pairwise_distance(x, neighbour, eps=_EPS).clamp_min(_MIN_DISTANCE)  # eps: no 0 / 0 in backward
+        distance = F.pairwise_distance(x, neighbour, eps=_EPS).clamp_min(_MIN_DISTANCE)  # eps avoids 0 / 0 in backward
         return -torch.log(distance + _EPS).mean(-1).sum()
 
 
 def _nearest(own: Tensor, everyone: Tensor, offset: int) -> Tensor:
-    """Index (c, b) into the B rows of the most similar other row; own row i is row offset + i of everyone."""
+    """Return the index (c, b) among the B rows of the most similar other row; own row i is row offset + i of them."""
     similarity = own @ everyone.transpose(1, 2)
     similarity.diagonal(offset, 1, 2).fill_(-torch.inf)
     return similarity.argmax(-1)

@@ -1,8 +1,8 @@
 """Cross-entropy between the prototype distributions of teacher and student, without ever holding all logits.
 
-65,536 prototypes for some ten thousand crops and masked patches would be gigabytes of float32 logits for the student,
-as much for the teacher and again for the gradient. Value and gradient are therefore computed together, chunk by chunk,
-from the head's features; prototypes are cut over tensor-parallel ranks.
+65,536 prototypes for some ten thousand crops and masked patches would need gigabytes of float32 logits for the
+student, as much for the teacher and again for the gradient. So value and gradient are computed together, chunk by
+chunk, from the head's features; prototypes are cut over tensor-parallel ranks.
 
 Shape letters: s student views, v teacher views, n samples, d feature size, K_local prototypes on this rank.
 """
@@ -47,16 +47,16 @@ def prototype_logits(features: Tensor, W: Tensor, temperature: float) -> Tensor:
 
 
 def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of one dtype, with a result of at least float32: half-precision logits / 0.04 would be coarse."""
+    """Compute a @ b of one dtype with a result of at least float32: 16-bit logits / 0.04 would be coarse."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)  # the accumulator as it is: no rounding, no extra pass
+        return torch.mm(a, b, out_dtype=torch.float32)  # this returns the accumulator without rounding or an extra pass
     return (a @ b).to(_wide(a.dtype))
 
 
 def row_logsumexp(logits: Tensor, mesh: Mesh) -> Tensor:
-    """log sum exp over all prototypes, also those of other tp ranks: (n, K_local) -> (n, 1)."""
+    """Return log sum exp over all prototypes, also those of other tp ranks: (n, K_local) -> (n, 1)."""
     local = logits.logsumexp(-1)
-    # One gather of n numbers per peer and a second logsumexp, instead of a max- and a sum-reduction.
+    # A gather of n numbers per peer and a second logsumexp replace a max- and a sum-reduction.
     return all_gather(local.unsqueeze(0), mesh, "tp").logsumexp(0).unsqueeze(-1)
 
 
@@ -65,7 +65,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
-    """The gradient is made in forward, while a chunk's logits are there, and only scaled in backward."""
+    """Its gradient is computed in forward, while a chunk's logits exist, and only scaled in backward."""
 
     @staticmethod
     def forward(ctx, student, student_W, teacher, teacher_W, student_T, teacher_T, bias, weights, chunk, mesh, grads):
@@ -85,7 +85,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
 
 
 def _forward(student, student_W, teacher, teacher_W, student_T, teacher_T, bias, weights, chunk, mesh, grads):
-    """Value (scalar), gradient by student (s, n, d) and by student_W (K_local, d), each ``None`` if not wanted."""
+    """Return the value (scalar), and the gradients by student (s, n, d) and student_W (K_local, d) or ``None``."""
     (s, n, d), v = student.shape, teacher.shape[0]
     wide = _wide(student.dtype)
     value = torch.zeros((), dtype=wide, device=student.device)
@@ -105,7 +105,7 @@ def _forward(student, student_W, teacher, teacher_W, student_T, teacher_T, bias,
         value -= (row_losses if w is None else row_losses * w).sum()
         if not any(grads):
             continue
-        slope = log_p.exp_().mul_(v).sub_(target)  # by student logits / T
+        slope = log_p.exp_().mul_(v).sub_(target)  # gradient by student logits / T
         slope = (slope.div_(student_T) if w is None else slope.mul_((w / student_T).unsqueeze(-1))).flatten(0, 1)
         slope = slope.to(student.dtype)
         if grad_student is not None:

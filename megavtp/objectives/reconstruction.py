@@ -13,7 +13,7 @@ def reconstruction_terms(
     prediction: Tensor, target: Tensor, perceptual: Callable[[Tensor, Tensor], Tensor] | None = None, *,
     images_total_local: int,
 ) -> dict[str, Tensor]:
-    """The unweighted terms ``l1`` and, with ``perceptual``, ``perceptual`` of one micro-batch; float32 scalars.
+    """Return the unweighted terms ``l1`` and, if asked for, ``perceptual`` of one micro-batch; float32 scalars.
 
     ``prediction`` and ``target``: (m, 3, H, W), ImageNet-normalised, which is also the space of the L1. ``perceptual``
     maps two float32 batches in [-1, 1] to distances (m,). Each image counts equally: terms are the sum over images of

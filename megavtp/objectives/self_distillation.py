@@ -32,7 +32,7 @@ class TeacherOutput(NamedTuple):
 
 
 class TeacherBias(NamedTuple):
-    """What ``centering`` found: class tokens and masked patches are balanced each on their own."""
+    """The biases of ``centering``; class tokens and masked patches are balanced separately."""
 
     cls: Tensor  # (K_local,)
     patches: Tensor  # (K_local,)
@@ -42,7 +42,7 @@ def self_distillation_loss(
     student: StudentOutput, teacher: TeacherOutput, bias: TeacherBias, patch_weights: Tensor,
     config: SelfDistillationConfig, *, teacher_temperature: float, images_total_local: int, mesh: Mesh = SINGLE,
 ) -> dict[str, Tensor]:
-    """The unweighted terms of one micro-batch: ``dino_local``, ``dino_global`` and ``ibot``.
+    """Return the unweighted terms of one micro-batch: ``dino_local``, ``dino_global`` and ``ibot``.
 
     ``patch_weights`` (p,): 1 / number of masked patches in the patch's crop. ``images_total_local``: images of all
     micro-batches of this data-parallel rank; terms of its micro-batches add up to the rank's value, and the mean of

@@ -13,7 +13,7 @@ from megavtp.errors import UserError
 from megavtp.parallel.mesh import Axis, Mesh
 
 T = TypeVar("T")
-# One tensor in, one out: what NCCL does without copies. They have new names since torch 2.13.
+# These take one tensor and give one, which NCCL does without copies. They have new names since torch 2.13.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -130,13 +130,15 @@ def scatter_to_tp(x: Tensor, mesh: Mesh) -> Tensor:
 
 
 def gather_from_tp(x: Tensor, mesh: Mesh) -> Tensor:
-    """The inverse of ``scatter_to_tp``: the ranks' slices joined along the last dimension, for use that is the same on
-    every rank; each keeps its slice of the gradient."""
+    """Join the ranks' slices along the last dimension, the inverse of ``scatter_to_tp``.
+
+    What follows must be the same on every rank: each keeps its own slice of the gradient.
+    """
     return x if mesh.tp == 1 else _GatherFromTP.apply(x, mesh)
 
 
 def gather_from_dp(x: Tensor, mesh: Mesh) -> Tensor:
-    """Differentiable concatenation of (n, ...) over dp to (dp * n, ...).
+    """Concatenate (n, ...) over dp to (dp * n, ...), differentiably.
 
     The gradient of a row is the *sum* of all ranks' gradients of it. With a loss that is the mean over own rows, and
     an engine that averages over dp, parameters get the exact gradient of the global mean.
@@ -145,7 +147,7 @@ def gather_from_dp(x: Tensor, mesh: Mesh) -> Tensor:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's ``value`` (small, picklable) on every rank of the world."""
+    """Return rank 0's ``value`` (small, picklable) on every rank of the world."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     holder = [value]
@@ -154,7 +156,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """Every rank's ``value`` (small, picklable), in rank order, on every rank of the world."""
+    """Return every rank's ``value`` (small, picklable), in rank order, on every rank of the world."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -163,10 +165,10 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def together(work: Callable[[], T]) -> T:
-    """``work()`` of every rank, once all are done with it.
+    """Return ``work()`` once every rank has done its own.
 
-    What goes wrong on one rank alone (a disk that only its machine lacks) would leave the others waiting for it in the
-    next collective: the first rank's ``UserError`` is raised on all.
+    An error on one rank alone (a disk that only its machine lacks) would leave the others waiting for it in the next
+    collective. So the ``UserError`` of the first rank that has one is raised on all ranks.
     """
     error: str | None = None
     try:

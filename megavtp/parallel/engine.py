@@ -1,4 +1,4 @@
-"""The engine a trainer sees: forward, backward, update and whole-tensor state, on any ZeRO stage."""
+"""The engine that a trainer sees: forward, backward, update and whole-tensor state, on any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from megavtp.config.run import RunConfig
 from megavtp.parallel import deepspeed_adapter as adapter
-from megavtp.parallel import pipeline
+from megavtp.parallel import engine_state, gradient_norm, pipeline
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.messages import connect
 from megavtp.parallel.orders import Schedule
-from megavtp.parallel.sharding import cut, merge, shard_of
+from megavtp.parallel.sharding import cut, merge, shard_of, whole_shape
 from megavtp.parallel.striping import FlowSpec
 
 M = TypeVar("M", bound=nn.Module)
@@ -25,10 +25,12 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; norms are of the gradient before clipping.
+    """What a step did.
 
-    applied: False when the gradient norm was not finite, and nothing moved. tower_norms: of the parameter groups that
-    carry the same ``tower``.
+    Attributes:
+        applied: False when the gradient norm was not finite, and nothing moved.
+        grad_norm: the global gradient norm before clipping.
+        tower_norms: the same norm over the parameter groups of each ``tower``.
     """
 
     applied: bool
@@ -67,10 +69,10 @@ class Engine(Generic[M]):
 
     @classmethod
     def of_run(
-        cls, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, config: RunConfig,
+        cls, module: M, optimizer: torch.optim.Optimizer, mesh: Mesh, config: RunConfig,
         leaf_classes: tuple[type[nn.Module], ...],
-    ) -> Engine:
-        """The engine that a run's settings ask for."""
+    ) -> Engine[M]:
+        """Make the engine that a run's settings ask for."""
         p = config.parallel
         return cls(
             module, optimizer, mesh, zero_stage=p.zero_stage, clip_grad=config.train.optimizer.clip_grad,
@@ -81,7 +83,7 @@ class Engine(Generic[M]):
         return self._engine(*args, **kwargs)
 
     def infer(self, mode: str, **inputs: Any) -> Any:
-        """The result of a forward without gradient on every rank, whatever the layout."""
+        """Return the result of a forward without gradient, on every rank of any layout."""
         return pipeline.infer(self, mode, **inputs)
 
     def legs(self, mode: str) -> int:
@@ -91,7 +93,7 @@ class Engine(Generic[M]):
         return cast(pipeline.Striped, self.module).flow(mode, stage, **inputs)
 
     def begin_step(self) -> None:
-        """Before the first backward of an optimizer step."""
+        """Prepare for an optimizer step; this is called before its first backward."""
         adapter.before_step(self._engine)
 
     def backward(self, loss: Tensor) -> None:
@@ -102,8 +104,8 @@ class Engine(Generic[M]):
     def step(self) -> StepResult:
         """Clip by the global norm and update, or skip on every rank when that norm is not finite."""
         self._engine.step()
-        skipped = adapter.step_was_skipped(self._engine)
-        return StepResult(not skipped, adapter.grad_norm(self._engine), adapter.tower_norms(self._engine))
+        skipped = gradient_norm.step_was_skipped(self._engine)
+        return StepResult(not skipped, gradient_norm.grad_norm(self._engine), gradient_norm.tower_norms(self._engine))
 
     def set_lr(self, lr_of: Callable[[dict[str, Any]], float]) -> None:
         """Set the learning rate of every parameter group."""
@@ -113,16 +115,16 @@ class Engine(Generic[M]):
     def lerp(self, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], weight: float) -> None:
         """Move each first parameter towards the second by ``weight``, on the shards, without communication."""
         if pairs:
-            targets, sources = (adapter.shards(list(side)) for side in zip(*pairs))
+            targets, sources = ([engine_state.stored(p) for p in side] for side in zip(*pairs))
             torch._foreach_lerp_(targets, sources, weight)
 
     def export(self, wanted: Callable[[int], bool]) -> dict[str, Tensor]:
-        """Whole (not tensor-parallel) tensors by logical name: ``model/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME``.
+        """Return whole tensors by logical name: ``model/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME``.
 
-        Collective over the world. A pipeline rank has the names of its own stages; of these, only tensors whose
+        This is collective over the world. A pipeline rank has the names of its own stages; of these, only tensors whose
         running number is ``wanted`` are kept, so that its tp x dp writers share the memory and the work.
         """
-        adapter.ensure_optimizer_state(self._engine)
+        engine_state.ensure_optimizer_state(self._engine)
         kept: dict[str, Tensor] = {}
         for number, (name, read, parameter) in enumerate(self._readers()):
             whole = self._whole(read(), parameter)
@@ -132,10 +134,11 @@ class Engine(Generic[M]):
 
     def _readers(self) -> Iterator[tuple[str, Callable[[], Tensor], nn.Parameter]]:
         for parameter, name in self.names.items():
-            yield f"model/{name}", partial(adapter.read_parameter, self._engine, parameter), parameter
+            yield f"model/{name}", partial(engine_state.read_parameter, self._engine, parameter), parameter
             if parameter.requires_grad:
-                for moment in adapter.MOMENTS:
-                    yield f"{moment}/{name}", partial(adapter.read_moment, self._engine, parameter, moment), parameter
+                for moment in engine_state.MOMENTS:
+                    read = partial(engine_state.read_moment, self._engine, parameter, moment)
+                    yield f"{moment}/{name}", read, parameter
 
     def _whole(self, piece: Tensor, parameter: nn.Parameter) -> Tensor:
         shard = shard_of(parameter)
@@ -153,25 +156,22 @@ class Engine(Generic[M]):
 
         def pieces() -> Iterator[tuple[nn.Parameter, Tensor, dict[str, Tensor]]]:
             for parameter, name in self.names.items():
-                kinds = adapter.MOMENTS if parameter.requires_grad else ()
+                kinds = engine_state.MOMENTS if parameter.requires_grad else ()
                 moments = {kind: own(kind, name, parameter) for kind in kinds}
                 yield parameter, own("model", name, parameter), moments
 
-        adapter.write_state(self._engine, pieces(), optimizer_steps)
+        engine_state.write_state(self._engine, pieces(), optimizer_steps)
 
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each whole parameter by name."""
-        return {name: self._logical_shape(parameter) for parameter, name in self.names.items()}
-
-    def _logical_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        shape, shard = list(getattr(parameter, "ds_shape", parameter.shape)), shard_of(parameter)
-        if shard is not None:
-            shape[shard.dim] *= self.mesh.tp
-        return tuple(shape)
+        """Return the shape of each whole parameter by name."""
+        return {
+            name: whole_shape(engine_state.whole_shape(parameter), shard_of(parameter), self.mesh.tp)
+            for parameter, name in self.names.items()
+        }
 
     @property
     def optimizer_steps(self) -> int:
-        return adapter.optimizer_steps(self._engine)
+        return engine_state.optimizer_steps(self._engine)
 
     def close(self) -> None:
         self._engine.destroy()

@@ -1,7 +1,7 @@
 """Tensor-parallel layers (Megatron-LM, arXiv 1909.08053). With tp = 1 each is its plain torch counterpart.
 
-``cut``, where a forward takes one, is there under sequence parallelism: what the linear layers of a block take in and
-give out is then this rank's rows of the packed tokens.
+A forward is given ``cut`` under sequence parallelism: the linear layers of a block then take in and give out this
+rank's rows of the packed tokens.
 
 Weights are created uninitialised in the local shape; the model's initialiser fills them (see ``models/init.py``).
 """
@@ -47,18 +47,18 @@ class ColumnParallelLinear(nn.Module):
 
 
 def enter(x: Tensor, mesh: Mesh, cut: TokenCut | None) -> Tensor:
-    """Input of column-parallel layers, whose gradient is summed over tp; with ``cut``, the tokens of all ranks."""
-    x = to_compute_dtype(x)  # once, and before it is sent: the product would do it after
+    """Prepare the input of column-parallel layers: its gradient is summed over tp; ``cut`` gathers all tokens."""
+    x = to_compute_dtype(x)  # cast once and before it is sent; the product would cast after that
     return copy_to_tp(x, mesh) if cut is None else cut.gather(x)
 
 
 def to_compute_dtype(x: Tensor) -> Tensor:
-    """x as a matrix product under the present autocast would take it."""
+    """Cast x as a matrix product under the present autocast would."""
     return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
 def joint_linear(x: Tensor, *layers: ColumnParallelLinear) -> Tensor:
-    """One product for all ``layers`` on the same input, already entered: (..., in) -> (..., sum of out / tp).
+    """Compute all ``layers`` on the same entered input in one product: (..., in) -> (..., sum of out / tp).
 
     Besides being faster, it keeps the input from being followed by a product before its last use is recorded, so that
     recomputation of what precedes it makes no product again.
@@ -96,7 +96,7 @@ class RowParallelLinear(nn.Module):
         if self.bias is None:
             return y
         bias = self.bias if cut is None else cut.share(self.bias)
-        return y + bias.to(y.dtype)  # once, after the sum
+        return y + bias.to(y.dtype)  # the bias is added once, after the sum
 
 
 class VocabParallelEmbedding(nn.Module):

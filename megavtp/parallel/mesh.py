@@ -16,7 +16,7 @@ Axis = Literal["tp", "pp", "dp", "mp"]
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes, own coordinates and process groups of the three axes.
+    """The sizes and process groups of the three axes, and this rank's coordinates.
 
     ``mp`` is the model-parallel group: the tp x pp ranks that together hold one replica. A group is ``None`` where
     the axis has size 1: collectives over it are then the identity and need no ``torch.distributed``.
@@ -50,7 +50,7 @@ class Mesh:
 
     @property
     def chunks(self) -> int:
-        """Into how many chunks each tower is cut."""
+        """The number of chunks into which each tower is cut."""
         return self.pp * self.virtual_stages
 
     @property
@@ -83,7 +83,7 @@ def build_mesh(tp: int, pp: int, virtual_stages: int = 1, sequence_parallel: boo
     groups: dict[str, dist.ProcessGroup | None] = {}
     for axis, members in lists.items():
         groups[axis] = None
-        for ranks in members:  # collective: every rank creates every group, also those it is not in
+        for ranks in members:  # creation is collective: every rank creates every group, also those it is not in
             group = dist.new_group(ranks) if len(ranks) > 1 else None
             if rank in ranks:
                 groups[axis] = group

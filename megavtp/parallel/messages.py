@@ -16,16 +16,16 @@ from megavtp.parallel.striping import FlowSpec
 
 
 class Messages:
-    """The point-to-point traffic of one pass on this rank. A message is known by the operation that needs it.
+    """The point-to-point traffic of one pass on this rank; a message is identified by the operation that needs it.
 
     Each ordered pair of ranks is a channel of its own on which messages come in the order in which the sender's order
-    of operations makes them; so both sides agree on the sequence without a word, and a rank never waits for a send
-    while computing. No order of operations can block that could run at all.
+    of operations makes them. So both sides know the sequence in advance, and a rank never waits for a send while
+    computing. Messages never block an order of operations whose dependencies can all be met.
 
     Args:
         device: where messages are received; None with one pipeline rank, which gets none.
-        orders: of every pipeline rank.
-        stages: of the pass.
+        orders: the operations of every pipeline rank, in order.
+        stages: the number of stages of the pass.
         flow: what enters a stage.
     """
 
@@ -42,17 +42,17 @@ class Messages:
         self._sent: deque[tuple[list[Tensor], list[Any]]] = deque()
 
     def _enables(self, op: Op) -> Op | None:
-        """The operation that gets a message when ``op`` is done."""
+        """Return the operation that gets a message when ``op`` is done."""
         stage = op.stage + (1 if op.kind == "F" else -1)
         return Op(op.kind, stage, op.micro) if 0 <= stage < self._stages else None
 
     def _source(self, op: Op) -> int | None:
-        """The rank whose message ``op`` needs."""
+        """Return the rank whose message ``op`` needs."""
         stage = op.stage - (1 if op.kind == "F" else -1)
         return stage % self._mesh.pp if 0 <= stage < self._stages else None
 
     def post(self, op: Op) -> None:
-        """Begin to receive what ``op`` needs, and what its sender sends before."""
+        """Begin to receive what ``op`` needs, and what its sender sends before that."""
         source = self._source(op)
         if source is None:
             return
@@ -65,7 +65,7 @@ class Messages:
             self._coming[message] = tensors, work
 
     def take(self, op: Op) -> list[Tensor]:
-        """What ``op`` needs; on a GPU only its stream waits."""
+        """Return what ``op`` needs; on a GPU only the stream waits for it, not the host."""
         if self._source(op) is None:
             return []
         self.post(op)
@@ -86,7 +86,7 @@ class Messages:
         tensors = [x.detach().contiguous() for x in tensors]
         self._sent.append((tensors, [dist.isend(x, group=group, group_dst=rank) for x in tensors]))
         while self._sent and all(one.is_completed() for one in self._sent[0][1]):
-            self._sent.popleft()  # its tensors may be freed
+            self._sent.popleft()  # the tensors of a send that is done may be freed
 
     def finish(self) -> None:
         """Wait until everything is sent."""
@@ -97,14 +97,14 @@ class Messages:
 
 
 def _group(mesh: Mesh, source: int, target: int) -> dist.ProcessGroup:
-    """The group for messages from one pipeline rank to another."""
+    """Return the process group for messages from one pipeline rank to another."""
     group = mesh.pp_group if source < target else mesh.pp_down_group
     assert group is not None, "a message needs two pipeline ranks"
     return group
 
 
 def connect(mesh: Mesh, device: torch.device) -> None:
-    """One message between all neighbours of the ring of pipeline ranks, in one order everywhere.
+    """Exchange one message between all neighbours of the ring of pipeline ranks, in the same order on all of them.
 
     NCCL makes the communicator of a pair of ranks at their first message, and there each waits for the other. In the
     middle of a schedule that could be for ever: a rank asks for a message long before the other can send it.
@@ -119,14 +119,14 @@ def connect(mesh: Mesh, device: torch.device) -> None:
 
 
 def broadcast_last_stage(x: Tensor, mesh: Mesh) -> Tensor:
-    """The last pipeline rank's ``x`` on all; elsewhere ``x`` is overwritten."""
+    """Return the last pipeline rank's ``x`` on all ranks; on the others ``x`` is overwritten."""
     if mesh.pp_group is not None:
         dist.broadcast(x, group=mesh.pp_group, group_src=mesh.pp - 1)
     return x
 
 
 def broadcast_last_stage_object(value: Any, mesh: Mesh) -> Any:
-    """The last pipeline rank's ``value`` (small, picklable) on all."""
+    """Return the last pipeline rank's ``value`` (small, picklable) on all ranks."""
     if mesh.pp_group is None:
         return value
     holder = [value]

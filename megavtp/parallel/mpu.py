@@ -8,7 +8,7 @@ from megavtp.parallel.mesh import Mesh
 
 
 class Mpu:
-    """What DeepSpeed asks of a model-parallel unit, answered from the mesh.
+    """Answers what DeepSpeed asks of a model-parallel unit from the mesh.
 
     The model-parallel group is the tp x pp ranks of one replica, and the model-parallel rank counts over both: the
     gradient norm is summed over that group.
@@ -17,7 +17,8 @@ class Mpu:
     def __init__(self, mesh: Mesh):
         self._mesh = mesh
         alone = None
-        for rank in range(mesh.world_size):  # collective: an axis of size 1 still needs a group of its own
+        # DeepSpeed needs a group also for an axis of size 1, and every rank takes part in creating each one.
+        for rank in range(mesh.world_size):
             group = dist.new_group([rank])
             if rank == mesh.rank:
                 alone = group

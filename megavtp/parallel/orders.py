@@ -4,7 +4,7 @@ Letters: p pipeline ranks, V chunks of the pass on each rank (virtual stages tim
 rank r is stage k p + r of the pass.
 
 Sources: GPipe arXiv 1811.06965; 1F1B arXiv 2006.09503; interleaved 1F1B arXiv 2104.04473. The tables equal those of
-torch.distributed.pipelining where it has one (``tests/parallel/test_orders.py``); here any m will do.
+torch.distributed.pipelining where it has one (``tests/parallel/test_orders.py``); here m may be any number.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b"]
 
 
 class Op(NamedTuple):
-    """Forward ("F") or backward ("B") of one stage of the pass on one micro-batch."""
+    """The forward ("F") or backward ("B") of one stage of the pass on one micro-batch."""
 
     kind: Literal["F", "B"]
     stage: int
@@ -24,12 +24,12 @@ class Op(NamedTuple):
 
 
 def forward_order(p: int, rank: int, V: int, m: int) -> list[Op]:
-    """Forwards alone, of a pass without gradient: all chunks of p micro-batches, then the next p."""
+    """Order the forwards of a pass without gradient: all chunks of p micro-batches, then those of the next p."""
     return [Op("F", chunk * p + rank, micro) for chunk, micro in _rounds(p, V, m)]
 
 
 def train_order(schedule: Schedule, p: int, rank: int, V: int, m: int) -> list[Op]:
-    """All forwards and backwards of one rank.
+    """Order all forwards and backwards of one rank.
 
     ``gpipe``: every forward first, chunk by chunk, then every backward; the graphs of all m are held. ``1f1b`` and
     ``interleaved_1f1b``: as few forwards as fill the pipeline, then one backward after each forward; the two differ
@@ -49,13 +49,13 @@ def train_order(schedule: Schedule, p: int, rank: int, V: int, m: int) -> list[O
 
 
 def _round_sizes(p: int, m: int) -> list[int]:
-    """Micro-batches are dealt in rounds of p, or a little more where p does not divide m, the larger rounds first."""
+    """Deal the micro-batches in rounds of p, or a few more where p does not divide m, the larger rounds first."""
     rounds = max(1, m // p)
     return [m // rounds + (index < m % rounds) for index in range(rounds)]
 
 
 def _rounds(p: int, V: int, m: int) -> list[tuple[int, int]]:
-    """(chunk, micro-batch) in the order of depth-first forwards."""
+    """Return (chunk, micro-batch) in the order of depth-first forwards."""
     order, start = [], 0
     for size in _round_sizes(p, m):
         order += [(chunk, micro) for chunk in range(V) for micro in range(start, start + size)]
@@ -64,7 +64,7 @@ def _rounds(p: int, V: int, m: int) -> list[tuple[int, int]]:
 
 
 def simulate(orders: Sequence[Sequence[Op]], stages: int, forward: float = 1.0, backward: float = 2.0) -> list[float]:
-    """When each rank is done, if a chunk's forward and backward take these times and a message takes none.
+    """Return when each rank is done, if a chunk's forward and backward take these times and a message takes none.
 
     Every operation waits for what it needs: a forward for the stage before, a backward for the stage after it and, on
     the last stage, for its own forward. ValueError if the orders wait for each other for ever.
@@ -96,7 +96,7 @@ def _needs(op: Op, stages: int) -> Op | None:
 
 
 def bubble(schedule: Schedule, p: int, V: int, m: int) -> float:
-    """Idle time of a rank over its busy time in a training pass; (p - 1) / (V m) where p divides m or V is 1."""
+    """Return a rank's idle time over its busy time in a training pass: (p - 1) / (V m) where p divides m or V is 1."""
     busy = 3.0 * V * m
     clocks = simulate([train_order(schedule, p, rank, V, m) for rank in range(p)], V * p)
     return max(clocks) / busy - 1

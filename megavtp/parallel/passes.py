@@ -1,10 +1,11 @@
-"""A pass: one objective's trip through its towers, declared free of any layout, and how it is executed."""
+"""A pass: one objective's way through the towers, declared independently of any layout, and its execution."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +18,7 @@ from megavtp.parallel.sharding import Shard
 
 
 class Pass(ABC):
-    """One objective. Subclasses say what flows in, what comes out, and which loss closes it.
+    """One objective. Subclasses say what goes in, what comes out, and which loss is computed from it.
 
     Loss terms are local values whose mean over data-parallel ranks is the global term, summed over micro-batches.
     Under pipeline parallelism every rank prepares and gives inputs, but only the last one has outputs and terms.
@@ -25,11 +26,11 @@ class Pass(ABC):
     Attributes:
         name: prefix of its terms.
         mode: which forward of the model it calls, and so which route through the towers.
-        weight: of the objective in the total loss.
-        term_weights: of its terms inside the objective; 1 where none is given.
+        weight: the objective's weight in the total loss.
+        term_weights: weights of its terms inside the objective; 1 where none is given.
         over_batch: whether it has terms over the whole batch (``global_terms``).
         term_names: filled in by the first execution.
-        state_shard: how the tensors of ``state`` are cut over the tensor-parallel ranks; None = each has them whole.
+        state_shard: how the tensors of ``state`` are cut over tensor-parallel ranks; None if they are whole.
     """
 
     name: str
@@ -42,46 +43,50 @@ class Pass(ABC):
 
     @abstractmethod
     def prepare(self, run: Runner, batch: Any) -> int:
-        """Take this rank's share of a step, do forward-only work (a teacher); return the number of micro-batches."""
+        """Take this rank's share of a step and run what has no backward (a teacher); return how many micro-batches."""
 
     @abstractmethod
     def inputs(self, micro: int) -> dict[str, Any]:
-        """Keyword inputs of the forward of one micro-batch."""
+        """Return the keyword inputs of the forward of one micro-batch."""
 
     def later_inputs(self, micro: int) -> dict[str, Any]:
-        """The same for a pipeline stage after the first. Of what only the first reads, shapes (meta tensors) do."""
+        """Return the inputs for a later pipeline stage; what only the first one reads may be a meta tensor."""
         return self.inputs(micro)
 
     def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
-        """Loss terms that need only this micro-batch, unweighted."""
+        """Return the loss terms that need only this micro-batch, unweighted."""
         return {}
 
     def global_inputs(self, outputs: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """What the terms over the whole batch are made of: (per-sample rows, shared values).
+        """Return what the terms over the whole batch are computed from: (per-sample rows, shared values).
 
         Rows (m, ...) of all micro-batches are concatenated along dim 0; shared values are the same in each.
         """
         return [], []
 
     def global_terms(self, rows: list[Tensor], shared: list[Tensor]) -> dict[str, Tensor]:
-        """Loss terms over the whole batch, unweighted."""
+        """Return the loss terms over the whole batch, unweighted."""
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """What lasts from step to step (a running mean), by its name in a checkpoint; that of the last pipeline stage
-        counts. A pass replaces these tensors and never changes them in place."""
+        """Return what the pass carries from step to step (a running mean), by its name in a checkpoint.
+
+        A checkpoint takes it from the last pipeline stage. A pass replaces these tensors and never changes them
+        in place.
+        """
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what ``state`` has returned."""
+        """Go on from what ``state`` has returned."""
         assert not state, f"the pass {self.name} carries nothing from step to step"
 
     def weighted(self, terms: dict[str, Tensor]) -> list[Tensor]:
+        """Weigh each term inside the objective."""
         return [value * self.term_weights.get(name, 1.0) for name, value in terms.items()]
 
 
 def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
-    """Forward and backward of all micro-batches of a pass; returns its terms, detached, under ``name/term``.
+    """Run forward and backward of all micro-batches of a pass; return its terms, detached, under ``name/term``.
 
     With more than one micro-batch, terms over the whole batch are exact by a second forward (GradCache, arXiv
     2101.06983): the first, without graph, collects all rows; the loss on them gives their gradients; the second
@@ -107,27 +112,27 @@ def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
             whole = objective.global_terms(*objective.global_inputs(outputs))
             terms.update({name: value.detach() for name, value in whole.items()})
             total += objective.weighted(whole)
-        return _not_finite_with(terms.values(), sum(total) * objective.weight)
+        return _not_finite_with(terms.values(), reduce(torch.add, total) * objective.weight)
 
     train(run, objective.mode, inputs, count, loss)
     return {f"{objective.name}/{name}": value for name, value in _on_all_stages(objective, run, terms).items()}
 
 
 def _not_finite_with(terms: Iterable[Tensor], loss: Tensor) -> Tensor:
-    """``loss``, with a gradient that is NaN throughout if one of ``terms`` is not finite.
+    """Return ``loss``, with a gradient that is NaN throughout if one of ``terms`` is not finite.
 
-    A term can be NaN while its gradient is finite: L1 against a NaN pixel, or a term of weight 0. With this the norm of
-    the gradient, which every rank knows and reads anyway, tells of it; nothing more is sent, and nothing read.
+    A term can be NaN while its gradient is finite: L1 against a NaN pixel, or a term of weight 0. With this the norm
+    of the gradient, which every rank reads anyway, shows it; nothing more is sent or read.
     """
     finite = torch.stack([term.float() for term in terms]).isfinite().all()
     return loss * torch.where(finite, 1.0, torch.nan)
 
 
 def _on_all_stages(objective: Pass, run: Runner, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The last pipeline rank's terms on every one, as float32, without waiting for the device."""
+    """Give every pipeline rank the last one's terms as float32, without waiting for the device."""
     if run.mesh.pp == 1:
         return terms
-    if objective.term_names is None:  # once a run: which terms there are depends on the settings alone
+    if objective.term_names is None:  # this is sent once a run, as the terms depend on the settings alone
         objective.term_names = broadcast_last_stage_object(tuple(terms), run.mesh)
     values = torch.empty(len(objective.term_names), device=run.device)
     if run.mesh.is_last_stage:
@@ -137,13 +142,13 @@ def _on_all_stages(objective: Pass, run: Runner, terms: dict[str, Tensor]) -> di
 
 @dataclass(frozen=True)
 class _Seeds:
-    """Gradients of the whole-batch terms: of each row tensor by micro-batch, and of the shared values."""
+    """Gradients of the whole-batch terms by the row tensors, per micro-batch, and by the shared values."""
 
     rows: list[tuple[Tensor, ...]]
     shared: tuple[Tensor, ...]
 
     def surrogates(self, over_batch: tuple[list[Tensor], list[Tensor]], micro: int) -> list[Tensor]:
-        """Scalars whose gradient is that of the whole-batch terms through this micro-batch."""
+        """Return scalars whose gradient is that of the whole-batch terms through this micro-batch."""
         rows, shared = over_batch
         scalars = [(row * by_micro[micro]).sum() for row, by_micro in zip(rows, self.rows)]
         if micro == 0:  # a value that every micro-batch shares takes its gradient once
@@ -152,12 +157,12 @@ class _Seeds:
 
 
 def _first_pass(objective: Pass, outputs: list[Any]) -> tuple[_Seeds, dict[str, Tensor]]:
-    """Gradients and values of the whole-batch terms from the micro-batches' outputs."""
+    """Compute gradients and values of the whole-batch terms from the micro-batches' outputs."""
     collected = [objective.global_inputs(output) for output in outputs]
     sizes = [rows[0].shape[0] for rows, _ in collected]
     rows = [torch.cat(parts).requires_grad_() for parts in zip(*(rows for rows, _ in collected))]
     shared = [value.detach().requires_grad_() for value in collected[0][1]]
     terms = objective.global_terms(rows, shared)
-    gradients = torch.autograd.grad(sum(objective.weighted(terms)), rows + shared)
+    gradients = torch.autograd.grad(reduce(torch.add, objective.weighted(terms)), rows + shared)
     seeds = _Seeds([g.split(sizes) for g in gradients[: len(rows)]], gradients[len(rows) :])
     return seeds, {name: value.detach() for name, value in terms.items()}

@@ -1,4 +1,4 @@
-"""How a pass runs over the pipeline ranks: each does its operations in its order and passes on what flows.
+"""The execution of a pass over the pipeline ranks: each runs its operations in order and sends on the results.
 
 With one pipeline rank the whole pass is one stage, and the same loop is a plain forward and backward per micro-batch.
 """
@@ -23,7 +23,7 @@ Inputs = Callable[[int, bool], dict[str, Any]]
 
 
 class Striped(Protocol):
-    """What says how a pass goes through the towers' chunks: a model that can be cut over pipeline ranks."""
+    """A model that can be cut over pipeline ranks: it says how a pass goes through the towers' chunks."""
 
     def legs(self, mode: str) -> int: ...
 
@@ -113,7 +113,7 @@ class _Trip:
             self.run.backward(out)
         else:
             gradients = self.messages.take(op)
-            # What an empty chunk passed on as it was. DeepSpeed fails in a backward that meets no parameter (ZeRO-2).
+            # An empty chunk returned its input. DeepSpeed fails in a backward that meets no parameter (ZeRO-2).
             if len(flow) == len(out) and all(a is b for a, b in zip(flow, out)):
                 self.messages.send(op, gradients)
                 return

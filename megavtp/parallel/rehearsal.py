@@ -1,7 +1,7 @@
 """A rehearsal: the real modules on tensors without data, in groups without processes.
 
-What a piece of the model would hold, need at most and send is counted where it happens, for any size and any number of
-ranks, in milliseconds and without memory. So the planner has no second description of the model that could go stale.
+It counts what a piece of the model would hold, need at most and send, for any size and any number of ranks, in
+milliseconds and without memory. So the planner has no second description of the model that could go stale.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from megavtp.parallel.traffic import Transfer, count_traffic
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What a piece did, in bytes.
+    """What a piece of the model held, needed and sent, in bytes.
 
     Attributes:
-        held: alive when its forward was through: what the backward pass needs, and its result.
+        held: alive at the end of its forward: what the backward needs, and the result.
         peak: most alive at one time, forward and backward.
-        forward, backward: what this rank took part in sending, by direction.
+        forward, backward: what this rank took part in sending in each.
     """
 
     held: int
@@ -43,7 +43,7 @@ class Rehearsed:
 
 @contextmanager
 def rehearsal(*, tp: int = 1, dp: int = 1, fused_norms: bool = False, **fields: Any) -> Iterator[Mesh]:
-    """A mesh of pretended groups, in which all new tensors have shape, dtype and storage size, but no data.
+    """Give a mesh of fake groups; inside, all new tensors have a shape, dtype and storage size, but no data.
 
     The kernels are the CPU's. ``fused_norms``: RMS norms keep for the backward what CUDA's fused kernel keeps, their
     input and a number a row; the CPU's keep the normalised rows too. ``fields``: further fields of the mesh.
@@ -88,7 +88,7 @@ def rehearse(
 
 
 class _FusedNorm(torch.autograd.Function):
-    """What CUDA's fused RMS norm keeps: its input, the weight, and a number a row."""
+    """A norm that keeps what CUDA's fused RMS norm keeps: its input, the weight, and a number for each row."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -121,7 +121,7 @@ def _norms(fused: bool) -> Iterator[None]:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that were made inside and are still alive, and the most there were."""
+    """Counts the bytes of the storages that were made inside and are still alive, and the most there were."""
 
     def __init__(self) -> None:
         super().__init__()

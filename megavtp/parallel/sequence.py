@@ -21,12 +21,12 @@ from megavtp.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class TokenCut:
-    """How packed tokens (T, D) lie on the tp ranks.
+    """The distribution of packed tokens (T, D) over the tp ranks.
 
-    They are cut as one row of tokens, n = ceil(T / tp), of which rank r has those from r * n on. Or, where what is
-    done to a token depends on its sample, each of ``sequences`` equal ones is cut so: a rank has its part of the
-    first, then of the second, and so on. Rows past the end are padding: they come from nowhere, reach nothing and send
-    back no gradient.
+    They are cut as one row of tokens, n = ceil(T / tp), of which rank r has those from r * n on. Where the work on a
+    token depends on its sample, each of ``sequences`` equal sequences is cut in this way instead: a rank has its part
+    of the first, then of the second, and so on. Rows past the end are padding: nothing is read from them or reaches
+    them, and they send back no gradient.
 
     Attributes:
         total: T.
@@ -43,12 +43,12 @@ class TokenCut:
 
     @property
     def length(self) -> int:
-        """Tokens that are cut together."""
+        """The number of tokens that are cut together."""
         return self.total // self.sequences
 
     @property
     def share_of_each(self) -> int:
-        """This rank's tokens of each sequence; n is as many times ``sequences``."""
+        """The number of rows that this rank has of each sequence; n is ``sequences`` times that."""
         return -(-self.length // self.mesh.tp)
 
     def keeping(self, kept: Tensor) -> TokenCut:
@@ -59,8 +59,8 @@ class TokenCut:
         return _Split.apply(x, self)
 
     def join(self, x: Tensor) -> Tensor:
-        """Own rows (n, D) -> all tokens (T, D), for use that is the same on every rank; each keeps its rows of the
-        gradient."""
+        """Own rows (n, D) -> all tokens (T, D). What follows must be the same on every rank, as each keeps its own rows
+        of the gradient."""
         return _Join.apply(x, self)
 
     def gather(self, x: Tensor) -> Tensor:
@@ -73,32 +73,32 @@ class TokenCut:
         return _Reduce.apply(x, self)
 
     def share(self, parameter: Tensor) -> Tensor:
-        """A parameter that all ranks hold, for use on own rows: its gradient is summed over ranks, in the graph, so
-        that no sharding stage has to know about it."""
+        """Use on own rows a parameter that all ranks hold: its gradient is summed over ranks in the graph, so that no
+        ZeRO stage has to know about it."""
         return copy_to_tp(parameter, self.mesh)
 
     def own_rows(self, x: Tensor) -> Tensor:
-        """Rows of this rank of (T, ...), padded with zeros; no gradient flows."""
+        """Return this rank's rows of (T, ...), padded with zeros; no gradient flows."""
         each = x.detach().unflatten(0, (self.sequences, self.length))
         own = each[:, self.mesh.tp_rank * self.share_of_each :][:, : self.share_of_each]
         if own.shape[1] == self.share_of_each:
-            # Not a view, which would keep the tokens of the other ranks alive.
+            # A view would keep the tokens of the other ranks alive.
             return own.clone(memory_format=torch.contiguous_format).flatten(0, 1)
         padded = own.new_zeros(self.sequences, self.share_of_each, *x.shape[1:])
         padded[:, : own.shape[1]] = own
         return padded.flatten(0, 1)
 
     def all_tokens(self, x: Tensor) -> Tensor:
-        """The tokens (T, ...) of all ranks from own rows (n, ...); no gradient flows."""
+        """Gather the tokens (T, ...) of all ranks from own rows (n, ...); no gradient flows."""
         by_rank = all_gather(x, self.mesh, "tp").unflatten(0, (self.mesh.tp, self.sequences, self.share_of_each))
         return by_rank.transpose(0, 1).flatten(1, 2)[:, : self.length].flatten(0, 1)
 
     def pick(self, x: Tensor) -> Tensor:
-        """The kept ones (k, D) of all tokens (T, D)."""
+        """Select the kept tokens (k, D) of all tokens (T, D)."""
         return x if self.kept is None else x.index_select(0, self.kept)
 
     def sum_rows(self, x: Tensor) -> Tensor:
-        """Own rows (n, D) of the sum over ranks of (k, D), put in their places; no gradient flows."""
+        """Sum (k, D) over ranks and return own rows (n, D) of it, each in its place; no gradient flows."""
         padded = self.share_of_each * self.mesh.tp
         if len(x) < padded * self.sequences:
             places = x.new_zeros(self.sequences, padded, *x.shape[1:])
@@ -111,8 +111,8 @@ class TokenCut:
         return reduce_scatter(by_rank.flatten(0, 2), self.mesh, "tp")
 
 
-# The cut, and the positions in it, hang on the context as they are. Put among the saved tensors they would come after
-# a matrix product, and recomputation, which ends with the last saved tensor, would have to make that product too.
+# The cut and its positions are plain attributes of the context. Among the saved tensors they would come after a matrix
+# product, and recomputation, which ends with the last saved tensor, would have to repeat that product too.
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cut: TokenCut) -> Tensor:

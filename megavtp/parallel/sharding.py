@@ -1,4 +1,4 @@
-"""How a parameter is cut over tensor-parallel ranks, as data on the parameter itself.
+"""The cut of a parameter over tensor-parallel ranks, as data on the parameter itself.
 
 The checkpoint, the gradient norm and the tests read it from there; no name pattern is matched anywhere.
 """
@@ -16,7 +16,7 @@ _MARK = "shard"  # attribute of a parameter
 
 @dataclass(frozen=True)
 class Shard:
-    """Cut along ``dim``; a fused weight is ``parts`` equal blocks along it (q, k, v: 3), each cut on its own."""
+    """A cut along ``dim``; a fused weight is ``parts`` equal blocks along it (q, k, v: 3), each cut on its own."""
 
     dim: int
     parts: int = 1
@@ -27,12 +27,12 @@ def mark(parameter: nn.Parameter, shard: Shard) -> None:
 
 
 def shard_of(parameter: Tensor) -> Shard | None:
-    """The cut of a parameter, ``None`` when every tensor-parallel rank holds all of it."""
+    """Return the cut of a parameter, ``None`` when every tensor-parallel rank holds all of it."""
     return getattr(parameter, _MARK, None)
 
 
 def cut(full: Tensor, shard: Shard | None, rank: int, size: int) -> Tensor:
-    """The piece of ``full`` that tensor-parallel rank ``rank`` of ``size`` holds."""
+    """Return the piece of ``full`` that tensor-parallel rank ``rank`` of ``size`` holds."""
     if shard is None or size == 1:
         return full
     blocks = full.chunk(shard.parts, shard.dim)
@@ -40,7 +40,7 @@ def cut(full: Tensor, shard: Shard | None, rank: int, size: int) -> Tensor:
 
 
 def whole_shape(shape: Sequence[int], shard: Shard | None, size: int) -> tuple[int, ...]:
-    """The shape of the tensor that ``size`` tensor-parallel ranks hold pieces of ``shape`` of."""
+    """Return the shape of a tensor of which each of ``size`` tensor-parallel ranks holds a piece of ``shape``."""
     whole = list(shape)
     if shard is not None:
         whole[shard.dim] *= size
@@ -48,7 +48,7 @@ def whole_shape(shape: Sequence[int], shard: Shard | None, size: int) -> tuple[i
 
 
 def merge(pieces: Sequence[Tensor], shard: Shard | None) -> Tensor:
-    """The inverse of ``cut``: all ranks' pieces, in rank order, make the whole."""
+    """Join all ranks' pieces, in rank order, to the whole: the inverse of ``cut``."""
     if shard is None or len(pieces) == 1:
         return pieces[0]
     blocks = [piece.chunk(shard.parts, shard.dim) for piece in pieces]

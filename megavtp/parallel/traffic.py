@@ -1,4 +1,4 @@
-"""What the ranks really send to each other, counted below all libraries: our collectives, the pipeline, DeepSpeed."""
+"""The traffic between ranks as it really is, counted below our collectives, the pipeline and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavtp.parallel.mesh import Mesh
 
-# torch.distributed ends in these operators, whichever of its functions was called. Name, and the arguments that hold
-# the whole payload: what is gathered, what is reduced, what is sent. Receiving is the sender's traffic.
+# torch.distributed ends in these operators, whichever of its functions was called. Each has its name here and the
+# number of the argument that holds the whole payload. A message counts where it is sent, not where it is received.
 _OPS: dict[str, tuple[str, int]] = {
     "allreduce_": ("all_reduce", 0),
     "allreduce_coalesced_": ("all_reduce", 0),
@@ -35,16 +35,19 @@ _OPS: dict[str, tuple[str, int]] = {
     "send": ("send", 0),
 }
 _SILENT = {"recv_", "recv_any_source_", "barrier", "monitored_barrier_"}
-_RING_STEPS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}  # of (n - 1) / n payloads each
+# Each of these steps sends (n - 1) / n of the payload.
+_RING_STEPS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
 
 
 @dataclass(frozen=True)
 class Transfer:
     """One call of this rank.
 
-    axis: the mesh axis whose group it ran in; "world", or "other" for a group that is neither. op: all_reduce,
-    all_gather, reduce_scatter, broadcast, reduce, all_to_all, gather, scatter or send. bytes: of the payload, which for
-    an all-gather is its whole result and for a reduce-scatter its whole input. ranks: size of the group.
+    Attributes:
+        axis: the mesh axis whose group it ran in; "world", or "other" for a group that is neither.
+        op: all_reduce, all_gather, reduce_scatter, broadcast, reduce, all_to_all, gather, scatter or send.
+        bytes: size of the payload: an all-gather's whole result, a reduce-scatter's whole input.
+        ranks: size of the group.
     """
 
     axis: str
@@ -54,7 +57,7 @@ class Transfer:
 
     @property
     def wire_bytes(self) -> float:
-        """What one rank puts on the wire, with ring algorithms; the calls that have none send all of it."""
+        """The bytes that one rank sends with ring algorithms; a call that has none sends its whole payload."""
         steps = _RING_STEPS.get(self.op)
         return float(self.bytes) if steps is None else steps * self.bytes * (self.ranks - 1) / self.ranks
 

@@ -1,4 +1,4 @@
-"""What known devices can do at most, and how fast they are joined."""
+"""The peak speed, memory and links of known devices."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ _PEAK_BF16 = {
     "h200": 989.4, "h200 nvl": 835.5, "h20": 148.0, "gh200": 989.4, "b200": 2250.0, "gb200": 2500.0,
     "l4": 121.0, "l40": 181.05, "l40s": 362.05, "6000 ada": 364.25,
     "rtx 3090": 71.0, "rtx 4080": 97.5, "rtx 4090": 165.2, "rtx 5090": 209.5,
-    "mi250x": 191.5, "mi300x": 1307.4, "mi325x": 1307.4,  # mi250x: one of its two dies, which is one device
+    "mi250x": 191.5, "mi300x": 1307.4, "mi325x": 1307.4,  # one of the two dies of an MI250X is one device
 }
 
 
 def device_peak_tflops(name: str, precision: str) -> float | None:
-    """Peak of the device that ``torch.cuda.get_device_name`` calls ``name``; None if it is not known, as it is for no
-    precision but bf16: what float32 products reach at most depends on torch's settings (TF32)."""
+    """Return the peak of the device that ``torch.cuda.get_device_name`` calls ``name``; None if it is not known.
+
+    It is known for bf16 alone: the peak of float32 products depends on torch's settings (TF32).
+    """
     if precision != "bf16":
         return None
     words = set(re.findall(r"[a-z0-9]+", name.lower()))
@@ -37,7 +39,7 @@ class Device:
         memory: GiB.
         memory_bandwidth: GB/s.
         inside: GB/s in one direction to the other devices of its node.
-        between: GB/s in one direction to other nodes, of each device's share of the network.
+        between: GB/s in one direction to other nodes; each device's share of the network.
         peak_tflops: dense bf16.
     """
 
@@ -67,7 +69,7 @@ DEVICES = {
 
 
 def find_device(name: str) -> Device:
-    """The device of that name, in any case. UserError names those there are."""
+    """Return the device of that name, in upper or lower case. UserError lists the known ones."""
     if name.lower() not in DEVICES:
         raise UserError(f"device {name}: not known to the planner; choose one of {', '.join(DEVICES)}")
     return DEVICES[name.lower()]

@@ -1,8 +1,9 @@
 """Floating-point operations of the model and of a training step, from the config alone.
 
 Model FLOPs, the numerator of MFU (PaLM, arXiv 2204.02311, appendix B): a multiply-add is 2; matrix products and
-convolutions only; attention without its causal half. What trains costs 3 forwards (forward, and the gradients by input
-and by weight), what only passes on a gradient or nothing is said at its place. Work that an implementation repeats to
+convolutions only; attention without its causal half. A part that trains costs 3 forwards (the gradients
+by input and by weight cost one each); parts that pass on a gradient only, or nothing, are noted below.
+Work that an implementation repeats to
 save memory (recompute, the second contrastive forward, chunked logits) is not counted: it lowers MFU.
 """
 
@@ -24,18 +25,18 @@ _RGB = 3
 
 
 def transformer_flops(tokens: int, width: int, depth: int, hidden: int, *, gated: bool) -> float:
-    """Forward of ``depth`` blocks over one sequence: 2 per weight and token, and 4 N^2 D for the attention products."""
+    """Count a forward of ``depth`` blocks over one sequence: 2 per weight and token, 4 N^2 D for attention products."""
     weights = 4 * width * width + (3 if gated else 2) * width * hidden
     return float(depth * (2 * weights * tokens + 4 * tokens * tokens * width))
 
 
 def patches_of(model: ResolvedModel, size: int) -> int:
-    """Patch tokens of a square image of ``size`` pixels."""
+    """Return the number of patch tokens of a square image of ``size`` pixels."""
     return (size // model.patch_size) ** 2
 
 
 def vision_flops(model: ResolvedModel, size: int, kept: float = 1.0) -> float:
-    """Forward of the trunk on one image of ``size`` pixels; ``kept``: share of the blocks that drop-path leaves."""
+    """Count a forward of the trunk on an image of ``size`` pixels; drop-path leaves a share ``kept`` of blocks."""
     vision, patches = model.vision, patches_of(model, size)
     hidden = ffn_hidden(vision.ffn, vision.width, vision.mlp_ratio)
     embedding = 2 * patches * _RGB * model.patch_size**2 * vision.width
@@ -44,7 +45,7 @@ def vision_flops(model: ResolvedModel, size: int, kept: float = 1.0) -> float:
 
 
 def text_flops(model: ResolvedModel) -> float:
-    """Forward of the text tower and its projection on one caption; all of the context length is computed."""
+    """Count a forward of the text tower and its projection on one caption, over the whole context length."""
     text = model.text
     hidden = int(text.width * text.mlp_ratio)
     blocks = transformer_flops(text.context_length, text.width, text.depth, hidden, gated=False)
@@ -52,7 +53,7 @@ def text_flops(model: ResolvedModel) -> float:
 
 
 def decoder_flops(model: ResolvedModel, size: int) -> float:
-    """Forward of the pixel decoder to one image of ``size`` pixels."""
+    """Count a forward of the pixel decoder to one image of ``size`` pixels."""
     decoder, patches = model.decoder, patches_of(model, size)
     hidden = ffn_hidden(decoder.ffn, decoder.width, DECODER_MLP_RATIO)
     ends = 2 * patches * decoder.width * (model.bottleneck + _RGB * model.patch_size**2)
@@ -60,13 +61,13 @@ def decoder_flops(model: ResolvedModel, size: int) -> float:
 
 
 def dino_head_flops(head: DinoHeadConfig, in_dim: int) -> float:
-    """Forward of the DINO head on one row, with the logits of all prototypes."""
+    """Count a forward of the DINO head on one row, with the logits of all prototypes."""
     widths = [in_dim, *[head.hidden] * (head.layers - 1), head.bottleneck, head.prototypes]
     return float(2 * sum(a * b for a, b in zip(widths, widths[1:])))
 
 
 def perceptual_flops(kind: str, size: int) -> float:
-    """Forward of the LPIPS backbone on one image of ``size`` pixels; its heads are negligible."""
+    """Count a forward of the LPIPS backbone on one image of ``size`` pixels; its heads are negligible."""
     if kind == "none":
         return 0.0
     total, side = 0, size
@@ -79,9 +80,9 @@ def perceptual_flops(kind: str, size: int) -> float:
 
 
 def flops_per_step(config: ResolvedConfig) -> dict[str, float]:
-    """Model FLOPs of one optimizer step over all devices: of each objective (0 if it is off) and their ``total``.
+    """Count one optimizer step over all devices: each objective (0 if it is off), and their ``total``.
 
-    ``config`` has its model sizes resolved. The number of masked patches is its expectation.
+    The number of masked patches is its expectation.
     """
     objectives = config.objectives
     step = {
@@ -98,7 +99,7 @@ def flops_per_step(config: ResolvedConfig) -> dict[str, float]:
 
 
 def _contrastive(config: ResolvedConfig) -> float:
-    """One pair. The logits, B columns each, are below a thousandth of it and left out."""
+    """Count one pair. The logits, B columns each, are below a thousandth of it and are left out."""
     model, kept = config.model, 1 - config.objectives.contrastive.drop_path
     size = contrastive_size(config)
     features = patches_of(model, size) if model.vision.clip_feature == "pooled" else 1
@@ -107,7 +108,7 @@ def _contrastive(config: ResolvedConfig) -> float:
 
 
 def _self_distillation(config: ResolvedConfig) -> float:
-    """One image: student (3 forwards) on global and local crops, teacher (1) on global crops, heads of both."""
+    """Count one image: student (3 forwards) on global and local crops, teacher (1) on global crops, both heads."""
     model, augment, settings = config.model, config.data.augment, config.objectives.self_distillation
     kept, masked = 1 - settings.drop_path, expected_masked_patches(config)
     student = GLOBAL_CROPS * vision_flops(model, augment.global_size, kept)
@@ -119,8 +120,8 @@ def _self_distillation(config: ResolvedConfig) -> float:
 
 
 def _reconstruction(config: ResolvedConfig) -> float:
-    """One image. The frozen LPIPS network sees two images and passes one gradient on: 3 forwards. A frozen encoder has
-    its forward alone."""
+    """Count one image. The frozen LPIPS network sees two images and passes one gradient on, which is 3 forwards. A
+    frozen encoder has its forward alone."""
     model, settings = config.model, config.objectives.reconstruction
     size = model.image_size
     encoder = vision_flops(model, size, 1 - settings.drop_path)
@@ -130,7 +131,7 @@ def _reconstruction(config: ResolvedConfig) -> float:
 
 
 def expected_masked_patches(config: ResolvedConfig) -> float:
-    """Expected masked patches of an image's global crops."""
+    """Return the expected number of masked patches in an image's global crops."""
     settings = config.objectives.self_distillation
     if settings.ibot_weight == 0:
         return 0.0

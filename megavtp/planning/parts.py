@@ -1,7 +1,8 @@
-"""What the parts of each objective hold, need and send on one rank, counted on the real modules (``rehearsal``).
+"""The bytes that the parts of each objective hold, need and send on one rank, counted on the real modules.
 
-A pass is made of *ends* (embeddings, norms, heads and the loss: a model of depth 0) and of stacks of blocks. Both are
-rehearsed once for a micro-batch size and a tensor-parallel layout; every pipeline layout is put together from them.
+A pass consists of *ends* (embeddings, norms, heads and the loss: a model of depth 0) and of stacks of blocks. Both are
+rehearsed (``parallel.rehearsal``) once for each micro-batch size and tensor-parallel layout; every pipeline layout is
+put together from them.
 
 Letters: m images of a micro-batch, N patches, T packed tokens, D width.
 """
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from megavtp.config.precision import compute_dtype
 from megavtp.config.share import share
 from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig, contrastive_size, feature_width
 from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS, weight_shapes
@@ -39,7 +41,7 @@ from megavtp.pixels import normalise
 from megavtp.planning.flops import expected_masked_patches, patches_of
 
 MODES = {"contrastive": "contrastive", "self_distillation": "student", "reconstruction": "reconstruction"}
-# Which towers the stages of a pass run through, leg by leg: blocks of these kinds, side by side.
+# The kinds of blocks that the stages of a pass run through, leg by leg; kinds of one leg run side by side.
 LEGS: dict[str, tuple[tuple[str, ...], ...]] = {
     "contrastive": (("paired", "text"),), "student": (("crops",),), "teacher": (("global",),),
     "reconstruction": (("image",), ("decoder",)),
@@ -49,7 +51,7 @@ TOWER_OF = {
     "decoder": "pixel_decoder",
 }
 
-_LINEAR = (64, 128)  # images of a micro-batch from which on all grows in proportion
+_LINEAR = (64, 128)  # with this many images in a micro-batch or more, everything grows linearly
 _ENOUGH_CHUNKS = 4
 
 T = TypeVar("T")
@@ -61,9 +63,9 @@ class Cost:
     """Bytes of one micro-batch on one rank.
 
     Attributes:
-        held: from the end of its forward to its backward.
-        peak: most at one time while it runs alone, ``held`` included.
-        forward, backward: what is sent in each direction, by (axis, operation).
+        held: alive from the end of its forward to its backward.
+        peak: the most at one time while it runs alone, ``held`` included.
+        forward, backward: bytes sent in each, by (axis, operation).
     """
 
     held: float = 0
@@ -73,7 +75,7 @@ class Cost:
 
     @property
     def extra(self) -> float:
-        """What is needed beyond ``held`` while it runs."""
+        """The bytes that are needed beyond ``held`` while it runs."""
         return self.peak - self.held
 
 
@@ -93,7 +95,7 @@ def _as_it_is(outputs: Any) -> Any:
 
 
 def _line(a: Cost, b: Cost, t: float) -> Cost:
-    """The cost at ``t`` on the straight line through ``a`` (t = 0) and ``b`` (t = 1)."""
+    """Return the cost at ``t`` on the straight line through ``a`` (t = 0) and ``b`` (t = 1)."""
 
     def at(x: float, y: float) -> float:
         return x + t * (y - x)
@@ -106,41 +108,40 @@ def _line(a: Cost, b: Cost, t: float) -> Cost:
 
 
 def _interpolated(at: Callable[[int], Cost], m: int) -> Cost:
-    """``at(m)``, for a large ``m`` by its straight line."""
+    """Return ``at(m)``; for a large ``m`` it is extrapolated linearly."""
     if m <= _LINEAR[0]:
         return at(m)
     return _line(at(_LINEAR[0]), at(_LINEAR[1]), (m - _LINEAR[0]) / (_LINEAR[1] - _LINEAR[0]))
 
 
 def _more(one: Cost, two: Cost, more: int) -> Cost:
-    """``more`` blocks than one: each holds and sends what the second did; only one runs at a time."""
+    """Add ``more`` blocks to one: each holds and sends what the second did, and only one runs at a time."""
     line = _line(one, two, more)
     return replace(line, peak=line.held + (two.extra if more else one.extra))
 
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """What of a layout changes a rank's part of a block: tensor and sequence parallelism."""
+    """The part of a layout that changes a rank's share of a block: tensor and sequence parallelism."""
 
     tp: int = 1
     sequence_parallel: bool = False
 
 
-class Parts:
+class Rehearsals:
     """Rehearsals of a configuration's parts, each made once.
 
-    ``config`` has resolved sizes; of its ``parallel`` section only the precision counts here. ``fused_norms``: as
-    ``rehearsal``'s, for runs on GPUs.
+    Only the precision of the ``parallel`` section counts here. ``fused_norms`` is ``rehearsal``'s, for runs on GPUs.
     """
 
     def __init__(self, config: ResolvedConfig, *, fused_norms: bool):
         self.config, self.fused_norms = config, fused_norms
-        self.dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+        self.dtype = compute_dtype(config.parallel.precision)
         self.objectives = frozenset(share(config, 1).passes)
         self._known: dict[tuple, Any] = {}
 
     def _once(self, make: Callable[..., T], *arguments: Hashable) -> T:
-        """``make(*arguments)``, which is called once."""
+        """Return ``make(*arguments)``, which is called once for the same arguments."""
         key = (make, *arguments)
         if key not in self._known:
             self._known[key] = make(*arguments)
@@ -149,13 +150,13 @@ class Parts:
     # Blocks
 
     def stack(self, kind: str, blocks: int, m: int, layout: TensorLayout, recompute: Recompute) -> Cost:
-        """``blocks`` consecutive blocks of a tower on the tokens of ``m`` images, their input not counted.
+        """Return the cost of ``blocks`` consecutive blocks of a tower on the tokens of ``m`` images, without the input.
 
-        Linear in ``blocks``: two are rehearsed.
+        It is linear in ``blocks``, so two are rehearsed.
         """
         if blocks == 0:
             return Cost()
-        if kind == "global":  # without a backward there is nothing to make again
+        if kind == "global":  # without a backward nothing is recomputed
             recompute = "none"
         return self._once(self._stack, kind, blocks, m, layout, recompute)
 
@@ -168,7 +169,7 @@ class Parts:
     def _rehearse_stacks(self, kind: str, m: int, layout: TensorLayout, recompute: Recompute) -> tuple[Cost, Cost]:
         tokens_cut, fused = layout.sequence_parallel, self.fused_norms
         with rehearsal(tp=layout.tp, sequence_parallel=tokens_cut, fused_norms=fused) as mesh:
-            # Two blocks of their own: gradients of one used twice would wait for each other.
+            # These are two different blocks: the gradients of one used twice would wait for each other.
             model = self._model(mesh, depth=2)
             tower = getattr(model, TOWER_OF[kind])
             blocks = list(enumerate(tower.blocks.children()))
@@ -181,14 +182,14 @@ class Parts:
             for count in (1, 2):
 
                 def forward(count: int = count) -> Tensor:
-                    with model._precision(), torch.set_grad_enabled(kind != "global"):
+                    with model.precision(), torch.set_grad_enabled(kind != "global"):
                         return run_blocks(blocks[:count], x, segments, tables, drop, recompute)
 
                 costs.append(as_cost(rehearse(mesh, forward, list(tower.parameters()), inputs=[x])))
         return costs[0], costs[1]
 
     def segments(self, kind: str, m: int) -> Segments:
-        """(sequences, length) of each crop size in a tower, as the blocks see them."""
+        """Return (sequences, length) of each crop size in a tower, as the blocks see them."""
         model, augment = self.config.model, self.config.data.augment
         if kind == "text":
             return ((m, model.text.context_length),)
@@ -208,7 +209,7 @@ class Parts:
         return table, table
 
     def _drop(self, segments: Segments) -> DropPlan | None:
-        """A plan that keeps as many sequences as are kept on average."""
+        """Return a plan that keeps as many sequences as are kept on average."""
         rate = self.config.objectives.self_distillation.drop_path
         if rate == 0:
             return None
@@ -224,16 +225,16 @@ class Parts:
     # Ends
 
     def end(self, mode: str, leg: int, is_last: bool, m: int, tp: int, *, loss: bool = True) -> Cost:
-        """The embedding in front of a leg's blocks, or what comes after them; the pass's last end has the losses.
+        """Return the cost of the embedding before a leg's blocks, or of what follows them; the last end has the losses.
 
-        What the towers' blocks take in is counted here where it is made; what they give out is not.
+        The input of the blocks is counted here, where it is made; their output is not.
         """
         at = partial(self._once, self._rehearse_end, mode, leg, is_last, tp, loss, True)
-        chunked = mode == "student" and is_last and loss  # its logits are made in chunks: not linear
+        chunked = mode == "student" and is_last and loss  # not linear, as its logits are made in chunks
         return at(m) if chunked else _interpolated(at, m)
 
     def results(self, mode: str, m: int, tp: int) -> Cost:
-        """The last end of a forward without graph; held are the results, and what they are views of."""
+        """Return the cost of the last end of a forward without graph: it holds the results, and what they view."""
         last = len(LEGS[mode]) - 1
         return _interpolated(partial(self._once, self._rehearse_end, mode, last, True, tp, False, False), m)
 
@@ -261,7 +262,7 @@ class Parts:
         return close(results[0])
 
     def flow_bytes(self, mode: str, leg: int, is_first: bool, m: int) -> int:
-        """What one micro-batch brings to a stage of ``leg``, the leg's first one or a later one."""
+        """Return the bytes that one micro-batch brings to a stage of ``leg``, the leg's first one or a later one."""
         return m * self._once(self._flow_bytes, mode, leg, is_first)
 
     def _flow_bytes(self, mode: str, leg: int, is_first: bool) -> int:
@@ -273,7 +274,7 @@ class Parts:
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs)
 
     def _inputs(self, mode: str, m: int) -> dict[str, Tensor]:
-        """A micro-batch as it comes from the loader."""
+        """Make a micro-batch as it comes from the loader."""
         model, augment = self.config.model, self.config.data.augment
 
         def picture(count: int, size: int) -> Tensor:
@@ -299,7 +300,7 @@ class Parts:
         return round(m * expected_masked_patches(self.config))
 
     def _closing(self, mode: str, m: int, mesh: Mesh) -> Callable[[Any], Any]:
-        """From a pass's outputs to its loss terms of one micro-batch."""
+        """Compute the loss terms of one micro-batch from a pass's outputs."""
         if mode == "reconstruction":
             size = self.config.model.image_size
             target, perceptual = torch.empty(m, 3, size, size), self._perceptual()
@@ -311,12 +312,12 @@ class Parts:
         return _as_it_is
 
     def picture_bytes(self, mode: str, m: int) -> int:
-        """Pixels of a micro-batch, normalised."""
+        """Return the bytes of a micro-batch's normalised pixels."""
         with torch.device("meta"):
             return sum(4 * x.numel() for x in self._inputs(mode, m).values() if x.dtype == torch.uint8)
 
     def target_bytes(self, m: int) -> int:
-        """Images that a reconstruction is compared with."""
+        """Return the bytes of the images that a reconstruction is compared with."""
         return m * 3 * self.config.model.image_size**2 * torch.float32.itemsize
 
     def _perceptual(self) -> LPIPS | None:
@@ -347,7 +348,7 @@ class Parts:
     # Terms over the whole batch
 
     def over_batch(self, mode: str, images: int, dp: int) -> Cost:
-        """The terms over all micro-batches of a rank with ``images``, from their features to their gradients."""
+        """Return the cost of the terms over all ``images`` of a rank, from their features to their gradients."""
         return self._once(self._rehearse_over_batch, mode, images, dp)
 
     def _rehearse_over_batch(self, mode: str, images: int, dp: int) -> Cost:
@@ -364,7 +365,7 @@ class Parts:
         return Cost()
 
     def centering(self, images: int, tp: int, dp: int) -> Cost:
-        """Sinkhorn-Knopp over the teacher's outputs of a rank with ``images``."""
+        """Return the cost of Sinkhorn-Knopp over the teacher's outputs for a rank's ``images``."""
         return self._once(self._rehearse_centering, images, tp, dp)
 
     def _rehearse_centering(self, images: int, tp: int, dp: int) -> Cost:
@@ -387,7 +388,7 @@ class Parts:
                 ]
 
             cost = as_cost(rehearse(mesh, forward))
-        # Further chunks need no more memory; over tp each row sends alike.
+        # Further chunks need no more memory; over tp every row sends the same.
         ratio = sum(rows) / sum(len(group) for group in groups)
         sent = Counter({key: round(count * ratio) if key[0] == "tp" else count for key, count in cost.forward.items()})
         return replace(cost, forward=sent)

@@ -1,4 +1,4 @@
-"""One layout judged: its memory, traffic and the least time a step can take."""
+"""The plan of one layout: its memory, its traffic and the least time that a step can take."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from megavtp.parallel.traffic import Transfer
 from megavtp.planning import zero
 from megavtp.planning.devices import Device
 from megavtp.planning.flops import flops_per_step
-from megavtp.planning.parts import MODES, Parts, Sent
-from megavtp.planning.passes import PassCost, pass_costs, place_of
+from megavtp.planning.parts import MODES, Rehearsals, Sent
+from megavtp.planning.passes import PassCost, pass_costs, rank_layout
 
 T = TypeVar("T")
 GIB = 2**30
-_ADAM_BYTES = 28  # a trained float32 parameter: gradient, weight and two moments read, the last three written
+_ADAM_BYTES = 28  # for a trained float32 parameter: gradient, weight, two moments are read, the last three written
 _TEACHER_BYTES = 12
-# Beside the products each held byte is written, read again in the backward, and had its like as an intermediate.
+# Beside the products, each held byte is written, read again in the backward, and comes with an intermediate one.
 _TOUCHES = 4
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One pipeline rank of a layout."""
+    """What one pipeline rank of a layout holds and sends."""
 
     pp_rank: int
     state: zero.State
@@ -42,7 +42,7 @@ class RankPlan:
 
     @property
     def memory(self) -> float:
-        """Bytes at most, in the passes or while the step is made."""
+        """The most bytes at one time, in the passes or during the update."""
         return self.state.total + max(self.activations, self.state.step)
 
 
@@ -66,15 +66,15 @@ class Plan:
 
     @property
     def memory(self) -> float:
-        """Bytes on the fullest rank."""
+        """The bytes on the fullest rank."""
         return self.fullest.memory
 
     @cached_property
     def seconds(self) -> dict[str, float]:
-        """Least time of a step by cause: the parts do not overlap, and each runs at the device's full rate.
+        """The least time of a step by cause: the parts do not overlap, and each runs at the device's full rate.
 
-        ``products`` at peak FLOP/s, ``bubble`` on top of them, ``elementwise`` at full memory bandwidth, and what is
-        sent over each axis at the bandwidth of the slowest link it crosses.
+        ``products`` run at peak FLOP/s, ``bubble`` is the idle time beside them, ``elementwise`` runs at full memory
+        bandwidth, and each axis sends at the bandwidth of the slowest link that it crosses.
         """
         busy, idle = 0.0, 0.0
         per_objective = flops_per_step(self.config)
@@ -95,7 +95,7 @@ class Plan:
         return (moved + _ADAM_BYTES * rank.owned + _TEACHER_BYTES * rank.teacher) / (self.device.memory_bandwidth * 1e9)
 
     def group_span(self, axis: str) -> int:
-        """How many consecutive ranks an axis' group reaches over."""
+        """Return the span of consecutive ranks that a group of an axis reaches over."""
         p = self.config.parallel
         return {"tp": p.tp, "pp": p.tp * p.pp, "dp": self.world_size}[axis]
 
@@ -108,26 +108,26 @@ class Plan:
 
 
 class Planner:
-    """Plans layouts of one configuration; what it has counted once it knows.
+    """Plans layouts of one configuration; it counts each thing once.
 
     Args:
-        config: validated, without a number of processes.
-        groups: the optimizer's grouping of named parameters.
+        config: the configuration, validated without a number of processes.
+        groups: groups named parameters as the optimizer does.
     """
 
     def __init__(
         self, config: ResolvedConfig, groups: zero.Groups, device: Device, gpus_per_node: int = 8, *, cuda: bool = True
     ):
         self.device, self.gpus_per_node = device, gpus_per_node
-        self.parts = Parts(config, fused_norms=cuda)
+        self.parts = Rehearsals(config, fused_norms=cuda)
         self.inventory = zero.Inventory(config.model, self.parts.objectives, groups)
         self._known: dict[tuple, Any] = {}
 
     def plan(self, config: ResolvedConfig, world_size: int, *, draft: bool = False) -> Plan:
-        """``config``: this planner's with another ``parallel`` section or micro-batches, validated for the size.
+        """Plan ``config``, this planner's with another ``parallel`` section or micro-batches, validated for the size.
 
-        A ``draft`` looks only at three pipeline ranks: the first, which holds most micro-batches at a time, the last,
-        which has heads and losses, and one between.
+        A ``draft`` looks at three pipeline ranks only: the first, which holds most micro-batches at a time, the last,
+        which has heads and losses, and one between them.
         """
         pp = config.parallel.pp
         chosen = sorted({0, pp // 2, pp - 1}) if draft else range(pp)
@@ -135,7 +135,7 @@ class Planner:
         return Plan(config, world_size, self.gpus_per_node, self.device, ranks)
 
     def pieces(self, config: ResolvedConfig, pp_rank: int) -> list[zero.Piece]:
-        """This pipeline rank's parameters."""
+        """Return the parameters of a pipeline rank."""
         p = config.parallel
         key = ("pieces", p.tp, p.pp, pp_rank, p.virtual_stages)
         return self._once(key, lambda: self.inventory.rank(p.tp, p.pp, pp_rank, p.virtual_stages))
@@ -146,7 +146,7 @@ class Planner:
         return self._known[key]
 
     def least_state(self, config: ResolvedConfig, world_size: int) -> int:
-        """Bytes without activations, on the rank that has least."""
+        """Return the bytes without activations on the rank that has the least."""
         pp = config.parallel.pp
         return min(self._state(config, world_size, rank).total for rank in {0, pp // 2, pp - 1})
 
@@ -158,10 +158,10 @@ class Planner:
         return self._once(key, lambda: zero.state(pieces, p.zero_stage, dp, first_mode=first, hold=hold))
 
     def _rank(self, config: ResolvedConfig, world_size: int, pp_rank: int) -> RankPlan:
-        p, place = config.parallel, place_of(config, world_size, pp_rank)
-        shares = share(config, place.dp).passes
+        p, layout = config.parallel, rank_layout(config, world_size, pp_rank)
+        shares = share(config, layout.dp).passes
         sizes = tuple((name, part.micro_batch) for name, part in shares.items())
-        passes = self._once((place, sizes), lambda: pass_costs(self.parts, config, place))
+        passes = self._once((layout, sizes), lambda: pass_costs(self.parts, config, layout))
         pieces = self.pieces(config, pp_rank)
         state = self._state(config, world_size, pp_rank)
         sent: Sent = Counter()
@@ -170,11 +170,11 @@ class Planner:
         calls = [call for cost in passes.values() for call in cost.calls]
         shared = not config.model.bottleneck_reconstruction_only
         hold = p.zero3_gather == "step"
-        sent += zero.traffic(pieces, p.zero_stage, place.dp, calls, shared, hold=hold)
-        sent += zero.norm_traffic(pieces, p.zero_stage, place.dp, p.tp * p.pp, self.inventory.towers)
+        sent += zero.traffic(pieces, p.zero_stage, layout.dp, calls, shared, hold=hold)
+        sent += zero.norm_traffic(pieces, p.zero_stage, layout.dp, p.tp * p.pp, self.inventory.towers)
         trained = sum(piece.numel for piece in pieces if piece.trained)
         others = sum(piece.numel for piece in pieces if not piece.trained)
-        cut = place.dp if p.zero_stage > 0 else 1
+        cut = layout.dp if p.zero_stage > 0 else 1
         return RankPlan(
-            pp_rank, state, passes, sent, trained // cut, others // (place.dp if p.zero_stage == 3 else 1)
+            pp_rank, state, passes, sent, trained // cut, others // (layout.dp if p.zero_stage == 3 else 1)
         )

@@ -1,4 +1,4 @@
-"""Plans in words: a table, where memory and time go, and the lines to paste."""
+"""Plans as text: a table, where memory and time go, and the lines to paste into a recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHORT = {"contrastive": "pairs", "self_distillation": "ssl", "reconstruction": 
 
 
 def model_lines(config: ResolvedConfig, counts: Mapping[str, int]) -> list[str]:
-    """Parameters of each tower, and model FLOPs of each objective; ``config`` has resolved sizes."""
+    """Return lines with the parameters of each tower and the model FLOPs of each objective."""
     flops, batches = flops_per_step(config), {name: part.batch for name, part in share(config, 1).passes.items()}
     each = ", ".join(f"{name} {flops[name] / batch / 1e12:.3g}" for name, batch in batches.items())
     return [
@@ -27,7 +27,7 @@ def model_lines(config: ResolvedConfig, counts: Mapping[str, int]) -> list[str]:
 
 
 def table(plans: Sequence[Plan]) -> str:
-    """A line for each plan: layout, micro-batches, memory of the fullest rank, least time of a step and what of it."""
+    """Return a line for each plan: layout, micro-batches, memory of the fullest rank, least time of a step by cause."""
     sizes = [f"m {_SHORT[name]}" for name in share(plans[0].config, 1).passes]
     header = [
         "tp", "pp", "dp", "schedule", "zero", "recompute", "seq", *sizes, "GiB", "state", "activ.", "s/step", "bubble",
@@ -53,7 +53,7 @@ def _row(plan: Plan) -> list[str]:
 
 
 def details(plan: Plan) -> str:
-    """Where one plan's memory, traffic and time go."""
+    """Show where one plan's memory, traffic and time go."""
     full, state = plan.fullest, plan.fullest.state
     parts = {
         "weights": state.weights, "gradients": state.gradients, "optimizer": state.optimizer,
@@ -76,7 +76,7 @@ def details(plan: Plan) -> str:
 
 
 def yaml_lines(plan: Plan) -> str:
-    """The keys of a plan, to be pasted into a recipe."""
+    """Return the keys of a plan, to be pasted into a recipe."""
     p = plan.config.parallel
     parallel: dict[str, Any] = {"tp": p.tp, "pp": p.pp, "zero_stage": p.zero_stage, "recompute": p.recompute}
     if p.pp > 1:
@@ -92,7 +92,7 @@ def yaml_lines(plan: Plan) -> str:
 
 
 def nothing_fits(found: Search, memory: float, budget: float) -> str:
-    """Why there is no plan, and what comes closest."""
+    """Say why there is no plan, and which one comes closest."""
     if found.closest is None:
         reasons = sorted(found.refused, key=found.refused.__getitem__, reverse=True)[:3]
         return "no legal layout: " + "; ".join(reasons)

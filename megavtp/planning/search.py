@@ -1,4 +1,4 @@
-"""All legal layouts of a configuration on a number of devices, the fastest that fit first."""
+"""A search through all legal layouts of a configuration on a number of devices, for the fastest that fit."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from megavtp.planning.plan import Plan, Planner
 _SAVING: tuple[tuple[bool, Recompute], ...] = (
     (False, "none"), (True, "none"), (False, "selective"), (True, "selective"), (False, "full"), (True, "full"),
 )
-_SCHEDULES: tuple[tuple[Schedule, int], ...] = (  # gpipe only holds more
+_SCHEDULES: tuple[tuple[Schedule, int], ...] = (  # gpipe is as fast as 1f1b and holds more
     ("1f1b", 1), ("interleaved_1f1b", 2), ("interleaved_1f1b", 4),
 )
 _ZERO: tuple[tuple[Literal[0, 1, 2, 3], Literal["block", "step"]], ...] = (
     (0, "block"), (1, "block"), (2, "block"), (3, "block"), (3, "step"),
 )
-_SMALLER = 4  # times a micro-batch is halved at most
+_SMALLER = 4  # a micro-batch is halved at most this often
 
 
 @dataclass(frozen=True)
 class Search:
-    """What was found.
+    """What a search found.
 
     Attributes:
-        fitting: the best that fit, fastest first.
+        fitting: the best plans that fit, fastest first.
         count: how many layouts fit.
-        closest: where none fits, the plan that needs least memory.
-        refused: why a layout of every kind tried was illegal, message by message with how often.
+        closest: the plan that needs the least memory, where none fits.
+        refused: the messages of the illegal layouts, each with its count.
     """
 
     fitting: list[Plan]
@@ -47,9 +47,9 @@ class Search:
 
 
 def search(planner: Planner, config: ResolvedConfig, world_size: int, budget: float, keep: int = 5) -> Search:
-    """The best ``keep`` layouts; ``budget``: bytes on a device that a run may use.
+    """Return the best ``keep`` layouts; a run may use ``budget`` bytes of a device.
 
-    Of each layout the mildest means to save memory that suffices is taken: what saves more costs time.
+    Each layout saves no more memory than it must to fit, as saving more costs time.
     """
     fitting: list[Plan] = []
     closest: Plan | None = None
@@ -73,7 +73,7 @@ def search(planner: Planner, config: ResolvedConfig, world_size: int, budget: fl
 
 
 def _mildest(planner: Planner, variants: list[list[ResolvedConfig]], world_size: int, budget: float) -> Iterator[Plan]:
-    """For each way to cut micro-batches the first plan that fits, saving more and more; and the last one tried."""
+    """Return the first plan that fits for each way to cut micro-batches, saving more and more, and the last tried."""
     for saving in _SAVING:
         if saving[0] and variants[0][0].parallel.tp == 1:
             continue
@@ -96,7 +96,7 @@ def _with(config: ResolvedConfig, saving: tuple[bool, Recompute]) -> ResolvedCon
 
 
 def layouts(given: ParallelConfig, world_size: int, gpus_per_node: int) -> Iterator[ParallelConfig]:
-    """Every combination of sizes that multiply to the world; what of it is legal, ``validate`` decides."""
+    """Yield every combination of sizes whose product is the world size; ``validate`` decides which are legal."""
     for tp in _divisors(min(gpus_per_node, world_size)):
         for pp in _divisors(world_size // tp) if world_size % tp == 0 else ():
             for schedule, virtual in _SCHEDULES if pp > 1 else _SCHEDULES[:1]:
@@ -112,10 +112,10 @@ def _divisors(n: int) -> list[int]:
 
 
 def _micro_batches(config: ResolvedConfig, world_size: int) -> Iterator[list[ResolvedConfig]]:
-    """Ways to cut a rank's share, each from large to small: all pairs at once for the contrastive objective, which
-    saves its second forward, and the given micro-batches, or what divides the share, halved and halved again.
+    """Yield ways to cut a rank's share, each from large to small micro-batches.
 
-    Raises UserError where the layout is illegal.
+    One way takes all pairs at once for the contrastive objective, which saves its second forward. The other takes the
+    given micro-batches, or divisors of the share, and halves them again and again. UserError: the layout is illegal.
     """
     p = config.parallel
     whole = {name: replace(getattr(config.objectives, name), micro_batch=None) for name in _OBJECTIVES}
@@ -145,5 +145,5 @@ _OBJECTIVES = ("contrastive", "self_distillation", "reconstruction")
 
 
 def _largest(share: int, ceiling: int) -> int:
-    """The largest divisor of ``share`` up to ``ceiling``, at least 1."""
+    """Return the largest divisor of ``share`` up to ``ceiling``."""
     return max(d for d in _divisors(share) if d <= max(ceiling, 1))

@@ -1,4 +1,4 @@
-"""What a run would be, in a page of text: sizes, batches, layout, schedule. No memory is taken, no data is read."""
+"""A page of text about a run: sizes, batches, layout, schedule. It allocates no model and reads no data."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _PART_OF = {"trunk": "vision", "pixel_decoder": "decoder", "dino_head": "dino_he
 
 
 def parameter_counts(config: ResolvedConfig) -> dict[str, int]:
-    """Parameters of each tower that a validated ``config`` trains, of the EMA teacher, and of a frozen encoder.
+    """Count the parameters of each tower that a valid ``config`` trains, of the EMA teacher, of a frozen encoder.
 
-    They are read off the model itself, on the meta device. ``text`` has the projections into the shared space and the
-    temperature as well. A vocabulary that the tokenizer decides counts as empty.
+    They are those of the model itself, on the meta device. ``text`` includes the projections into the shared space and
+    the temperature. A vocabulary that the tokenizer decides counts as empty.
     """
     text = replace(config.model.text, vocab_size=config.model.text.vocab_size or 0)
     frozen_encoder = config.objectives.reconstruction.frozen_encoder
@@ -40,9 +40,9 @@ def parameter_counts(config: ResolvedConfig) -> dict[str, int]:
 
 
 def state_bytes(config: ResolvedConfig, dp: int) -> int:
-    """About how many bytes of weights, gradients, moments and teacher a rank holds; activations come on top.
+    """Estimate the bytes of weights, gradients, moments and teacher on a rank; activations come on top.
 
-    Float32 throughout. ZeRO 1 and 2 keep a second, partitioned copy of the weights.
+    All are float32. ZeRO 1 and 2 keep a second, partitioned copy of the weights.
     """
     counts = parameter_counts(config)
     untrained = counts.pop("teacher", 0) + counts.pop("frozen_encoder", 0)
@@ -50,7 +50,7 @@ def state_bytes(config: ResolvedConfig, dp: int) -> int:
 
 
 def bytes_of_state(trained: int, untrained: int, parallel: ParallelConfig, dp: int) -> int:
-    """About how many bytes a rank holds of ``trained`` parameters and of ``untrained`` ones, a teacher's or frozen."""
+    """Estimate the bytes of ``trained`` parameters and of ``untrained`` ones (a teacher's, or frozen) on a rank."""
     whole, partitioned = {0: (16, 0), 1: (8, 12), 2: (4, 16), 3: (0, 16)}[parallel.zero_stage]
     weights_alone = 4 * untrained / (dp if parallel.zero_stage == 3 else 1)
     return int((trained * (whole + partitioned / dp) + weights_alone) / (parallel.tp * parallel.pp))
@@ -72,7 +72,7 @@ def _tokens(config: ResolvedConfig, name: str) -> str:
 
 
 def layout_summary(config: ResolvedConfig, world_size: int) -> str:
-    """The page that ``--dry-run`` prints for a validated ``config`` on ``world_size`` processes."""
+    """Return the page that ``--dry-run`` prints for a validated ``config`` on ``world_size`` processes."""
     p, train, data, model = config.parallel, config.train, config.data, config.model
     dp = world_size // (p.tp * p.pp)
     part = share(config, dp)
@@ -111,7 +111,7 @@ def layout_summary(config: ResolvedConfig, world_size: int) -> str:
 
 
 def optimizer_line(optimizer: OptimizerConfig) -> str:
-    """The optimizer and its learning rate over a run, in a line."""
+    """Describe the optimizer and its learning rate over a run in one line."""
     if optimizer.cooldown is None:
         course = f"cosine to {optimizer.min_lr:g}"
     else:

@@ -1,6 +1,6 @@
-"""What ZeRO's stages keep on a rank and send over the data-parallel group, as DeepSpeed 0.19.8 does under MegaVTP.
+"""The bytes that ZeRO's stages keep on a rank and send over the data-parallel group, in DeepSpeed 0.19.8 under MegaVTP.
 
-Everything of the state is float32. Counts are of this rank's tensor- and pipeline-parallel part: n is a parameter's
+The whole state is float32. Counts are for this rank's tensor- and pipeline-parallel part: n is a parameter's
 local numel, dp the data-parallel size. Sources: arXiv 1910.02054 for the idea; the exact paddings, buckets and the
 number of gathers are DeepSpeed's, checked in ``tests/planning``.
 """
@@ -21,16 +21,16 @@ from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.sharding import shard_of
 
 FLOAT = 4  # bytes
-_BUCKET = 50_000_000  # elements, at most: ``deepspeed_adapter.build_config``
+_BUCKET = 50_000_000  # elements at most, as in ``deepspeed_adapter.build_config``
 _FLAT_BUCKET = 500_000_000  # elements that stage 0 flattens at once
-_ALIGN = 2  # elements of each partition's end, times dp, in stages 1 and 2
+_ALIGN = 2  # stages 1 and 2 pad a group to a multiple of this times dp elements
 
 Groups = Callable[[Iterable[tuple[str, nn.Parameter]]], list[dict]]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One parameter on one rank; ``group``: its optimizer group, None where it is frozen."""
+    """One parameter on one rank; its optimizer ``group`` is None where it is frozen."""
 
     name: str
     numel: int
@@ -42,9 +42,9 @@ class Piece:
 
 
 class Inventory:
-    """Every parameter of a model and where it lies, read off the model itself on the meta device.
+    """Every parameter of a model and its rank, taken from the model itself on the meta device.
 
-    ``groups`` is the optimizer's grouping. ``towers``: how many it tells apart.
+    ``groups`` groups parameters as the optimizer does, and ``towers`` is the number of towers among the groups.
     """
 
     def __init__(self, model: ResolvedModel, objectives: frozenset[str], groups: Groups):
@@ -58,8 +58,8 @@ class Inventory:
         self._rows = [(n, p.numel(), shard_of(p) is not None, group_of.get(id(p))) for n, p in named]
 
     def rank(self, tp: int, pp: int, pp_rank: int, virtual_stages: int) -> list[Piece]:
-        """What a rank holds. Chunk c of a tower is on rank c mod pp, what is before the blocks on the first rank, what
-        comes after them on the last."""
+        """Return what a rank holds: chunk c of a tower is on rank c mod pp, what comes before the blocks on the first
+        rank, and what comes after them on the last."""
         cuts = tower_cuts(self._model, self._objectives, pp * virtual_stages)
         return [
             Piece(name, numel // tp if cut else numel, group)
@@ -76,7 +76,7 @@ class Inventory:
 
 
 def touched(name: str, mode: str, shared_bottleneck: bool) -> bool:
-    """Whether the forward ``mode`` reads a parameter."""
+    """Tell whether the forward ``mode`` reads a parameter."""
     tower, _, rest = name.partition(".")
     if mode == "teacher":
         return tower == "teacher" and (shared_bottleneck or not rest.startswith("trunk.feature_bottleneck"))
@@ -96,7 +96,7 @@ class State:
     Attributes:
         optimizer: moments, and in stages 1 to 3 the weights' master partition.
         buffers: communication buckets, and in stage 3 what is gathered at one time.
-        step: more than that is needed for a moment when the step is made, after the last backward.
+        step: needed on top for a moment during the update, after the last backward.
     """
 
     weights: int
@@ -108,15 +108,18 @@ class State:
 
     @property
     def total(self) -> int:
-        """Beside the activations."""
+        """All bytes without the activations."""
         return self.weights + self.gradients + self.optimizer + self.teacher + self.buffers
 
 
 def state(
     pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str | None = None, hold: bool = False
 ) -> State:
-    """``first_mode``: the forward whose backward comes first in a step; what it does not reach is zeroed in stage 2.
-    ``hold``: stage 3 gathers everything for the whole step (``parallel.zero3_gather``)."""
+    """Count the state on a rank.
+
+    ``first_mode`` is the forward whose backward comes first in a step; what it does not reach is zeroed in stage 2.
+    With ``hold``, stage 3 gathers everything for the whole step (``parallel.zero3_gather``).
+    """
     trained = sum(p.numel for p in pieces if p.trained)
     frozen = sum(p.numel for p in pieces if not p.trained)
     bucket = bucket_elements(trained) * FLOAT
@@ -138,7 +141,7 @@ def state(
 
 
 def shard(numel: int, dp: int) -> int:
-    """Stage 3 cuts each parameter on its own."""
+    """Return the elements of a rank's partition in stage 3, which cuts each parameter on its own."""
     return -(-numel // dp)
 
 
@@ -147,7 +150,7 @@ def bucket_elements(trained: int) -> int:
 
 
 def _sizes(pieces: Sequence[Piece], size: Callable[[Piece], int]) -> Counter[int]:
-    """Elements of each optimizer group."""
+    """Sum the elements of each optimizer group."""
     sizes: Counter[int] = Counter()
     for piece in pieces:
         if piece.group is not None:
@@ -156,14 +159,16 @@ def _sizes(pieces: Sequence[Piece], size: Callable[[Piece], int]) -> Counter[int
 
 
 def flat_elements(pieces: Sequence[Piece], dp: int) -> int:
-    """Stages 1 and 2 flatten each group, padded."""
+    """Return the elements of all groups in stages 1 and 2, which flatten and pad each group."""
     align = _ALIGN * dp
     return sum(-(-size // align) * align for size in _sizes(pieces, lambda p: p.numel).values())
 
 
 def _partition_gradients(pieces: Sequence[Piece], dp: int, first_mode: str | None) -> tuple[int, int]:
-    """Whole parameters that reach into a data-parallel rank's partition, of the rank that has most; and those of them
-    that the first pass of a step does not reach."""
+    """Sum the elements of the parameters that reach into a rank's partition, on the rank that has the most of them.
+
+    The second number is of those that the first pass of a step does not reach.
+    """
     owned, unreached = [0] * dp, [0] * dp
     for group, size in _sizes(pieces, lambda p: p.numel).items():
         partition, start = -(-size // (_ALIGN * dp)) * _ALIGN, 0
@@ -178,7 +183,7 @@ def _partition_gradients(pieces: Sequence[Piece], dp: int, first_mode: str | Non
 
 
 def _modules(pieces: Sequence[Piece]) -> Counter[str]:
-    """Elements that stage 3 gathers together: a block at a time, else a module at a time."""
+    """Sum the elements that stage 3 gathers together: those of a block, or elsewhere those of a module."""
     sizes: Counter[str] = Counter()
     for piece in pieces:
         head, found, rest = piece.name.partition("blocks.")
@@ -192,8 +197,8 @@ class Calls:
 
     Attributes:
         forward_only, trained: micro-batches without and with a backward.
-        stages: of the pass on this rank; each is a call of the model.
-        embeddings: crop sizes that the trunk embeds one by one.
+        stages: how many stages of the pass are on this rank; each is a call of the model.
+        embeddings: how many crop sizes the trunk embeds one by one.
     """
 
     mode: str
@@ -203,16 +208,15 @@ class Calls:
     embeddings: int = 1
 
     def backwards(self, name: str) -> int:
-        """How often a gradient of a parameter is reduced. The contrastive temperature's, where the loss is made from
-        all features before, comes with the first micro-batch."""
+        """Return how often a parameter's gradient is reduced. Where the contrastive loss is computed from all features
+        first, the temperature's gradient comes with the first micro-batch."""
         return min(self.trained, 1) if self.forward_only and name.startswith("logit_") else self.trained
 
 
 def traffic(
     pieces: Sequence[Piece], stage: int, dp: int, calls: Sequence[Calls], shared_bottleneck: bool, *, hold: bool = False
 ) -> Counter[tuple[str, str]]:
-    """Payload bytes that a rank takes part in over dp in one step, by ("dp", operation); without the gradient norm's
-    few."""
+    """Return a rank's payload bytes over dp in one step, by ("dp", operation), without those of the gradient norm."""
     sent: Counter[tuple[str, str]] = Counter()
     if dp == 1:
         return sent
@@ -234,7 +238,7 @@ def traffic(
         if stage == 3:
             sent["dp", "reduce_scatter"] += sum(call.backwards(p.name) * padded([p]) for p in trained)
             if not hold:
-                root = [p for p in pieces if "." not in p.name]  # of the model itself: gathered by every call
+                root = [p for p in pieces if "." not in p.name]  # the model's own parameters, which every call gathers
                 own = padded([p for p in reached if p not in root]) + call.stages * padded(root)
                 again = padded([p for p in reached if "patch_embed" in p.name]) * (call.embeddings - 1)
                 sent["dp", "all_gather"] += (call.forward_only + call.trained) * (own + again) + call.trained * own
@@ -244,8 +248,8 @@ def traffic(
 def norm_traffic(
     pieces: Sequence[Piece], stage: int, dp: int, model_parallel: int, towers: int
 ) -> Counter[tuple[str, str]]:
-    """The gradient norm's bytes: over dp a number for each optimizer group on the rank, two in stage 3; over tp x pp
-    one for each of the model's ``towers``, and one for what belongs to none."""
+    """Return the gradient norm's bytes: over dp a number for each optimizer group on the rank, two in stage 3; over
+    tp x pp one for each of the model's ``towers``, and one for groups of none."""
     sent: Counter[tuple[str, str]] = Counter()
     if dp > 1 and stage > 0:
         sent["dp", "all_reduce"] = FLOAT * len({p.group for p in pieces if p.trained}) * (2 if stage == 3 else 1)

@@ -23,9 +23,9 @@ from megavtp.training.telemetry import Telemetry
 
 
 class InLoopEvaluation:
-    """Hooks of the trainer. Every rank calls them, as ZeRO-3 gathers weights in each forward.
+    """Evaluates while a run trains. Every rank calls the methods, as ZeRO-3 gathers weights in each forward.
 
-    Without a test split in ``data.root`` metrics are left out, and the pictures show training images.
+    Without a test split in ``data.root`` there are no metrics, and the pictures show training images.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class InLoopEvaluation:
 
     @torch.no_grad()
     def pictures(self, step: int) -> None:
-        """Write ``pictures/step-N.png``: input | reconstruction of the same held-out images each time."""
+        """Write ``pictures/step-N.png``: the same held-out images each time, above their reconstructions."""
         if "reconstruction" not in self.engine.module.objectives:
             return
         with self.telemetry.paused():
@@ -64,10 +64,10 @@ class InLoopEvaluation:
         return next(few.batches(count))["image"]
 
     @torch.no_grad()
-    def metrics(self, step: int) -> dict[str, float]:
-        """Evaluate on the test split; written to ``evaluation.json`` and the log."""
+    def metrics(self, step: int) -> None:
+        """Evaluate on the test split; write the metrics to ``evaluation.json`` and the log."""
         if self.test_set is None:
-            return {}
+            return
         model = VTPEvaluated(self.engine.infer, self.engine.module.objectives)
         with self.telemetry.paused():
             found = evaluate(
@@ -78,10 +78,9 @@ class InLoopEvaluation:
             write_metrics(self.output_dir / "evaluation.json", {"step": step, **found})
             print("\n" + format_table(found), flush=True)
         self.telemetry.event("evaluation", step=step, **found)
-        return found
 
     def finish(self, step: int) -> None:
-        """What a finished run leaves: the last pictures, the metrics, the loss curves."""
+        """Write what a finished run leaves: the last pictures, the metrics, the loss curves."""
         if self.config.telemetry.pictures_every:
             self.pictures(step)
         if self.config.evaluation.at_end:

@@ -1,4 +1,4 @@
-"""What `launchers/pretrain.py` starts."""
+"""The launcher of pre-training, which `launchers/pretrain.py` starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megavtp.training.launcher import Launcher
 
 
 def _prepare(config: ResolvedConfig, recipe: Path, rank: int) -> None:
-    """Draw the demo's data where it keeps them. Another ``data.root`` is the user's to fill: a mistyped one must not
+    """Draw the demo's data in its default folder. The user fills any other ``data.root``: a mistyped one must not
     become a run on emoji."""
     root = Path(config.data.root)
     if recipe.resolve() != DEMO_CONFIG.resolve() or root != Path(load_config(recipe).data.root):

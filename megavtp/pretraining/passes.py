@@ -40,7 +40,7 @@ def _needed(x: Tensor | None) -> Tensor:
 
 
 class _PretrainingPass(Pass):
-    """What the three passes share: their slice of the batch, the device, and the drop-path draws."""
+    """The base of the passes: their rows of the batch, the device, and the drop-path draws."""
 
     def __init__(self, config: ResolvedConfig, share: PassShare, mesh: Mesh, device: torch.device):
         self.config = config
@@ -55,20 +55,20 @@ class _PretrainingPass(Pass):
         return self.share.micro_batches
 
     def rows(self, micro: int) -> slice:
-        """Rows of this rank's share that are in the micro-batch."""
+        """Return the rows of this rank's share that are in the micro-batch."""
         return slice(micro * self.share.micro_batch, (micro + 1) * self.share.micro_batch)
 
     def to_device(self, x: Tensor) -> Tensor:
-        if self.device.type == "cuda" and not x.is_pinned():  # rows picked from a pinned batch: a new, pageable tensor
+        if self.device.type == "cuda" and not x.is_pinned():  # picked rows of a pinned batch are pageable again
             x = x.pin_memory()  # from pageable memory the copy would wait for the device
         return x.to(self.device, non_blocking=True)
 
     def pixels(self, x: Tensor) -> Tensor:
-        """Normalised and on the device; of a meta tensor, a meta tensor."""
+        """Normalise pixels and move them to the device; a meta tensor gives a meta tensor."""
         return normalise(x) if x.is_meta else normalise(self.to_device(x))
 
     def drop_plan(self, micro: int, crops: list[int]) -> DropPlan | None:
-        """The stochastic depth of one micro-batch; ``crops``: per crop size, how many crops of each image there are.
+        """Draw the stochastic depth of one micro-batch; ``crops`` is the number of crops of an image by crop size.
 
         The draw is over all crops of the global batch, so it is the same on every layout.
         """
@@ -121,7 +121,7 @@ class SelfDistillationPass(_PretrainingPass):
     """DINO across views, iBOT on masked patches, KoLeo; the EMA teacher goes first over the whole share.
 
     Attributes:
-        centers: with softmax centering the running mean logits by name, of this rank's prototypes.
+        centers: with softmax centering, the running mean logits of this rank's prototypes by name.
     """
 
     name = "self_distillation"
@@ -170,7 +170,7 @@ class SelfDistillationPass(_PretrainingPass):
         return {"global_crops": self._crops(crops, micro), "masked_rows": self._masked_rows[micro]}
 
     def _teacher_bias(self) -> TeacherBias:
-        """The centering of this step's targets, over the class tokens and the masked patches of all ranks."""
+        """Compute the centering of this step's targets, over the class tokens and the masked patches of all ranks."""
         biases = {}
         for name in ("cls", "patches"):
             features, prototypes = [getattr(out, name) for out in self.teacher], self.teacher[0].W
@@ -218,7 +218,7 @@ class SelfDistillationPass(_PretrainingPass):
 
 
 class ReconstructionPass(_PretrainingPass):
-    """Pixels back from the bottleneck latents: L1 and, if asked for, LPIPS."""
+    """Reconstruction of the pixels from the bottleneck latents: L1 and, if asked for, LPIPS."""
 
     name = "reconstruction"
     mode = "reconstruction"
@@ -230,7 +230,7 @@ class ReconstructionPass(_PretrainingPass):
         super().__init__(config, share, mesh, device)
         self.term_weights = {"l1": self.settings.l1_weight, "perceptual": self.settings.perceptual_weight}
         self.perceptual = perceptual
-        self._last: tuple[int, Tensor] | None = None  # the micro-batch that came to the device last, and its images
+        self._last: tuple[int, Tensor] | None = None  # the last micro-batch on the device, and its images
 
     def prepare(self, run: Runner, batch: Batch) -> int:
         self.images, self.rec_rows = _needed(batch.images), _needed(batch.rec_rows)
@@ -272,7 +272,7 @@ class ReconstructionPass(_PretrainingPass):
 
 
 class DecoderPass(ReconstructionPass):
-    """Reconstruction behind a frozen encoder, whose latents are made first, without graph."""
+    """Reconstruction behind a frozen encoder, whose latents are computed first, without a graph."""
 
     mode = "decode"
 
@@ -281,7 +281,7 @@ class DecoderPass(ReconstructionPass):
         images = self._meta_images()
         self._latents = forward_everywhere(
             run, "encode", lambda micro, first: {"images": self._images(micro) if first else images}, count,
-            lambda: run.flow("reconstruction", self.mesh.chunks, images=images)[0],  # what the decoder takes in
+            lambda: run.flow("reconstruction", self.mesh.chunks, images=images)[0],  # the decoder's input
         )
         return count
 
@@ -296,7 +296,7 @@ def build_passes(
     config: ResolvedConfig, share: Share, mesh: Mesh, device: torch.device,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> list[Pass]:
-    """The passes of the objectives that are on, in the order in which a step runs them."""
+    """Make the passes of the objectives that are on, in the order in which a step runs them."""
     passes: list[Pass] = []
     if share.contrastive:
         passes.append(ContrastivePass(config, share.contrastive, mesh, device))

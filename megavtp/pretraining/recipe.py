@@ -13,6 +13,7 @@ from torch import Tensor
 from megavtp.checkpoint.formats.initial import fill, read_initial
 from megavtp.checkpoint.reading import has_checkpoints
 from megavtp.checkpoint.store import Checkpoint
+from megavtp.config.precision import compute_dtype
 from megavtp.config.share import Share, share
 from megavtp.config.sizes import ResolvedConfig
 from megavtp.config.validate import with_vocabulary
@@ -60,7 +61,7 @@ class Pretraining(Recipe):
         self._initial, self._notes = self._read_initial()
 
     def _read_initial(self) -> tuple[dict[str, Tensor], list[str]]:
-        """What ``model.init_from`` gives, unless there is a checkpoint to go on from."""
+        """Read the weights of ``model.init_from``, unless there is a checkpoint to go on from."""
         config = self.config
         goes_on = config.train.resume == "auto" and has_checkpoints(checkpoint_root(config))
         if config.model.init_from is None or goes_on:
@@ -101,12 +102,12 @@ class Pretraining(Recipe):
         return 1 - cosine(step, self.config.train.steps, start, end)
 
     def is_frozen(self, step: int, group: dict[str, Any]) -> bool:
-        """The prototypes stand still at first."""
+        """The prototypes are frozen at first."""
         steps = self.config.objectives.self_distillation.freeze_last_layer * self.config.train.steps
         return group["prototypes"] and step < steps
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """A run of the decoder alone does not go on in the checkpoints of a joint run, nor the other way."""
+        """Refuse a joint run's checkpoints in a run of the decoder alone, and the other way round."""
         then = flat_config(checkpoint).get("objectives.reconstruction.frozen_encoder", False)
         if then != self.config.objectives.reconstruction.frozen_encoder:
             raise UserError(
@@ -133,7 +134,7 @@ class Pretraining(Recipe):
 
 
 def build_perceptual(config: ResolvedConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The perceptual distance that the reconstruction objective asks for, None if it is off."""
+    """Build the perceptual distance that the reconstruction objective asks for, None if it is off."""
     settings = config.objectives.reconstruction
     if settings.weight == 0 or settings.perceptual == "none":
         return None
@@ -145,15 +146,15 @@ def build_model(
     config: ResolvedConfig, shares: Share, mesh: Mesh, device: torch.device,
     initial: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> VTP:
-    """The model of the objectives that are on, its teacher a copy of the student.
+    """Build the model of the objectives that are on; its teacher is a copy of the student.
 
-    ``initial``: whole tensors in place of the drawn values.
+    ``initial`` has whole tensors that replace drawn values.
     """
     model = build_vtp(
         config.model, mesh, objectives=frozenset(shares.passes), seed=config.seed,
         recompute=config.parallel.recompute, attention=config.parallel.attention,
         max_scale=config.objectives.contrastive.max_scale,
-        compute_dtype=torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32,
+        compute_dtype=compute_dtype(config.parallel.precision),
         frozen_encoder=config.objectives.reconstruction.frozen_encoder, device=device,
     )
     if initial:
@@ -162,7 +163,7 @@ def build_model(
 
 
 def build_engine(model: VTP, config: ResolvedConfig, mesh: Mesh) -> Engine:
-    """The engine around a model, with its optimizer."""
+    """Build the engine around a model, with its optimizer."""
     optimizer = build_optimizer(
         model.named_parameters(), config.train.optimizer, zero_stage=config.parallel.zero_stage,
         max_logit_scale=model.max_logit_scale,

@@ -1,4 +1,4 @@
-"""What every launcher that trains does on each rank: read the command line, join the others, run its recipe."""
+"""The launchers that train: each rank reads the command line, joins the others and runs the recipe."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from megavtp.config.load import load_config
+from megavtp.config.run import RunConfig
 from megavtp.errors import UserError
 from megavtp.launch import phase, ranks
 from megavtp.launch.arguments import launcher_parser
@@ -23,23 +24,23 @@ from megavtp.training.run import run
 
 @dataclass(frozen=True)
 class Launcher:
-    """One of the launchers: its words, its settings, its recipe.
+    """A launcher that trains: its command line, its settings, its recipe.
 
     Attributes:
-        name, description, example, recipe_help: of the command line; the last says what is special of ``--config``.
+        name, description, example, recipe_help: texts of the command line; the last is the help of ``--config``.
         settings: the class of its configuration.
-        default: the YAML recipe where ``--config`` names none; None if one must be named.
-        validate: (configuration, processes) -> the same, checked, with its sizes. UserError.
-        summary: (checked configuration, processes) -> the page of ``--dry-run``.
-        recipe: (checked configuration, device) -> the recipe.
-        prepare: (checked configuration, YAML recipe, rank), called on every rank before the data are opened.
+        default: the YAML recipe to take without ``--config``; None if one must be named.
+        validate: checks a configuration for a number of processes and completes its sizes. UserError.
+        summary: makes the page of ``--dry-run`` from a checked configuration and the number of processes.
+        recipe: makes the recipe from a checked configuration and a device.
+        prepare: (checked configuration, YAML recipe, rank) is called on every rank before the data are opened.
     """
 
     name: str
     description: str
     example: str
     recipe_help: str
-    settings: type
+    settings: type[RunConfig]
     validate: Callable[[Any, int], Any]
     summary: Callable[[Any, int], str]
     recipe: Callable[[Any, torch.device], Recipe]
@@ -47,12 +48,12 @@ class Launcher:
     prepare: Callable[[Any, Path, int], None] | None = None
 
     def launch(self) -> NoReturn:
-        """Entry point; never returns."""
+        """Launch the run; this is the entry point and never returns."""
         start_two_on_a_cpu()
         ranks.run_ranks(self.main)
 
     def main(self) -> int:
-        """What each rank does; returns the exit status."""
+        """Do the work of one rank; return the exit status."""
         parser = launcher_parser(self.name, self.description, self.recipe_help, self.example)
         arguments = parser.parse_intermixed_args(sys.argv[1:])
         path = arguments.config or self.default

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, appended, each step once however often a run is resumed."""
+"""metrics.jsonl has one JSON object a line, and each step once, however often a run is resumed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from megavtp.json_file import parse_json
 
 
 class MetricsFile:
-    """Appends records to ``path``; opening it for a run that continues after ``start_step`` drops what came later.
+    """Appends records to ``path``; opening it for a run that goes on after ``start_step`` drops all later records.
 
-    A crash can tear the last line only, and the next opening drops it; a line that the disk has no room for is taken
-    back. A file that was deleted or moved away is made anew.
+    A crash can tear the last line only, and the next opening drops it. A line that does not fit on the disk is removed
+    again. A file that was deleted or moved away is made anew.
     """
 
     def __init__(self, path: Path, start_step: int):
@@ -54,7 +54,7 @@ class MetricsFile:
     def _write(self, line: bytes) -> None:
         before = os.fstat(self._descriptor).st_size
         try:
-            while line:  # a disk that fills up takes part of it
+            while line:  # a full disk writes a part of it
                 line = line[os.write(self._descriptor, line) :]
         except OSError:
             with contextlib.suppress(OSError):
@@ -63,7 +63,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of the file, if it is there; a torn line is left out."""
+    """Yield the records of the file, if it is there, without a torn line."""
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             with suppress(UserError):
@@ -77,7 +77,7 @@ def _line(record: Mapping[str, Any]) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: non-finite numbers become null, paths and the like their text."""
+    """Return a value that JSON can hold: non-finite numbers become null, paths and the like their text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -15,14 +15,14 @@ _TOWER_OF = {"trunk": "vision", "visual_proj": "vision", "pixel_decoder": "decod
 
 
 def tower_of(name: str) -> str:
-    """The tower of a logical parameter name; the caption side and the logit scale are ``text``."""
+    """Return the tower of a logical parameter name; the caption side and the logit scale are ``text``."""
     return _TOWER_OF.get(name.split(".")[0], "text")
 
 
 def parameter_groups(
     named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, tower_of: Callable[[str], str] = tower_of
 ) -> list[dict]:
-    """Groups of the trainable parameters, each of one ``tower`` (in pre-training of ``config.sizes.TOWERS``).
+    """Group the trainable parameters; each group is of one ``tower`` (in pre-training one of ``config.sizes.TOWERS``).
 
     ``prototypes`` marks the DINO head's last layer, which starts frozen, ``logit_scale`` the contrastive temperature,
     which has a ceiling.
@@ -52,7 +52,7 @@ def build_optimizer(
     named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, *, zero_stage: int = 0,
     tower_of: Callable[[str], str] = tower_of, max_logit_scale: float = math.inf,
 ) -> torch.optim.Optimizer:
-    """AdamW over the groups: NVIDIA apex's fused one where it is installed for this GPU, else torch's fused one.
+    """Make AdamW over the groups: NVIDIA apex's fused one where it is installed for this GPU, else torch's fused one.
 
     No update takes the logit scale above ``max_logit_scale``.
 
@@ -73,9 +73,9 @@ def build_optimizer(
 
 @torch.no_grad()
 def _cap_logit_scale(ceiling: float, optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """Clamp what the optimizer updates in that group: the parameter, or ZeRO's flat part of it, from which the engine
-    then makes the parameter. OpenCLIP does the same: left to itself the parameter would drift on above the ceiling,
-    where the loss does not see it, and take as long to come down."""
+    """Clamp the logit scale where the optimizer updates it: in the parameter, or in ZeRO's flat partition, from which
+    the engine then fills the parameter. OpenCLIP clamps it, too: otherwise it would drift above the ceiling, where the
+    loss does not change, and take as long to come down."""
     for group in optimizer.param_groups:
         if group["logit_scale"]:
             for values in group["params"]:
@@ -83,7 +83,7 @@ def _cap_logit_scale(ceiling: float, optimizer: torch.optim.Optimizer, *_: objec
 
 
 def _apex_adam() -> type | None:
-    # `import apex` alone proves nothing: the package of that name on PyPI is another project.
+    # `import apex` alone proves nothing, as the package of that name on PyPI is another project.
     try:
         from apex.multi_tensor_apply import multi_tensor_applier
         from apex.optimizers import FusedAdam

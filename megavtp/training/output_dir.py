@@ -15,11 +15,12 @@ log = logging.getLogger(__name__)
 
 
 class OutputDir:
-    """Makes ``output_dir`` and, on the main rank, locks it against other runs; what is in it stays as it is until
-    ``begin``. The end of a ``with`` block lets other runs have it.
+    """Makes ``output_dir`` and, on the main rank, locks it against other runs until the end of a ``with`` block.
+
+    Nothing in it changes before ``begin``.
 
     Raises:
-        UserError: it cannot be written, or another run has it.
+        UserError: it cannot be written, or another run has locked it.
     """
 
     def __init__(self, config: Any, is_main: bool):
@@ -41,7 +42,7 @@ class OutputDir:
                 raise self._unwritable(error) from None
 
     def keep(self) -> None:
-        """If the folder was deleted or moved away, make it anew: the run's state may be nowhere else by now."""
+        """Make the folder anew if it was deleted or moved away: the run's state may exist nowhere else."""
         try:
             renewed = self._lock is not None and self._lock.renew()
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Pictures of a run: inputs beside their reconstructions, and loss curves from metrics.jsonl."""
+"""Pictures of a run: inputs above their reconstructions, and loss curves from metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _GAP = 4  # pixels between pictures
 _BAND_GAP = 16
 _SMALLEST_SIDE = 96  # pixels; smaller pictures are enlarged by a whole factor
 _SMOOTHING = 25  # lines of metrics.jsonl in the running mean, at most
-# What the terms are called in a chart; terms not listed come after these, under their own name.
+# Titles of the terms in a chart; other terms come after these, under their own names.
 _TITLES = {
     "contrastive/loss": "contrastive",
     "self_distillation/dino_global": "DINO, global views",
@@ -64,8 +64,8 @@ def reconstruction_grid(inputs: Tensor, reconstructions: Tensor, path: Path) -> 
 def loss_curves(metrics: Path, path: Path) -> bool:
     """Draw every loss term in ``metrics`` (metrics.jsonl) over the steps, one panel each, as a PNG.
 
-    Faint: the logged means; strong: their running mean. Returns False, and logs why, when there is nothing to draw
-    or matplotlib is not installed.
+    The faint line shows the logged means, the strong one their running mean. Returns False, and logs why, when
+    there is nothing to draw or matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
         log.warning("%s is not drawn: matplotlib is not installed (pip install matplotlib)", path)
@@ -99,7 +99,7 @@ def loss_curves(metrics: Path, path: Path) -> bool:
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:
-    """Centred running mean over a twentieth of the curve, at least 1 and at most 25 points; edges use what is there."""
+    """Return the centred running mean over a twentieth of the curve, 1 to 25 points; at the edges it has fewer."""
     y = np.asarray(values, dtype=float)
     half = min(_SMOOTHING, max(1, len(y) // 20)) // 2
     sums = np.concatenate([[0.0], np.cumsum(y)])
@@ -109,7 +109,7 @@ def smoothed(values: Sequence[float]) -> np.ndarray:
 
 
 def _curves(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Term -> (steps, values), the known terms first and in the order of ``_TITLES``."""
+    """Return term -> (steps, values), the known terms first and in the order of ``_TITLES``."""
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for record in read_metrics(metrics):
         if record.get("kind") != "step":
@@ -124,7 +124,7 @@ def _curves(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    """As a PNG file, in place at once: a viewer never sees half a picture."""
+    """Write a PNG file and rename it into place, so that a viewer never sees half a picture."""
     file = io.BytesIO()
     picture.save(file, format="PNG")
     try:

@@ -1,4 +1,4 @@
-"""The one line that shows a running training, live on a terminal and line by line in a file."""
+"""The progress line of a run, live on a terminal and line by line in a file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ProgressLine:
 
 
 def step_text(record: Mapping[str, Any], total_steps: int) -> str:
-    """One line for a step record, the most important first: a narrow terminal cuts the end off."""
+    """Format a step record in one line, the most important first, as a narrow terminal cuts the end off."""
     terms = " ".join(f"{_term(name)} {value:.4g}" for name, value in record["terms"].items())
     speed = f"{record['images_per_second']:,.4g} img/s, data wait {record['data_wait']:.0%}"
     if record["mfu"] is not None:
@@ -64,7 +64,7 @@ def step_text(record: Mapping[str, Any], total_steps: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """12:34, 1:23:45 or 2d 03:04."""
+    """Format seconds as 12:34, 1:23:45 or 2d 03:04."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -74,7 +74,7 @@ def duration(seconds: float) -> str:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this process had so far: tensors on a CUDA device, else resident memory of the process."""
+    """Return the most memory this process has had: of tensors on a CUDA device, or else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere

@@ -1,4 +1,4 @@
-"""A recipe as the engine room sees it: what is trained, on what, by which passes. ``run.run`` runs one."""
+"""The interface of a recipe: what is trained, on which data, by which passes. ``run.run`` runs one."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Hook = Callable[[int], None]
 
 
 class Recipe(ABC):
-    """``open`` comes first, then ``build``; everything else may be asked of a recipe that is built.
+    """``open`` is called first, then ``build``; all other methods may be called on a recipe that is built.
 
     Attributes:
         config: the validated settings; ``open`` fills in what the data decide.
-        mesh, device: this rank's place in the layout, and its device.
+        mesh, device: this rank's mesh and its device.
         engine: made by ``build``.
     """
 
@@ -38,7 +38,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Read all files that the run needs, on every rank: any may be missing on one machine only. UserError then."""
+        """Read all files that the run needs, on every rank: one may be missing on a single machine. UserError then."""
 
     @abstractmethod
     def build(self) -> None:
@@ -46,49 +46,49 @@ class Recipe(ABC):
 
     @abstractmethod
     def passes(self) -> list[Pass]:
-        """The objectives, in the order in which a step runs them."""
+        """Return the objectives, in the order in which a step runs them."""
 
     @abstractmethod
     def loader(self, start: int) -> Loader:
-        """This rank's share of the steps from ``start`` on."""
+        """Return the loader of this rank's share of the steps from ``start`` on."""
 
     @abstractmethod
     def flops_per_step(self) -> float:
-        """Model FLOPs of one optimizer step over all devices."""
+        """Return the model FLOPs of one optimizer step over all devices."""
 
     @staticmethod
     @abstractmethod
     def decides_data(key: str) -> bool:
-        """Whether a step would see other data if this key of the configuration (``a.b.c``) had another value."""
+        """Tell whether a step would see other data if this key of the configuration (``a.b.c``) had another value."""
 
     def averaged(self) -> Pairs:
-        """(average, trained) parameters, always in the same order."""
+        """Return pairs of an averaged and a trained parameter, always in the same order."""
         return []
 
     def follow(self, step: int) -> float:
-        """By how much the average moves towards the trained weights in a step."""
+        """Return the share by which the average moves towards the trained weights in a step."""
         return 0.0
 
     def is_frozen(self, step: int, group: dict[str, Any]) -> bool:
-        """Whether a parameter group stands still in a step."""
+        """Tell whether a parameter group is frozen in a step."""
         return False
 
     @abstractmethod
     def check(self, checkpoint: Checkpoint) -> None:
-        """UserError unless a run of this recipe can go on from the checkpoint."""
+        """Raise a UserError unless a run of this recipe can go on from the checkpoint."""
 
     def facts(self) -> Mapping[str, Any]:
-        """JSON that is saved with every checkpoint."""
+        """Return the JSON that is saved with every checkpoint."""
         return {}
 
     def notes(self) -> list[tuple[str, str]]:
-        """(kind, text) of events to tell of when the run starts."""
+        """Return (kind, text) of events to report when the run starts."""
         return []
 
     def hooks(self, telemetry: Telemetry) -> list[tuple[int, Hook]]:
-        """(interval in steps, function of the number of steps done); each is called on all ranks after such steps."""
+        """Return (interval, function of the number of steps done): all ranks call it once in so many steps."""
         return []
 
     @abstractmethod
     def finish(self, telemetry: Telemetry) -> None:
-        """What a finished run leaves besides its checkpoints. Every rank calls it."""
+        """Write what a finished run leaves besides its checkpoints. Every rank calls this."""

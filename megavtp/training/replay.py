@@ -1,4 +1,4 @@
-"""``--replay STEP``: a step of a run once more, with an eye on every module and gradient. Nothing is written."""
+"""``--replay STEP`` does a step of a run again and watches every module and gradient. It writes nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOT_FINITE = 3  # exit status of a replay that found something
 
 
 class Unrecorded(Telemetry):
-    """Tells of events, and keeps nothing."""
+    """Telemetry that prints events and records nothing."""
 
     def __init__(self, mesh: Mesh):
         self._is_main, self._progress = mesh.rank == 0, ProgressLine()
@@ -35,14 +35,16 @@ class Unrecorded(Telemetry):
 
 
 def check_replayed(step: int | None, steps: int) -> None:
-    """UserError if ``step`` is none of a run's ``steps``; events count them from 1."""
+    """Raise a UserError if a run of ``steps`` steps has no such step; they count from 1."""
     if step is not None and not 1 <= step <= steps:
         raise UserError(f"--replay {step}: the run has the steps 1 to {steps} (train.steps)")
 
 
 def replay_step(recipe: Recipe, step: int) -> int:
-    """Go from the last checkpoint before ``step`` (from 1) to its end, as the run did, and print what in it was not
-    finite on any rank; the exit status is 0, or ``NOT_FINITE``."""
+    """Train from the last checkpoint before ``step`` to its end, as the run did, and print what in it was not finite.
+
+    Returns the exit status: 0, or ``NOT_FINITE``.
+    """
     phase.enter("reading the checkpoint", slow=True)
     trainer = Trainer(recipe, Unrecorded(recipe.mesh))
     trainer.max_skipped = math.inf  # the run may have ended at this very step, for the number that it had skipped
@@ -66,7 +68,7 @@ def replay_step(recipe: Recipe, step: int) -> int:
 
 @dataclass(frozen=True)
 class _Report:
-    """For people: values that are as they should be, and what is not finite."""
+    """Lines to print: the values that are finite, and what is not."""
 
     values: list[str]
     faults: list[str]
@@ -82,7 +84,8 @@ def _observed(trainer: Trainer, batch: Any) -> _Report:
         terms, result = trainer.do_step(batch)
     own = {name: float(value) for name, value in terms.items()}
     of_ranks = all_gather_object((own, watch.found))
-    values, faults = [], []
+    values: list[str] = []
+    faults: list[str] = []
     for name in own:
         ranks = [of_rank[name] for of_rank, _ in of_ranks]
         bad = [str(rank) for rank, value in enumerate(ranks) if not math.isfinite(value)]
@@ -101,19 +104,18 @@ def _norms(result: StepResult) -> str:
 
 
 def _place(rank: int, mesh: Mesh) -> str:
-    """Its coordinates, see ``parallel.mesh``."""
+    """Return a rank's coordinates, see ``parallel.mesh``."""
     return f"dp {rank // (mesh.pp * mesh.tp)}, pp {rank // mesh.tp % mesh.pp}, tp {rank % mesh.tp}"
 
 
 class Watch:
-    """While it is entered, the first module of each tower whose output is not finite, in the order of the forward, and
-    the first parameter whose gradient is not, in the order of the backward. Waits for the device at each of them.
+    """Finds the first module of each tower whose output is not finite, and the first parameter whose gradient is not.
 
-    Gradients are this rank's own of one micro-batch, before they are added up: what ZeRO keeps is no longer of one
-    parameter.
+    It looks while it is entered, in the order of the forward and of the backward, and waits for the device each time.
+    The gradients are this rank's own of one micro-batch, before they are added up, as ZeRO keeps them flattened.
 
     Attributes:
-        found: a line for each.
+        found: a line for each finding.
     """
 
     def __init__(self, module: nn.Module):
@@ -150,7 +152,7 @@ class Watch:
 
 
 def _faults(value: Any) -> str:
-    """The shape of each tensor in ``value`` that is not finite, and how many of its numbers are not; "" if all are."""
+    """Describe each tensor in ``value`` that is not finite, and how many of its numbers are not; "" if all are."""
     text = ""
     for x in _tensors(value):
         if x.is_floating_point() and not x.is_meta and (count := int((~x.isfinite()).sum())):

@@ -1,8 +1,6 @@
-"""One run of a recipe, from its files to its last checkpoint."""
+"""A run of a recipe, from its files to its last checkpoint."""
 
 from __future__ import annotations
-
-from contextlib import AbstractContextManager, nullcontext
 
 from megavtp.launch import phase
 from megavtp.launch.ranks import STOPPED
@@ -15,19 +13,25 @@ from megavtp.training.trainer import Trainer
 
 
 def run(recipe: Recipe, replay: int | None = None) -> int:
-    """Train from the newest checkpoint, or from the start, to the end; returns the exit status.
+    """Train from the newest checkpoint, or from the start, to the end; return the exit status.
 
-    ``replay``: do this step (from 1) again instead and print what in it is not finite; nothing is written then.
+    With ``replay`` do that step (counted from 1) again instead and print what in it is not finite; write nothing.
     """
     phase.enter("opening data and building the model", slow=True)
 
-    def open_files() -> AbstractContextManager[OutputDir | None]:
+    def open_files() -> OutputDir:
         recipe.open()
-        return OutputDir(recipe.config, recipe.mesh.rank == 0) if replay is None else nullcontext()
+        return OutputDir(recipe.config, recipe.mesh.rank == 0)
 
-    with together(open_files) as output:
+    if replay is None:
+        with together(open_files) as output:
+            recipe.build()
+            status = _train(recipe, output)
+            recipe.engine.close()
+    else:
+        together(recipe.open)
         recipe.build()
-        status = replay_step(recipe, replay) if replay is not None else _train(recipe, output)
+        status = replay_step(recipe, replay)
         recipe.engine.close()
     return status
 

@@ -8,14 +8,14 @@ from megavtp.config.run import OptimizerConfig
 
 
 def cosine(step: int, steps: int, start: float, end: float) -> float:
-    """Half a cosine from ``start`` at step 0 to ``end`` at step ``steps`` and after (teacher momentum)."""
+    """Follow half a cosine from ``start`` at step 0 to ``end`` at step ``steps`` and after (teacher momentum)."""
     if step >= steps:
         return end
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * max(step, 0) / steps))
 
 
 def linear_warmup(step: int, warmup: int, start: float, end: float) -> float:
-    """A straight line from ``start`` at step 0 to ``end`` at step ``warmup`` and after (teacher temperature)."""
+    """Follow a straight line from ``start`` at step 0 to ``end`` at ``warmup`` and after (teacher temperature)."""
     if step >= warmup:
         return end
     return start + (end - start) * max(step, 0) / warmup
@@ -43,6 +43,6 @@ def warmup_hold(step: int, steps: int, warmup: int, peak: float, floor: float, c
 
 
 def learning_rate(step: int, steps: int, settings: OptimizerConfig) -> float:
-    """The rate of a 0-based step: held and cooled down if ``settings.cooldown`` is given, else a cosine."""
+    """Return the rate of a 0-based step: held, then cooled down, if ``settings.cooldown`` is given, else a cosine."""
     shape = (step, steps, settings.warmup_steps, settings.lr, settings.min_lr)
     return warmup_cosine(*shape) if settings.cooldown is None else warmup_hold(*shape, settings.cooldown)

@@ -1,4 +1,4 @@
-"""Where metrics may also go: Weights & Biases and TensorBoard, if asked for. Rank 0 only."""
+"""Receivers of metrics on rank 0 besides metrics.jsonl: Weights & Biases and TensorBoard, if asked for."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megavtp.config.run import LoggingConfig
 from megavtp.data.files import unwritable, write_atomic
 from megavtp.errors import UserError
 
-_RUN_ID = "wandb_run_id"  # file in the output folder: a resumed run goes on in the same chart
+_RUN_ID = "wandb_run_id"  # this file in the output folder lets a resumed run go on in the same chart
 
 
-class Sink(Protocol):
+class MetricsSink(Protocol):
     """Takes numbers and pictures by step."""
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -41,9 +41,9 @@ def check_sinks(config: LoggingConfig) -> None:
 
 def open_sinks(
     config: LoggingConfig, output_dir: Path, start_step: int, run_config: Mapping[str, Any]
-) -> list[Sink]:
-    """The configured sinks of a run that starts after ``start_step`` steps; ``run_config`` is shown beside it."""
-    sinks: list[Sink] = []
+) -> list[MetricsSink]:
+    """Open the configured sinks of a run that starts after ``start_step`` steps; they show its ``run_config``."""
+    sinks: list[MetricsSink] = []
     if config.wandb != "disabled":
         sinks.append(WandbSink(config, output_dir, start_step, run_config))
     if config.tensorboard:
@@ -72,7 +72,7 @@ class WandbSink:
             write_atomic(id_file, self._run.id.encode())
         except OSError as error:
             raise unwritable(id_file, error) from None
-        # Our own step axis: wandb's must only grow, but a resumed run repeats the steps since its checkpoint.
+        # The step axis is our own: wandb's must only grow, but a resumed run repeats the steps since its checkpoint.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -87,7 +87,7 @@ class WandbSink:
 
 
 class TensorBoardSink:
-    """Event files in ``output_dir/tensorboard``; what a resumed run repeats replaces what was there."""
+    """Event files in ``output_dir/tensorboard``; steps that a resumed run repeats replace the old ones."""
 
     def __init__(self, output_dir: Path, start_step: int):
         self._folder = output_dir / "tensorboard"
@@ -118,7 +118,7 @@ class TensorBoardSink:
 
     @contextmanager
     def _writing(self, step: int) -> Iterator[None]:
-        """With a new file if the folder was deleted: the writer would not survive it."""
+        """Write to a new file if the folder was deleted, as the old writer would fail."""
         try:
             if not self._folder.is_dir():
                 self._open(step)

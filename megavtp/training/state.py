@@ -1,4 +1,4 @@
-"""A run's state in and out of the checkpoint store: layout-free, by logical name."""
+"""A run's state in the checkpoint store, by logical name and independent of the layout."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from megavtp.config.run import RunConfig
 from megavtp.errors import UserError
 from megavtp.json_file import Count
 from megavtp.parallel.collectives import all_gather, together
-from megavtp.parallel.deepspeed_adapter import MOMENTS
 from megavtp.parallel.engine import Engine
+from megavtp.parallel.engine_state import MOMENTS
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.passes import Pass
 from megavtp.parallel.sharding import Shard, cut, whole_shape
@@ -28,13 +28,13 @@ def save(
     store: CheckpointStore, engine: Engine, passes: Sequence[Pass], config: RunConfig, step: int,
     facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Start a background save of the state after ``step`` steps. Collective: every rank writes its part.
+    """Start a background save of the state after ``step`` steps; every rank calls this and writes its part.
 
-    Saved are the weights, Adam's moments, the average and what the passes carry from step to step; the data position is
+    It saves the weights, Adam's moments, the average and what the passes carry from step to step; the data position is
     the step itself. ``facts`` go into the meta data.
     """
     mesh = engine.mesh
-    writers, own = mesh.tp * mesh.dp, mesh.dp_rank * mesh.tp + mesh.tp_rank  # of a pipeline stage's tensors
+    writers, own = mesh.tp * mesh.dp, mesh.dp_rank * mesh.tp + mesh.tp_rank  # of a stage's tensors
     tensors = engine.export(wanted=lambda number: number % writers == own)
     carried = {
         name: _whole(value, objective.state_shard, mesh)
@@ -53,7 +53,7 @@ def _whole(value: Tensor, shard: Shard | None, mesh: Mesh) -> Tensor:
 
 
 def load(checkpoint: Checkpoint, engine: Engine, passes: Sequence[Pass]) -> int:
-    """Fill engine and passes from a checkpoint of any layout; returns the step to go on with.
+    """Fill engine and passes from a checkpoint of any layout; return the step to go on with.
 
     A converted checkpoint has weights only: the optimizer and the passes then start anew.
 
@@ -74,7 +74,7 @@ def load(checkpoint: Checkpoint, engine: Engine, passes: Sequence[Pass]) -> int:
         name: whole_shape(value.shape, objective.state_shard, engine.mesh.tp)
         for objective, own in carried for name, value in own.items()
     }
-    # What one pipeline rank lacks, others may not.
+    # One pipeline rank may miss a tensor that others do not.
     together(lambda: _check_names_and_shapes(checkpoint, engine, shapes))
     engine.load(tensor, checkpoint.fact("optimizer_steps", Count))
     for objective, own in carried:
@@ -110,7 +110,7 @@ def _check_names_and_shapes(checkpoint: Checkpoint, engine: Engine, carried: Map
 
 
 def changed_keys(checkpoint: Checkpoint, config: RunConfig, decides: Callable[[str], bool]) -> list[str]:
-    """Those of the keys which ``decides`` names that differ from the run that wrote the checkpoint."""
+    """Return the keys for which ``decides`` holds and whose values differ from the run that wrote the checkpoint."""
     then = flat_config(checkpoint)
     return [key for key, value in flat(to_dict(config)).items() if decides(key) and then.get(key) != value]
 
@@ -120,18 +120,18 @@ def checkpoint_root(config: RunConfig) -> Path:
 
 
 def decides_samples(key: str) -> bool:
-    """Whether a key that every recipe has decides which samples a step sees, and what is drawn for them."""
+    """Tell whether a key that every recipe has decides which samples a step sees, or what is drawn for them."""
     reading = ("data.root", "data.workers", "data.prefetch", "data.max_bad_samples", "data.max_pixels")
     return (key.startswith("data.") and key not in reading) or key in ("seed", "train.batch_size")
 
 
 def flat_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The configuration of the run that wrote it, of whichever version of MegaVTP, as ``flat`` gives it."""
+    """Return the flat configuration of the run that wrote it, whichever version of MegaVTP that was."""
     return flat(checkpoint.fact("config", dict[str, Any]))
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as ``a.b.c`` -> value."""
+    """Flatten a nested mapping to ``a.b.c`` -> value."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         nested = isinstance(value, dict) and value

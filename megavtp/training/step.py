@@ -18,17 +18,17 @@ def train_step(
     engine: Engine, passes: Sequence[Pass], batch: Any, *, lr_of: Callable[[dict[str, Any]], float],
     averaged: Pairs = (), follow: float = 0.0,
 ) -> tuple[dict[str, Tensor], StepResult]:
-    """All passes over one batch, then one update, then the average follows; or nothing moves, on any rank.
+    """Run all passes over one batch, then update, then let the average follow; or change nothing, on any rank.
 
     Args:
         batch: this rank's share of a step; ``batch.step`` counts from 0.
-        lr_of: parameter group -> its learning rate in this step.
-        averaged: (average, trained) parameters, such as teacher and student.
-        follow: by how much the average moves towards the trained weights.
+        lr_of: gives a parameter group's learning rate in this step.
+        averaged: pairs of an averaged and a trained parameter, such as teacher and student.
+        follow: the share by which the average moves towards the trained weights.
 
     Returns:
-        The loss terms by name, detached and local (their mean over data-parallel ranks is the term), and what became
-        of the step: it is skipped on every rank where a term or the gradient is not finite.
+        The loss terms by name, detached and local (their mean over data-parallel ranks is the term), and the result
+        of the step, which every rank skips if a term or the gradient is not finite on any.
     """
     engine.set_lr(lr_of)
     engine.begin_step()
@@ -43,5 +43,5 @@ def train_step(
         engine.lerp(averaged, follow)
     else:
         for objective, state in zip(passes, before):
-            objective.load_state(state)  # they have taken in what a skipped step showed them
+            objective.load_state(state)  # a skipped step leaves no trace in them
     return terms, result

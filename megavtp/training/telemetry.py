@@ -1,4 +1,4 @@
-"""What a run tells: loss terms, throughput, MFU, events. The device is read once per ``telemetry.log_every`` steps."""
+"""A run's telemetry: loss terms, throughput, MFU, events. It reads the device once in ``telemetry.log_every`` steps."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from megavtp.parallel.mesh import Mesh
 from megavtp.planning.devices import device_peak_tflops
 from megavtp.training.metrics_file import MetricsFile
 from megavtp.training.progress import ProgressLine, peak_memory_gib
-from megavtp.training.sinks import Sink, check_sinks, open_sinks
+from megavtp.training.sinks import MetricsSink, check_sinks, open_sinks
 
 METRICS_FILE = "metrics.jsonl"
-_NORM = "grad_norm/"  # what sets a tower's gradient norm apart from the terms
+_NORM = "grad_norm/"  # prefix that sets a tower's gradient norm apart from the terms
 _SPEED_MEMORY = 0.7  # weight of the past in the pace behind the ETA
 
 
@@ -34,19 +34,20 @@ class Telemetry:
     of step 20 describes the 20th update and the ones before it back to the previous line.
 
     Args:
-        total_steps: of the whole run; the last one is always logged.
-        images_per_step: image-text pairs of the global batch.
+        total_steps: steps of the whole run; the last one is always logged.
+        images_per_step: image-text pairs in the global batch.
         flops_per_step: model FLOPs of a step over all devices; None = no MFU.
-        peak_tflops: of all devices together; None = no MFU.
-        reduce: mean over data-parallel ranks of a float32 vector, called on every rank once per line.
-        make_sinks: start step -> further receivers; called on rank 0 only.
-        keep_folder: called on rank 0 before a record is written; makes ``output_dir`` anew if it was deleted.
+        peak_tflops: peak of all devices together; None = no MFU.
+        reduce: takes the mean of a float32 vector over data-parallel ranks; every rank calls it once per line.
+        make_sinks: opens further receivers for a start step; only rank 0 calls it.
+        keep_folder: makes ``output_dir`` anew if it was deleted; rank 0 calls it before it writes a record.
     """
 
     def __init__(
         self, config: LoggingConfig, output_dir: Path, *, is_main: bool, total_steps: int, images_per_step: int,
         flops_per_step: float | None = None, peak_tflops: float | None = None, device: torch.device | None = None,
-        reduce: Callable[[Tensor], Tensor] = lambda x: x, make_sinks: Callable[[int], list[Sink]] = lambda step: [],
+        reduce: Callable[[Tensor], Tensor] = lambda x: x,
+        make_sinks: Callable[[int], list[MetricsSink]] = lambda step: [],
         keep_folder: Callable[[], None] = lambda: None,
     ):
         self._config = config
@@ -63,7 +64,7 @@ class Telemetry:
         self._steps: list[list[Tensor]] = []  # terms of the steps since the last line, on the device
         self._norms: list[Tensor | float] = []
         self._file: MetricsFile | None = None
-        self._sinks: list[Sink] = []
+        self._sinks: list[MetricsSink] = []
         self._before_start: list[dict[str, Any]] = []
         self._progress = ProgressLine()
         self._seconds_per_step: float | None = None
@@ -74,7 +75,7 @@ class Telemetry:
     def of_run(
         cls, config: RunConfig, mesh: Mesh, flops: float, keep_folder: Callable[[], None] = lambda: None
     ) -> Telemetry:
-        """The telemetry of a run of ``flops`` model FLOPs per step. UserError if a sink is not installed."""
+        """Make the telemetry of a run of ``flops`` model FLOPs per step. UserError if a sink is not installed."""
         settings = config.telemetry
         check_sinks(settings)
         device, known_peak = torch.device("cpu"), None
@@ -94,7 +95,7 @@ class Telemetry:
     def start(self, step: int) -> None:
         """Begin after ``step`` done steps: lines of later steps, which will be done again, are dropped."""
         if self._is_main:
-            self._sinks = self._make_sinks(step)  # first: it may refuse, and nothing is dropped then
+            self._sinks = self._make_sinks(step)  # first, as it may refuse, and then nothing is dropped
             self._file = MetricsFile(self._output_dir / METRICS_FILE, step)
             for record in self._before_start:
                 self._emit(record)
@@ -105,11 +106,14 @@ class Telemetry:
         self, step: int, terms: Mapping[str, Tensor], grad_norm: Tensor | float, lr: float, wait_seconds: float,
         tower_norms: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
-        """Note one step; writes a line after every ``log_every``-th and the last. No device read in between.
+        """Note one step; write a line after every ``log_every``-th and the last. The device is not read in between.
 
-        step: index from 0. terms: detached scalars on the device, the same names in every step and on every rank, not
-        changed afterwards. wait_seconds: time spent waiting for data since the start, in all. tower_norms: gradient
-        norm of each tower, equal on all ranks.
+        Args:
+            step: index of the step, from 0.
+            terms: detached scalars on the device, with the same names in every step and on every rank; they must not
+                change afterwards.
+            wait_seconds: time spent waiting for data since the start.
+            tower_norms: gradient norm of each tower, equal on all ranks.
 
         In a line, terms, ``grad_norm`` and ``tower_grad_norms`` are means over its steps (and over ranks), without the
         non-finite ones, whose number is ``nonfinite_steps``; ``grad_norm_max`` is the largest; ``lr`` is the last.
@@ -134,14 +138,14 @@ class Telemetry:
             self._emit(record)
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        """Tell the sinks of a picture that was saved at ``path``."""
+        """Send the sinks a picture that was saved at ``path``."""
         for sink in self._sinks:
             sink.picture(step, name, path)
         self.event("picture", step=step, name=name, path=str(path))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in here (evaluation, pictures) does not count as training time."""
+        """Do not count the time in here (evaluation, pictures) as training time."""
         begin = time.perf_counter()
         try:
             yield
@@ -187,9 +191,9 @@ class Telemetry:
         })
 
     def _read(self, wait: float) -> tuple[list[list[float]], list[float], float]:
-        """The one transfer: rows of terms by step, gradient norms, and seconds waited, all means over ranks.
+        """Return rows of terms by step, gradient norms and seconds waited, all means over ranks, in one transfer.
 
-        Norms that are numbers already, the same on every rank, stay as they are.
+        Norms that are numbers already are the same on every rank and stay as they are.
         """
         steps, width = len(self._steps), len(self._names)
         scalars = [value for row in self._steps for value in row]
@@ -220,7 +224,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of a record: terms by their own name, the rest under its kind."""
+    """Return the finite numbers of a record: terms by their own name, the rest under its kind."""
     prefix = "train" if record["kind"] == "step" else record["kind"]
     flat = dict(record.get("terms") or {}) if record["kind"] == "step" else {}
     flat |= {f"{prefix}/{key}": value for key, value in record.items() if key not in ("step", "time", "terms")}

@@ -1,4 +1,4 @@
-"""The training loop: passes, update, teacher, telemetry, checkpoints. One loop for every recipe and layout."""
+"""The training loop of every recipe on every layout: steps, telemetry, checkpoints, the end of a run."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Trainer:
         self.skipped_in_a_row, self.max_skipped = 0, float(self.config.train.max_skipped_steps)
 
     def resume(self, last: int | None = None) -> int:
-        """Load the newest checkpoint that verifies, if ``train.resume`` allows; returns the first step to do.
+        """Load the newest checkpoint that verifies, if ``train.resume`` allows; return the first step to do.
 
-        ``last``: there must be one, of this step or an earlier one.
+        With ``last`` there must be one, of this step or an earlier one.
         """
         if self.config.train.resume == "never":
             return 0
@@ -54,7 +54,7 @@ class Trainer:
             return 0
         with open_checkpoint(found, verify="sizes") as checkpoint:  # rank 0 has checked the hashes
             self.recipe.check(checkpoint)
-            # All have read it when the first goes on: tidying up may rename it.
+            # All ranks have read it when the first one goes on: tidying up may rename it.
             step = together(lambda: state.load(checkpoint, self.engine, self.passes))
             changed = state.changed_keys(checkpoint, self.config, self.recipe.decides_data)
         if changed:
@@ -65,7 +65,7 @@ class Trainer:
         return step
 
     def run(self, start: int) -> bool:
-        """Train to the end; False if a signal stopped the run early (its state is saved)."""
+        """Train to the end; return False if a signal stopped the run early, whose state is then saved."""
         steps, saved = self.config.train.steps, start
         signal = StopSignal(self.engine.device)
         phase.enter("loading the first batch", slow=True)
@@ -108,7 +108,7 @@ class Trainer:
 
     def save(self, step: int) -> None:
         phase.enter(f"step {step}, checkpoint", slow=True)
-        self.telemetry.event("checkpoint", step=step)  # first: a run that is killed goes on after it
+        self.telemetry.event("checkpoint", step=step)  # told first, as a run that is killed goes on after this line
         state.save(self.store, self.engine, self.passes, self.config, step, self.recipe.facts())
 
     def _step(self, batch: Any, loader: Loader) -> None:
@@ -118,7 +118,7 @@ class Trainer:
         )
 
     def do_step(self, batch: Any) -> tuple[dict[str, Tensor], StepResult]:
-        """One step, and the account of it if it was skipped."""
+        """Do one step, and report it if it was skipped."""
         step, optimizer = batch.step, self.config.train.optimizer
         self.lr = learning_rate(step, self.config.train.steps, optimizer)
         terms, result = train_step(
@@ -132,12 +132,12 @@ class Trainer:
         return terms, result
 
     def _skipped(self, batch: Any, terms: dict[str, Tensor]) -> None:
-        """Something was not finite, and nothing updated. Name the terms that were not, on whichever ranks."""
+        """Report a step that was not finite and updated nothing, with the terms that were not finite on any rank."""
         step, finite = batch.step + 1, torch.stack(list(terms.values())).isfinite().tolist()
         own = [name for name, is_finite in zip(terms, finite) if not is_finite]
         ranks = all_gather_object((own, batch.ids))
         bad = [name for name in terms if any(name in of_rank for of_rank, _ in ranks)]
-        replica = self.engine.mesh.tp * self.engine.mesh.pp  # consecutive ranks, with the same share
+        replica = self.engine.mesh.tp * self.engine.mesh.pp  # so many consecutive ranks have the same share
         ids = [name for _, share in ranks[::replica] for name in share]
         self.telemetry.event("skipped", step=step, terms=bad or ["gradient"], replay=f"--replay {step}", ids=ids)
         self.skipped_in_a_row += 1
@@ -151,11 +151,11 @@ class Trainer:
 
 
 def _newest(root: Path, last: int | None) -> Path | None:
-    """The newest checkpoint that verifies, None if there is none at all.
+    """Return the newest checkpoint that verifies, None if there is none at all.
 
     Raises:
-        UserError: there are some, all damaged: starting over would silently throw the run away. Or ``last`` is given,
-            and there is none that is whole of this step or an earlier one.
+        UserError: all are damaged, and starting over would silently throw the run away. Or ``last`` is given, and no
+            checkpoint of this step or an earlier one is whole.
     """
     found = find_latest(root, last=last)
     if found is None and last is not None:
@@ -172,7 +172,7 @@ def _newest(root: Path, last: int | None) -> Path | None:
 
 
 def _outcome(fn: Callable[[], Path | None]) -> Path | UserError | None:
-    """The value, or the user's error as a value, so that every rank can be told."""
+    """Return the value, or the user's error as a value, so that it can be sent to every rank."""
     try:
         return fn()
     except UserError as error:

@@ -13,7 +13,7 @@ from tiny_run import Outcome, build_engine, data_of, learning_rate, merged, pass
 
 from megavtp.config.schema import Config, VisionConfig
 from megavtp.parallel.collectives import all_gather_object, all_reduce
-from megavtp.parallel.deepspeed_adapter import read_parameter
+from megavtp.parallel.engine_state import read_parameter
 from megavtp.parallel.mesh import build_mesh
 from megavtp.training.step import train_step
 

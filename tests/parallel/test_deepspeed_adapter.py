@@ -1,4 +1,4 @@
-"""Each work-around in ``parallel/deepspeed_adapter.py`` is needed: without it the numbers are wrong, or it raises.
+"""Each work-around for DeepSpeed is needed: without it the numbers are wrong, or it raises.
 
 So an upgrade of DeepSpeed that makes one superfluous is noticed. The cases run in one group of two processes; what they
 found is checked test by test.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -22,6 +23,7 @@ from toy import ALTERNATING, CONSECUTIVE, ONLY_A, Outcome, make, optimizer_of, p
 from megavtp.errors import UserError
 from megavtp.models.vtp import VTP
 from megavtp.parallel import deepspeed_adapter as adapter
+from megavtp.parallel import engine_state, gradient_norm
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import Mesh, build_mesh
 
@@ -39,9 +41,9 @@ def superfluous(guard: str) -> str:
 
 
 @contextmanager
-def without(guard: str) -> Iterator[None]:
-    """One of the adapter's functions made to do nothing."""
-    with patch.object(adapter, guard, lambda *args: None):
+def without(guard: str, room: ModuleType = gradient_norm) -> Iterator[None]:
+    """One of the functions made to do nothing."""
+    with patch.object(room, guard, lambda *args: None):
         yield
 
 
@@ -80,9 +82,9 @@ def _runs() -> dict[str, Any]:
     with patch.object(adapter, "before_step", lambda engine: None):
         found["stale, skipping"] = run(dp2, 3, SKIPPING)
         found["stale, late"] = run(dp2, 3, STEPS)
-    with without("before_backward"):
+    with without("before_backward", adapter):
         found["consecutive, unguarded"] = run(dp2, 3, [CONSECUTIVE] * 3)
-    with without("_own_stage0_norm"):
+    with without("own_stage0_norm"):
         found["stage 0, unguarded"] = attempt(lambda: run(dp2, 0, STEPS))
     found["persistent"] = run(dp2, 3, STEPS, extra={"zero_optimization": {"stage3_param_persistence_threshold": 10**5}})
     found["held"] = [_held_in_second_backward(dp2, guarded) for guarded in (True, False)]
@@ -138,9 +140,9 @@ def _states() -> dict[str, Any]:
         for shared in (False, True):
             other, other_module = make(mesh, zero)
             other.load(half.tensors.__getitem__, 2)
-            steps = [state["step"] for state in adapter._inner(other._engine).state.values()]
+            steps = [state["step"] for state in engine_state.inner_optimizer(other._engine).state.values()]
             if shared:
-                for state in adapter._inner(other._engine).state.values():
+                for state in engine_state.inner_optimizer(other._engine).state.values():
                     state["step"] = steps[0]
             else:
                 found[f"steps {zero}"] = ([float(x) for x in steps], len({x.data_ptr() for x in steps}), len(steps))
@@ -153,7 +155,7 @@ def _states() -> dict[str, Any]:
 def _export_unlinked(mesh: Mesh, zero: int) -> Any:
     """Moments as DeepSpeed alone links them to parameters; each rank holds all of its own, so both fail alike."""
     engine, module = make(mesh, zero)
-    with without("ensure_optimizer_state"):
+    with without("ensure_optimizer_state", engine_state):
         return attempt(lambda: play(engine, module, STEPS[:2]).tensors)
 
 
@@ -180,7 +182,7 @@ def _uneven_groups(rank: int, guarded: bool) -> tuple[float, float]:
         for index, parameter in enumerate(module.parameters()):
             parameter.copy_(torch.eye(4) * (1 + rank + index))
     groups = [{"params": [parameter]} for parameter in module.parameters()]
-    with patch.object(adapter, "_norm_by_tower", adapter._norm_by_tower if guarded else lambda engine, mesh: None):
+    with nullcontext() if guarded else without("norm_by_tower"):
         engine = Engine(module, torch.optim.AdamW(groups), mesh, zero_stage=1, clip_grad=0.0)
     engine.begin_step()
     engine.backward(engine(torch.ones(2, 4)).sum())
@@ -234,7 +236,7 @@ def test_stages_with_different_parameter_groups_have_one_norm(found: dict) -> No
     (first, first_unguarded), (second, second_unguarded) = found["uneven groups"]
     whole = (first[1] ** 2 + second[1] ** 2) ** 0.5
     assert first[0] == pytest.approx(whole, rel=1e-6) and second[0] == pytest.approx(whole, rel=1e-6)
-    assert abs(first_unguarded[0] / whole - 1) > WRONG, superfluous("_norm_by_tower")
+    assert abs(first_unguarded[0] / whole - 1) > WRONG, superfluous("norm_by_tower")
 
 
 def test_a_backward_needs_a_parameter(found: dict) -> None:
@@ -290,7 +292,7 @@ def test_clipping_is_said_explicitly(zero: int, found: dict, expected: dict) -> 
 
 def test_stage_0_reports_no_norm_of_its_own(found: dict) -> None:
     outcome = found["stage 0, unguarded"]
-    assert isinstance(outcome, str) and "_global_grad_norm" in outcome, superfluous("_own_stage0_norm")
+    assert isinstance(outcome, str) and "_global_grad_norm" in outcome, superfluous("own_stage0_norm")
 
 
 def test_persistence_threshold(found: dict, expected: dict) -> None:

@@ -10,7 +10,7 @@ from distributed import run_ranks
 from layouts import Run, differences
 from tiny_run import Outcome, merged, reference, tiny_config
 
-from megavtp.parallel import deepspeed_adapter as adapter
+from megavtp.parallel.engine_state import inner_optimizer
 
 BF16 = {"parallel": {"precision": "bf16"}, "train": {"steps": 2}}
 STAGES = (0, 1, 2, 3)
@@ -23,7 +23,7 @@ def on_ranks(rank: int) -> dict[Any, Any]:
             config = tiny_config(merged(BF16, {"parallel": {"zero_stage": zero, "recompute": recompute}}), 2)
             run = Run(config=config).train()
             stored = [getattr(p, "ds_tensor", p).dtype for p in run.model.parameters()]
-            moments = [x.dtype for s in adapter._inner(run.engine._engine).state.values() for x in s.values()]
+            moments = [x.dtype for s in inner_optimizer(run.engine._engine).state.values() for x in s.values()]
             found[zero, recompute] = run.outcome(), {*stored, *moments}
             run.engine.close()
     return found

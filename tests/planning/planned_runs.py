@@ -12,8 +12,8 @@ from tiny_run import build_engine, data_of, learning_rate, merged, passes_of, ti
 from megavtp.config.run import ParallelConfig
 from megavtp.config.schema import Config
 from megavtp.models.vtp import OBJECTIVES, VTP
-from megavtp.parallel.deepspeed_adapter import _flat_partitions, _inner
 from megavtp.parallel.engine import Engine
+from megavtp.parallel.engine_state import flat_partitions, inner_optimizer
 from megavtp.parallel.mesh import build_mesh
 from megavtp.parallel.traffic import count_traffic
 from megavtp.planning.devices import find_device
@@ -56,11 +56,11 @@ def plan_of(config: Config, world_size: int) -> Plan:
 
 def state_bytes(engine: Engine, model: VTP, zero_stage: int) -> dict[str, int]:
     """Bytes of the trained weights, of the moments with the master weights, and of the teacher, where they lie."""
-    inner = _inner(engine._engine)
+    inner = inner_optimizer(engine._engine)
     stored = lambda p: getattr(p, "ds_tensor", p)  # noqa: E731
     trained = [stored(p).untyped_storage() for p in model.parameters() if p.requires_grad]
     moments = sum(x.nbytes for state in inner.state.values() for x in state.values() if x.dim() > 0)
-    masters = [p.nbytes for p in _flat_partitions(engine._engine)] if zero_stage > 0 else []
+    masters = [p.nbytes for p in flat_partitions(engine._engine)] if zero_stage > 0 else []
     return {
         "weights": sum({storage.data_ptr(): storage.nbytes() for storage in trained}.values()),
         "optimizer": moments + sum(masters),

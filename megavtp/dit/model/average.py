@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from megavtp.dit.model.model import DiT, Flow
 from megavtp.models.build import realised
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute
+from megavtp.nn.precision import computing_in
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.striping import FlowSpec, Stripe, cut_tower
 
@@ -47,7 +47,7 @@ class AveragedDiT(nn.Module):
 
         With ``stage``, only that chunk, which this rank must hold; one after the first reads ``flow`` alone.
         """
-        with self._precision():
+        with computing_in(self.compute_dtype, self.dit.feat_rope.freqs_cos.device):
             return (self.dit if mode == "velocity" else self.ema)(x, t, y, stage, *flow)
 
     def legs(self, mode: str) -> int:
@@ -59,13 +59,6 @@ class AveragedDiT(nn.Module):
         tokens = (self.config.latent_size // self.config.patch_size) ** 2
         shapes = (len(x), tokens, self.config.width), (len(x), self.config.width)
         return [(shape, torch.float32) for shape in shapes]
-
-    def _precision(self) -> AbstractContextManager:
-        if self.compute_dtype == torch.float32:
-            return nullcontext()
-        # A forward reads each weight once: a cache of cast weights would only hold a 16-bit copy of the model.
-        device = self.dit.feat_rope.freqs_cos.device.type
-        return torch.autocast(device, dtype=self.compute_dtype, cache_enabled=False)
 
     def averaged(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """(average, trained) parameters, always in the same order."""

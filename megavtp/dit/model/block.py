@@ -17,7 +17,7 @@ from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute, branch
 from megavtp.nn.norms import RMSNorm
-from megavtp.nn.rope import Table
+from megavtp.nn.rope import RotaryTable
 from megavtp.nn.split import share
 from megavtp.parallel.collectives import gather_from_tp
 from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -89,7 +89,8 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = Modulation(width, 6, mesh)
 
     def forward(
-        self, x: Tensor, condition: Tensor, table: Table, cut: TokenCut | None = None, recompute: Recompute = "none"
+        self, x: Tensor, condition: Tensor, table: RotaryTable, cut: TokenCut | None = None,
+        recompute: Recompute = "none",
     ) -> Tensor:
         """``cut``: under sequence parallelism, x has this rank's n of the N tokens, and so has the result.
         ``recompute``: see ``nn.block``; "full" is the caller's to do."""

@@ -19,7 +19,7 @@ from megavtp.dit.model.positions import pair_tables, sine_positions
 from megavtp.errors import UserError
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute, run_block
-from megavtp.nn.rope import Table
+from megavtp.nn.rope import RotaryTable
 from megavtp.parallel.collectives import copy_to_tp
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.sequence import TokenCut
@@ -45,7 +45,7 @@ class PairRope(nn.Module):
         for buffer, values in zip(self.table(), pair_tables(self.head_dim, self.side)):
             buffer.copy_(values)
 
-    def table(self) -> Table:
+    def table(self) -> RotaryTable:
         return self.freqs_cos, self.freqs_sin
 
 

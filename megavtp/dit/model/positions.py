@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megavtp.nn.rope import Table
+from megavtp.nn.rope import RotaryTable
 
 
 def sine_positions(width: int, side: int) -> Tensor:
@@ -20,7 +20,7 @@ def sine_positions(width: int, side: int) -> Tensor:
     return torch.cat([column, row], -1).flatten(0, 1).float()
 
 
-def pair_tables(head_dim: int, side: int) -> Table:
+def pair_tables(head_dim: int, side: int) -> RotaryTable:
     """Cosines and sines (N, h) float32: the first h/2 channels turn by the row, the last by the column.
 
     Neighbouring channels share an angle: they are the pairs of ``rotate_pairs``.
@@ -33,7 +33,7 @@ def pair_tables(head_dim: int, side: int) -> Table:
     return angles.cos(), angles.sin()
 
 
-def rotate_pairs(x: Tensor, table: Table) -> Tensor:
+def rotate_pairs(x: Tensor, table: RotaryTable) -> Tensor:
     """Rotate queries or keys (b, L, heads, h), channel 2k with 2k + 1, in the table's dtype; dtype as x."""
     cos, sin = (t.unsqueeze(1) for t in table)
     y = x.to(cos.dtype)

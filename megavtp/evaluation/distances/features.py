@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from megavtp.evaluation.distances.efficientnet import load_efficientnet
 from megavtp.evaluation.distances.frechet import FeatureStatistics, Moments
-from megavtp.evaluation.distances.image_sources import Batch, ImageSource
+from megavtp.evaluation.distances.image_sources import ImageSource, NumberedImages
 from megavtp.evaluation.distances.inception import Inception
 from megavtp.evaluation.distances.network import FeatureNetwork
 from megavtp.evaluation.gathering import gather_rows
@@ -64,7 +64,7 @@ def summarise(
     return FeatureSummary(statistics, gather_rows(kept, mesh, device)[order].to(device))
 
 
-def _shown(source: ImageSource, batch_size: int, mesh: Mesh, title: str) -> Iterator[Batch]:
+def _shown(source: ImageSource, batch_size: int, mesh: Mesh, title: str) -> Iterator[NumberedImages]:
     """The batches of this rank; the first rank shows a bar, if anybody can see it."""
     hidden = True if mesh.rank or not title else None
     with tqdm(total=len(source), desc=title, unit="img", disable=hidden) as bar:

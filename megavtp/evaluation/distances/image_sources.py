@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 MAX_PIXELS = 64_000_000
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
-Batch = tuple[Tensor, Tensor]
+NumberedImages = tuple[Tensor, Tensor]
 """Numbers of the images (b,), int64, and the images, uint8 (b, 3, size, size), on the CPU or a GPU."""
 
 
@@ -40,7 +40,7 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[NumberedImages]:
         """This process's share: over all ranks, each number below ``len`` at most once."""
 
 
@@ -81,7 +81,7 @@ class _ShardImages:
     def __len__(self) -> int:
         return len(self._samples)
 
-    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[NumberedImages]:
         for batch in self._samples.batches(batch_size, rank, world):
             yield batch["index"], batch["image"]
 
@@ -101,7 +101,7 @@ class _FolderImages:
     def __len__(self) -> int:
         return len(self._files)
 
-    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[NumberedImages]:
         numbers: list[int] = []
         images: list[Tensor] = []
         for number in range(rank, len(self._files), world):
@@ -144,7 +144,7 @@ class _Cropped:
     def __len__(self) -> int:
         return len(self._images)
 
-    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[NumberedImages]:
         for numbers, images in self._images.batches(batch_size, rank, world):
             crop = self._size is not None
             yield numbers, torch.stack([fit(image, self.size, crop, self._images.path) for image in images])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megavtp.config.precision import compute_dtype
 from megavtp.dit.sampling.command import settings_of
 from megavtp.dit.sampling.sampler import GeneratedImages, open_sampler
 from megavtp.errors import UserError
@@ -59,7 +60,7 @@ def _samples(options: argparse.Namespace, device: torch.device) -> ImageSource:
         raise UserError("--size is for --samples-from; a DiT draws images of one size")
     sampler = open_sampler(
         options.dit, options.tokenizer, settings_of(options), device, average=options.weights == "average",
-        dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32,
+        dtype=compute_dtype(options.precision),
     )
     count = _DRAWN if options.samples is None else options.samples
     return GeneratedImages(sampler, samples_like(options.reference, sampler.dit, count, options.label))

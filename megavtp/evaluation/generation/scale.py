@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megavtp.dit.model.build import build_dit
 from megavtp.dit.sampling.sampler import Sampler
-from megavtp.evaluation.distances.image_sources import Batch, ImageSource
+from megavtp.evaluation.distances.image_sources import ImageSource, NumberedImages
 
 BLURS = (8, 16)  # pixels of a side of the squares that a blurred image is averaged over: half a patch, a patch
 _BATCH = 64  # images of noise drawn with one seed, so that no batch size or process count changes them
@@ -28,7 +28,7 @@ class Noise:
     def __len__(self) -> int:
         return self.count
 
-    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[NumberedImages]:
         for start in range(rank * _BATCH, self.count, world * _BATCH):
             draw = torch.Generator().manual_seed(self.seed * 1_000_003 + start)
             images = torch.randint(0, 256, (_BATCH, 3, self.size, self.size), generator=draw, dtype=torch.uint8)
@@ -52,7 +52,7 @@ class Blurred:
     def __len__(self) -> int:
         return len(self.source)
 
-    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[NumberedImages]:
         for numbers, images in self.source.batches(batch_size, rank, world):
             yield numbers, blur(images, self.side)
 

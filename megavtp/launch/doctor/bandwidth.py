@@ -1,4 +1,4 @@
-"""How fast ranks exchange data: all together, and two by two."""
+"""How fast ranks exchange data, all together and two by two."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Link:
 
 
 def all_reduce_seconds(size: int, device: torch.device) -> float:
-    """Time of one all-reduce of ``size`` bytes over all ranks; call it on all."""
+    """Measure one all-reduce of ``size`` bytes over all ranks, in seconds; every rank must call this."""
     buffer = torch.zeros(size // 4, device=device)
     phase.enter(f"all-reduce of {size >> 20} MiB over all ranks")
     return _fastest(lambda: dist.all_reduce(buffer), device)
 
 
 def links(pairs: Sequence[Sequence[tuple[int, int]]], size: int, device: torch.device) -> list[Link]:
-    """Measure pairs of ranks, round by round; in a round no rank is in two pairs. Returns all, on all ranks."""
+    """Measure pairs of ranks, round by round; in a round no rank is in two pairs. Returns all links, on all ranks."""
     rank = dist.get_rank()
     own = []
     give, take = torch.zeros(size // 4, device=device), torch.empty(size // 4, device=device)
@@ -69,7 +69,7 @@ def _fastest(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def rounds(members: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Every pair of ``members`` once, in rounds in which each member is in at most one pair (the circle method)."""
+    """Return every pair of ``members`` once, in rounds in which each member is in at most one pair (circle method)."""
     ring: list[int | None] = list(members) + [None] * (len(members) % 2)
     half, found = len(ring) // 2, []
     for _ in range(len(ring) - 1):
@@ -80,7 +80,7 @@ def rounds(members: Sequence[int]) -> list[list[tuple[int, int]]]:
 
 
 def slow_links(found: Sequence[Link]) -> list[Link]:
-    """Those with less than a third of the median; they need at least three to compare."""
+    """Return the links with less than a third of the median speed, if there are at least three to compare."""
     if len(found) < 3:
         return []
     median = statistics.median(link.bytes_per_second for link in found)

@@ -1,6 +1,7 @@
-"""Looks for what would keep a run on many machines from starting, or make it slow, and says what to do about it.
+"""The doctor looks for what would keep a run on many machines from starting, or make it slow, and names the remedy.
 
-First all that needs only the rendezvous (versions, clocks, storage, ports), then collectives. Every wait has a limit.
+It first checks what needs only the rendezvous (versions, clocks, storage, ports), then collectives. Every wait has a
+limit.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from megavtp.launch.ranks import join, run_ranks
 from megavtp.launch.rendezvous import Place, detect
 from megavtp.options import Options, place, real, whole
 
-_SHOWN = 16  # links in the report, the slowest ones
+_SHOWN = 16  # at most this many links are reported, the slowest ones
 
 
 def main() -> int:
-    """What `launchers/doctor.py` does on each rank; returns the exit status: 0 all is well, 1 something is wrong."""
+    """Check this rank for `launchers/doctor.py`; return the exit status: 0 if all is well, 1 if something is wrong."""
     arguments = _parse(sys.argv[1:])
     place = detect()
     phase.enter("meeting")
@@ -59,7 +60,7 @@ def main() -> int:
     status = board.get("status")
     board.put(f"done/{place.rank}", 0)
     if place.rank == 0:
-        board.collect("done", range(place.world))  # it serves the store: the others must have read
+        board.collect("done", range(place.world))  # this rank serves the store, which the others must have read
     return status
 
 
@@ -81,7 +82,7 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
 
 
 def _exchange_facts(board: Board, place: Place) -> list[Facts]:
-    """The facts of all ranks, on all ranks."""
+    """Return the facts of all ranks, on all ranks."""
     board.put(f"facts/{place.rank}", gather_facts(place).dump())
     if place.rank == 0:
         board.put("all facts", board.collect("facts", range(place.world)))

@@ -1,6 +1,6 @@
-"""What lies between the machines: clocks, shared storage, ports. Only the rendezvous store is needed for it.
+"""Checks between the machines: clocks, shared storage, ports. They need only the rendezvous store.
 
-A machine is spoken for by the lowest of its ranks.
+The lowest rank of a machine, its leader, speaks for it.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import torch.distributed as dist
 from megavtp.errors import UserError
 from megavtp.launch.doctor.machine import Facts, ranks_in_words
 
-_ROUNDS = 8  # of the comparison of two clocks; the fastest answer is the most exact
-_SKEW = 1.0  # seconds two clocks may differ: more, and logs and file times cannot be put in order
+_ROUNDS = 8  # comparisons of two clocks; the fastest answer is the most exact
+_SKEW = 1.0  # seconds that two clocks may differ; beyond it logs and file times cannot be put in order
 _CONNECT = 5.0  # seconds for a connection
 _POLL = 0.002
-_VISIBLE = 8.0  # seconds until a file must be seen: network file systems remember for a while what was not there
+_VISIBLE = 8.0  # seconds until a file must be seen; network file systems cache for a while that it was not there
 
 
 class Board:
-    """Values under names, that ranks leave for each other at the store; every wait has a limit.
+    """A board at the store, on which ranks leave each other values under names; every wait has a limit.
 
-    Args:
-        hosts: machine of each rank, once they are known; only used to name who does not answer.
+    Attributes:
+        hosts: the machine of each rank, once known; only used to name a rank that does not answer.
     """
 
     def __init__(self, store: dist.Store, rank: int, limit: float):
@@ -42,7 +42,7 @@ class Board:
         self._store.set(f"doctor/{name}", json.dumps(value))
 
     def get(self, name: str) -> Any:
-        """Waits for it; UserError if it does not come. Rank 0 is to find out first who is to blame."""
+        """Wait for a value, longer than rank 0 does, which knows who is to blame. UserError if it does not come."""
         limit = 2 * self._limit + 5
         try:
             self._store.wait([f"doctor/{name}"], timedelta(seconds=limit))
@@ -54,7 +54,7 @@ class Board:
         return json.loads(self._store.get(f"doctor/{name}"))
 
     def collect(self, name: str, ranks: Sequence[int]) -> list[Any]:
-        """The values that ``ranks`` have put under ``name/RANK``; on rank 0."""
+        """Return, on rank 0, the values that ``ranks`` have put under ``name/RANK``."""
         keys = [f"doctor/{name}/{rank}" for rank in ranks]
         deadline = time.monotonic() + self._limit
         while missing := [rank for rank, key in zip(ranks, keys) if not self._store.check([key])]:
@@ -70,9 +70,9 @@ class Board:
 
 
 def clock_offsets(board: Board, leaders: Sequence[Facts]) -> dict[str, float]:
-    """Seconds by which each machine's clock is ahead of rank 0's. On rank 0; others return an empty dict.
+    """Return, on rank 0, by how many seconds each machine's clock is ahead of its own; other ranks return {}.
 
-    The other's time is compared with the middle of the question and the answer, as NTP does.
+    The other's time is compared with the middle between question and answer, as NTP does.
     """
     if board.rank > 0:
         if board.rank in [leader.rank for leader in leaders]:
@@ -102,7 +102,7 @@ def clock_problems(offsets: Mapping[str, float]) -> list[str]:
 
 
 def shared_storage_problems(board: Board, leaders: Sequence[Facts], folder: Path) -> list[str]:
-    """Whether ``folder`` can be written to, and all machines see what one writes. On rank 0; others return nothing.
+    """Check whether ``folder`` is writable, and all machines see what one writes; only rank 0 returns problems.
 
     The leaders' files are removed again.
     """
@@ -154,9 +154,9 @@ def _appears(file: Path) -> bool:
 
 
 def port_problems(board: Board, leaders: Sequence[Facts]) -> list[str]:
-    """Whether each machine can open a connection to each other, at a port that the system chose. On rank 0.
+    """Check whether each machine can connect to each other, at a port of the system's choice; only rank 0 returns them.
 
-    gloo and NCCL need that between all machines, not only towards rank 0.
+    gloo and NCCL need this between all machines, not only towards rank 0.
     """
     ranks = [leader.rank for leader in leaders]
     if board.rank not in ranks:
@@ -191,11 +191,11 @@ def _greet(server: socket.socket, token: bytes) -> None:
             with connection:
                 connection.sendall(token)
     except OSError:
-        pass  # closed
+        pass  # the server is closed
 
 
 def _try(address: str, port: int, token: bytes) -> str:
-    """Why there is no connection, or ""."""
+    """Return why there is no connection, or "" if there is one."""
     try:
         with socket.create_connection((address, port), _CONNECT) as connection:
             received = connection.makefile("rb").read(len(token))

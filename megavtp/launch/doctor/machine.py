@@ -1,4 +1,4 @@
-"""What each rank's machine is like, and what does not fit together."""
+"""Facts about each rank's machine, and a comparison that finds what does not fit together."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megavtp.launch.rendezvous import Place, own_address
 from megavtp.parallel.deepspeed_adapter import SUPPORTED_VERSION
 
 _PACKAGE = Path(__file__).resolve().parents[2]
-_SHARED_MEMORY = 256 * 2**20  # bytes of /dev/shm for a rank: its loader workers pass batches through it
+_SHARED_MEMORY = 256 * 2**20  # bytes of /dev/shm that a rank needs, as its loader workers pass batches through it
 _SETTINGS = ("NCCL_", "GLOO_", "TORCH_NCCL_", "FI_", "UCX_")
 
 
@@ -29,9 +29,11 @@ _SETTINGS = ("NCCL_", "GLOO_", "TORCH_NCCL_", "FI_", "UCX_")
 class Facts:
     """What one rank says of itself.
 
-    versions: of what must be the same everywhere; "" where there is none.
-    settings: environment variables of the communication libraries. shared_memory: free bytes of /dev/shm, None where
-    there is no such thing. address: at which other machines reach this one.
+    Attributes:
+        address: the address at which other machines reach this one.
+        versions: the version of each thing that must be the same everywhere; "" where it is not there.
+        settings: environment variables of the communication libraries.
+        shared_memory: free bytes of /dev/shm, None where there is none.
     """
 
     host: str
@@ -53,7 +55,7 @@ def load_facts(text: bytes | str) -> Facts:
 
 
 def gather_facts(place: Place) -> Facts:
-    """The facts of this process."""
+    """Return the facts of this process."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
         shared = shutil.disk_usage("/dev/shm").free
@@ -92,7 +94,7 @@ def _driver() -> str:
 
 @cache
 def source_hash() -> str:
-    """A hash of this package's source files: two checkouts of one version may differ."""
+    """Return a hash of this package's source files: two checkouts of one version may differ."""
     digest = hashlib.sha256()
     for file in sorted(_PACKAGE.rglob("*.py")):
         digest.update(f"{file.relative_to(_PACKAGE)}\0".encode() + file.read_bytes())
@@ -100,7 +102,7 @@ def source_hash() -> str:
 
 
 def by_host(facts: Sequence[Facts]) -> dict[str, list[Facts]]:
-    """The ranks of each machine, in the order of their first rank."""
+    """Group the ranks by machine, in the order of each machine's first rank."""
     hosts: dict[str, list[Facts]] = {}
     for fact in facts:
         hosts.setdefault(fact.host, []).append(fact)
@@ -108,7 +110,7 @@ def by_host(facts: Sequence[Facts]) -> dict[str, list[Facts]]:
 
 
 def ranks_in_words(ranks: Sequence[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2, 5"."""
+    """Write ranks as in [0, 1, 2, 5] -> "0-2, 5"."""
     spans: list[list[int]] = []
     for rank in sorted(ranks):
         if spans and spans[-1][1] == rank - 1:
@@ -119,7 +121,7 @@ def ranks_in_words(ranks: Sequence[int]) -> str:
 
 
 def compare(facts: Sequence[Facts]) -> list[str]:
-    """What is wrong, each with what to do about it."""
+    """Return what is wrong, each problem with its remedy."""
     problems = []
     for name in facts[0].versions:
         remedy = "update the checkout on all machines" if name == "megavtp" else "install the same version everywhere"
@@ -137,7 +139,7 @@ def compare(facts: Sequence[Facts]) -> list[str]:
 
 
 def _different(facts: Sequence[Facts], name: str, values: Sequence[str], remedy: str) -> list[str]:
-    """The complaint about ranks that differ in ``name``, of which ``values`` holds each rank's."""
+    """Return the complaint, if any, about ranks that differ in ``name``; ``values`` holds each rank's value."""
     ranks_with: dict[str, list[Facts]] = {}
     for fact, value in zip(facts, values):
         ranks_with.setdefault(value, []).append(fact)
