@@ -18,7 +18,7 @@ from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.messages import connect
 from megavtp.parallel.orders import Schedule
 from megavtp.parallel.sharding import cut, merge, shard_of
-from megavtp.parallel.striping import FlowSpec
+from megavtp.parallel.striping import ActivationSpec
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -41,7 +41,7 @@ class Engine(Generic[M]):
 
     Args:
         module: its root forward runs every pass; parameters that do not train (the teacher) are frozen in it. Under
-            pipeline parallelism it is ``pipeline.Striped``, and its forward takes ``stage`` and ``flow``.
+            pipeline parallelism it is ``pipeline.Striped``, and its forward takes ``stage`` and ``activations``.
         optimizer: over the trainable parameters; its groups may carry ``lr_scale`` and ``tower``.
         clip_grad: global-norm ceiling, 0 = none.
         extra: further DeepSpeed keys of the user.
@@ -87,8 +87,8 @@ class Engine(Generic[M]):
     def legs(self, mode: str) -> int:
         return cast(pipeline.Striped, self.module).legs(mode)
 
-    def flow(self, mode: str, stage: int, **inputs: Any) -> list[FlowSpec]:
-        return cast(pipeline.Striped, self.module).flow(mode, stage, **inputs)
+    def activation_specs(self, mode: str, stage: int, **inputs: Any) -> list[ActivationSpec]:
+        return cast(pipeline.Striped, self.module).activation_specs(mode, stage, **inputs)
 
     def begin_step(self) -> None:
         """Before the first backward of an optimizer step."""

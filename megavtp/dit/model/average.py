@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from megavtp.dit.config import CompleteDiT, DiTModelConfig, ResolvedDiT, complete_dit, swiglu_hidden
 from megavtp.dit.model.build import initialise_dit
-from megavtp.dit.model.model import DiT, Flow
+from megavtp.dit.model.model import Activations, DiT
 from megavtp.models.build import realised
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute
 from megavtp.parallel.mesh import SINGLE, Mesh
-from megavtp.parallel.striping import FlowSpec, Stripe, cut_tower
+from megavtp.parallel.striping import ActivationSpec, Stripe, cut_tower
 
 
 class AveragedDiT(nn.Module):
@@ -41,20 +41,21 @@ class AveragedDiT(nn.Module):
         self.ema = DiT(config, mesh, stripe=stripe, attention=attention).requires_grad_(False)
 
     def forward(
-        self, mode: str, stage: int | None = None, flow: Sequence[Tensor] = (), *, x: Tensor, t: Tensor, y: Tensor
-    ) -> Tensor | Flow:
+        self, mode: str, stage: int | None = None, activations: Sequence[Tensor] = (), *,
+        x: Tensor, t: Tensor, y: Tensor,
+    ) -> Tensor | Activations:
         """Velocities, see ``DiT.forward``: ``mode`` "velocity" of the trained weights, "average" of the averaged.
 
-        With ``stage``, only that chunk, which this rank must hold; one after the first reads ``flow`` alone.
+        With ``stage``, only that chunk, which this rank must hold; one after the first reads ``activations`` alone.
         """
         with self._precision():
-            return (self.dit if mode == "velocity" else self.ema)(x, t, y, stage, *flow)
+            return (self.dit if mode == "velocity" else self.ema)(x, t, y, stage, *activations)
 
     def legs(self, mode: str) -> int:
         """How many towers a pass goes through one after another."""
         return 1
 
-    def flow(self, mode: str, stage: int, *, x: Tensor, **_: Any) -> list[FlowSpec]:
+    def activation_specs(self, mode: str, stage: int, *, x: Tensor, **_: Any) -> list[ActivationSpec]:
         """Shape and dtype of each tensor that enters ``stage`` > 0 of a pass with these inputs (shapes suffice)."""
         tokens = (self.config.latent_size // self.config.patch_size) ** 2
         shapes = (len(x), tokens, self.config.width), (len(x), self.config.width)

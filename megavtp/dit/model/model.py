@@ -25,7 +25,7 @@ from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.sequence import TokenCut
 from megavtp.parallel.striping import Stripe, whole
 
-Flow = tuple[Tensor, Tensor]  # between chunks: tokens (b, N, D), sum of the embeddings (b, D)
+Activations = tuple[Tensor, Tensor]  # between chunks: tokens (b, N, D), sum of the embeddings (b, D)
 
 
 class PairRope(nn.Module):
@@ -98,28 +98,28 @@ class DiT(nn.Module):
                 self.pos_embed.copy_(sine_positions(self.config.width, self.side))
 
     def forward(
-        self, x: Tensor | None, t: Tensor | None, y: Tensor | None, chunk: int | None = None, *flow: Tensor
-    ) -> Tensor | Flow:
+        self, x: Tensor | None, t: Tensor | None, y: Tensor | None, chunk: int | None = None, *activations: Tensor
+    ) -> Tensor | Activations:
         """Velocity (b, C, H, W), from noise to data.
 
         Args:
             x: latents (b, C, H, W), normalised by the tokenizer's statistics, between noise (t = 0) and data (t = 1).
             t: (b,) in [0, 1].
             y: labels (b,), ``num_classes`` for none; or unit caption features (b, E), zeros for none.
-            chunk: run only that chunk: a later one than the first takes ``flow``, which the chunk before returned, and
-                not x, t and y; all but the last return such a flow.
+            chunk: run only that chunk. All but the last return activations, and the next takes these in place of x, t
+                and y.
         """
         part = self.stripe.part(chunk)
         if part.first:
             assert x is not None and t is not None and y is not None, "the first chunk reads latents, times, conditions"
             tokens, embedding = self.embed(x, t, y)
         else:
-            tokens, embedding = flow
+            tokens, embedding = activations
         condition = copy_to_tp(F.silu(embedding), self.mesh)
         tokens = self._run_blocks(part.blocks, tokens, condition)
         return self._velocity(tokens, condition) if part.last else (tokens, embedding)
 
-    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> Flow:
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> Activations:
         """Tokens with positions, and time and condition as one vector."""
         expected = (self.config.latent_channels, self.config.latent_size, self.config.latent_size)
         if tuple(x.shape[1:]) != expected:
