@@ -12,9 +12,10 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -23,8 +24,10 @@ from megavtp.config.load import from_dict
 from megavtp.errors import UserError
 from megavtp.json_file import Count, check_form, form, parse_json
 
-FORMAT = "megavtp-checkpoint"
-VERSION = 1
+_Format = Literal["megavtp-checkpoint"]
+_Version = Literal[1]
+FORMAT: _Format = "megavtp-checkpoint"
+VERSION: _Version = 1
 INDEX = "checkpoint.json"
 LATEST = "latest"  # the link to the newest
 STEP_FOLDER = re.compile(r"step-(\d{8,})(\.replaced-.+)?")  # the second form: a good one in the middle of a swap
@@ -34,9 +37,10 @@ _TENSOR_FILE = re.compile(r"tensors-\d{5}\.safetensors")  # nothing else is open
 _HASHERS = 8  # threads; hashlib releases the interpreter lock
 _OTHER = "use another checkpoint"
 _CODES = {str(dtype).removeprefix("torch."): code for dtype, code in DTYPE_NAMES.items()}
-_Dtype = Literal[*_CODES]
+_Dtype = Annotated[str, Field(pattern=f"^({'|'.join(_CODES)})$")]
 
 T = TypeVar("T")
+R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 
@@ -65,8 +69,8 @@ class Part:
 class Index(Part):
     """``checkpoint.json``."""
 
-    format: Literal[FORMAT]
-    version: Literal[VERSION]
+    format: _Format
+    version: _Version
     step: Count
     meta: dict[str, Any]
     digest: str
@@ -128,7 +132,7 @@ class Checkpoint:
         """An entry of the meta data in the expected form, see ``json_file``. UserError if it is missing or another."""
         return check_form(self.meta.get(name), expected, f"{self.path}: its meta.{name}", _OTHER)
 
-    def config(self, root: type[T], checked: Callable[[T], T]) -> T:
+    def config(self, root: type[T], checked: Callable[[T], R]) -> R:
         """The configuration of the run that wrote it, a ``root``, as ``checked`` returns it.
 
         Raises:

@@ -52,7 +52,7 @@ def write_tensors(
             digest.update(piece)
             file.write(piece)
         for name in names:
-            data = memoryview(tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            data = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
             for start in range(0, len(data), _BLOCK):
                 block = data[start : start + _BLOCK]
                 digest.update(block)

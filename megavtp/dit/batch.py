@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megavtp.config.sizes import known
 from megavtp.data.batch import REPLACEMENTS
 from megavtp.data.order import SampleOrder, step_positions
 from megavtp.data.randomness import generator, stable_hash
@@ -36,7 +38,8 @@ class LatentBatch:
     def pin_memory(self) -> LatentBatch:
         """Every tensor in page-locked memory (needs CUDA). torch's loader calls this in its pinning thread."""
         values = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        return dataclasses.replace(self, **{name: x.pin_memory() for name, x in values if isinstance(x, Tensor)})
+        pinned: dict[str, Any] = {name: x.pin_memory() for name, x in values if isinstance(x, Tensor)}
+        return dataclasses.replace(self, **pinned)
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,10 @@ class LatentStepDataset(torch.utils.data.Dataset):
     def _conditions(self, samples: list[LatentSample], drop: Tensor) -> Tensor:
         model = self.config.model
         if model.condition == "class":
-            return torch.tensor([sample.label for sample in samples]).masked_fill(drop, model.num_classes)
-        return torch.stack([sample.caption for sample in samples]).masked_fill(drop[:, None], 0.0)
+            none = known(model.num_classes, "model.num_classes")
+            return torch.tensor([sample.label for sample in samples]).masked_fill(drop, none)
+        captions = [sample.caption for sample in samples if sample.caption is not None]
+        return torch.stack(captions).masked_fill(drop[:, None], 0.0)
 
     def _sample(self, stream: int, index: int, flip: bool, bad: list[str]) -> LatentSample:
         """The stream's ``index``-th sample, or the first candidate in its place that is not broken."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavtp.checkpoint.formats.fitting import check
 from megavtp.checkpoint.kind import FACTS, is_dit
 from megavtp.checkpoint.store import Checkpoint, open_checkpoint
 from megavtp.config.sizes import known
@@ -20,6 +19,7 @@ from megavtp.dit.validate import check_dit_model
 from megavtp.errors import UserError
 from megavtp.json_file import form
 from megavtp.latents.artifact import TokenizerArtifact
+from megavtp.models.fitting import check
 
 AVERAGE, TRAINED = "model/ema.", "model/dit."  # what comes before LightningDiT's keys
 
@@ -104,7 +104,8 @@ def load_dit(path: str | Path, device: torch.device | str = "cpu", *, average: b
         config = dit_config(checkpoint)
         tensors = dit_tensors(checkpoint, config.model, AVERAGE if average else TRAINED)
         classes = classes_of(checkpoint)
-        if classes is not None and config.model.condition == "class" and len(classes) > config.model.num_classes:
+        room = config.model.num_classes  # None of a DiT that is conditioned on captions
+        if classes is not None and room is not None and len(classes) > room:
             raise UserError(f"{checkpoint.path} names more classes than its DiT has; use another checkpoint")
         model = build_dit(config.model, device=device, attention=config.parallel.attention)
         load_full_dit(model, tensors)

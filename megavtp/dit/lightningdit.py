@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavtp.checkpoint.formats.fitting import check, faults
 from megavtp.config.ranges import MAX_DEPTH
 from megavtp.data.weights_file import read_weights_file
 from megavtp.dit.config import CompleteDiT, CompleteDiTConfig, DiTConfig
@@ -29,6 +28,7 @@ from megavtp.dit.model.positions import pair_tables, sine_positions
 from megavtp.dit.validate import validate_dit
 from megavtp.errors import UserError
 from megavtp.latents.artifact import TokenizerArtifact
+from megavtp.models.fitting import check, faults
 
 POSITIONS = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
 _WRAPPED = "module."  # what DistributedDataParallel puts before every key

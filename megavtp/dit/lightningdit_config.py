@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavtp.checkpoint.formats.fitting import faults
 from megavtp.config.ranges import MAX_DEPTH
 from megavtp.dit.config import SIZES, CompleteDiT, DiTModelConfig, DiTSize, complete_dit
 from megavtp.dit.model.model import DiT
 from megavtp.errors import UserError
+from megavtp.models.fitting import faults
 
 Parts = Mapping[str, Mapping[str, Tensor]]  # "model", "ema" or both -> LightningDiT's keys -> tensors
 

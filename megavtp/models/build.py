@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from megavtp.config.sizes import ResolvedModel
-from megavtp.errors import UserError
+from megavtp.models.fitting import load_whole
 from megavtp.models.init import initialise
 from megavtp.models.vtp import OBJECTIVES, VTP
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute
 from megavtp.parallel.mesh import SINGLE, Mesh
-from megavtp.parallel.sharding import cut, mark, shard_of
+from megavtp.parallel.sharding import mark, shard_of
 
 
 def build_vtp(
@@ -63,24 +63,8 @@ def load_full(model: VTP, tensors: Mapping[str, Tensor]) -> None:
     ``tensors`` may leave out the teacher, which then becomes a copy of the student, and buffers, which keep their
     values. UserError names everything else that is missing, unexpected or of the wrong shape.
     """
-    parameters = dict(model.named_parameters())
-    own = {**parameters, **dict(model.named_buffers())}
     has_teacher = any(name.startswith("teacher.") for name in tensors)
-    faults = [f"unexpected {name}" for name in tensors if name not in own]
-    for name, parameter in parameters.items():
-        if name not in tensors:
-            if has_teacher or not name.startswith("teacher."):
-                faults.append(f"missing {name}")
-            continue
-        shape, shard = list(parameter.shape), shard_of(parameter)
-        if shard is not None:
-            shape[shard.dim] *= model.mesh.tp
-        if list(tensors[name].shape) != shape:
-            faults.append(f"{name} has shape {list(tensors[name].shape)}, not {shape}")
-    if faults:
-        raise UserError("the weights do not fit the model config: " + "; ".join(faults))
-    with torch.no_grad():
-        for name, value in tensors.items():
-            own[name].copy_(cut(value, shard_of(own[name]), model.mesh.tp_rank, model.mesh.tp))
+    names = [name for name, _ in model.named_parameters() if has_teacher or not name.startswith("teacher.")]
+    load_whole(model, tensors, model.mesh, names)
     if "self_distillation" in model.objectives and not has_teacher:
         model.start_teacher()

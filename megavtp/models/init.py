@@ -19,7 +19,7 @@ from megavtp.models.vtp import DEFAULT_LOGIT_SCALE
 from megavtp.nn.rope import AxialRope
 from megavtp.nn.seeded import named_generator
 from megavtp.parallel.mesh import Mesh
-from megavtp.parallel.sharding import cut, shard_of
+from megavtp.parallel.sharding import cut, shard_of, whole_shape
 
 Fill = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -93,8 +93,6 @@ def fill_parameters(
 
 
 def _draw(name: str, parameter: Tensor, fill: Fill, mesh: Mesh, seed: int) -> Tensor:
-    shape, shard = list(parameter.shape), shard_of(parameter)
-    if shard is not None:
-        shape[shard.dim] *= mesh.tp
+    shape = whole_shape(parameter.shape, shard_of(parameter), mesh.tp)
     with torch.no_grad():
         return fill(torch.empty(shape), named_generator(f"init/{seed}/{name}"))

@@ -17,7 +17,7 @@ from megavtp.parallel import pipeline
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.messages import connect
 from megavtp.parallel.orders import Schedule
-from megavtp.parallel.sharding import cut, merge, shard_of
+from megavtp.parallel.sharding import cut, merge, shard_of, whole_shape
 from megavtp.parallel.striping import ActivationSpec
 
 M = TypeVar("M", bound=nn.Module)
@@ -161,13 +161,10 @@ class Engine(Generic[M]):
 
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each whole parameter by name."""
-        return {name: self._logical_shape(parameter) for parameter, name in self.names.items()}
-
-    def _logical_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        shape, shard = list(getattr(parameter, "ds_shape", parameter.shape)), shard_of(parameter)
-        if shard is not None:
-            shape[shard.dim] *= self.mesh.tp
-        return tuple(shape)
+        return {
+            name: whole_shape(getattr(parameter, "ds_shape", parameter.shape), shard_of(parameter), self.mesh.tp)
+            for parameter, name in self.names.items()
+        }
 
     @property
     def optimizer_steps(self) -> int:

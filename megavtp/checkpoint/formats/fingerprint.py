@@ -26,5 +26,5 @@ def encoder_fingerprint(config: ResolvedModel, tensors: Mapping[str, Tensor]) ->
     for name in sorted(name for name in tensors if name.startswith("trunk.") and name not in NOT_READ):
         tensor = tensors[name].detach().to("cpu", torch.float32).contiguous()
         digest.update(json.dumps([name, list(tensor.shape)]).encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavtp.checkpoint.formats.fitting import check
 from megavtp.checkpoint.formats.hf_vtp_config import config_from_official, config_to_official, read_keys
 from megavtp.checkpoint.tensor_file import write_tensors, write_text
 from megavtp.config.sizes import ResolvedModel
 from megavtp.data.weights_file import read_safetensors
 from megavtp.errors import UserError
 from megavtp.json_file import read_json
+from megavtp.models.fitting import check
 from megavtp.models.vtp import OBJECTIVES, VTP
 from megavtp.nn.rope import DTYPES, rope_periods
 

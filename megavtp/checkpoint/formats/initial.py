@@ -10,18 +10,16 @@ import torch
 from torch import Tensor
 
 from megavtp.checkpoint.formats.fingerprint import NOT_READ
-from megavtp.checkpoint.formats.fitting import misshapen
 from megavtp.checkpoint.formats.foreign import ForeignWeights, unwrapped
 from megavtp.checkpoint.formats.hf_vtp import PERIODS
 from megavtp.checkpoint.formats.openclip import from_openclip, is_openclip
 from megavtp.checkpoint.formats.timm_vit import from_timm, is_timm_vit, other_rotation
 from megavtp.checkpoint.formats.vtp_source import check_periods, open_vtp
 from megavtp.config.sizes import ResolvedModel
-from megavtp.data.torch_file import no_floats
 from megavtp.data.weights_file import read_weights_file
 from megavtp.errors import UserError
+from megavtp.models.fitting import copy_whole, faults
 from megavtp.models.vtp import VTP
-from megavtp.parallel.sharding import cut, shard_of
 
 _REMEDY = "model.init_from takes a checkpoint folder, a released folder, or an OpenCLIP or timm ViT weights file"
 _BOTTLENECK = "trunk.feature_bottleneck.weight"
@@ -68,11 +66,7 @@ def read_initial(
 
 def fill(model: VTP, tensors: Mapping[str, Tensor]) -> None:
     """Copy into what this rank holds of the model; a teacher that ``tensors`` lacks becomes a copy of the student."""
-    mesh = model.mesh
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in tensors:
-                parameter.copy_(cut(tensors[name], shard_of(parameter), mesh.tp_rank, mesh.tp))
+    copy_whole(dict(model.named_parameters()), tensors, model.mesh)
     if "self_distillation" in model.objectives and not any(name.startswith("teacher.") for name in tensors):
         model.start_teacher()
 
@@ -145,12 +139,7 @@ def _check(found: ForeignWeights, shapes: Mapping[str, list[int]], path: str) ->
     towers = {_tower(name) for name in found.tensors}
     if not towers:
         raise UserError(f"{path} has nothing for this model: {'; '.join(found.notes()) or 'no weights'}")
-    faults = [
-        f"missing {name}" for name in shapes
-        if _tower(name) in towers and name not in found.tensors and name not in found.fresh
-    ]
-    faults += [f"unexpected {name}" for name in found.tensors if name not in shapes]
-    faults += [f"unexpected {name}" for name in found.unknown]
-    faults += misshapen(found.tensors, shapes) + no_floats(found.tensors)
-    if faults:
-        raise UserError(f"{path} does not fit this model; change its model keys or leave it out: {'; '.join(faults)}")
+    required = [name for name in shapes if _tower(name) in towers and name not in found.fresh]
+    wrong = [f"unexpected {name}" for name in found.unknown] + faults(found.tensors, shapes, required)
+    if wrong:
+        raise UserError(f"{path} does not fit this model; change its model keys or leave it out: {'; '.join(wrong)}")

@@ -7,17 +7,15 @@ OpenAI's models, ``model.text.quick_gelu=true``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from megavtp.checkpoint.formats.fitting import misshapen
 from megavtp.checkpoint.formats.foreign import ForeignWeights
 from megavtp.checkpoint.formats.hf_vtp import official_name
 from megavtp.checkpoint.formats.timm_vit import from_timm, other_rotation
 from megavtp.config.sizes import ResolvedModel
-
-Shapes = Mapping[str, Sequence[int]]
+from megavtp.models.fitting import Shapes, misfits
 
 _TEXT = re.compile(r"(transformer|token_embedding|ln_final|text_projection)(\..*)?|positional_embedding")
 _SCALARS = ("logit_scale", "logit_bias")
@@ -91,10 +89,8 @@ def _visual(state: Mapping[str, Tensor], shapes: Shapes, found: ForeignWeights) 
         trunk.left_out |= {n: "projection of the file" for n in state if n.startswith("head.")}
     else:
         trunk = _vit(state, shapes)
-    wanted = {name: shape for name, shape in shapes.items() if name.startswith("trunk.") and name not in trunk.fresh}
-    faults += [f"missing {name}" for name in wanted if name not in trunk.tensors]
-    faults += [f"unexpected {name}" for name in trunk.tensors if name not in shapes]
-    faults += [f"unknown visual.{name}" for name in trunk.unknown] + misshapen(trunk.tensors, shapes)
+    required = [name for name in shapes if name.startswith("trunk.") and name not in trunk.fresh]
+    faults += misfits(trunk.tensors, shapes, required) + [f"unknown visual.{name}" for name in trunk.unknown]
     if faults:
         reason = "the image encoder does not fit: " + "; ".join(faults)
         found.left_out |= {"visual.*": reason}

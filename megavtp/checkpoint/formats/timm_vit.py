@@ -111,11 +111,11 @@ def _is_packed(first: Tensor | None, last: Tensor | None) -> bool:
 
 def _feed_forward(own: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm's gated networks as w1 (gate), w2, w3; a plain one as it is."""
-    first = own.get("mlp.fc1.weight")
-    if _is_packed(first, own.get("mlp.fc2.weight")):
+    if _is_packed(own.get("mlp.fc1.weight"), own.get("mlp.fc2.weight")):
+        rows = len(own["mlp.fc1.weight"])
         for kind in ("weight", "bias"):
             whole = own.get(f"mlp.fc1.{kind}")
-            if whole is not None and whole.shape[:1] == first.shape[:1]:
+            if whole is not None and whole.shape[:1] == (rows,):
                 own[f"mlp.fc1_g.{kind}"], own[f"mlp.fc1_x.{kind}"] = own.pop(f"mlp.fc1.{kind}").chunk(2)
     if "mlp.fc1_g.weight" not in own:
         return own

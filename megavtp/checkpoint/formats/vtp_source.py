@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from megavtp.checkpoint.formats.fingerprint import encoder_fingerprint
-from megavtp.checkpoint.formats.fitting import check
 from megavtp.checkpoint.formats.hf_vtp import PERIODS, load_folder, objectives_of, our_shapes, read_released
 from megavtp.checkpoint.kind import is_dit
 from megavtp.checkpoint.reading import INDEX, Checkpoint, is_checkpoint, open_checkpoint
@@ -31,6 +30,7 @@ from megavtp.json_file import check_form
 from megavtp.latents import artifact as artifact_file
 from megavtp.latents.artifact import TokenizerArtifact
 from megavtp.models.build import load_full
+from megavtp.models.fitting import check
 from megavtp.models.vtp import VTP
 from megavtp.nn.rope import DTYPES, AxialRope, rope_periods
 
@@ -116,7 +116,7 @@ def _read_native(checkpoint: Checkpoint) -> tuple[ResolvedConfig, dict[str, Tens
 def released_config(model: ResolvedModel, objectives: AbstractSet[str]) -> ResolvedConfig:
     """The configuration that says of a model without a run what is known: its towers; and CLIP's captions."""
     on = ObjectivesConfig()
-    return Config(
+    return ResolvedConfig(
         model=model, data=DataConfig(captions="clip"),
         objectives=ObjectivesConfig(
             contrastive=on.contrastive if "contrastive" in objectives else ContrastiveConfig(weight=0.0),
@@ -142,10 +142,10 @@ def find_captions(path: str | Path, data: DataConfig) -> str | Path:
 def _artifact(
     path: Path, model: ResolvedModel, tensors: dict[str, Tensor], captions: str | Path | None
 ) -> TokenizerArtifact:
-    fingerprint = encoder_fingerprint(model, tensors)
+    fingerprint, name = encoder_fingerprint(model, tensors), None if captions is None else Path(captions).name
     if not (path / artifact_file.FILE).is_file():
         return TokenizerArtifact(
-            fingerprint, model.image_size, model.patch_size, model.bottleneck, captions=captions and Path(captions).name
+            fingerprint, model.image_size, model.patch_size, model.bottleneck, captions=name
         )
     found = TokenizerArtifact.read(path)
     if found.fingerprint != fingerprint:
@@ -158,7 +158,7 @@ def _artifact(
             f"{path / artifact_file.FILE} has other patches or latent channels than the model beside it; convert the "
             "tokenizer again, or remove that file"
         )
-    return replace(found, captions=captions and Path(captions).name)
+    return replace(found, captions=name)
 
 
 def check_periods(source: VTPSource) -> None:

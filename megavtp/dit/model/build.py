@@ -10,12 +10,11 @@ from torch import Tensor
 
 from megavtp.dit.config import DiTModelConfig, complete_dit
 from megavtp.dit.model.model import DiT
-from megavtp.errors import UserError
 from megavtp.models.build import realised
+from megavtp.models.fitting import load_whole
 from megavtp.models.init import Fill, constant, fill_parameters, normal
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.parallel.mesh import SINGLE, Mesh
-from megavtp.parallel.sharding import cut, shard_of
 
 
 def _xavier(t: Tensor, g: torch.Generator) -> Tensor:
@@ -59,23 +58,4 @@ def load_full_dit(model: DiT, tensors: Mapping[str, Tensor]) -> None:
 
     UserError names everything that is missing, unexpected or of the wrong shape; then nothing is copied.
     """
-    own = model.state_dict(keep_vars=True)
-    shapes = {name: _whole_shape(tensor, model.mesh) for name, tensor in own.items()}
-    faults = [f"unexpected {name}" for name in tensors if name not in own]
-    faults += [f"missing {name}" for name, _ in model.named_parameters() if name not in tensors]
-    faults += [
-        f"{name} has shape {list(value.shape)}, not {shapes[name]}"
-        for name, value in tensors.items() if name in own and list(value.shape) != shapes[name]
-    ]
-    if faults:
-        raise UserError("the weights do not fit the model config: " + "; ".join(faults))
-    with torch.no_grad():
-        for name, value in tensors.items():
-            own[name].copy_(cut(value, shard_of(own[name]), model.mesh.tp_rank, model.mesh.tp))
-
-
-def _whole_shape(tensor: Tensor, mesh: Mesh) -> list[int]:
-    shape, shard = list(tensor.shape), shard_of(tensor)
-    if shard is not None:
-        shape[shard.dim] *= mesh.tp
-    return shape
+    load_whole(model, tensors, model.mesh, [name for name, _ in model.named_parameters()])

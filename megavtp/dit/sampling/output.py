@@ -12,18 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from megavtp.data.new_path import new_path
 from megavtp.errors import UserError
+from megavtp.training import pictures
 
 Sink = Callable[[Tensor], None]
 """Takes the next images, uint8 (b, 3, H, W) on the CPU."""
 
-_COLUMNS = 8  # of a sheet, at most
-_GAP = 4  # pixels between pictures
-_SMALLEST_SIDE = 96  # pixels; smaller pictures on a sheet are enlarged by a whole factor
 _MOST_ON_A_SHEET = 1024
 _WRITERS = 4  # threads that compress PNG files
 
@@ -60,7 +58,8 @@ def _folder(out: Path) -> Iterator[Sink]:
         def add(images: Tensor) -> None:
             for job in jobs:
                 job.result()  # at most one batch waits to be compressed
-            jobs[:] = [pool.submit(_picture(image).save, folder / f"{next(numbers):06d}.png") for image in images]
+            made = map(pictures.to_picture, images)
+            jobs[:] = [pool.submit(picture.save, folder / f"{next(numbers):06d}.png") for picture in made]
 
         yield add
         for job in jobs:
@@ -115,34 +114,17 @@ def _sheet(out: Path, names: Sequence[str]) -> Iterator[Sink]:
 
 
 def draw_sheet(images: Tensor, names: Sequence[str]) -> Image.Image:
-    """``images`` uint8 (n, 3, H, W) in rows, see ``_sheet``; ``names``: of each image."""
-    height, width = images.shape[2:]
-    factor = max(1, -(-_SMALLEST_SIDE // min(height, width)))
-    height, width = height * factor, width * factor
+    """Draw ``images`` uint8 (n, 3, H, W) in rows, see ``_sheet``; ``names`` has one for each image."""
     rows = _rows(names)
-    font = ImageFont.load_default(size=14)
-    margin = 12 + round(max(font.getlength(name) for name in names))
-    columns = max(map(len, rows))
-    sheet = Image.new("RGB", (margin + columns * (width + _GAP), _GAP + len(rows) * (height + _GAP)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, row in enumerate(rows):
-        top = _GAP + number * (height + _GAP)
-        if number == 0 or names[row[0]] != names[rows[number - 1][0]]:
-            draw.text((margin - 6, top + height // 2), names[row[0]], fill="black", font=font, anchor="rm")
-        for column, index in enumerate(row):
-            picture = _picture(images[index]).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (margin + column * (width + _GAP), top))
-    return sheet
+    firsts = [names[row[0]] for row in rows]
+    labels = ["" if name == before else name for before, name in zip([None, *firsts], firsts)]
+    return pictures.draw_sheet([(label, images[row]) for label, row in zip(labels, rows)])
 
 
 def _rows(names: Sequence[str]) -> list[list[int]]:
     rows: list[list[int]] = []
     for index, name in enumerate(names):
-        if not rows or len(rows[-1]) == _COLUMNS or names[rows[-1][0]] != name:
+        if not rows or len(rows[-1]) == pictures.COLUMNS or names[rows[-1][0]] != name:
             rows.append([])
         rows[-1].append(index)
     return rows
-
-
-def _picture(image: Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())

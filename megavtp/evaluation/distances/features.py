@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megavtp.evaluation.distances.efficientnet import load_efficientnet
-from megavtp.evaluation.distances.frechet import FeatureStatistics, Moments
+from megavtp.evaluation.distances.frechet import FeatureMoments, FeatureStatistics
 from megavtp.evaluation.distances.image_sources import Batch, ImageSource
 from megavtp.evaluation.distances.inception import Inception
 from megavtp.evaluation.distances.network import FeatureNetwork
@@ -47,8 +47,8 @@ def summarise(
     """
     stride = -(-len(source) // MAX_KEPT)
 
-    def own_share() -> tuple[Moments, Tensor, Tensor]:
-        moments = Moments(network.dims, device)
+    def own_share() -> tuple[FeatureMoments, Tensor, Tensor]:
+        moments = FeatureMoments(network.dims, device)
         numbers, kept = [torch.empty(0, dtype=torch.long)], [torch.empty(0, network.dims, device=device)]
         for index, images in _shown(source, batch_size, mesh, title):
             features = network(images.to(device, non_blocking=True))

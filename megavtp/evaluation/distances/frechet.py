@@ -39,7 +39,7 @@ class FeatureStatistics:
         return self.count is not None and self.count <= len(self.mean)
 
 
-class Moments:
+class FeatureMoments:
     """Mean and scatter of a stream of feature vectors, in float64, memory (d, d).
 
     Blocks are merged by their means and scatter about their own means (Chan et al. 1979), which does not subtract large
@@ -95,7 +95,7 @@ class Moments:
 
 def statistics_of(features: Tensor) -> FeatureStatistics:
     """Mean and covariance of the rows of ``features`` (n, d). Raises ``UserError`` for fewer than two."""
-    moments = Moments(features.shape[1], features.device)
+    moments = FeatureMoments(features.shape[1], features.device)
     moments.update(features)
     return moments.statistics()
 
