@@ -1,4 +1,4 @@
-"""Build a VTP whose every number is accounted for, and fill it from full tensors."""
+"""This builds a VTP in which no weight stays uninitialised, and fills one from whole tensors."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ def build_vtp(
     device: torch.device | str = "cpu", recompute: Recompute = "none", attention: Kernel = "auto",
     max_scale: float = 100.0, compute_dtype: torch.dtype = torch.float32, frozen_encoder: bool = False,
 ) -> VTP:
-    """The model in float32 on ``device``, initialised; the same full weights for every ``mesh``.
+    """Build an initialised model in float32 on ``device``; its whole weights are the same for every ``mesh``.
 
-    ``config`` has resolved sizes. Memory is filled with NaN before the initial values, and checked after, so that a
-    parameter nobody initialises cannot hide.
+    Memory is filled with NaN before the initial values and checked after, so that no uninitialised parameter can hide.
     """
     with torch.device("meta"):
         model = VTP(
@@ -43,7 +42,7 @@ def build_vtp(
 
 @contextmanager
 def realised(model: nn.Module, device: torch.device | str) -> Iterator[None]:
-    """Give a model from the meta device memory, filled with NaN; the block has to give every parameter a value."""
+    """Give a model on the meta device memory filled with NaN; the ``with`` block must then fill every parameter."""
     shards = {name: s for name, parameter in model.named_parameters() if (s := shard_of(parameter)) is not None}
     model.to_empty(device=device)  # makes new parameter objects, without their attributes
     for name, parameter in model.named_parameters():
@@ -58,7 +57,7 @@ def realised(model: nn.Module, device: torch.device | str) -> Iterator[None]:
 
 
 def load_full(model: VTP, tensors: Mapping[str, Tensor]) -> None:
-    """Copy full (uncut) tensors into this rank's slices, by logical name.
+    """Copy whole (uncut) tensors into this rank's slices, by logical name.
 
     ``tensors`` may leave out the teacher, which then becomes a copy of the student, and buffers, which keep their
     values. UserError names everything else that is missing, unexpected or of the wrong shape.

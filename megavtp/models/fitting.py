@@ -1,4 +1,4 @@
-"""Whole tensors for a model: every one that does not fit is found before anything is loaded or written."""
+"""Whole tensors are checked against a model here: every misfit is found before anything is loaded or written."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def misfits(tensors: Mapping[str, Tensor], shapes: Shapes, required: Collection[str] | None = None) -> list[str]:
-    """All tensors that are missing, unexpected or of another shape than ``shapes`` says; empty when all fit.
+    """List all tensors that are missing, unexpected or of another shape than ``shapes`` says.
 
-    ``required``: the names that must be there; None = all of ``shapes``.
+    ``required`` has the names that must be there; None = all of ``shapes``.
     """
     found = [f"missing {name}" for name in (shapes if required is None else required) if name not in tensors]
     found += [f"unexpected {name}" for name in tensors if name not in shapes]
@@ -29,7 +29,7 @@ def misfits(tensors: Mapping[str, Tensor], shapes: Shapes, required: Collection[
 
 
 def faults(tensors: Mapping[str, Tensor], shapes: Shapes, required: Collection[str] | None = None) -> list[str]:
-    """The ``misfits``, and the tensors whose numbers cannot be weights."""
+    """List the ``misfits`` and the tensors that are not of floats."""
     return misfits(tensors, shapes, required) + no_floats(tensors)
 
 
@@ -42,7 +42,7 @@ def check(
 
 
 def load_whole(model: nn.Module, tensors: Mapping[str, Tensor], mesh: Mesh, required: Collection[str]) -> None:
-    """Copy whole (uncut) tensors into this rank's slices, by logical name; ``required``: see ``misfits``.
+    """Copy whole (uncut) tensors into this rank's slices, by logical name. For ``required`` see ``misfits``.
 
     UserError lists all ``faults``; then nothing is copied.
     """

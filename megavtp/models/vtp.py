@@ -1,4 +1,4 @@
-"""The joint model: one trunk, trained by contrast with text, self-distillation and reconstruction (arXiv 2512.13687).
+"""The joint model trains one trunk by contrast with text, self-distillation and reconstruction (arXiv 2512.13687).
 
 Letters: b images, c global crops, N patches, D width, E embedding width, K prototypes, m masked patches.
 """
@@ -37,7 +37,7 @@ Leg = Callable[..., Any]  # a method (chunk, activations, **inputs) that runs on
 
 
 class Teacher(nn.Module):
-    """Moving average of the student's trunk and head; never trained by gradient."""
+    """The moving average of the student's trunk and head; no gradient trains it."""
 
     def __init__(self, trunk: VisionEncoder, dino_head: DinoHead | None):
         super().__init__()
@@ -51,18 +51,18 @@ class VTP(nn.Module):
     hook the root module's forward.
 
     Under pipeline parallelism a rank holds its chunks of every tower, under their names in the whole model: the
-    embeddings on the first rank, what comes after the blocks on the last.
+    embeddings are on the first rank, the layers after the blocks on the last.
 
-    Parameters come uninitialised: use ``models.build.build_vtp``.
+    Parameters are uninitialised: use ``models.build.build_vtp``.
 
     Args:
-        config: with resolved sizes (no None among widths, depths and heads).
+        config: the resolved model.
         mesh: tensor- and pipeline-parallel layout.
         objectives: subset of ``OBJECTIVES``; the trunk is always there.
-        recompute: what the trained towers' blocks make again in the backward pass, see ``nn.block``.
+        recompute: what the trained towers' blocks recompute in the backward pass, see ``nn.block``.
         attention: kernel choice, see ``nn.attention_kernels``.
         max_scale: ceiling of the contrastive temperature, as a factor on the cosine similarities.
-        compute_dtype: of the matrix products (autocast); parameters stay float32.
+        compute_dtype: dtype of the matrix products (autocast); parameters stay float32.
         frozen_encoder: the trunk is not trained.
     """
 
@@ -99,7 +99,7 @@ class VTP(nn.Module):
             self.trunk.feature_bottleneck.requires_grad_(False)
         if frozen_encoder:
             self.trunk.requires_grad_(False)
-        # Mode -> its legs: the towers that a pass goes through one after another.
+        # Each mode maps to its legs: the towers that the pass goes through one after another.
         self._routes: dict[str, tuple[Leg, ...]] = {
             "contrastive": (self._contrast,), "teacher": (self._teach,), "student": (self._study,),
             "reconstruction": (self._encode, self._decode), "encode": (self._encode,), "decode": (self._decode,),
@@ -120,8 +120,8 @@ class VTP(nn.Module):
         """Run the pass ``mode``: contrastive, teacher, student, reconstruction, encode, decode, encode_image,
         encode_text or features; the methods of those names say what goes in and comes out.
 
-        With ``stage``, only that stage of the pass, which this rank must hold: ``activations`` is what the stage before
-        returned, and of ``inputs`` a stage after the first reads no pixels, only their shape.
+        With ``stage``, run only that stage of the pass, which this rank must hold. ``activations`` is what the previous
+        stage returned; a stage after the first reads only the shape of the pixels in ``inputs``.
         """
         with self._precision():
             if stage is not None:
@@ -134,11 +134,11 @@ class VTP(nn.Module):
             return result
 
     def legs(self, mode: str) -> int:
-        """How many towers the pass goes through one after another; each is as many stages as it has chunks."""
+        """Count the towers that the pass goes through one after another; each has one stage per chunk."""
         return len(self._routes[mode])
 
     def activation_specs(self, mode: str, stage: int, **inputs: Any) -> list[ActivationSpec]:
-        """Shape and dtype of each tensor that enters ``stage`` > 0 of a pass with these inputs (shapes suffice)."""
+        """Give shape and dtype of each tensor that enters ``stage`` > 0 of a pass with such inputs (shapes suffice)."""
         leg, chunk = divmod(stage, self.mesh.chunks)
         if self._routes[mode][leg] == self._decode:
             latents = self._latent_shape(**inputs)
@@ -167,7 +167,7 @@ class VTP(nn.Module):
         if self.compute_dtype == torch.float32:
             return nullcontext()
         # A forward reads each weight once. The cache of cast weights would only keep a 16-bit copy of the whole model
-        # until its end, also of what ZeRO-3 or recomputation has released.
+        # until its end, even of what ZeRO-3 or recomputation has released.
         device = self.trunk.rope_embed.periods.device.type
         return torch.autocast(device, dtype=self.compute_dtype, cache_enabled=False)
 
@@ -178,11 +178,11 @@ class VTP(nn.Module):
         self, chunk: int | None, activations: Sequence[Tensor], images: Tensor, tokens: Tensor,
         drop: DropPlan | None = None,
     ) -> tuple[Tensor | None, ...]:
-        """images (b, 3, H, W) and tokens (b, L) -> unit features (b, E) of both in float32, scale (), bias () or None.
+        """Map images (b, 3, H, W) and tokens (b, L) to unit features (b, E) of both, scale (), and bias () or None.
 
-        The optimizer keeps the scale's parameter at its ceiling; only weights from elsewhere can be above it. It is
-        straight-through: the value is clamped, the gradient is not, so a parameter at the ceiling can come down again,
-        and gradients of parts of a batch still add up to the whole's.
+        The optimizer keeps the scale's parameter below its ceiling; only weights from elsewhere can exceed it. The
+        clamp is straight-through: it limits the value but not the gradient, so a parameter at the ceiling can come down
+        again, and the gradients of parts of a batch still add up to the whole batch's.
         """
         image = self._run_trunk(chunk, activations[:1], [images], drop=drop)
         text = self.text(tokens, chunk, *activations[1:])
@@ -197,9 +197,9 @@ class VTP(nn.Module):
     def _teach(
         self, chunk: int | None, activations: Sequence[Tensor], global_crops: Tensor, masked_rows: Tensor
     ) -> tuple[Tensor, ...]:
-        """The teacher's targets, from unmasked crops.
+        """Compute the teacher's targets from unmasked crops.
 
-        global_crops (c * b, 3, H, W), crop-major; masked_rows (m,): masked patches as indices into (c * b * N).
+        global_crops (c * b, 3, H, W) are crop-major; masked_rows (m,) index the masked patches in (c * b * N).
         Returns unit head features of the class tokens (c * b, bottleneck; in the order of the crops, not swapped)
         and of the masked patches (m, bottleneck), and prototypes (K / tp, bottleneck).
         """
@@ -217,9 +217,9 @@ class VTP(nn.Module):
         self, chunk: int | None, activations: Sequence[Tensor], global_crops: Tensor, masks: Tensor,
         masked_rows: Tensor, local_crops: Tensor | None = None, drop: DropPlan | None = None,
     ) -> tuple[Tensor, ...]:
-        """The student's side: masked global crops and local crops, one packed pass.
+        """Run the student on masked global crops and on local crops in one packed pass.
 
-        masks (c * b, N) bool; ``drop`` has a segment for the global crops and, if there are any, one for the local
+        masks are (c * b, N) bool; ``drop`` has a segment for the global crops and, if there are any, one for the local
         crops. Returns unit head features of the global class tokens, the local class tokens and the masked patches,
         the prototypes, and the global class tokens before the head (c * b, D), which KoLeo reads.
         """
@@ -242,7 +242,7 @@ class VTP(nn.Module):
         self, chunk: int | None, activations: Sequence[Tensor], images: Tensor, drop: DropPlan | None = None,
         noise: LatentNoise | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """images (b, 3, H, W), normalised -> latents (b, bottleneck, H / patch, W / patch)."""
+        """Encode normalised images (b, 3, H, W) to latents (b, bottleneck, H / patch, W / patch)."""
         tokens = self._run_trunk(chunk, activations, [images], drop=drop)
         if not self._ends(chunk):
             return (tokens,)
@@ -253,9 +253,9 @@ class VTP(nn.Module):
         self, chunk: int | None, activations: Sequence[Tensor], latents: Tensor | None = None,
         images: Tensor | None = None, drop: DropPlan | None = None, noise: LatentNoise | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """latents, given or just encoded from ``images`` -> images (b, 3, H, W) in the encoder's normalised space.
+        """Decode latents to images (b, 3, H, W), normalised as the encoder's input; ``noise`` is added to them first.
 
-        ``noise`` is added to the latents first.
+        The latents are given, or the previous leg has just encoded them from ``images``.
         """
         if chunk:
             latents, x = torch.empty(self._latent_shape(images, latents), device="meta"), activations[0]
@@ -269,22 +269,22 @@ class VTP(nn.Module):
     def _embed_image(
         self, chunk: int | None, activations: Sequence[Tensor], images: Tensor
     ) -> Tensor | tuple[Tensor, ...]:
-        """Unit image features (b, E), float32."""
+        """Return unit image features (b, E) in float32."""
         tokens = self._run_trunk(chunk, activations, [images])
         return self._image_feature(tokens[0]) if self._ends(chunk) else (tokens,)
 
     def _embed_text(
         self, chunk: int | None, activations: Sequence[Tensor], tokens: Tensor
     ) -> Tensor | tuple[Tensor, ...]:
-        """Unit text features (b, E), float32."""
+        """Return unit text features (b, E) in float32."""
         x = self.text(tokens, chunk, *activations)
         return F.normalize(x.float(), dim=-1) if self._ends(chunk) else (x,)
 
     def _features(
         self, chunk: int | None, activations: Sequence[Tensor], images: Tensor, layers: Sequence[int] | None = None
     ) -> Any:
-        """Class token (b, D) and patch tokens (b, N, D) after the final norm, before the bottleneck; with ``layers``
-        (block indices) a list of such pairs, the norm applied to each."""
+        """Return class token (b, D) and patch tokens (b, N, D) after the final norm, before the bottleneck; with
+        ``layers`` (block indices) a list of such pairs, each of them normalised."""
         if layers is not None:
             if chunk is not None:
                 raise UserError("features of inner layers need the whole encoder on one rank: set parallel.pp=1")
@@ -308,19 +308,19 @@ class VTP(nn.Module):
         return F.normalize(self.visual_proj(feature).float(), dim=-1)
 
     def _wide(self, trunk: VisionEncoder, features: Tensor) -> Tensor:
-        """What the contrastive and self-distillation objectives read: full width, or the bottleneck if it is shared."""
+        """Return what the contrastive and self-distillation objectives read: full width, or a shared bottleneck."""
         return features if self.config.bottleneck_reconstruction_only else trunk.bottleneck(features)
 
     def _pick(self, trunk: VisionEncoder, tokens: Tensor, patch_rows: Tensor) -> Tensor:
         patches = tokens.shape[1] - 1
-        # Index the packed tokens, class tokens included: no copy of all the patches.
+        # Indexing the packed tokens, class tokens included, avoids a copy of all patches.
         rows = patch_rows + torch.div(patch_rows, patches, rounding_mode="floor") + 1
         return self._wide(trunk, tokens.flatten(0, 1).index_select(0, rows))
 
     # Teacher
 
     def teacher_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """(teacher, student) parameters, always in the same order."""
+        """Pair (teacher, student) parameters, always in the same order."""
         return [(self.get_parameter(f"teacher.{name}"), student) for name, student in self._distilled()]
 
     def start_teacher(self) -> None:
