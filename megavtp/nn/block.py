@@ -10,8 +10,8 @@ full         4 D         a block's input
 
 "selective" recomputes what is large but cheap: norms, casts, rotation, gating, and attention between its two products.
 (Megatron-LM, arXiv 2205.05198, section 5, holds all but the softmax part. Today's kernels do not hold that, and with
-the short sequences of a ViT, elementwise results are most of what a block holds.) No product with a weight is recomputed,
-so it costs L / (6 D) of a forward for sequences of length L; "full" costs a whole forward.
+the short sequences of a ViT, elementwise results are most of what a block holds.) No product with a weight is
+recomputed, so it costs L / (6 D) of a forward for sequences of length L; "full" costs a whole forward.
 With sequence parallelism a rank holds only its rows of the residual stream, so that all terms are divided by tp.
 """
 

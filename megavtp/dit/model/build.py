@@ -1,4 +1,4 @@
-"""Build a DiT with LightningDiT's initial values, the same on every layout, or from full tensors."""
+"""This builds a DiT with LightningDiT's initial values, the same on every layout, or fills it from whole tensors."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from megavtp.parallel.mesh import SINGLE, Mesh
 
 
 def _xavier(t: Tensor, g: torch.Generator) -> Tensor:
-    """Xavier's uniform values for a weight as a matrix (outputs, all that goes into one of them)."""
+    """Draw Xavier's uniform values for a weight seen as a matrix (outputs, all inputs of each)."""
     bound = math.sqrt(6 / (t.shape[0] + t[0].numel()))
     return t.uniform_(-bound, bound, generator=g)
 
 
-# Adaptive norms and the last layer start at zero: the first output is 0 and every block the identity.
+# Adaptive norms and the last layer start at zero, so the first output is 0 and every block is the identity.
 _RULES: list[tuple[str, Fill]] = [
     (r".*norm\w*\.weight", constant(1.0)),
     (r".*\.adaLN_modulation\.1\.(weight|bias)", constant(0.0)),
@@ -45,7 +45,7 @@ def build_dit(
     config: DiTModelConfig, mesh: Mesh = SINGLE, *, seed: int = 0, device: torch.device | str = "cpu",
     attention: Kernel = "auto",
 ) -> DiT:
-    """A whole DiT in float32, initialised."""
+    """Build a whole, initialised DiT in float32."""
     with torch.device("meta"):
         model = DiT(complete_dit(config), mesh, attention=attention)
     with realised(model, device):
@@ -54,7 +54,7 @@ def build_dit(
 
 
 def load_full_dit(model: DiT, tensors: Mapping[str, Tensor]) -> None:
-    """Copy full (uncut) tensors into this rank's slices, by LightningDiT's keys; the fixed positions may be left out.
+    """Copy whole (uncut) tensors into this rank's slices, by LightningDiT's keys; the fixed positions may be left out.
 
     UserError names everything that is missing, unexpected or of the wrong shape; then nothing is copied.
     """
