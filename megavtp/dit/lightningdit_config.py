@@ -26,7 +26,7 @@ _TELLING = {
     "x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2, "final_layer.linear.weight": 2,
     "pos_embed": 3, "feat_rope.freqs_cos": 2,
 }
-# Our names map to section and key of the checkpoint's ``config``: constructor's arguments, or the YAML file's keys.
+# Our names map to section and key of the checkpoint's ``config``: constructor arguments, or keys of a YAML file.
 _STATED = {
     "width": [("model", "hidden_size")], "depth": [("model", "depth")], "heads": [("model", "num_heads")],
     "patch_size": [("model", "patch_size")], "qk_norm": [("model", "use_qknorm")],
@@ -43,7 +43,7 @@ def dit_shapes(config: CompleteDiT) -> dict[str, list[int]]:
 
 
 def infer_config(parts: Parts, stated: Mapping[str, int], path: Path) -> CompleteDiT:
-    """Infer the settings from the tensors' shapes. The tensors need not be in all parts, nor fit: see ``fitting.faults``.
+    """Infer the settings from the tensors' shapes. The tensors need not be in all parts, nor fit (``fitting.faults``).
 
     Raises:
         UserError: it is another model or an unsupported variant of LightningDiT, or no part shows one of the sizes.

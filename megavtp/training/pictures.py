@@ -1,4 +1,4 @@
-"""Pictures of a run: inputs beside their reconstructions, and loss curves from metrics.jsonl."""
+"""Pictures of a run show inputs beside their reconstructions, and loss curves from metrics.jsonl."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class AveragedDiT(nn.Module):
         self, mode: str, stage: int | None = None, activations: Sequence[Tensor] = (), *,
         x: Tensor, t: Tensor, y: Tensor,
     ) -> Tensor | Activations:
-        """Predict velocities as ``DiT.forward`` does, in ``mode`` "velocity" by the trained weights, in "average" by the
+        """Predict velocities as ``DiT.forward`` does: ``mode`` "velocity" uses the trained weights, "average" the
         averaged ones.
 
         With ``stage``, run only that chunk, which this rank must hold; all after the first read only ``activations``.
@@ -57,7 +57,7 @@ class AveragedDiT(nn.Module):
         return 1
 
     def activation_specs(self, mode: str, stage: int, *, x: Tensor, **_: Any) -> list[ActivationSpec]:
-        """Give shape and dtype of each tensor that enters ``stage`` > 0 of a pass with such inputs (shapes suffice)."""
+        """Give shape and dtype of each tensor that enters ``stage`` > 0 of a pass with these inputs."""
         tokens = (self.config.latent_size // self.config.patch_size) ** 2
         shapes = (len(x), tokens, self.config.width), (len(x), self.config.width)
         return [(shape, torch.float32) for shape in shapes]

@@ -1,4 +1,4 @@
-"""Where generated images go: one PNG sheet, a folder of PNG files, or ADM's ``.npz``. Each appears whole or not."""
+"""Generated images go to a PNG sheet, a folder of PNG files or ADM's ``.npz``, which appear only when complete."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from megavtp.errors import UserError
 from megavtp.training import pictures
 
 Sink = Callable[[Tensor], None]
-"""Takes the next images, uint8 (b, 3, H, W) on the CPU."""
+"""This takes the next images, uint8 (b, 3, H, W) on the CPU."""
 
 _MOST_ON_A_SHEET = 1024
 _WRITERS = 4  # threads that compress PNG files
 
 
 def open_output(out: Path, names: Sequence[str]) -> AbstractContextManager[Sink]:
-    """A sink of the kind that the suffix of ``out`` asks for: .png, .npz, or none for a folder.
+    """Open a sink of the kind that the suffix of ``out`` asks for: .png, .npz, or none for a folder.
 
     Args:
-        names: one for each image, in the order in which they come: what a sheet writes beside its rows.
+        names: a name for each image, in order; a sheet writes them beside its rows.
 
     Raises:
-        UserError: another suffix, more images than a sheet can show, or a place that cannot be written.
+        UserError: the suffix is another, a sheet cannot show so many images, or the place cannot be written.
     """
     suffix = out.suffix.lower()
     if suffix == ".npz":
@@ -49,7 +49,7 @@ def open_output(out: Path, names: Sequence[str]) -> AbstractContextManager[Sink]
 
 @contextmanager
 def _folder(out: Path) -> Iterator[Sink]:
-    """000000.png and so on in a new folder."""
+    """Write 000000.png and so on into a new folder."""
     with new_path(out) as folder, ThreadPoolExecutor(_WRITERS) as pool:
         folder.mkdir()
         jobs: list[Future] = []
@@ -68,7 +68,7 @@ def _folder(out: Path) -> Iterator[Sink]:
 
 @contextmanager
 def _replaced(out: Path) -> Iterator[Path]:
-    """A path beside ``out`` that takes its place when the block ends without an error."""
+    """Give a path beside ``out`` that is renamed to it when the block ends without an error."""
     partial = out.with_name(out.name + ".partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,11 +83,11 @@ def _replaced(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _npz(out: Path, images_total: int) -> Iterator[Sink]:
-    """``arr_0``: uint8 (images_total, H, W, 3), as ADM's evaluator reads it (github.com/openai/guided-diffusion).
+    """Write ``arr_0``, uint8 (images_total, H, W, 3), as ADM's evaluator reads it (github.com/openai/guided-diffusion).
 
-    Streamed: all images together may be larger than the memory.
+    The images are streamed, as all together may be larger than the memory.
     """
-    entry = zipfile.ZipInfo("arr_0.npy")  # with a fixed date: the same images give the same bytes
+    entry = zipfile.ZipInfo("arr_0.npy")  # its date is fixed, so the same images give the same bytes
     with _replaced(out) as partial, zipfile.ZipFile(partial, "w") as archive:
         with archive.open(entry, "w", force_zip64=True) as file:
             begun = False
@@ -106,7 +106,7 @@ def _npz(out: Path, images_total: int) -> Iterator[Sink]:
 
 @contextmanager
 def _sheet(out: Path, names: Sequence[str]) -> Iterator[Sink]:
-    """Rows of up to 8 images, a new row for each new name, which stands at its left."""
+    """Draw rows of up to 8 images; each new name begins a row, and is written at its left."""
     with _replaced(out) as partial:
         batches: list[Tensor] = []
         yield batches.append
