@@ -17,7 +17,7 @@ from megavtp.parallel.sharding import Shard
 
 
 class Pass(ABC):
-    """One objective. Subclasses say what flows in, what comes out, and which loss closes it.
+    """One objective. Subclasses say what goes in, what comes out, and which loss closes it.
 
     Loss terms are local values whose mean over data-parallel ranks is the global term, summed over micro-batches.
     Under pipeline parallelism every rank prepares and gives inputs, but only the last one has outputs and terms.
