@@ -48,7 +48,7 @@ def load_whole(model: nn.Module, tensors: Mapping[str, Tensor], mesh: Mesh, requ
     """
     own = model.state_dict(keep_vars=True)
     shapes = {name: whole_shape(tensor.shape, shard_of(tensor), mesh.tp) for name, tensor in own.items()}
-    check(tensors, shapes, "the model's state", required)
+    check(tensors, shapes, "the set of weights", required)
     copy_whole(own, tensors, mesh)
 
 
