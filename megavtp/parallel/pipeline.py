@@ -77,9 +77,9 @@ class _Trip:
         self.single = mesh.pp == 1
         self.stages = 1 if self.single else self.run.legs(self.mode) * mesh.chunks
         self.order = self.orders[mesh.pp_rank]
-        self.messages = Messages(mesh, None if self.single else self.run.device, self.orders, self.stages, self._enters)
+        self.messages = Messages(mesh, None if self.single else self.run.device, self.orders, self.stages, self._specs_of)
 
-    def _enters(self, stage: int) -> list[ActivationSpec]:
+    def _specs_of(self, stage: int) -> list[ActivationSpec]:
         if stage not in self.specs:  # the micro-batches of a pass are alike
             self.specs[stage] = self.run.activation_specs(self.mode, stage, **self.inputs(0, False))
         return self.specs[stage]
