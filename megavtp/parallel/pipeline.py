@@ -77,7 +77,8 @@ class _Trip:
         self.single = mesh.pp == 1
         self.stages = 1 if self.single else self.run.legs(self.mode) * mesh.chunks
         self.order = self.orders[mesh.pp_rank]
-        self.messages = Messages(mesh, None if self.single else self.run.device, self.orders, self.stages, self._specs_of)
+        device = None if self.single else self.run.device
+        self.messages = Messages(mesh, device, self.orders, self.stages, self._specs_of)
 
     def _specs_of(self, stage: int) -> list[ActivationSpec]:
         if stage not in self.specs:  # the micro-batches of a pass are alike
