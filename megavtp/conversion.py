@@ -1,4 +1,4 @@
-"""Which conversion a user asks for: of a tokenizer or of a DiT, from what is found into the form that is named."""
+"""Conversion of a checkpoint from one format to another: this decides whether it is a tokenizer's or a DiT's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megavtp.errors import UserError
 
 
 def detect(path: str | Path) -> Format:
-    """The form of what lies at ``path``. Raises UserError."""
+    """Return the format of the checkpoint at ``path``. Raises UserError if it has none of them."""
     path = Path(path)
     if is_checkpoint(path):
         return "native"
@@ -29,15 +29,15 @@ def convert(
     statistics: str | Path | None = None, decoder: str | Path | None = None, tokenizer: str | Path | None = None,
     module_prefix: bool = False,
 ) -> list[str]:
-    """Write what lies at ``path`` in the form ``to`` at ``out``, which must not exist; nothing is left there on errors.
+    """Convert the checkpoint at ``path`` to the format ``to`` at ``out``, which must not exist; errors leave nothing.
 
     Args:
-        source_format: in place of ``detect``'s answer.
+        source_format: replaces ``detect``'s answer.
         captions, statistics, decoder: see ``convert_tokenizer``.
         tokenizer, module_prefix: see ``convert_dit``.
 
     Returns:
-        Notes for the user: what the new form does not hold.
+        Notes for the user on what the new format does not hold.
     """
     found = source_format or detect(path)
     if found == "lightningdit" and Path(path).is_dir():

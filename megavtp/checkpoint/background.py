@@ -1,4 +1,4 @@
-"""One background task at a time, with its error kept for whoever waits."""
+"""This runs one task at a time in the background and keeps its error for the next caller that waits."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from megavtp.launch import phase
 
 
 class BackgroundTask:
-    """Run functions in a thread, one after the other; an error surfaces in the next ``wait`` or ``start``.
+    """Runs functions in a thread, one after the other; the next ``wait`` or ``start`` raises a failed one's error.
 
     The thread is a daemon: a process that dies for another reason must not hang on a write that waits for ranks which
-    are gone. Whoever ends normally calls ``wait`` first.
+    are gone. A process that ends normally calls ``wait`` first.
     """
 
     def __init__(self) -> None:
@@ -26,14 +26,14 @@ class BackgroundTask:
         def run() -> None:
             try:
                 function()
-            except BaseException as error:  # kept for the waiter, which is the one who can stop the run
+            except BaseException as error:  # the caller that waits raises it: only that one can stop the run
                 self._error = error
 
         self._thread = threading.Thread(target=run, name=name, daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when nothing runs; raises the last function's error, once."""
+        """Return when nothing runs any more; raise the last function's error, once."""
         if self._thread is not None:
             with phase.handed_to(self._thread):
                 self._thread.join()

@@ -1,10 +1,10 @@
-"""Whether a checkpoint is a DiT's or a tokenizer's."""
+"""This tells the checkpoint of a DiT from that of a tokenizer."""
 
 from __future__ import annotations
 
 from megavtp.checkpoint.reading import Checkpoint
 
-FACTS = "dit"  # of a DiT's meta data: {"visual_tokenizer": ..., "classes": names or None}
+FACTS = "dit"  # key in a DiT's metadata: {"visual_tokenizer": ..., "classes": names or None}
 
 
 def is_dit(checkpoint: Checkpoint) -> bool:

@@ -1,4 +1,4 @@
-"""Reading a checkpoint folder: is it whole, what is in it, and which one is the newest good one."""
+"""This reads checkpoint folders: it verifies them, gives their content, and finds the newest intact one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -23,20 +24,23 @@ from megavtp.config.load import from_dict
 from megavtp.errors import UserError
 from megavtp.json_file import Count, check_form, form, parse_json
 
-FORMAT = "megavtp-checkpoint"
-VERSION = 1
+_Format = Literal["megavtp-checkpoint"]
+_Version = Literal[1]
+FORMAT: _Format = "megavtp-checkpoint"
+VERSION: _Version = 1
 INDEX = "checkpoint.json"
-LATEST = "latest"  # the link to the newest
-STEP_FOLDER = re.compile(r"step-(\d{8,})(\.replaced-.+)?")  # the second form: a good one in the middle of a swap
+LATEST = "latest"  # the name of the link to the newest checkpoint
+STEP_FOLDER = re.compile(r"step-(\d{8,})(\.replaced-.+)?")  # the second form is an intact one that was being replaced
 _STEP_IN_NAME = re.compile(r"step-(\d{8,})(?:\.|$)")
 _PARTIAL_FOLDER = re.compile(r"step-(\d{8,})\.partial-.+")
-_TENSOR_FILE = re.compile(r"tensors-\d{5}\.safetensors")  # nothing else is opened: an index cannot name ../secrets
+_TENSOR_FILE = re.compile(r"tensors-\d{5}\.safetensors")  # nothing else is opened, so an index cannot name ../secrets
 _HASHERS = 8  # threads; hashlib releases the interpreter lock
 _OTHER = "use another checkpoint"
 _CODES = {str(dtype).removeprefix("torch."): code for dtype, code in DTYPE_NAMES.items()}
-_Dtype = Literal[*_CODES]
+_Dtype = Annotated[str, Field(pattern=f"^({'|'.join(_CODES)})$")]
 
 T = TypeVar("T")
+R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 
@@ -55,7 +59,7 @@ class TensorFacts:
 
 @form
 class Part:
-    """What one writer contributes: facts of its file and its tensors, by name."""
+    """One writer's contribution: what is recorded of its file and of its tensors, by name."""
 
     files: dict[str, FileFacts]
     tensors: dict[str, TensorFacts]
@@ -63,10 +67,10 @@ class Part:
 
 @form
 class Index(Part):
-    """``checkpoint.json``."""
+    """The content of ``checkpoint.json``."""
 
-    format: Literal[FORMAT]
-    version: Literal[VERSION]
+    format: _Format
+    version: _Version
     step: Count
     meta: dict[str, Any]
     digest: str
@@ -77,19 +81,19 @@ def step_folder(step: int) -> str:
 
 
 def named_step(folder: str) -> int | None:
-    """The step that a folder's name says, None if it says none."""
+    """Return the step in a folder's name, or None if there is none."""
     named = _STEP_IN_NAME.match(folder)
     return int(named[1]) if named else None
 
 
 def digest_of(index: dict[str, Any]) -> str:
-    """SHA-256 of the index without its own ``digest`` field."""
+    """Return the SHA-256 of the index without its own ``digest`` field."""
     rest = {key: value for key, value in index.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 class Checkpoint:
-    """An open, verified checkpoint; tensors are read from disk when asked for.
+    """An open, verified checkpoint, whose tensors are read from disk when they are asked for.
 
     While it is open (until ``close``, the end of a ``with`` block, or collection) a shared lock keeps other processes
     from pruning it.
@@ -100,7 +104,8 @@ class Checkpoint:
         self.step = index.step
         self.meta = index.meta
         self._tensors = index.tensors
-        self._told: dict[str, dict[str, tuple[str, list[int]]]] = {file: {} for file in index.files}  # by file
+        # What the index records, by file.
+        self._told: dict[str, dict[str, tuple[str, list[int]]]] = {file: {} for file in index.files}
         for name, tensor in index.tensors.items():
             self._told[tensor.file][name] = (_CODES[tensor.dtype], tensor.shape)
         self._handles: dict[str, Any] = {}
@@ -108,7 +113,7 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
-        """All tensor names, sorted."""
+        """The names of all tensors, sorted."""
         return sorted(self._tensors)
 
     def __contains__(self, name: str) -> bool:
@@ -121,18 +126,18 @@ class Checkpoint:
         return getattr(torch, self._entry(name).dtype)
 
     def tensor(self, name: str) -> Tensor:
-        """The whole tensor, on the host."""
+        """Read the whole tensor into host memory."""
         return self._handle(name).get_tensor(name)
 
     def fact(self, name: str, expected: type[T]) -> T:
-        """An entry of the meta data in the expected form, see ``json_file``. UserError if it is missing or another."""
+        """Return an entry of the metadata in the expected form, see ``json_file``. UserError if it does not have it."""
         return check_form(self.meta.get(name), expected, f"{self.path}: its meta.{name}", _OTHER)
 
-    def config(self, root: type[T], checked: Callable[[T], T]) -> T:
-        """The configuration of the run that wrote it, a ``root``, as ``checked`` returns it.
+    def config(self, root: type[T], checked: Callable[[T], R]) -> R:
+        """Read the configuration of the run that wrote this checkpoint as a ``root``, and return ``checked`` of it.
 
         Raises:
-            UserError: it is none, or ``checked`` refuses it.
+            UserError: it is no ``root``, or ``checked`` refuses it.
         """
         try:
             return checked(from_dict(self.fact("config", dict[str, Any]), root))
@@ -140,7 +145,7 @@ class Checkpoint:
             raise UserError(f"{self.path}: its configuration cannot be used: {error}; {_OTHER}") from None
 
     def close(self) -> None:
-        """Let go of the files and of the lock against pruning."""
+        """Close the files and release the lock against pruning."""
         self._handles.clear()
         if self._lock is not None:
             os.close(self._lock)
@@ -167,7 +172,7 @@ class Checkpoint:
         return self._handles[file]
 
     def _open(self, file: str) -> Any:
-        """The file, whose header must tell the same of its tensors as the index: a digest cannot know."""
+        """Open a file and check that its header describes the tensors as the index does, which no digest guarantees."""
         path = self.path / file
         try:
             handle = safe_open(path, framework="pt")
@@ -181,18 +186,20 @@ class Checkpoint:
         return handle
 
     def check_headers(self) -> None:
-        """Open every file once, as reading a tensor of it does. UserError if one does not hold what the index says."""
+        """Open every file once, as for reading a tensor. UserError if one does not hold what the index says."""
         for file in self._told:
             self._open(file)
 
 
 def open_checkpoint(path: str | Path, verify: bool | Literal["sizes"] = True) -> Checkpoint:
-    """Open one checkpoint folder; by the name ``latest`` the newest beside it that verifies, wherever the link leads: a
-    run may have been killed before it was set. Each skipped one is logged with the reason.
+    """Open one checkpoint folder.
 
-    ``verify``: True compares every file's size, SHA-256 and header with the index; "sizes" (or False) only the sizes,
-    and the header of a file that is read, for the other ranks of a job whose first rank compares all. Raises UserError
-    that names the bad file and the remedy.
+    The name ``latest`` opens the newest folder beside it that verifies, wherever the link leads: a run may have been
+    killed before it was set. Each one that is skipped is logged with the reason.
+
+    ``verify``: True compares every file's size, SHA-256 and header with the index. "sizes" (or False) compares only the
+    sizes, and the header of each file that is read; it is for the other ranks of a job whose first rank compares all.
+    Raises UserError that names the bad file and the remedy.
     """
     path = Path(path)
     for _, newest in _newest_first(path.parent) if path.name == LATEST else ():
@@ -217,9 +224,9 @@ def open_checkpoint(path: str | Path, verify: bool | Literal["sizes"] = True) ->
 def find_latest(
     root: str | Path, verify: bool | Literal["sizes"] = True, last: int | None = None
 ) -> Path | None:
-    """The newest checkpoint under ``root`` that verifies, or None; each skipped one is logged with the reason.
+    """Find the newest checkpoint under ``root`` that verifies; each one that is skipped is logged with the reason.
 
-    ``last``: checkpoints of later steps are passed over.
+    ``last``: checkpoints of later steps are ignored.
     """
     root = Path(root)
     if not root.is_dir():
@@ -244,7 +251,7 @@ def find_latest(
 
 
 def _newest_first(root: Path) -> Iterator[tuple[int, Path]]:
-    """(step, folder) of the published checkpoints, whole or not."""
+    """Give (step, folder) of every published checkpoint, intact or not, the newest first."""
     entries = root.iterdir() if root.is_dir() else ()
     matches = ((STEP_FOLDER.fullmatch(entry.name), entry) for entry in entries)
     found = [(int(match[1]), match[2] is None, entry) for match, entry in matches if match]
@@ -252,18 +259,18 @@ def _newest_first(root: Path) -> Iterator[tuple[int, Path]]:
 
 
 def has_checkpoints(root: str | Path) -> bool:
-    """Whether ``root`` holds any published checkpoint, whole or not."""
+    """Tell whether ``root`` holds any published checkpoint, intact or not."""
     return any(_newest_first(Path(root)))
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether ``path`` is for ``open_checkpoint``: a checkpoint, whole or not, or the ``latest`` of some."""
+    """Tell whether ``path`` is for ``open_checkpoint``: a checkpoint, intact or not, or the ``latest`` of some."""
     path = Path(path)
     return (path / INDEX).is_file() or (path.name == LATEST and has_checkpoints(path.parent))
 
 
 def try_exclusive(path: Path) -> int | None:
-    """A lock on the checkpoint at ``path`` that nobody is reading, as a descriptor to close; None if one reads it."""
+    """Lock a checkpoint and return the descriptor, which releases it when closed; None if somebody reads it."""
     try:
         descriptor = os.open(path / INDEX, os.O_RDWR)
     except OSError:
@@ -274,12 +281,12 @@ def try_exclusive(path: Path) -> int | None:
         os.close(descriptor)
         return None
     except OSError:
-        pass  # a file system without locks: nobody can be seen reading
+        pass  # the file system has no locks, so readers cannot be seen
     return descriptor
 
 
 def _read_index(path: Path) -> tuple[int, Index]:
-    """The locked descriptor of the index, and the checked index."""
+    """Lock, read and check the index; return the locked descriptor and the index."""
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint folder; check the path")
     try:
@@ -296,7 +303,7 @@ def _read_index(path: Path) -> tuple[int, Index]:
         except BlockingIOError:
             raise UserError(f"{path}: is just being deleted by the run that wrote it; use a newer one") from None
         except OSError:
-            pass  # a file system without locks: reading works, only the protection against pruning is missing
+            pass  # the file system has no locks: only the protection against pruning is missing
         with open(descriptor, "rb", closefd=False) as file:
             return descriptor, _parse_index(path / INDEX, file.read())
     except BaseException:

@@ -5,10 +5,10 @@
       step-00000200/
         tensors-00000.safetensors        one file of every writer
         tensors-00001.safetensors
-        checkpoint.json                  step, meta, every tensor's file, shape, dtype; every file's size and SHA-256
-      step-00000300.partial-TOKEN-3/     being written; becomes step-00000300 when all parts are there
+        checkpoint.json                  step, metadata; each tensor's file, shape, dtype; each file's size, SHA-256
+      step-00000300.partial-TOKEN-3/     is being written; becomes step-00000300 when all parts are there
 
-No pickle, no ``torch.distributed``: writers meet in the file system only, so it must be one they share.
+There is no pickle and no ``torch.distributed``: writers meet only in the file system, so they must share it.
 """
 
 from __future__ import annotations
@@ -58,11 +58,12 @@ log = logging.getLogger(__name__)
 class CheckpointStore:
     """Writes the checkpoints of one run.
 
-    root: folder of the checkpoints, on a file system that all writers share.
-    keep_last: newest checkpoints to keep; one that another process has open is kept as well.
-    run_token: a random text, the same on all writers of this run and new at every start, so that parts of a crashed
-        attempt are never taken for this one's; None draws one, for a single writer.
-    part_timeout: seconds that writer 0 waits for the others' parts once its own is written.
+    Args:
+        root: folder of the checkpoints, on a file system that all writers share.
+        keep_last: how many of the newest checkpoints to keep; one that another process has open is kept as well.
+        run_token: a random text, the same on all writers of this run and new at every start, so that parts of a crashed
+            attempt are never mistaken for this one's; None draws one, for a single writer.
+        part_timeout: seconds that writer 0 waits for the others' parts once its own is written.
     """
 
     def __init__(self, root: str | Path, keep_last: int, run_token: str | None = None, part_timeout: float = 1800.0):
@@ -78,14 +79,14 @@ class CheckpointStore:
         self, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any] | None = None, writer: int = 0,
         writers: int = 1, *, copy: bool = True,
     ) -> None:
-        """Start to write this writer's part of the checkpoint of ``step``; returns once the tensors may be changed.
+        """Start to write this writer's part of the checkpoint of ``step``; return once the tensors may be changed.
 
-        Waits for the save before, and raises its error. All ``writers`` call it, each with other tensor names; writer
-        0 also gives ``meta`` (anything JSON holds) and publishes the whole. copy=False: the host tensors belong to the
-        store from now on and nobody changes them, so they are not copied. Raises UserError.
+        It first waits for the previous save, and raises its error. All ``writers`` call it, each with other tensor
+        names; writer 0 also gives ``meta`` (anything that JSON holds) and publishes the whole. With copy=False, the
+        host tensors belong to the store from now on and are not copied; nobody may change them. Raises UserError.
         """
         assert writers == 1 or not self._own_token, "several writers need a run_token in common"
-        assert (meta is not None) == (writer == 0), "writer 0, and only it, gives the meta data"
+        assert (meta is not None) == (writer == 0), "writer 0, and only it, gives the metadata"
         self.wait()
         self._attempt += 1
         private = {name: _private(tensor.detach(), copy) for name, tensor in tensors.items()}
@@ -94,13 +95,13 @@ class CheckpointStore:
         self._task.start(lambda: self._write(partial, step, private, meta_text, writer, writers), "checkpoint-writer")
 
     def wait(self) -> None:
-        """Return when this writer's save is done (writer 0: published). Raises UserError if it failed."""
+        """Return when this writer's save is done (for writer 0: published). Raises UserError if it failed."""
         self._task.wait()
 
     def tidy(self, newest: Path) -> None:
-        """Finish what a run left undone that was killed; for writer 0 of one that goes on from the checkpoint
-        ``newest``, before the first save."""
-        newest = newest.with_name(newest.name.split(".")[0])  # the name that a checkpoint out of a swap is given back
+        """Clean up after a run that was killed. Writer 0 of the run that continues from the checkpoint ``newest`` calls
+        this before its first save."""
+        newest = newest.with_name(newest.name.split(".")[0])  # an interrupted replacement gets its old name back
         try:
             self._clean(None)
             self._prune(newest)
@@ -158,11 +159,11 @@ class CheckpointStore:
         index["digest"] = digest_of(index)
         write_text(partial / INDEX, json.dumps(index))
         for writer in range(len(parts)):
-            (partial / _part_name(writer)).unlink()  # all of it is in the index now
+            (partial / _part_name(writer)).unlink()  # the index now has its content
         flush_folder(partial)
         final = self.root / step_folder(step)
         replaced = None
-        if final.exists():  # a damaged one from which the run had to go back, or the same step once more
+        if final.exists():  # a damaged one, before which the run resumed, or the same step again
             replaced = final.with_name(f"{final.name}.replaced-{self._token}-{self._attempt}")
             os.rename(final, replaced)
         os.rename(partial, final)
@@ -188,11 +189,11 @@ class CheckpointStore:
             link.unlink(missing_ok=True)
             os.symlink(newest.name, link)
             os.replace(link, latest)
-        except OSError as error:  # for people; who opens it here is given the newest all the same
+        except OSError as error:  # it serves people; ``open_checkpoint`` finds the newest without it
             log.warning("%s: the link could not be set (%s)", latest, error.strerror)
 
     def _set_aside_later(self, step: int) -> None:
-        """The run went back to an earlier step: later checkpoints belong to a future that did not happen."""
+        """Rename checkpoints of later steps: the run went back to an earlier step and will reach them another way."""
         for later, folder in self._published():
             if later > step:
                 aside = folder.with_name(f"{folder.name}.superseded-{self._token}-{self._attempt}")
@@ -213,7 +214,7 @@ class CheckpointStore:
         return found
 
     def _delete(self, folder: Path) -> None:
-        """Take a checkpoint out of sight in one rename, then delete it, unless somebody reads it."""
+        """Rename a checkpoint, so that nobody finds it half deleted, and delete it, unless somebody reads it."""
         lock = try_exclusive(folder)
         if lock is None:
             return
@@ -231,7 +232,7 @@ class CheckpointStore:
             if match := _UNFINISHED.fullmatch(folder.name):
                 if folder != partial and not self._is_ahead(match[3]):
                     shutil.rmtree(folder, ignore_errors=True)
-            elif STEP_FOLDER.fullmatch(folder.name) and folder != plain:  # a swap was interrupted
+            elif STEP_FOLDER.fullmatch(folder.name) and folder != plain:  # a replacement was interrupted
                 if plain.exists():
                     self._delete(folder)
                 else:
@@ -251,7 +252,7 @@ def _part_name(writer: int) -> str:
 
 
 def _write_part(partial: Path, writer: int, tensors: Mapping[str, Tensor]) -> None:
-    """This writer's tensor file, then the manifest that says that it is complete."""
+    """Write this writer's tensor file, then the manifest that marks it as complete."""
     file = f"tensors-{writer:05d}.safetensors"
     part: dict[str, Any] = {"files": {}, "tensors": {}}
     if tensors:

@@ -1,7 +1,7 @@
-"""Writing one safetensors file: streamed, hashed while it is written, and on the disk when the call returns.
+"""This writes one safetensors file: it streams, hashes while it writes, and returns when the file is on the disk.
 
-The library's own writer is not used because it neither hashes nor flushes: the file would be read once more. It also
-writes several entries of metadata in an order that changes from run to run.
+The library's own writer is not used because it neither hashes nor flushes: the file would have to be read again. It
+also writes several entries of metadata in an order that changes from run to run.
 Format: https://github.com/huggingface/safetensors#format (length of the header, JSON header, raw little-endian data).
 """
 
@@ -24,13 +24,13 @@ DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }
-_BLOCK = 8 << 20  # bytes hashed and written at a time: small enough that the second reading hits the cache
+_BLOCK = 8 << 20  # bytes hashed and written at a time, few enough to be in the cache for the second use
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({})
 ) -> tuple[int, str]:
-    """Write host ``tensors``, and ``metadata`` into the header, to ``path`` and flush it to the disk.
+    """Write host ``tensors``, with ``metadata`` in the header, to ``path`` and flush the file to the disk.
 
     Returns the file's size in bytes and its SHA-256. Raises OSError.
     """
@@ -52,7 +52,7 @@ def write_tensors(
             digest.update(piece)
             file.write(piece)
         for name in names:
-            data = memoryview(tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            data = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
             for start in range(0, len(data), _BLOCK):
                 block = data[start : start + _BLOCK]
                 digest.update(block)
@@ -64,12 +64,12 @@ def write_tensors(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` so that it is whole and on the disk when it is there. Raises OSError."""
+    """Write ``text`` so that the file appears only when it is whole and on the disk. Raises OSError."""
     write_atomic(path, text.encode(), flush=True)
 
 
 def flush_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
+    """Flush the names in a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

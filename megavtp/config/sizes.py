@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from megavtp.config.schema import Config, DecoderConfig, ModelConfig, TextConfig, VisionConfig
+from megavtp.config.schema import Config, DecoderConfig, ModelConfig, Size, TextConfig, VisionConfig
 
 Shape = tuple[int, int, int]  # width, depth, heads
 
@@ -21,13 +21,13 @@ TOWERS = ("vision", "text", "decoder", "dino_head")  # what learning rates and g
 GLOBAL_CROPS = 2  # of each image in self-distillation: DINO's cross-view term is between the two
 DECODER_MLP_RATIO = 4.0  # the official config has no key for the decoder's
 
-VISION: dict[str, Shape] = {
+VISION: dict[Size, Shape] = {
     "tiny": (192, 6, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "g": (1536, 40, 24),
 }
-TEXT: dict[str, Shape] = {
+TEXT: dict[Size, Shape] = {
     "tiny": (192, 3, 3), "s": (768, 12, 12), "b": (768, 12, 12), "l": (768, 12, 12), "g": (1280, 32, 20),
 }
-DECODER: dict[str, Shape] = {**VISION, "tiny": (192, 4, 3)}
+DECODER: dict[Size, Shape] = {**VISION, "tiny": (192, 4, 3)}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One rank's share of a DiT's training step: latents and all random choices, as a pure function of (seed, step).
+"""One rank's share of a DiT's training step is a pure function of (seed, step): latents and all random choices.
 
 Letters: b samples of the share, C channels, h = w positions, E caption features.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megavtp.config.sizes import known
 from megavtp.data.batch import REPLACEMENTS
 from megavtp.data.order import SampleOrder, step_positions
 from megavtp.data.randomness import generator, stable_hash
@@ -22,26 +24,27 @@ from megavtp.latents.folder import BadLatent, LatentFolder, LatentSample
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """A rank's share of a step; with dp ranks in order, concatenation gives the batch of a single process."""
+    """A rank's share of a step; the dp ranks' shares, concatenated in order, are the batch of a single process."""
 
     step: int
     ids: list[str]
     positions: Tensor  # (b,) int64, place in the global batch
     latents: Tensor  # (b, C, h, w) float32, normalised
     noise: Tensor  # (b, C, h, w) float32
-    times: Tensor  # (b,) float32 in (0, 1): 0 is noise, 1 data
+    times: Tensor  # (b,) float32 in (0, 1); 0 is noise, 1 is data
     conditions: Tensor  # labels (b,) int64 or caption features (b, E) float32, some dropped
-    bad: list[str]  # "name: reason" of samples that were replaced
+    bad: list[str]  # "name: reason" of each sample that was replaced
 
     def pin_memory(self) -> LatentBatch:
-        """Every tensor in page-locked memory (needs CUDA). torch's loader calls this in its pinning thread."""
+        """Copy every tensor to page-locked memory (needs CUDA). torch's loader calls this in its pinning thread."""
         values = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        return dataclasses.replace(self, **{name: x.pin_memory() for name, x in values if isinstance(x, Tensor)})
+        pinned: dict[str, Any] = {name: x.pin_memory() for name, x in values if isinstance(x, Tensor)}
+        return dataclasses.replace(self, **pinned)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The random choices of one sample: functions of (seed, step, position) and of the settings."""
+    """The random choices for one sample, which are functions of (seed, step, position) and of the settings."""
 
     flip: bool
     drop: bool
@@ -60,8 +63,8 @@ class Draw:
 class LatentStepDataset(torch.utils.data.Dataset):
     """``self[step]`` is the share of data-parallel rank ``dp_rank`` of ``dp_size`` in that step.
 
-    ``config`` has the sizes of the folder. Raises ``UserError`` if streams, batch and dp_size do not divide, or if
-    REPLACEMENTS + 1 samples that stand in for one another are all broken.
+    ``config`` has the sizes of the folder. UserError if streams, batch and dp_size do not divide, or if a sample and
+    its REPLACEMENTS replacements are all broken.
     """
 
     def __init__(self, folder: LatentFolder, config: CompleteDiTConfig, dp_rank: int = 0, dp_size: int = 1):
@@ -90,11 +93,13 @@ class LatentStepDataset(torch.utils.data.Dataset):
     def _conditions(self, samples: list[LatentSample], drop: Tensor) -> Tensor:
         model = self.config.model
         if model.condition == "class":
-            return torch.tensor([sample.label for sample in samples]).masked_fill(drop, model.num_classes)
-        return torch.stack([sample.caption for sample in samples]).masked_fill(drop[:, None], 0.0)
+            none = known(model.num_classes, "model.num_classes")
+            return torch.tensor([sample.label for sample in samples]).masked_fill(drop, none)
+        captions = [sample.caption for sample in samples if sample.caption is not None]
+        return torch.stack(captions).masked_fill(drop[:, None], 0.0)
 
     def _sample(self, stream: int, index: int, flip: bool, bad: list[str]) -> LatentSample:
-        """The stream's ``index``-th sample, or the first candidate in its place that is not broken."""
+        """Read the stream's ``index``-th sample, or the first of its replacements that is not broken."""
         at = index
         for attempt in range(1, REPLACEMENTS + 2):
             shard, row = self.order.locate(stream, at)

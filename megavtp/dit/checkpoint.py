@@ -1,4 +1,4 @@
-"""The DiT of a native checkpoint, without engine or optimizer."""
+"""This reads the DiT of a native checkpoint, without engine or optimizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavtp.checkpoint.formats.fitting import check
 from megavtp.checkpoint.kind import FACTS, is_dit
 from megavtp.checkpoint.store import Checkpoint, open_checkpoint
 from megavtp.config.sizes import known
@@ -20,8 +19,9 @@ from megavtp.dit.validate import check_dit_model
 from megavtp.errors import UserError
 from megavtp.json_file import form
 from megavtp.latents.artifact import TokenizerArtifact
+from megavtp.models.fitting import check
 
-AVERAGE, TRAINED = "model/ema.", "model/dit."  # what comes before LightningDiT's keys
+AVERAGE, TRAINED = "model/ema.", "model/dit."  # prefixes of LightningDiT's keys
 
 
 @form
@@ -35,9 +35,9 @@ class StoredDiT:
     """A DiT to sample from.
 
     Attributes:
-        artifact: the tokenizer whose latents it makes, with the statistics that undo their normalisation; None if that
-            is not known, of weights that came from elsewhere.
-        classes: names by label, of those it was trained on; None if unknown. The model may have room for more.
+        artifact: the tokenizer whose latents it makes, with the statistics that undo their normalisation; None if it
+            is not known, as with weights from elsewhere.
+        classes: names by label of the classes it was trained on; None if unknown. The model may have room for more.
     """
 
     model: DiT
@@ -48,7 +48,7 @@ class StoredDiT:
 
     @property
     def trained_classes(self) -> int:
-        """Labels that it was trained on, as far as is known: of a class-conditioned DiT."""
+        """The number of labels that a class-conditioned DiT was trained on, as far as is known."""
         return len(self.classes) if self.classes else known(self.config.model.num_classes, "model.num_classes")
 
     def class_name(self, label: int) -> str:
@@ -56,7 +56,7 @@ class StoredDiT:
 
 
 def artifact_of(checkpoint: Checkpoint) -> TokenizerArtifact | None:
-    """The tokenizer of the latents it was trained on, None if unknown. UserError if it holds no DiT."""
+    """Return the tokenizer of the latents that a DiT was trained on, None if unknown. UserError if there is no DiT."""
     if not is_dit(checkpoint):
         raise UserError(f"{checkpoint.path} holds no DiT; give a checkpoint of launchers/train_dit.py")
     values = _facts(checkpoint).visual_tokenizer
@@ -64,12 +64,12 @@ def artifact_of(checkpoint: Checkpoint) -> TokenizerArtifact | None:
 
 
 def classes_of(checkpoint: Checkpoint) -> list[str] | None:
-    """The names of the classes it was trained on, None if unknown."""
+    """Return the names of the classes that a DiT was trained on, None if unknown."""
     return _facts(checkpoint).classes
 
 
 def dit_config(checkpoint: Checkpoint) -> CompleteDiTConfig:
-    """The configuration of its run, with all sizes of the model. Raises UserError."""
+    """Return the configuration of a DiT's run, with all sizes of the model. Raises UserError."""
     config = checkpoint.config(DiTConfig, lambda config: replace(config, model=check_dit_model(config.model)))
     given = "num_classes" if config.model.condition == "class" else "caption_width"
     for name in ("latent_size", "latent_channels", given):
@@ -79,8 +79,8 @@ def dit_config(checkpoint: Checkpoint) -> CompleteDiTConfig:
 
 
 def dit_tensors(checkpoint: Checkpoint, config: CompleteDiT, prefix: str) -> dict[str, Tensor]:
-    """Its averaged or its trained weights, by LightningDiT's keys. UserError unless they are all that ``config`` has,
-    so that a model of it takes no more memory than the file."""
+    """Return a DiT's averaged or trained weights, by LightningDiT's keys. UserError unless they are all those of
+    ``config``, so that a model built from it takes no more memory than the file."""
     names = [name for name in checkpoint.names if name.startswith(prefix)]
     tensors = {name.removeprefix(prefix): checkpoint.tensor(name) for name in names}
     with torch.device("meta"):
@@ -94,17 +94,18 @@ def _facts(checkpoint: Checkpoint) -> _Facts:
 
 
 def load_dit(path: str | Path, device: torch.device | str = "cpu", *, average: bool = True) -> StoredDiT:
-    """The whole DiT of a checkpoint of any layout, in float32: its averaged weights, or the trained ones.
+    """Load the whole DiT from a checkpoint of any layout, in float32, with its averaged weights or the trained ones.
 
     Raises:
-        UserError: the checkpoint is missing, corrupt, or holds no DiT of its config.
+        UserError: the checkpoint is missing or corrupt, or holds no DiT that fits its config.
     """
     with open_checkpoint(path) as checkpoint:
         artifact = artifact_of(checkpoint)
         config = dit_config(checkpoint)
         tensors = dit_tensors(checkpoint, config.model, AVERAGE if average else TRAINED)
         classes = classes_of(checkpoint)
-        if classes is not None and config.model.condition == "class" and len(classes) > config.model.num_classes:
+        room = config.model.num_classes  # None of a DiT that is conditioned on captions
+        if classes is not None and room is not None and len(classes) > room:
             raise UserError(f"{checkpoint.path} names more classes than its DiT has; use another checkpoint")
         model = build_dit(config.model, device=device, attention=config.parallel.attention)
         load_full_dit(model, tensors)

@@ -1,7 +1,7 @@
 """The settings of a diffusion transformer's training, as frozen dataclasses. A key that is not here is refused.
 
 ``None`` means "derived", and the comment says from what. The sections that a DiT shares with pre-training are in
-``schema.py``; the rules between keys are in ``dit_validate.py``.
+``config/run.py``; the rules between keys are in ``dit/validate.py``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TIME_FREQUENCIES = 256  # channels of the sinusoidal embedding of time
 
 @dataclass(frozen=True)
 class DiTModelConfig:
-    """A LightningDiT: RMS norms, SwiGLU, rotary and fixed sine positions, adaptive norms."""
+    """A LightningDiT has RMS norms, SwiGLU, rotary and fixed sine positions, and adaptive norms."""
 
     size: DiTSize = "xl"
     width: int | None = None  # None = of the size, as depth and heads
@@ -42,7 +42,7 @@ class DiTModelConfig:
 
 @dataclass(frozen=True)
 class FlowMatchingConfig:
-    """The objective (arXiv 2210.02747) with LightningDiT's times and its cosine term (arXiv 2501.01423)."""
+    """The objective (arXiv 2210.02747) has LightningDiT's random times and its cosine term (arXiv 2501.01423)."""
 
     time_mu: float = 0.0  # t = sigmoid(mu + sigma z): t = 0 is noise, t = 1 data
     time_sigma: float = 1.0
@@ -87,7 +87,7 @@ class ResolvedDiT(DiTModelConfig):
 
 @dataclass(frozen=True)
 class CompleteDiT(ResolvedDiT):
-    """The sizes of the latents are known, too: all that a model is built from."""
+    """The sizes of the latents are known, too, so that a model can be built."""
 
     latent_size: int = field(kw_only=True)
     latent_channels: int = field(kw_only=True)
@@ -111,17 +111,17 @@ def resolve_dit(model: DiTModelConfig) -> ResolvedDiT:
 
 
 def complete_dit(model: DiTModelConfig) -> CompleteDiT:
-    """A model whose sizes are all known; ValueError if those of the latents are not."""
+    """Return the model as one whose sizes are all known; ValueError if those of the latents are not."""
     if model.latent_size is None or model.latent_channels is None:
         raise ValueError("model.latent_size and model.latent_channels are still open; with_latents fills them")
     return narrowed(resolve_dit(model), CompleteDiT)
 
 
 def complete_config(config: DiTConfig) -> CompleteDiTConfig:
-    """A configuration whose model's sizes are all known; ValueError if some are not."""
+    """Return the configuration with a model whose sizes are all known; ValueError if some are not."""
     return narrowed(config, CompleteDiTConfig, model=complete_dit(config.model))
 
 
 def swiglu_hidden(width: int) -> int:
-    """LightningDiT's hidden width: two thirds of four times the width, rounded down."""
+    """Return LightningDiT's hidden width: two thirds of four times the width, rounded down."""
     return int(2 / 3 * int(4 * width))

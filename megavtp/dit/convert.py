@@ -1,4 +1,4 @@
-"""A DiT's checkpoint from one form into another: native, LightningDiT's."""
+"""This converts a DiT's checkpoint between the native format and LightningDiT's."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from megavtp.latents.artifact import TokenizerArtifact, check_same_tokenizer
 def convert_dit(
     path: str | Path, to: Format, out: str | Path, tokenizer: str | Path | None = None, module_prefix: bool = False
 ) -> list[str]:
-    """Write the DiT at ``path`` as a native checkpoint, or as LightningDiT's ``.pt``: ``out`` itself, or in the folder
-    ``out`` under LightningDiT's name for the step.
+    """Write the DiT at ``path`` as a native checkpoint or as LightningDiT's ``.pt``. The latter is ``out`` itself, or a
+    file in the folder ``out`` with LightningDiT's name for the step.
 
     Args:
-        tokenizer: folder with the ``visual_tokenizer.json`` of the tokenizer, or of the latents, that the DiT belongs
-            to; without it a native DiT made from a ``.pt`` keeps what is known, nothing. A DiT that knows its tokenizer
-            takes no other.
+        tokenizer: folder of the tokenizer or of the latents that the DiT belongs to, with ``visual_tokenizer.json``.
+            Without it, a native DiT made from a ``.pt`` does not know its tokenizer. A DiT that knows its tokenizer
+            accepts no other.
         module_prefix: see ``lightningdit_tree``.
     """
     path, out = Path(path), Path(out)
@@ -57,7 +57,7 @@ def convert_dit(
 
 def _read_native_dit(path: Path) -> LightningDiT:
     with open_checkpoint(path) as checkpoint:
-        artifact = artifact_of(checkpoint)  # first, as it says if this is no DiT
+        artifact = artifact_of(checkpoint)  # this comes first, as it tells if there is no DiT
         config = dit_config(checkpoint)
         weights, average = (dit_tensors(checkpoint, config.model, prefix) for prefix in (TRAINED, AVERAGE))
         facts = checkpoint.fact(FACTS, dict[str, Any])

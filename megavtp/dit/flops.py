@@ -1,4 +1,4 @@
-"""Floating-point operations of a DiT and of its training step; counted as in ``flops``."""
+"""This counts the floating-point operations of a DiT and of its training step, as ``planning.flops`` does."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from megavtp.planning.flops import transformer_flops
 
 
 def dit_flops(model: CompleteDiT) -> float:
-    """Forward of one latent map; ``model`` is resolved."""
+    """Count the operations of a forward pass of one latent map."""
     width, tokens = model.width, (model.latent_size // model.patch_size) ** 2
     ends = 2 * 2 * tokens * model.patch_size**2 * model.latent_channels * width  # embedding and last layer
-    adaptive = 2 * (6 * model.depth + 2) * width**2  # once for a sample
+    adaptive = 2 * (6 * model.depth + 2) * width**2  # once per sample
     embeddings = 2 * (TIME_FREQUENCIES + width) * width
     if model.condition == "caption":
         embeddings += 2 * (known(model.caption_width, "model.caption_width") + width) * width
@@ -20,5 +20,5 @@ def dit_flops(model: CompleteDiT) -> float:
 
 
 def dit_flops_per_step(config: CompleteDiTConfig) -> dict[str, float]:
-    """Model FLOPs of one optimizer step over all devices; ``config`` has the sizes of its latents."""
+    """Count the model FLOPs of one optimizer step over all devices."""
     return {"total": 3.0 * config.train.batch_size * dit_flops(config.model)}

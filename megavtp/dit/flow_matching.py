@@ -1,4 +1,4 @@
-"""Flow matching on straight lines from noise to data (arXiv 2210.02747, 2209.03003), with LightningDiT's cosine term.
+"""Flow matching goes along straight lines from noise to data (arXiv 2210.02747, 2209.03003).
 
 Letters: b samples, C channels.
 """
@@ -10,16 +10,16 @@ from torch import Tensor
 
 
 def straight_path(data: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Points x_t = t data + (1 - t) noise on the way, and the velocity data - noise; (b, C, H, W) each, times (b,)."""
+    """Return points x_t = t data + (1 - t) noise and velocities data - noise, all (b, C, H, W), for times (b,)."""
     t = times.view(-1, *[1] * (data.ndim - 1))
     return t * data + (1 - t) * noise, data - noise
 
 
 def flow_matching_terms(velocity: Tensor, target: Tensor, *, samples_total_local: int) -> dict[str, Tensor]:
-    """``mse``: squared error; ``cosine``: 1 - cosine similarity over channels; means over samples and positions.
+    """Compute ``mse``, the squared error, and LightningDiT's ``cosine``, 1 - cosine similarity over channels.
 
-    velocity, target: (b, C, H, W) of some of a rank's ``samples_total_local`` samples: over its micro-batches the
-    terms add up to the rank's means.
+    Both are means over samples and positions. ``velocity`` and ``target`` (b, C, H, W) are of some of a rank's
+    ``samples_total_local`` samples: over the micro-batches, the terms add up to the rank's means.
     """
     velocity = velocity.float()
     share = len(velocity) / samples_total_local

@@ -1,4 +1,4 @@
-"""What `launchers/train_dit.py` starts."""
+"""This is what `launchers/train_dit.py` starts."""
 
 from __future__ import annotations
 

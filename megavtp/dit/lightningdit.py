@@ -1,4 +1,4 @@
-"""LightningDiT's checkpoint: one ``.pt`` with ``model``, ``ema`` and ``config`` (github.com/hustvl/LightningDiT).
+"""LightningDiT's checkpoint is a ``.pt`` with ``model``, ``ema`` and ``config`` (github.com/hustvl/LightningDiT).
 
 ``DiT.state_dict`` has its keys, so only prefixes, the fixed position tables and the settings are translated.
 """
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavtp.checkpoint.formats.fitting import check, faults
 from megavtp.config.ranges import MAX_DEPTH
 from megavtp.data.weights_file import read_weights_file
 from megavtp.dit.config import CompleteDiT, CompleteDiTConfig, DiTConfig
@@ -29,26 +28,28 @@ from megavtp.dit.model.positions import pair_tables, sine_positions
 from megavtp.dit.validate import validate_dit
 from megavtp.errors import UserError
 from megavtp.latents.artifact import TokenizerArtifact
+from megavtp.models.fitting import check, faults
 
 POSITIONS = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
-_WRAPPED = "module."  # what DistributedDataParallel puts before every key
-_SAME = 1e-5  # of a position table: the official one comes from another order of the same operations
+_WRAPPED = "module."  # DistributedDataParallel puts this before every key
+_SAME = 1e-5  # tolerance of a position table: the official one has another order of the same operations
 # LightningDiT averages pos_embed along with the weights, though it never changes: every float32 update shrinks it a
-# little, by 1.66e-4 of itself in the end. Training that starts from such an average has it twice.
+# little, in the end by 1.66e-4 of its value. Training that starts from such an average shrinks it twice.
 _SHRUNK = 1e-3
-_NOT_IN_SHAPES = ("depth", "heads", "num_classes")  # a file that lacks blocks or rows is one of other settings
+_NOT_IN_SHAPES = ("depth", "heads", "num_classes")  # a file that lacks blocks or rows shows other values
 
 
 @dataclass(frozen=True)
 class LightningDiT:
-    """What was read, from whichever form.
+    """A DiT that was read from either format.
 
     Attributes:
-        weights, average: trained parameters and their moving average, by LightningDiT's keys, without prefixes and
-            position tables.
-        step: from the file's name, else 0.
-        notes: for the user.
-        artifact: the tokenizer of the latents, run: the whole configuration, facts: further ones; a ``.pt`` has none.
+        weights, average: trained parameters and their moving average, by LightningDiT's keys without prefixes; they
+            have no position tables.
+        step: the number in the file's name, else 0.
+        notes: messages for the user.
+        artifact, run, facts: the tokenizer of the latents, the whole configuration and further facts; a ``.pt`` has
+            none of these.
     """
 
     config: CompleteDiT
@@ -62,12 +63,12 @@ class LightningDiT:
 
 
 def read_lightningdit(path: str | Path) -> LightningDiT:
-    """Read a checkpoint, or a bare state dict, ``.pt`` or ``.safetensors``; keys may carry ``module.``.
+    """Read a checkpoint or a plain state dict, ``.pt`` or ``.safetensors``; keys may begin with ``module.``.
 
     Raises:
-        UserError: not such a file, one that holds more than tensors, a variant that MegaVTP does not have, or tensors
-            that do not fit together, or what the file states of them: every missing, unexpected and misshapen one is
-            listed.
+        UserError: the file is of another kind, holds more than tensors, or is a variant that MegaVTP does not have; or
+            its tensors do not fit together or the file's own config, and all that are missing, unexpected or misshapen
+            are listed.
     """
     path = Path(path)
     tree = read_weights_file(path, "not a checkpoint", REMEDY)
@@ -94,9 +95,10 @@ def read_lightningdit(path: str | Path) -> LightningDiT:
 def lightningdit_tree(
     config: CompleteDiT, weights: Mapping[str, Tensor], average: Mapping[str, Tensor], *, module_prefix: bool = False
 ) -> dict[str, Any]:
-    """What ``torch.save`` writes, position tables included. UserError for what the format cannot say.
+    """Return what ``torch.save`` writes, position tables included. UserError for what the format cannot express.
 
-    ``module_prefix``: before the keys of the trained weights, which LightningDiT's own training resumes from.
+    With ``module_prefix``, "module." precedes the keys of the trained weights, as LightningDiT's training needs it to
+    resume.
     """
     if config.condition != "class":
         raise UserError(f"model.condition={config.condition} has no LightningDiT form: only class-conditioned ones do")
@@ -111,7 +113,7 @@ def lightningdit_tree(
 
 
 def _parts(tree: Mapping[str, Any], path: Path) -> Parts:
-    """One or both sets of weights. UserError for something else in their place, which must not be passed over."""
+    """Return one or both sets of weights. UserError if something else is in their place, which must not be ignored."""
     given = [name for name in ("model", "ema") if name in tree]
     for name in given:
         if not _is_state(tree[name]):
@@ -124,8 +126,8 @@ def _parts(tree: Mapping[str, Any], path: Path) -> Parts:
 
 
 def _check(parts: Parts, config: CompleteDiT, stated: Mapping[str, int], path: Path) -> None:
-    """UserError that lists all that does not fit, in every part."""
-    depth = stated.get("depth", 0)  # its missing blocks are listed
+    """Raise UserError that lists all that does not fit, in every part."""
+    depth = stated.get("depth", 0)  # the blocks that are missing are then listed
     shapes = dit_shapes(replace(config, depth=depth) if 0 < depth <= MAX_DEPTH else config)
     found = [f"({part}) {'; '.join(wrong)}" for part, state in parts.items() if (wrong := faults(state, shapes))]
     found += [
@@ -141,7 +143,7 @@ def _check(parts: Parts, config: CompleteDiT, stated: Mapping[str, int], path: P
 
 
 def _invalid(config: CompleteDiT) -> list[str]:
-    """Sizes that fit one another, and yet make no DiT."""
+    """Tell why sizes that fit one another make no valid DiT."""
     try:
         validate_dit(DiTConfig(model=config), None)
     except UserError as error:
@@ -170,7 +172,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes of wrappers, if all keys have them."""
+    """Remove the prefixes of wrappers, if all keys have them."""
     while all(name.startswith(_WRAPPED) for name in state):
         state = {name.removeprefix(_WRAPPED): tensor for name, tensor in state.items()}
     return dict(state)

@@ -1,4 +1,4 @@
-"""The settings of a LightningDiT: what its tensors show, and what its checkpoint states beside them."""
+"""The settings of a LightningDiT are read from its tensors' shapes and from what its checkpoint states."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavtp.checkpoint.formats.fitting import faults
 from megavtp.config.ranges import MAX_DEPTH
 from megavtp.dit.config import SIZES, CompleteDiT, DiTModelConfig, DiTSize, complete_dit
 from megavtp.dit.model.model import DiT
 from megavtp.errors import UserError
+from megavtp.models.fitting import faults
 
 Parts = Mapping[str, Mapping[str, Tensor]]  # "model", "ema" or both -> LightningDiT's keys -> tensors
 
 REMEDY = "give a LightningDiT checkpoint (STEP.pt); OpenCLIP and timm weights go into model.init_from"
 _NAMES: dict[DiTSize, str] = {"b": "B", "l": "L", "xl": "XL", "1p0b": "1p0B", "1p6b": "1p6B"}
-# Where the sizes are read off, with the number of dimensions.
+# The tensors that show the sizes, with their number of dimensions.
 _TELLING = {
     "x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2, "final_layer.linear.weight": 2,
     "pos_embed": 3, "feat_rope.freqs_cos": 2,
 }
-# Our name -> section and key of the checkpoint's ``config``: the constructor's arguments, or those of its YAML files.
+# Our names map to section and key of the checkpoint's ``config``: constructor arguments, or keys of a YAML file.
 _STATED = {
     "width": [("model", "hidden_size")], "depth": [("model", "depth")], "heads": [("model", "num_heads")],
     "patch_size": [("model", "patch_size")], "qk_norm": [("model", "use_qknorm")],
@@ -36,17 +36,17 @@ _STATED = {
 
 
 def dit_shapes(config: CompleteDiT) -> dict[str, list[int]]:
-    """LightningDiT's key and shape of every tensor, position tables included, of a resolved config."""
+    """Return LightningDiT's key and shape of every tensor, position tables included."""
     with torch.device("meta"):
         state = DiT(config).state_dict()
     return {name: list(tensor.shape) for name, tensor in state.items()}
 
 
 def infer_config(parts: Parts, stated: Mapping[str, int], path: Path) -> CompleteDiT:
-    """The settings that the tensors' shapes show. They need not be in all parts, nor fit: see ``fitting.faults``.
+    """Infer the settings from the tensors' shapes. The tensors need not be in all parts, nor fit (``fitting.faults``).
 
     Raises:
-        UserError: another model, a variant of LightningDiT that is not built here, or a size that no part shows.
+        UserError: it is another model or an unsupported variant of LightningDiT, or no part shows one of the sizes.
     """
     shapes = {name: shape for name, rank in _TELLING.items() if (shape := _shape(parts, name, rank)) is not None}
     names = set().union(*parts.values())
@@ -70,7 +70,7 @@ def infer_config(parts: Parts, stated: Mapping[str, int], path: Path) -> Complet
 
 
 def stated_settings(tree: Mapping[str, Any]) -> dict[str, int]:
-    """What the ``config`` of a checkpoint says of its model, by our names; empty if it has none."""
+    """Return what the ``config`` of a checkpoint says of its model, by our names; empty if it has none."""
     config = tree.get("config")
     config = config if isinstance(config, dict) else {}
     sections = {name: part for name, part in config.items() if isinstance(part, dict)}
@@ -87,7 +87,7 @@ def stated_settings(tree: Mapping[str, Any]) -> dict[str, int]:
 
 
 def settings_to_state(config: CompleteDiT) -> dict[str, Any]:
-    """The constructor arguments of LightningDiT, of a resolved config."""
+    """Return the arguments of LightningDiT's constructor."""
     shape = (config.width, config.depth, config.heads)
     size = next((_NAMES[name] for name, known in SIZES.items() if known == shape and name in _NAMES), None)
     named = {"model_type": f"LightningDiT-{size}/{config.patch_size}"} if size else {}
@@ -100,7 +100,7 @@ def settings_to_state(config: CompleteDiT) -> dict[str, Any]:
 
 
 def _shape(parts: Parts, name: str, rank: int) -> tuple[int, ...] | None:
-    """Of the first part that has ``name`` with so many dimensions, none of them 0."""
+    """Return the shape in the first part that has ``name`` with ``rank`` dimensions, none of them 0."""
     found = (part[name].shape for part in parts.values() if name in part)
     return next((tuple(shape) for shape in found if len(shape) == rank and 0 not in shape), None)
 
@@ -123,14 +123,14 @@ def _refuse_variants(
         "use_swiglu=false": has(".mlp.fc1.weight"),
         "wo_shift=true": width > 0 and modulation[0] == 4 * width,
         "learn_sigma=true": out > 0 and out == 2 * patch * patch * channels,
-        "class_dropout_prob=0": rows > 0 and rows == stated.get("num_classes"),  # no row for "no class"
+        "class_dropout_prob=0": rows > 0 and rows == stated.get("num_classes"),  # there is no row for "no class"
     }
     if unsupported := [name for name, found in variants.items() if found]:
         raise UserError(f"{path} was made with {', '.join(unsupported)}, which this DiT does not have")
 
 
 def _faults_without_sizes(parts: Parts, depth: int, qk_norm: bool) -> str:
-    """What can be said by the names alone, and of the tensors that should tell the sizes."""
+    """List the faults that the names alone show, and those of the tensors that should show the sizes."""
     some = complete_dit(DiTModelConfig(
         width=4, depth=depth, heads=1, qk_norm=qk_norm, latent_size=1, latent_channels=1, num_classes=1
     ))

@@ -1,4 +1,4 @@
-"""The DiT's recipe: flow matching as one pass over a batch of latents."""
+"""The DiT's recipe has one pass, flow matching over a batch of latents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megavtp.parallel.pipeline import Runner
 
 
 class FlowMatchingPass(Pass):
-    """Velocity of noisy latents. Noise, times and dropped conditions come with the batch."""
+    """This predicts the velocity of noisy latents. Noise, times and dropped conditions come with the batch."""
 
     name = "flow_matching"
     mode = "velocity"
@@ -24,7 +24,7 @@ class FlowMatchingPass(Pass):
 
     def __init__(self, config: CompleteDiTConfig, share: PassShare, device: torch.device):
         self.share, self.device = share, device
-        self._last: tuple[int, Tensor, Tensor] | None = None  # micro-batch, points and velocities that were made last
+        self._last: tuple[int, Tensor, Tensor] | None = None  # the latest micro-batch, its points and velocities
         self.term_weights = {"cosine": config.flow_matching.cosine_weight}
 
     def prepare(self, run: Runner, batch: LatentBatch) -> int:
@@ -44,7 +44,7 @@ class FlowMatchingPass(Pass):
         return flow_matching_terms(outputs, target, samples_total_local=self.share.local)
 
     def _path(self, micro: int) -> tuple[Tensor, Tensor]:
-        """Points and velocities of a micro-batch; first and last stage, where they are one rank, make them once."""
+        """Return a micro-batch's points and velocities; a rank that is first and last stage computes them once."""
         if self._last is None or self._last[0] != micro:
             batch = self.batch
             made = straight_path(*(self._take(x, micro) for x in (batch.latents, batch.noise, batch.times)))

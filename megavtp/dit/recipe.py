@@ -1,4 +1,4 @@
-"""The training of a DiT: the recipe of one pass, flow matching, over a folder of latents."""
+"""The recipe that trains a DiT has one pass, flow matching, over a folder of latents."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from megavtp.training.telemetry import METRICS_FILE, Telemetry
 
 
 class DiTTraining(Recipe):
-    """Flow matching over the latents of a tokenizer; the average of the weights is what samples are drawn with."""
+    """Flow matching over the latents of a tokenizer; samples are drawn with the average of the weights."""
 
     config: CompleteDiTConfig
 
@@ -83,7 +83,7 @@ class DiTTraining(Recipe):
 
 
 def with_sizes_of(folder: LatentFolder, config: ResolvedDiTConfig) -> CompleteDiTConfig:
-    """``config`` with what the latents decide."""
+    """Return ``config`` with the sizes that the latents decide."""
     channels, size, _ = folder.shape
     return with_latents(
         config, latent_size=size, latent_channels=channels, num_classes=folder.num_classes,
@@ -92,7 +92,7 @@ def with_sizes_of(folder: LatentFolder, config: ResolvedDiTConfig) -> CompleteDi
 
 
 def untrained_classes(model: CompleteDiT, folder: LatentFolder) -> str | None:
-    """What to tell when the model has room for more classes than the latents have."""
+    """Return a note if the model has room for more classes than the latents have."""
     if model.condition != "class" or model.num_classes == folder.num_classes:
         return None
     return (
@@ -102,12 +102,12 @@ def untrained_classes(model: CompleteDiT, folder: LatentFolder) -> str | None:
 
 
 def facts_of(folder: LatentFolder) -> dict:
-    """What a checkpoint states besides its weights: which latents they are for."""
+    """Return what a checkpoint states besides its weights: which latents they are for."""
     return {FACTS: {"visual_tokenizer": folder.artifact.to_dict(), "classes": folder.classes}}
 
 
 def build_model(config: CompleteDiTConfig, mesh: Mesh, device: torch.device) -> AveragedDiT:
-    """The DiT, its average a copy of it."""
+    """Build the DiT, with its average as a copy of it."""
     p = config.parallel
     return build_averaged_dit(
         config.model, mesh, seed=config.seed, device=device, recompute=p.recompute, attention=p.attention,
@@ -116,7 +116,7 @@ def build_model(config: CompleteDiTConfig, mesh: Mesh, device: torch.device) -> 
 
 
 def build_engine(model: AveragedDiT, config: CompleteDiTConfig, mesh: Mesh) -> Engine:
-    """The engine around a model, with its optimizer."""
+    """Build the engine around a model, with its optimizer."""
     optimizer = build_optimizer(
         model.named_parameters(), config.train.optimizer, zero_stage=config.parallel.zero_stage,
         tower_of=lambda name: TOWER,

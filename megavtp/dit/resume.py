@@ -1,4 +1,4 @@
-"""Does a DiT's checkpoint go on in this run? What the names and shapes of its tensors do not tell."""
+"""This checks whether a run can continue a DiT's checkpoint, beyond the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megavtp.errors import UserError
 from megavtp.latents.artifact import check_same_tokenizer
 from megavtp.latents.folder import LatentFolder
 
-# With another value the same weights would mean something else, or some would be left out. May change: the name of the
-# size, and the side of the latents, as positions are not learnt.
+# With other values the same weights would mean something else, or some would be left out. Only the name of the size may
+# change, and the side of the latents, as positions are not learnt.
 _IDENTITY = tuple(f.name for f in fields(DiTModelConfig) if f.name not in ("size", "latent_size"))
 
 
@@ -20,8 +20,8 @@ def check_goes_on(checkpoint: Checkpoint, model: CompleteDiT, folder: LatentFold
     """Compare a run's ``model`` and latents with those that the checkpoint was trained with.
 
     Raises:
-        UserError: it is of another tokenizer's latents, of latents normalised by other statistics, of other classes, or
-            of another model.
+        UserError: it was trained on another tokenizer's latents, on latents normalised by other statistics, on other
+            classes, or as another model.
     """
     where, latents = str(checkpoint.path), str(folder.folder)
     trained_on = artifact_of(checkpoint)

@@ -1,4 +1,4 @@
-"""What a DiT's run would be, in a page of text. No memory is taken, no data is read."""
+"""This describes a DiT's run in a page of text, without taking memory or reading data."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megavtp.planning.summary import bytes_of_state, optimizer_line
 
 
 def dit_parameters(model: ResolvedDiT) -> int:
-    """Trainable parameters, read off the model itself on the meta device; sizes that only the latents decide count as
-    empty."""
+    """Count the trainable parameters of the model on the meta device; sizes that only the latents decide count as
+    zero."""
     sizes = {
         name: getattr(model, name) or 0 for name in ("latent_size", "latent_channels", "num_classes", "caption_width")
     }
@@ -30,7 +30,7 @@ def _shown(size: int | None) -> str:
 
 
 def dit_summary(config: ResolvedDiTConfig, world_size: int) -> str:
-    """The page that ``--dry-run`` prints for a validated ``config`` on ``world_size`` processes."""
+    """Return the page that ``--dry-run`` prints for a validated ``config`` on ``world_size`` processes."""
     p, train, data, model, flow = config.parallel, config.train, config.data, config.model, config.flow_matching
     dp = world_size // (p.tp * p.pp)
     part, count = flow_share(config, dp), dit_parameters(model)

@@ -1,4 +1,4 @@
-"""The rules between a DiT's keys, checked before anything runs. Each error names the keys and the remedy."""
+"""A DiT's keys are checked before anything runs. Each error names the keys and the remedy."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from megavtp.dit.config import (
     swiglu_hidden,
 )
 
-TOWER = "dit"  # the one name that learning rates and gradient norms know
-_MAX_SIDE = 512  # positions of a latent map's side: of 8192 pixels in patches of 16
+TOWER = "dit"  # the only tower, by which learning rates and gradient norms go
+_MAX_SIDE = 512  # positions of a latent map's side: 8192 pixels in patches of 16
 
 
 def validate_dit(config: DiTConfig, world_size: int | None) -> ResolvedDiTConfig:
     """Check ``config`` for a run on ``world_size`` processes and fill the model's sizes.
 
-    ``world_size`` None checks everything but the rules that need it. Raises UserError.
+    With ``world_size`` None, the rules that need it are not checked. Raises UserError.
     """
     resolved = narrowed(
         config, ResolvedDiTConfig, model=check_dit_model(config.model), parallel=with_precision(config.parallel)
@@ -49,9 +49,9 @@ def with_latents(
     config: ResolvedDiTConfig, *, latent_size: int, latent_channels: int, num_classes: int, caption_width: int | None,
     has_flips: bool,
 ) -> CompleteDiTConfig:
-    """``config`` with the sizes of the latents in ``data.root``, which keys that are given must equal.
+    """Return ``config`` with the sizes of the latents in ``data.root``; keys that are given must agree with them.
 
-    More classes than the latents have may be given: the labels of a part of a data set.
+    More classes than the latents have may be given: these may be a part of a data set.
     """
     model = config.model
     found: dict[str, int | None] = {"latent_size": latent_size, "latent_channels": latent_channels}
@@ -81,7 +81,7 @@ def with_latents(
 
 
 def flow_share(config: DiTConfig, dp: int) -> PassShare:
-    """What one of ``dp`` data-parallel ranks does of a step of a validated ``config``."""
+    """Return what one of ``dp`` data-parallel ranks does in a step of a validated ``config``."""
     local = config.train.batch_size // dp
     return PassShare(config.train.batch_size, local, config.flow_matching.micro_batch or local)
 
@@ -102,7 +102,7 @@ def _numbers(config: ResolvedDiTConfig) -> None:
 
 
 def check_dit_model(given: DiTModelConfig) -> ResolvedDiT:
-    """The model of a recipe or of a file with weights, with its sizes filled, which are checked by themselves.
+    """Fill and check the sizes of a model, which a recipe or a file with weights gives, on their own.
 
     Raises UserError.
     """

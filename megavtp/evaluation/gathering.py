@@ -1,4 +1,4 @@
-"""Per-sample results of all data-parallel ranks, brought together on each of them."""
+"""Every data-parallel rank collects the per-sample results of all."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 from megavtp.parallel.collectives import all_gather
 from megavtp.parallel.mesh import Mesh
 
-_CHUNK_ELEMENTS = 2**22  # of one exchange: bounds the device memory next to a training state
+_CHUNK_ELEMENTS = 2**22  # elements of one exchange, a bound on the device memory beside a training state
 
 
 def gather_rows(x: Tensor, mesh: Mesh, device: torch.device) -> Tensor:
     """Concatenate the dp ranks' ``x`` (n_rank, ...) in rank order to (sum of n_rank, ...) on the CPU.
 
-    The row counts may differ, also be zero. ``device`` is where the collectives run.
+    The row counts may differ or be zero. ``device`` is where the collectives run.
     """
     if mesh.dp == 1:
         return x.cpu()

@@ -1,6 +1,6 @@
-"""Nearest-neighbour ranking in blocks, so that no all-pairs matrix ever exists.
+"""Nearest neighbours are ranked in blocks, so that no matrix of all pairs ever exists.
 
-Shape letters: q queries, g gallery entries, E features.
+Letters: q queries, g gallery entries, E features.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_BLOCK_SCORES = 2**24  # similarities that exist at one time: 64 MiB of float32
+_BLOCK_SCORES = 2**24  # similarities held at one time, 64 MiB of float32
 _NEVER = torch.iinfo(torch.int64).max
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of ``rows`` such that a block of (slice, columns) scores stays small. They depend on sizes only."""
+    """Divide ``rows`` into slices with small blocks of (slice, columns) scores. They depend on the sizes only."""
     step = max(1, _BLOCK_SCORES // max(1, columns))
     return (slice(start, start + step) for start in range(0, rows, step))
 
@@ -25,11 +25,11 @@ def match_rank(
     queries: Tensor, gallery: Tensor, query_id: Tensor, gallery_id: Tensor,
     query_group: Tensor | None = None, gallery_group: Tensor | None = None,
 ) -> Tensor:
-    """How many wrong gallery entries are at least as similar to each query as its best match: (q,), 0 = found first.
+    """Count the wrong gallery entries at least as similar to each query as its best match: (q,), 0 = found first.
 
-    A gallery entry (g, E) matches a query (q, E) when the ids agree. With groups given, entries of the query's own
-    group are no candidates. A tie counts against the query, as does a NaN: a collapsed or diverged model scores
-    zero, not full marks. A query without a match never ranks below any k.
+    A gallery entry (g, E) matches a query (q, E) if the ids agree. With groups, entries of the query's own group are no
+    candidates. A tie counts against the query, as does a NaN, so a collapsed or diverged model scores zero rather than
+    full marks. A query without a match never ranks below any k.
     """
     ranks = torch.empty(len(queries), dtype=torch.long, device=queries.device)
     for rows in row_blocks(len(queries), len(gallery)):
@@ -47,14 +47,14 @@ def match_rank(
 
 
 def recall(ranks: Tensor, k: int) -> float:
-    """Share of queries whose match is among the first k."""
+    """Return the share of queries whose match is among the first k."""
     return (ranks < k).double().mean().item()
 
 
 def chance_recall(matches: Tensor, candidates: Tensor, k: int) -> float:
-    """Expected recall at k of a random order, when query i has ``matches[i]`` right ones of ``candidates[i]``.
+    """Return the expected recall at k of a random order, if ``matches[i]`` of ``candidates[i]`` match query i.
 
-    1 - C(n - m, k) / C(n, k), averaged over the queries.
+    This is 1 - C(n - m, k) / C(n, k), averaged over the queries.
     """
     n, m = candidates.double(), matches.double()
     miss = torch.ones_like(n)

@@ -1,4 +1,4 @@
-"""Metrics for people and for programs."""
+"""Metrics are written for people and for programs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from megavtp.data.files import write_json
 from megavtp.errors import UserError
 
 _CHANCE = "chance/"
-_NUMBERS = ("reconstruction/", "generation/")  # the others are shares of all samples, shown in percent
+_NUMBERS = ("reconstruction/", "generation/")  # all others are shares of the samples, shown in percent
 
 
 def format_table(metrics: Mapping[str, float], compare: Mapping[str, Mapping[str, float]] | None = None) -> str:
-    """A plain-text table: a line per metric, its value, a column for each of ``compare`` and the chance level."""
+    """Format a plain-text table: a line per metric with its value, a column for each of ``compare``, and chance."""
     compare = dict(compare or {})
     rows = [["metric", "value", *compare, "chance"]]
     for name in metrics:
@@ -41,7 +41,7 @@ def _show(name: str, value: float | None) -> str:
 
 
 def write_metrics(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write nested metrics as JSON, beside and then renamed into place; a value that is not finite becomes null."""
+    """Write nested metrics as JSON and rename the file into place; a value that is not finite becomes null."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Build a VTP whose every number is accounted for, and fill it from full tensors."""
+"""This builds a VTP in which no weight stays uninitialised, and fills one from whole tensors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from megavtp.config.sizes import ResolvedModel
-from megavtp.errors import UserError
+from megavtp.models.fitting import load_whole
 from megavtp.models.init import initialise
 from megavtp.models.vtp import OBJECTIVES, VTP
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute
 from megavtp.parallel.mesh import SINGLE, Mesh
-from megavtp.parallel.sharding import cut, mark, shard_of
+from megavtp.parallel.sharding import mark, shard_of
 
 
 def build_vtp(
@@ -24,10 +24,9 @@ def build_vtp(
     device: torch.device | str = "cpu", recompute: Recompute = "none", attention: Kernel = "auto",
     max_scale: float = 100.0, compute_dtype: torch.dtype = torch.float32, frozen_encoder: bool = False,
 ) -> VTP:
-    """The model in float32 on ``device``, initialised; the same full weights for every ``mesh``.
+    """Build an initialised model in float32 on ``device``; its whole weights are the same for every ``mesh``.
 
-    ``config`` has resolved sizes. Memory is filled with NaN before the initial values, and checked after, so that a
-    parameter nobody initialises cannot hide.
+    Memory is filled with NaN before the initial values and checked after, so that no uninitialised parameter can hide.
     """
     with torch.device("meta"):
         model = VTP(
@@ -43,7 +42,7 @@ def build_vtp(
 
 @contextmanager
 def realised(model: nn.Module, device: torch.device | str) -> Iterator[None]:
-    """Give a model from the meta device memory, filled with NaN; the block has to give every parameter a value."""
+    """Give a model on the meta device memory filled with NaN; the ``with`` block must then fill every parameter."""
     shards = {name: s for name, parameter in model.named_parameters() if (s := shard_of(parameter)) is not None}
     model.to_empty(device=device)  # makes new parameter objects, without their attributes
     for name, parameter in model.named_parameters():
@@ -58,29 +57,13 @@ def realised(model: nn.Module, device: torch.device | str) -> Iterator[None]:
 
 
 def load_full(model: VTP, tensors: Mapping[str, Tensor]) -> None:
-    """Copy full (uncut) tensors into this rank's slices, by logical name.
+    """Copy whole (uncut) tensors into this rank's slices, by logical name.
 
     ``tensors`` may leave out the teacher, which then becomes a copy of the student, and buffers, which keep their
     values. UserError names everything else that is missing, unexpected or of the wrong shape.
     """
-    parameters = dict(model.named_parameters())
-    own = {**parameters, **dict(model.named_buffers())}
     has_teacher = any(name.startswith("teacher.") for name in tensors)
-    faults = [f"unexpected {name}" for name in tensors if name not in own]
-    for name, parameter in parameters.items():
-        if name not in tensors:
-            if has_teacher or not name.startswith("teacher."):
-                faults.append(f"missing {name}")
-            continue
-        shape, shard = list(parameter.shape), shard_of(parameter)
-        if shard is not None:
-            shape[shard.dim] *= model.mesh.tp
-        if list(tensors[name].shape) != shape:
-            faults.append(f"{name} has shape {list(tensors[name].shape)}, not {shape}")
-    if faults:
-        raise UserError("the weights do not fit the model config: " + "; ".join(faults))
-    with torch.no_grad():
-        for name, value in tensors.items():
-            own[name].copy_(cut(value, shard_of(own[name]), model.mesh.tp_rank, model.mesh.tp))
+    names = [name for name, _ in model.named_parameters() if has_teacher or not name.startswith("teacher.")]
+    load_whole(model, tensors, model.mesh, names)
     if "self_distillation" in model.objectives and not has_teacher:
         model.start_teacher()

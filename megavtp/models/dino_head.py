@@ -1,4 +1,4 @@
-"""The DINO projection head (arXiv 2104.14294); one head serves class tokens and masked patches."""
+"""This is the DINO projection head (arXiv 2104.14294); one head serves class tokens and masked patches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Prototypes(nn.Module):
 
 
 def _mlp(sizes: list[int], mesh: Mesh) -> nn.Sequential:
-    """Linears with GELU between, alternately column- and row-parallel; an odd last one takes a whole input."""
+    """Stack linears and GELU. The linears are column- and row-parallel in turn; an odd last one reads all of x."""
     layers: list[nn.Module] = []
     for index, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
         if index % 2 == 0 and index + 2 < len(sizes):
@@ -43,7 +43,7 @@ def _mlp(sizes: list[int], mesh: Mesh) -> nn.Sequential:
 
 
 class DinoHead(nn.Module):
-    """MLP, L2 norm, prototypes."""
+    """An MLP, an L2 norm, then the prototypes."""
 
     def __init__(self, in_dim: int, config: DinoHeadConfig, mesh: Mesh = SINGLE):
         super().__init__()
@@ -53,9 +53,9 @@ class DinoHead(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (n, in_dim) -> unit features (n, bottleneck) and prototypes (K / tp, bottleneck).
 
-        The logits, features @ prototypes^T, are left to the loss: it never holds all (n, K) of them at once.
+        The loss computes the logits, features @ prototypes^T, itself: it never holds all (n, K) of them at once.
         """
         x = self.mlp(x)
-        # Normalised in float32, but handed on in the dtype of the compute: autocast on CUDA would leave float32, and
-        # the logits, the largest products of a step, would miss the fast 16-bit units.
+        # The norm is computed in float32, but the result has the dtype of the compute: autocast on CUDA would leave
+        # float32, and the logits, the largest products of a step, would miss the fast 16-bit units.
         return F.normalize(x.float(), dim=-1).to(x.dtype), self.last_layer()

@@ -1,8 +1,8 @@
-"""Initial values, the same on every layout.
+"""Initial values are the same on every layout.
 
 Every full tensor is drawn from its own generator, seeded by (seed, logical name), and each rank keeps its cut. The
-distributions are those of the official training class: ViT linears truncated normal (0.02 by default), the text tower
-CLIP's own scheme (arXiv 2103.00020), the rest torch's defaults.
+distributions are those of the official training class: a truncated normal (0.02 by default) for ViT linears, CLIP's
+own scheme (arXiv 2103.00020) for the text tower, torch's defaults for the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megavtp.models.vtp import DEFAULT_LOGIT_SCALE
 from megavtp.nn.rope import AxialRope
 from megavtp.nn.seeded import named_generator
 from megavtp.parallel.mesh import Mesh
-from megavtp.parallel.sharding import cut, shard_of
+from megavtp.parallel.sharding import cut, shard_of, whole_shape
 
 Fill = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -33,7 +33,7 @@ def normal(std: float) -> Fill:
 
 
 def _uniform(fan_in: int) -> Fill:
-    """Torch's default of linears and convolutions."""
+    """Torch's default for linears and convolutions."""
     bound = 1 / math.sqrt(fan_in)
     return lambda t, g: t.uniform_(-bound, bound, generator=g)
 
@@ -43,7 +43,7 @@ def _trunc_normal(std: float) -> Fill:
 
 
 def _rules(config: ResolvedModel) -> list[tuple[str, Fill]]:
-    """(pattern of the whole logical name, distribution); the first match counts."""
+    """Pair patterns of the whole logical name with distributions; the first match counts."""
     text, width = config.text, config.text.width
     residual = width**-0.5 * (2 * text.depth) ** -0.5
     scale = DEFAULT_LOGIT_SCALE if not config.init_logit_scale else config.init_logit_scale
@@ -73,7 +73,7 @@ def _rules(config: ResolvedModel) -> list[tuple[str, Fill]]:
 
 
 def initialise(model: nn.Module, config: ResolvedModel, mesh: Mesh, seed: int) -> None:
-    """Fill every parameter of a VTP (or of a part with the same names) but the teacher's, and the RoPE buffers."""
+    """Fill the RoPE buffers of a VTP (or of a part with the same names) and every parameter but the teacher's."""
     student = ((name, p) for name, p in model.named_parameters() if not name.startswith("teacher."))
     fill_parameters(student, _rules(config), mesh, seed)
     for module in model.modules():
@@ -93,8 +93,6 @@ def fill_parameters(
 
 
 def _draw(name: str, parameter: Tensor, fill: Fill, mesh: Mesh, seed: int) -> Tensor:
-    shape, shard = list(parameter.shape), shard_of(parameter)
-    if shard is not None:
-        shape[shard.dim] *= mesh.tp
+    shape = whole_shape(parameter.shape, shard_of(parameter), mesh.tp)
     with torch.no_grad():
         return fill(torch.empty(shape), named_generator(f"init/{seed}/{name}"))

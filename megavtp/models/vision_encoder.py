@@ -1,6 +1,6 @@
-"""The ViT encoder ("trunk"): patches -> tokens -> optional bottleneck (VTP, arXiv 2512.13687).
+"""This is the ViT encoder ("trunk"), from patches to tokens and an optional bottleneck (VTP, arXiv 2512.13687).
 
-Letters: b images, N patches, D width. A sequence is one class token, then the patches in row-major order.
+Letters: b images, N patches, D width. A sequence has one class token, then the patches in row-major order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megavtp.parallel.striping import Stripe, whole
 
 
 class PatchEmbed(nn.Module):
-    """(b, 3, H, W) -> (b, N, D), patches in row-major order."""
+    """Embeds images (b, 3, H, W) as patches (b, N, D) in row-major order."""
 
     def __init__(self, patch: int, width: int):
         super().__init__()
@@ -45,7 +45,7 @@ class PatchEmbed(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Takes crops of several sizes at once; all tokens run through norms and linears as one packed tensor."""
+    """This encodes crops of several sizes at once; all tokens run through norms and linears as one packed tensor."""
 
     def __init__(
         self, config: ResolvedModel, mesh: Mesh = SINGLE, *, stripe: Stripe | None = None,
@@ -83,20 +83,20 @@ class VisionEncoder(nn.Module):
         layers: Sequence[int] | None = None, normalise: bool = True, chunk: int | None = None,
         x: Tensor | None = None,
     ) -> list[Tensor] | list[list[Tensor]] | Tensor:
-        """Tokens after the final norm, before the bottleneck, per crop size.
+        """Return the tokens after the final norm, before the bottleneck, per crop size.
 
         Args:
             crops: images (b, 3, H, W), one tensor per crop size.
             masks: per crop size (b, N) bool, true = the patch is replaced by the mask token; or None.
             drop: stochastic-depth plan with one segment per crop size.
-            layers: return the tokens after these blocks (negative counts from the end) instead of the last one's,
-                as one list over crop sizes per block.
+            layers: return the tokens after these blocks (negative numbers count from the end) instead of the last
+                block's, as one list over crop sizes per block.
             normalise: apply the final norm to what is returned.
             chunk: run one chunk of the tower; None = all of it.
-            x: packed tokens (T, D) that enter a chunk after the first, which reads of crops and masks only the shapes.
+            x: packed tokens (T, D) that enter a chunk after the first, which reads only the shapes of crops and masks.
 
         Returns:
-            list of (b, 1 + N, D), or with ``layers`` a list of such lists; from a chunk before the last, packed tokens.
+            A list of (b, 1 + N, D); with ``layers`` a list of such lists; from a chunk before the last packed tokens.
         """
         part = self.stripe.part(chunk)
         grids = [(crop.shape[-2] // self.patch, crop.shape[-1] // self.patch) for crop in crops]
@@ -117,7 +117,7 @@ class VisionEncoder(nn.Module):
         return unpacked[0] if wanted is None else unpacked
 
     def bottleneck(self, features: Tensor) -> Tensor:
-        """The linear map to latent channels, (..., D) -> (..., bottleneck); the identity when the widths agree."""
+        """Map features (..., D) linearly to latent channels (..., bottleneck); the identity if the widths agree."""
         return features if self.feature_bottleneck is None else self.feature_bottleneck(features)
 
     def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The joint model: one trunk, trained by contrast with text, self-distillation and reconstruction (arXiv 2512.13687).
+"""The joint model trains one trunk by contrast with text, self-distillation and reconstruction (arXiv 2512.13687).
 
 Letters: b images, c global crops, N patches, D width, E embedding width, K prototypes, m masked patches.
 """
@@ -30,15 +30,15 @@ from megavtp.nn.precision import computing_in
 from megavtp.nn.split import share
 from megavtp.parallel.layers import RowParallelLinear
 from megavtp.parallel.mesh import SINGLE, Mesh
-from megavtp.parallel.striping import FlowSpec, Stripe
+from megavtp.parallel.striping import ActivationSpec, Stripe
 
 OBJECTIVES = frozenset({"contrastive", "self_distillation", "reconstruction"})
 DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
-Leg = Callable[..., Any]  # a method (chunk, flow, **inputs) that runs one chunk of one tower
+Leg = Callable[..., Any]  # a method (chunk, activations, **inputs) that runs one chunk of one tower
 
 
 class Teacher(nn.Module):
-    """Moving average of the student's trunk and head; never trained by gradient."""
+    """The moving average of the student's trunk and head; no gradient trains it."""
 
     def __init__(self, trunk: VisionEncoder, dino_head: DinoHead | None):
         super().__init__()
@@ -52,18 +52,18 @@ class VTP(nn.Module):
     hook the root module's forward.
 
     Under pipeline parallelism a rank holds its chunks of every tower, under their names in the whole model: the
-    embeddings on the first rank, what comes after the blocks on the last.
+    embeddings are on the first rank, the layers after the blocks on the last.
 
-    Parameters come uninitialised: use ``models.build.build_vtp``.
+    Parameters are uninitialised: use ``models.build.build_vtp``.
 
     Args:
-        config: with resolved sizes (no None among widths, depths and heads).
+        config: the resolved model.
         mesh: tensor- and pipeline-parallel layout.
         objectives: subset of ``OBJECTIVES``; the trunk is always there.
-        recompute: what the trained towers' blocks make again in the backward pass, see ``nn.block``.
+        recompute: what the trained towers' blocks recompute in the backward pass, see ``nn.block``.
         attention: kernel choice, see ``nn.attention_kernels``.
         max_scale: ceiling of the contrastive temperature, as a factor on the cosine similarities.
-        compute_dtype: of the matrix products (autocast); parameters stay float32.
+        compute_dtype: dtype of the matrix products (autocast); parameters stay float32.
         frozen_encoder: the trunk is not trained.
     """
 
@@ -100,7 +100,7 @@ class VTP(nn.Module):
             self.trunk.feature_bottleneck.requires_grad_(False)
         if frozen_encoder:
             self.trunk.requires_grad_(False)
-        # Mode -> its legs: the towers that a pass goes through one after another.
+        # Each mode maps to its legs: the towers that the pass goes through one after another.
         self._routes: dict[str, tuple[Leg, ...]] = {
             "contrastive": (self._contrast,), "teacher": (self._teach,), "student": (self._study,),
             "reconstruction": (self._encode, self._decode), "encode": (self._encode,), "decode": (self._decode,),
@@ -117,29 +117,29 @@ class VTP(nn.Module):
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.logit_bias = nn.Parameter(torch.empty(1)) if self.config.init_logit_bias is not None else None
 
-    def forward(self, mode: str, stage: int | None = None, flow: Sequence[Tensor] = (), **inputs: Any) -> Any:
+    def forward(self, mode: str, stage: int | None = None, activations: Sequence[Tensor] = (), **inputs: Any) -> Any:
         """Run the pass ``mode``: contrastive, teacher, student, reconstruction, encode, decode, encode_image,
         encode_text or features; the methods of those names say what goes in and comes out.
 
-        With ``stage``, only that stage of the pass, which this rank must hold: ``flow`` is what the stage before
-        returned, and of ``inputs`` a stage after the first reads no pixels, only their shape.
+        With ``stage``, run only that stage of the pass, which this rank must hold. ``activations`` is what the previous
+        stage returned; a stage after the first reads only the shape of the pixels in ``inputs``.
         """
         with self.precision():
             if stage is not None:
                 leg, chunk = divmod(stage, self.mesh.chunks)
-                result = self._routes[mode][leg](chunk, flow, **inputs)
+                result = self._routes[mode][leg](chunk, activations, **inputs)
                 return (result,) if self._ends(chunk) and leg + 1 < self.legs(mode) else result
             for run_leg in self._routes[mode]:
-                result = run_leg(None, flow, **inputs)
-                flow = (result,)
+                result = run_leg(None, activations, **inputs)
+                activations = (result,)
             return result
 
     def legs(self, mode: str) -> int:
-        """How many towers the pass goes through one after another; each is as many stages as it has chunks."""
+        """Count the towers that the pass goes through one after another; each has one stage per chunk."""
         return len(self._routes[mode])
 
-    def flow(self, mode: str, stage: int, **inputs: Any) -> list[FlowSpec]:
-        """Shape and dtype of each tensor that enters ``stage`` > 0 of a pass with these inputs (shapes suffice)."""
+    def activation_specs(self, mode: str, stage: int, **inputs: Any) -> list[ActivationSpec]:
+        """Give shape and dtype of each tensor that enters ``stage`` > 0 of a pass with such inputs (shapes suffice)."""
         leg, chunk = divmod(stage, self.mesh.chunks)
         if self._routes[mode][leg] == self._decode:
             latents = self._latent_shape(**inputs)
@@ -148,7 +148,7 @@ class VTP(nn.Module):
                 return [(latents, self.compute_dtype if bottleneck else torch.float32)]
             return [((latents[0] * latents[2] * latents[3], self.config.decoder.width), torch.float32)]
         # The residual streams stay in float32, whatever the compute.
-        specs: list[FlowSpec] = []
+        specs: list[ActivationSpec] = []
         if crops := [inputs[n] for n in ("images", "global_crops", "local_crops") if inputs.get(n) is not None]:
             patch = self.config.patch_size
             tokens = sum(len(x) * (1 + x.shape[-2] // patch * (x.shape[-1] // patch)) for x in crops)
@@ -168,20 +168,21 @@ class VTP(nn.Module):
         """Return the context in which the model computes."""
         return computing_in(self.compute_dtype, self.trunk.rope_embed.periods.device)
 
-    # Legs. Each runs one chunk of a tower (None: all of it) and returns the flow to the next, or at its end the result.
-    # What flows goes by position: ZeRO-3 sees from positional tensors when a module's backward is over.
+    # Legs. Each runs one chunk of a tower (None: all of it) and returns the activations for the next, or at the tower's
+    # end its result. Activations go by position: ZeRO-3 sees from positional tensors when a module's backward is over.
 
     def _contrast(
-        self, chunk: int | None, flow: Sequence[Tensor], images: Tensor, tokens: Tensor, drop: DropPlan | None = None
+        self, chunk: int | None, activations: Sequence[Tensor], images: Tensor, tokens: Tensor,
+        drop: DropPlan | None = None,
     ) -> tuple[Tensor | None, ...]:
-        """images (b, 3, H, W) and tokens (b, L) -> unit features (b, E) of both in float32, scale (), bias () or None.
+        """Map images (b, 3, H, W) and tokens (b, L) to unit features (b, E) of both, scale (), and bias () or None.
 
-        The optimizer keeps the scale's parameter at its ceiling; only weights from elsewhere can be above it. It is
-        straight-through: the value is clamped, the gradient is not, so a parameter at the ceiling can come down again,
-        and gradients of parts of a batch still add up to the whole's.
+        The optimizer keeps the scale's parameter below its ceiling; only weights from elsewhere can exceed it. The
+        clamp is straight-through: it limits the value but not the gradient, so a parameter at the ceiling can come down
+        again, and the gradients of parts of a batch still add up to the whole batch's.
         """
-        image = self._run_trunk(chunk, flow[:1], [images], drop=drop)
-        text = self.text(tokens, chunk, *flow[1:])
+        image = self._run_trunk(chunk, activations[:1], [images], drop=drop)
+        text = self.text(tokens, chunk, *activations[1:])
         if not self._ends(chunk):
             return image, text
         log_scale = self.logit_scale.float().squeeze(0)
@@ -191,16 +192,16 @@ class VTP(nn.Module):
 
     @torch.no_grad()
     def _teach(
-        self, chunk: int | None, flow: Sequence[Tensor], global_crops: Tensor, masked_rows: Tensor
+        self, chunk: int | None, activations: Sequence[Tensor], global_crops: Tensor, masked_rows: Tensor
     ) -> tuple[Tensor, ...]:
-        """The teacher's targets, from unmasked crops.
+        """Compute the teacher's targets from unmasked crops.
 
-        global_crops (c * b, 3, H, W), crop-major; masked_rows (m,): masked patches as indices into (c * b * N).
+        global_crops (c * b, 3, H, W) are crop-major; masked_rows (m,) index the masked patches in (c * b * N).
         Returns unit head features of the class tokens (c * b, bottleneck; in the order of the crops, not swapped)
         and of the masked patches (m, bottleneck), and prototypes (K / tp, bottleneck).
         """
         trunk = self.teacher.trunk
-        tokens = self._run_trunk(chunk, flow, [global_crops], trunk=trunk)
+        tokens = self._run_trunk(chunk, activations, [global_crops], trunk=trunk)
         if not self._ends(chunk):
             return (tokens,)
         assert self.teacher.dino_head is not None  # it is on the last stage
@@ -210,12 +211,12 @@ class VTP(nn.Module):
         return cls, masked, prototypes
 
     def _study(
-        self, chunk: int | None, flow: Sequence[Tensor], global_crops: Tensor, masks: Tensor, masked_rows: Tensor,
-        local_crops: Tensor | None = None, drop: DropPlan | None = None,
+        self, chunk: int | None, activations: Sequence[Tensor], global_crops: Tensor, masks: Tensor,
+        masked_rows: Tensor, local_crops: Tensor | None = None, drop: DropPlan | None = None,
     ) -> tuple[Tensor, ...]:
-        """The student's side: masked global crops and local crops, one packed pass.
+        """Run the student on masked global crops and on local crops in one packed pass.
 
-        masks (c * b, N) bool; ``drop`` has a segment for the global crops and, if there are any, one for the local
+        masks are (c * b, N) bool; ``drop`` has a segment for the global crops and, if there are any, one for the local
         crops. Returns unit head features of the global class tokens, the local class tokens and the masked patches,
         the prototypes, and the global class tokens before the head (c * b, D), which KoLeo reads.
         """
@@ -223,7 +224,7 @@ class VTP(nn.Module):
         crop_masks: list[Tensor | None] = [masks]
         if local_crops is not None and len(local_crops):
             crops, crop_masks = [*crops, local_crops], [*crop_masks, None]
-        tokens = self._run_trunk(chunk, flow, crops, crop_masks, drop)
+        tokens = self._run_trunk(chunk, activations, crops, crop_masks, drop)
         if not self._ends(chunk):
             return (tokens,)
         assert self.dino_head is not None  # it is on the last stage
@@ -235,60 +236,64 @@ class VTP(nn.Module):
         return global_cls, local_cls, masked, prototypes, inputs[0]
 
     def _encode(
-        self, chunk: int | None, flow: Sequence[Tensor], images: Tensor, drop: DropPlan | None = None,
+        self, chunk: int | None, activations: Sequence[Tensor], images: Tensor, drop: DropPlan | None = None,
         noise: LatentNoise | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """images (b, 3, H, W), normalised -> latents (b, bottleneck, H / patch, W / patch)."""
-        tokens = self._run_trunk(chunk, flow, [images], drop=drop)
+        """Encode normalised images (b, 3, H, W) to latents (b, bottleneck, H / patch, W / patch)."""
+        tokens = self._run_trunk(chunk, activations, [images], drop=drop)
         if not self._ends(chunk):
             return (tokens,)
         shape = self._latent_shape(images)
         return self.trunk.bottleneck(tokens[0][:, 1:]).transpose(1, 2).unflatten(2, shape[2:])
 
     def _decode(
-        self, chunk: int | None, flow: Sequence[Tensor], latents: Tensor | None = None, images: Tensor | None = None,
-        drop: DropPlan | None = None, noise: LatentNoise | None = None,
+        self, chunk: int | None, activations: Sequence[Tensor], latents: Tensor | None = None,
+        images: Tensor | None = None, drop: DropPlan | None = None, noise: LatentNoise | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """latents, given or just encoded from ``images`` -> images (b, 3, H, W) in the encoder's normalised space.
+        """Decode latents to images (b, 3, H, W), normalised as the encoder's input; ``noise`` is added to them first.
 
-        ``noise`` is added to the latents first.
+        The latents are given, or the previous leg has just encoded them from ``images``.
         """
         if chunk:
-            latents, x = torch.empty(self._latent_shape(images, latents), device="meta"), flow[0]
+            latents, x = torch.empty(self._latent_shape(images, latents), device="meta"), activations[0]
         else:
-            latents, x = flow[0] if flow else latents, None
+            latents, x = activations[0] if activations else latents, None
             if latents is not None and noise is not None:
                 latents = noise.add(latents)
         x = self.pixel_decoder(latents, chunk, x)
         return x if self._ends(chunk) else (x,)
 
-    def _embed_image(self, chunk: int | None, flow: Sequence[Tensor], images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Unit image features (b, E), float32."""
-        tokens = self._run_trunk(chunk, flow, [images])
+    def _embed_image(
+        self, chunk: int | None, activations: Sequence[Tensor], images: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Return unit image features (b, E) in float32."""
+        tokens = self._run_trunk(chunk, activations, [images])
         return self._image_feature(tokens[0]) if self._ends(chunk) else (tokens,)
 
-    def _embed_text(self, chunk: int | None, flow: Sequence[Tensor], tokens: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Unit text features (b, E), float32."""
-        x = self.text(tokens, chunk, *flow)
+    def _embed_text(
+        self, chunk: int | None, activations: Sequence[Tensor], tokens: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Return unit text features (b, E) in float32."""
+        x = self.text(tokens, chunk, *activations)
         return F.normalize(x.float(), dim=-1) if self._ends(chunk) else (x,)
 
     def _features(
-        self, chunk: int | None, flow: Sequence[Tensor], images: Tensor, layers: Sequence[int] | None = None
+        self, chunk: int | None, activations: Sequence[Tensor], images: Tensor, layers: Sequence[int] | None = None
     ) -> Any:
-        """Class token (b, D) and patch tokens (b, N, D) after the final norm, before the bottleneck; with ``layers``
-        (block indices) a list of such pairs, the norm applied to each."""
+        """Return class token (b, D) and patch tokens (b, N, D) after the final norm, before the bottleneck; with
+        ``layers`` (block indices) a list of such pairs, each of them normalised."""
         if layers is not None:
             if chunk is not None:
                 raise UserError("features of inner layers need the whole encoder on one rank: set parallel.pp=1")
             return [(tokens[:, 0], tokens[:, 1:]) for (tokens,) in self.trunk([images], layers=layers)]
-        tokens = self._run_trunk(chunk, flow, [images])
+        tokens = self._run_trunk(chunk, activations, [images])
         return (tokens[0][:, 0], tokens[0][:, 1:]) if self._ends(chunk) else (tokens,)
 
     def _run_trunk(
-        self, chunk: int | None, flow: Sequence[Tensor], crops: list[Tensor],
+        self, chunk: int | None, activations: Sequence[Tensor], crops: list[Tensor],
         masks: Sequence[Tensor | None] | None = None, drop: DropPlan | None = None, trunk: VisionEncoder | None = None,
     ) -> Any:
-        return (trunk or self.trunk)(crops, masks, drop, None, True, chunk, *flow)
+        return (trunk or self.trunk)(crops, masks, drop, None, True, chunk, *activations)
 
     def _ends(self, chunk: int | None) -> bool:
         return chunk is None or chunk == self.mesh.chunks - 1
@@ -300,19 +305,19 @@ class VTP(nn.Module):
         return F.normalize(self.visual_proj(feature).float(), dim=-1)
 
     def _wide(self, trunk: VisionEncoder, features: Tensor) -> Tensor:
-        """What the contrastive and self-distillation objectives read: full width, or the bottleneck if it is shared."""
+        """Return what the contrastive and self-distillation objectives read: full width, or a shared bottleneck."""
         return features if self.config.bottleneck_reconstruction_only else trunk.bottleneck(features)
 
     def _pick(self, trunk: VisionEncoder, tokens: Tensor, patch_rows: Tensor) -> Tensor:
         patches = tokens.shape[1] - 1
-        # Index the packed tokens, class tokens included: no copy of all the patches.
+        # Indexing the packed tokens, class tokens included, avoids a copy of all patches.
         rows = patch_rows + torch.div(patch_rows, patches, rounding_mode="floor") + 1
         return self._wide(trunk, tokens.flatten(0, 1).index_select(0, rows))
 
     # Teacher
 
     def teacher_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """(teacher, student) parameters, always in the same order."""
+        """Pair (teacher, student) parameters, always in the same order."""
         return [(self.get_parameter(f"teacher.{name}"), student) for name, student in self._distilled()]
 
     def start_teacher(self) -> None:

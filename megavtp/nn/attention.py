@@ -1,4 +1,4 @@
-"""Multi-head self-attention over packed sequences, heads cut over tensor-parallel ranks."""
+"""Multi-head self-attention over packed sequences; tensor-parallel ranks share the heads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megavtp.parallel.sequence import TokenCut
 
 
 class HeadNorm(RMSNorm):
-    """RMS norm over the head dimension of this rank's heads.
+    """An RMS norm over the head dimension of this rank's heads.
 
     Every rank holds the whole weight but sees only its heads, so the weight's gradient is summed over tp.
     """
@@ -33,9 +33,9 @@ class HeadNorm(RMSNorm):
 
 
 class Attention(nn.Module):
-    """Fused q, k, v projection, optional q/k norm, rotary positions, attention, output projection.
+    """Fused q, k, v projection, optional norm of q and k, rotary positions, attention, output projection.
 
-    ``rotation`` applies a table to queries or keys: ``rope.rotate`` turns channel k with k + h/2, other models pair
+    ``rotation`` applies a table to queries or keys: ``rope.rotate`` rotates channel k with k + h/2; other models pair
     other channels.
     """
 
@@ -57,20 +57,20 @@ class Attention(nn.Module):
         self.proj = RowParallelLinear(width, width, mesh=mesh)
 
     def forward(self, x: Tensor, segments: Segments, tables: Sequence[RotaryTable] | None = None) -> Tensor:
-        """x (T, width), packed as ``segments`` says; ``tables``: rotary table of each segment -> (T, width)."""
+        """Attend in x (T, width), packed as ``segments`` says, with a rotary table per segment; return (T, width)."""
         return self.contract(self.expand(x), None, segments, tables)
 
     def expand(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
-        """The first matrix product: q, k, v of this rank's heads, (T, 3 * width / tp)."""
+        """Compute the first matrix product: q, k, v of this rank's heads, (T, 3 * width / tp)."""
         return self.qkv(x, cut)
 
     def contract(
         self, qkv: Tensor, cut: TokenCut | None, segments: Segments, tables: Sequence[RotaryTable] | None = None
     ) -> Tensor:
-        """All that follows it."""
+        """Compute all that follows the first matrix product."""
         q, k, v = qkv.unflatten(-1, (3, self.local_heads, self.head_dim)).unbind(1)
         if self.q_norm is not None and self.k_norm is not None:
-            # Back to 16 bits where the norm's float32 weights raised them: the fast kernels take nothing else.
+            # The norm's float32 weights may have raised 16 bits to 32, which the fast kernels do not take.
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if tables is not None:
             q, k = (_rotate_packed(y, segments, tables, self.rotation) for y in (q, k))

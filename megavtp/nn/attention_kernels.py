@@ -1,4 +1,4 @@
-"""Which kernel computes attention. One function, ``attend``; the choice never changes the result beyond rounding.
+"""``attend`` chooses the kernel that computes attention; the choice never changes the result beyond rounding.
 
 Letters: T tokens of all sequences, H local heads, h head dimension, b sequences of length L in one segment.
 """
@@ -23,8 +23,8 @@ Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]  # q, k, 
 
 @cache
 def find_varlen() -> Varlen | None:
-    """A variable-length kernel: flash-attn's, else torch's, else None. Found by import, not by package metadata:
-    flash-attn installs without its compiled part."""
+    """Find a variable-length kernel: flash-attn's, else torch's, else None. An import decides, not package metadata, as
+    flash-attn can be installed without its compiled part."""
     try:
         from flash_attn import flash_attn_varlen_func
 
@@ -41,7 +41,7 @@ def find_varlen() -> Varlen | None:
 
 
 def adapt_torch_varlen(varlen_attn: Callable[..., Any]) -> Varlen | None:
-    """Torch's kernel says causal by ``is_causal`` in its first releases and by ``window_size`` later."""
+    """Wrap torch's kernel, whose first releases take ``is_causal`` and later ones ``window_size``."""
     parameters = inspect.signature(varlen_attn).parameters
     if "window_size" in parameters:
         return lambda q, k, v, cu, longest, causal: varlen_attn(
@@ -53,7 +53,7 @@ def adapt_torch_varlen(varlen_attn: Callable[..., Any]) -> Varlen | None:
 
 
 def check_kernel(kernel: Kernel) -> None:
-    """UserError when ``kernel`` asks for what this installation does not have."""
+    """Raise UserError if ``kernel`` asks for what this installation does not have."""
     if kernel == "flash" and find_varlen() is None:
         raise UserError(
             "parallel.attention=flash, but neither flash-attn nor torch's variable-length attention can be "
@@ -62,7 +62,7 @@ def check_kernel(kernel: Kernel) -> None:
 
 
 def _varlen_of(q: Tensor) -> Varlen | None:
-    """The variable-length kernel, where there is one that takes such tensors."""
+    """Return the variable-length kernel if there is one that takes such tensors."""
     suits = (
         q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
@@ -71,7 +71,7 @@ def _varlen_of(q: Tensor) -> Varlen | None:
 
 
 def sequence_offsets(segments: Segments, device: torch.device) -> Tensor:
-    """Start of every sequence and the end of the last: (sequences + 1,) int32, made without a host copy."""
+    """Return every sequence's start and the last one's end, (sequences + 1,) int32, without a copy from the host."""
     pieces, start = [], 0
     for sequences, length in segments:
         end = start + sequences * length
@@ -84,7 +84,7 @@ def sequence_offsets(segments: Segments, device: torch.device) -> Tensor:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool = False, kernel: Kernel = "auto"
 ) -> Tensor:
-    """softmax(q k^T / sqrt(h)) v inside each sequence of a packed batch: (T, H, h) each -> (T, H, h).
+    """Compute softmax(q k^T / sqrt(h)) v in each sequence of a packed batch; inputs and result are (T, H, h).
 
     Where the tensors allow it (CUDA, 16-bit, h <= 256), one variable-length call serves all crop sizes; with "auto"
     only if there are several, as torch's scaled_dot_product_attention has a flash kernel of its own for one. That
@@ -93,7 +93,7 @@ def attend(
     """
     segments = tuple((sequences, length) for sequences, length in segments if sequences)
     if not segments:
-        return q + k + v  # no tokens: empty, but in the graph
+        return q + k + v  # there are no tokens: the result is empty, but in the graph
     wants_varlen = kernel == "flash" or (kernel == "auto" and len(segments) > 1)
     if wants_varlen and (varlen := _varlen_of(q)) is not None:
         longest = max(length for _, length in segments)
@@ -114,5 +114,5 @@ def _suits_float32(q: Tensor) -> bool:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     if not _suits_float32(q):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    with torch.autocast("cpu", enabled=False):  # which would make it 16-bit again
+    with torch.autocast("cpu", enabled=False):  # autocast would make it 16-bit again
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal).to(q.dtype)

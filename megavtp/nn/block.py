@@ -1,17 +1,18 @@
-"""The pre-norm transformer block that all towers are made of, and what of it the backward pass makes again.
+"""The pre-norm transformer block that all towers are made of, and what of it the backward pass recomputes.
 
-``parallel.recompute``, by what is held between forward and backward, in bytes per token and block for a width D and a
-SwiGLU hidden width H, under bfloat16 autocast with a float32 residual stream (two float32 tensors of it count):
+The values of ``parallel.recompute`` differ in what is held between forward and backward. In bytes per token and block,
+for a width D and a SwiGLU hidden width H, under bfloat16 autocast with a float32 residual stream (of which two float32
+tensors count):
 
-none        32 D + 8 H   as counted on CPU, where RMS norms hold 8 D of it that a fused kernel need not
+none        32 D + 8 H   as counted on a CPU, where RMS norms hold 8 D of it that a fused kernel need not
 selective   14 D + 4 H   the residual stream and the outputs of the first products (q, k, v; gate and value)
 full         4 D         a block's input
 
-"selective" makes again what is large for its work: norms, casts, rotation, gating, and attention between its two
-products. (Megatron-LM, arXiv 2205.05198, section 5, holds all but the softmax part. Today's kernels do not hold that;
-with the short sequences of a ViT, elementwise results are most of what a block holds.) No weight's product is made
-again, so it costs L / (6 D) of a forward for sequences of length L; "full" costs a whole one.
-With sequence parallelism the residual stream is this rank's rows: its D terms are over tp, as all others are anyway.
+"selective" recomputes what is large but cheap: norms, casts, rotation, gating, and attention between its two products.
+(Megatron-LM, arXiv 2205.05198, section 5, holds all but the softmax part. Today's kernels do not hold that, and with
+the short sequences of a ViT, elementwise results are most of what a block holds.) No product with a weight is
+recomputed, so it costs L / (6 D) of a forward for sequences of length L; "full" costs a whole forward.
+With sequence parallelism a rank holds only its rows of the residual stream, so that all terms are divided by tp.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Recompute = Literal["none", "selective", "full"]
 
 
 class LayerScale(nn.Module):
-    """A learnt factor per channel (CaiT, arXiv 2103.17239), ``init`` at the start."""
+    """A learnt factor per channel (CaiT, arXiv 2103.17239), which starts at ``init``."""
 
     def __init__(self, width: int, init: float):
         super().__init__()
@@ -56,7 +57,7 @@ class TwoHalves(Protocol):
 
 
 class Block(nn.Module):
-    """x += ls1(attn(norm1 x)), then x += ls2(mlp(norm2 x)), on packed tokens (T, width)."""
+    """Computes x += ls1(attn(norm1 x)), then x += ls2(mlp(norm2 x)), on packed tokens (T, width)."""
 
     def __init__(
         self, width: int, attention: Attention, mlp: TwoHalves, norm: Callable[[int], nn.Module],
@@ -77,7 +78,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """Apply the block to packed tokens, (n, width) -> (n, width); with ``cut``, to this rank's rows of them.
 
-        The caller sees to "full" recomputation.
+        The caller does "full" recomputation, with ``run_block``.
         """
         drop_attention, drop_mlp = drop or (None, None)
 
@@ -99,27 +100,27 @@ def branch(
     x: Tensor, norm: Callable[[Tensor, TokenCut | None], Tensor], net: TwoHalves, cut: TokenCut | None,
     recompute: Recompute, *more: Any,
 ) -> Tensor:
-    """net(norm x), recomputed as said; ``more`` goes to the net's second half."""
+    """Compute net(norm x) with the given recomputation; ``more`` goes to the net's second half."""
     if recompute == "selective":
         hidden = redo(lambda y: net.expand(norm(y, cut), cut), x)
         return redo(net.contract, hidden, cut, *more)
     y = to_compute_dtype(norm(x, cut))
-    # Only own rows of the gathered tokens are held; the backward gathers them again (arXiv 2205.05198, section 4.2.2).
+    # Of the gathered tokens only own rows are held; the backward gathers again (arXiv 2205.05198, section 4.2.2).
     hidden = net.expand(y, cut) if cut is None or recompute == "full" else redo(net.expand, y, cut)
     return net.contract(hidden, cut, *more)
 
 
 def run_block(block: nn.Module, recompute: Recompute, *arguments: Any) -> Tensor:
-    """``block(*arguments, recompute)``; with "full", nothing but the arguments is held for the backward pass."""
+    """Run ``block(*arguments, recompute)``; with "full", only the arguments are held for the backward pass."""
     return redo(block, *arguments, recompute) if recompute == "full" else block(*arguments, recompute)
 
 
 def redo(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """``function(*arguments)``, made again in the backward pass up to its last saved tensor.
+    """Run ``function(*arguments)``, and recompute it in the backward pass up to its last saved tensor.
 
-    A product at the end of ``function`` is thus not made again, only what leads to it.
+    A product at the end of ``function`` is thus not recomputed, only what leads to it.
     """
     if not torch.is_grad_enabled():
         return function(*arguments)
-    # No random state to keep: the only randomness, the drop plan, is an argument.
+    # There is no random state to keep: the only randomness, the drop plan, is an argument.
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)

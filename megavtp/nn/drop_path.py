@@ -1,7 +1,7 @@
-"""Stochastic depth on subsets of the batch (DINOv2's form of arXiv 1603.09382).
+"""Stochastic depth works on subsets of the batch (DINOv2's form of arXiv 1603.09382).
 
 A residual branch runs on a random subset of the sequences only, and its output is scaled up by batch / kept.
-Which sequences is decided outside the modules, from (seed, step) alone, so that every parallel layout, every
+The subset is chosen outside the modules, from (seed, step) alone, so that every parallel layout, every
 micro-batch split and every recomputation sees the same choice.
 """
 
@@ -30,12 +30,12 @@ class BranchDrop:
 
 @dataclass(frozen=True)
 class DropPlan:
-    """For each block what its attention branch and what its feed-forward branch keeps."""
+    """What the attention branch and the feed-forward branch of each block keep."""
 
     blocks: tuple[tuple[BranchDrop, BranchDrop], ...]
 
     def to(self, device: torch.device | str) -> DropPlan:
-        """The plan on ``device``, moved in one transfer."""
+        """Move the plan to ``device`` in one transfer."""
         branches = [branch for block in self.blocks for branch in block]
         rows = [row for branch in branches for row in branch.rows]
         packed = torch.cat(rows)
@@ -50,7 +50,7 @@ def draw_drop_plan(
     *, seed: int, step: int, tag: str, depth: int, rate: float, global_sizes: Sequence[int],
     local_rows: Sequence[Tensor],
 ) -> DropPlan | None:
-    """Draw the plan of one forward pass; a pure function of its arguments.
+    """Draw the plan of one forward pass as a pure function of the arguments.
 
     ``tag`` names the pass. ``global_sizes``: sequences per segment in the *global* batch; ``local_rows``: per segment
     the global indices (CPU LongTensor) that this call holds, in order. Per block, branch and segment,
@@ -69,7 +69,7 @@ def draw_drop_plan(
 def _global_choice(
     seed: int, step: int, tag: str, depth: int, rate: float, sizes: tuple[int, ...]
 ) -> list[list[tuple[Tensor, float]]]:
-    """Per branch (attention and feed-forward in turn, block by block) and segment: kept (size,) bool, and factor."""
+    """Draw kept (size,) bool and a factor per branch (each block's attention, then feed-forward) and segment."""
     generator = named_generator(f"drop_path/{seed}/{step}/{tag}")
 
     def draw(size: int) -> tuple[Tensor, float]:
@@ -87,10 +87,10 @@ Branch = Callable[[Tensor, Segments, TokenCut | None], Tensor]
 def add_branch(
     x: Tensor, branch: Branch, segments: Segments, drop: BranchDrop | None, cut: TokenCut | None = None
 ) -> Tensor:
-    """x + branch(x), (T, width), on the sequences that ``drop`` keeps, scaled; on all of them without ``drop``.
+    """Compute x + branch(x), (T, width), with the branch on the sequences that ``drop`` keeps, scaled; None keeps all.
 
-    The branch is given the kept tokens and their segments. With ``cut``, x is this rank's rows (n, width), and so is
-    what the branch takes and returns; which of the tokens are kept is then said by the cut that it is given.
+    The branch gets the kept tokens and their segments. With ``cut``, x has only this rank's rows (n, width), as does
+    what the branch takes and returns; the cut that it is given then says which of the tokens are kept.
     """
     if drop is None:
         return x + branch(x, segments, cut)
@@ -109,7 +109,7 @@ def add_branch(
 
 
 def _kept_tokens(segments: Segments, drop: BranchDrop, device: torch.device) -> Tensor:
-    """Positions of the kept sequences' tokens among all tokens."""
+    """Return the positions of the kept sequences' tokens among all tokens."""
     rows, start = [], 0
     for (sequences, length), kept in zip(segments, drop.rows, strict=True):
         rows.append((kept[:, None] * length + torch.arange(start, start + length, device=device)).flatten())

@@ -1,6 +1,6 @@
-"""The two feed-forward networks: a gated one (SwiGLU, arXiv 2002.05202) and a plain MLP.
+"""There are two feed-forward networks: a gated one (SwiGLU, arXiv 2002.05202) and a plain MLP.
 
-``expand`` is the first matrix product, ``contract`` all that follows it; see ``nn.block`` for ``cut``.
+``expand`` computes the first matrix product, ``contract`` all that follows; for ``cut`` see ``nn.block``.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from megavtp.parallel.sequence import TokenCut
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
+    """Compute x * sigmoid(1.702 x), OpenAI CLIP's approximation of GELU."""
     return x * torch.sigmoid(1.702 * x)
 
 
 class _Gate(torch.autograd.Function):
-    """silu(g) * v of the halves g, v of the last dimension. Keeps its input alone for the backward pass: what autograd
-    would keep besides, silu(g), is half of that again, and cheap."""
+    """Computes silu(g) * v of the halves g, v of the last dimension. It saves only its input for the backward pass:
+    autograd would also save silu(g), half as much again, which is cheap to recompute."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor) -> Tensor:
@@ -43,12 +43,12 @@ class _Gate(torch.autograd.Function):
 
 
 def _silu(gate: Tensor) -> Tensor:
-    # On a CPU the kernel for a part of a tensor is slower, and rounds otherwise than that for a whole one.
+    # On a CPU, the kernel for a non-contiguous tensor is slower, and rounds differently.
     return F.silu(gate if gate.is_cuda else gate.contiguous())
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(w1 x) * w2 x), (..., width) -> (..., width)."""
+    """Maps x (..., width) to w3(silu(w1 x) * w2 x), (..., width)."""
 
     def __init__(self, width: int, hidden: int, *, mesh: Mesh = SINGLE):
         super().__init__()
@@ -69,7 +69,7 @@ class SwiGLU(nn.Module):
 
 
 class MLP(nn.Module):
-    """fc2(activation(fc1 x)), (..., width) -> (..., width)."""
+    """Maps x (..., width) to fc2(activation(fc1 x)), (..., width)."""
 
     def __init__(
         self, width: int, hidden: int, *, activation: Callable[[Tensor], Tensor] = F.gelu, mesh: Mesh = SINGLE
@@ -91,5 +91,5 @@ class MLP(nn.Module):
 
 
 def feed_forward(kind: str, width: int, ratio: float, mesh: Mesh) -> MLP | SwiGLU:
-    """The network ``kind`` ("mlp", "swiglu", "swiglu32", ...) of the config."""
+    """Make the network ``kind`` ("mlp", "swiglu", "swiglu32", ...) of the config."""
     return (MLP if kind == "mlp" else SwiGLU)(width, ffn_hidden(kind, width, ratio), mesh=mesh)

@@ -1,6 +1,6 @@
-"""Normalisation layers. Apex's fused kernels serve on CUDA where apex is installed; torch's own otherwise.
+"""Normalisation layers use apex's fused kernels on CUDA where apex is installed, and torch's own otherwise.
 
-With ``cut`` (sequence parallelism) the input is this rank's rows of the tokens.
+With ``cut`` (sequence parallelism) the input has only this rank's rows of the tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megavtp.parallel.sequence import TokenCut
 
 @cache
 def _apex() -> Any | None:
-    """Apex's module of functional norms, if its extension really loads (an importable shell is not enough)."""
+    """Return apex's functional norms if its compiled extension loads, which an import alone does not show."""
     try:
         from apex.normalization import FusedLayerNorm, FusedRMSNorm, fused_layer_norm
     except (ImportError, OSError, RuntimeError):
@@ -31,12 +31,12 @@ def _apex() -> Any | None:
 
 
 def _fused(x: Tensor, weight: Tensor) -> Any | None:
-    """Apex's norms, where they are installed and take such tensors."""
+    """Return apex's norms if they are installed and take such tensors."""
     return _apex() if x.is_cuda and x.dtype == weight.dtype and x.numel() > 0 else None
 
 
 class RMSNorm(nn.Module):
-    """x * rsqrt(mean(x^2) + eps) * weight over the last dimension; the statistics are in float32."""
+    """Computes x * rsqrt(mean(x^2) + eps) * weight over the last dimension; the statistics are in float32."""
 
     def __init__(self, width: int, eps: float = 1e-5):
         super().__init__()
@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm of (..., width) with a weight (width,); a 16-bit x is rounded before the weight is applied."""
+    """Normalise x (..., width) with a weight (width,); a 16-bit x is rounded before the weight is applied."""
     if (fused := _fused(x, weight)) is not None:
         return fused.fused_rms_norm_affine(x, weight, weight.shape, eps)
     if x.dtype == torch.float32:
@@ -57,7 +57,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class LayerNorm(nn.Module):
-    """Layer norm over the last dimension with weight and bias."""
+    """A layer norm over the last dimension with weight and bias."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()

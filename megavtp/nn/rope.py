@@ -1,4 +1,4 @@
-"""Axial rotary position embedding on a patch grid (RoFormer, arXiv 2104.09864; two axes as in DINOv3).
+"""Rotary position embedding on the two axes of a patch grid (RoFormer, arXiv 2104.09864; DINOv3 for the axes).
 
 Letters: L tokens, N = rows * columns patches, h head dimension.
 """
@@ -18,20 +18,20 @@ RotaryTable = tuple[Tensor, Tensor]  # cosine and sine, each (L, h)
 
 
 def rope_periods(head_dim: int, dtype: torch.dtype, base: float = 100.0) -> Tensor:
-    """base^(2j / (h/2)) for j < h/4, every operation rounded to ``dtype``: (h/4,)."""
+    """Compute base^(2j / (h/2)) for j < h/4 as (h/4,), with every operation rounded to ``dtype``."""
     exponents = 2 * torch.arange(head_dim // 4, dtype=dtype, device="cpu") / (head_dim // 2)
     return base**exponents
 
 
 class AxialRope(nn.Module):
-    """Tables of a patch grid, shared by all heads and blocks.
+    """This makes the tables of a patch grid, which all heads and blocks share.
 
     ``dtype`` "bfloat16" rounds every step as the released VTP models do (float32 shifts their outputs by about
     1e-2). ``periods`` is a buffer because official checkpoints store it; it keeps its dtype when the model is cast.
     """
 
     periods: Tensor
-    CACHED_GRIDS = 16  # a run sees a handful of crop sizes; evaluation on free sizes must not grow without bound
+    CACHED_GRIDS = 16  # a run has a handful of crop sizes; evaluation on any sizes must not grow without bound
 
     def __init__(self, head_dim: int, dtype: str = "bfloat16"):
         super().__init__()
@@ -52,13 +52,13 @@ class AxialRope(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         before = self.periods
         super()._apply(fn, recurse)
-        if self.periods.dtype != before.dtype:  # .to(dtype), .half(), ...: follow the device only
+        if self.periods.dtype != before.dtype:  # after .to(dtype), .half(), ...: only the device may change
             self.periods = before.to(self.periods.device)
         self._cache.clear()
         return self
 
     def tables(self, rows: int, columns: int, prefix: int = 0) -> RotaryTable:
-        """Cosines and sines (prefix + rows * columns, h); the ``prefix`` tokens in front are not rotated."""
+        """Return cosines and sines (prefix + rows * columns, h); the first ``prefix`` tokens are not rotated."""
         key = (rows, columns, prefix, self.periods.data_ptr(), self.periods._version)
         if key not in self._cache:
             # Tables made in inference mode could not take part in a later training step.
@@ -82,7 +82,7 @@ class AxialRope(nn.Module):
 
 
 def rotate(x: Tensor, table: RotaryTable) -> Tensor:
-    """Rotate queries or keys (b, L, heads, h) by a table (L, h), computed in the table's dtype; dtype as x."""
+    """Rotate queries or keys (b, L, heads, h) by a table (L, h) in the table's dtype; the result has that of x."""
     cos, sin = (t.unsqueeze(1) for t in table)
     y = x.to(cos.dtype)
     first, second = y.chunk(2, -1)

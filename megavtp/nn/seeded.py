@@ -1,4 +1,4 @@
-"""Random generators that are pure functions of a name."""
+"""A random generator can be a pure function of a name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import torch
 
 
 def named_generator(name: str) -> torch.Generator:
-    """A fresh CPU generator seeded by ``name``, the same in every process."""
+    """Make a fresh CPU generator seeded by ``name``, the same in every process."""
     digest = hashlib.sha256(name.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,4 +1,4 @@
-"""Equal shares over tensor-parallel ranks, refused early when there are none."""
+"""Tensor-parallel ranks get equal shares; a size that cannot be divided is refused early."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from megavtp.parallel.mesh import Mesh
 
 
 def share(total: int, mesh: Mesh, what: str) -> int:
-    """``total / tp``. UserError when tp does not divide it; ``what`` names the quantity in the message."""
+    """Return ``total / tp``. UserError if tp does not divide it; ``what`` names the quantity in the message."""
     if total % mesh.tp:
         raise UserError(f"{what} is {total}, which parallel.tp={mesh.tp} does not divide; choose a tp that does")
     return total // mesh.tp

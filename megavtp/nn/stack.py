@@ -1,4 +1,4 @@
-"""The loop over transformer blocks that all towers share, for a whole tower or for the part of it on one rank."""
+"""All towers share this loop over transformer blocks, for a whole tower or for the part of it on one rank."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def run_blocks(
     blocks: Iterable[tuple[int, nn.Module]], x: Tensor, segments: Segments, tables: Sequence[RotaryTable] | None = None,
     drop: DropPlan | None = None, recompute: Recompute = "none", taken: dict[int, Tensor | None] | None = None,
 ) -> Tensor:
-    """Packed tokens (T, width) through ``blocks`` -> (T, width).
+    """Run packed tokens (T, width) through ``blocks`` and return (T, width).
 
-    Under sequence parallelism the tokens are cut over the tensor-parallel ranks from here to the end of the function;
-    what comes in and goes out is whole, and the same on each of them.
+    Under sequence parallelism the tensor-parallel ranks share the tokens inside this function; input and output are
+    whole, and the same on each rank.
 
     Args:
-        blocks: (number in the whole tower, block) pairs in order; none at all give x back.
-        segments, tables: how x is packed, and the rotary table of each segment.
-        drop: of the whole tower.
-        recompute: what the backward pass makes again, see ``nn.block``.
+        blocks: pairs (number in the whole tower, block) in order; without any, x is returned.
+        segments, tables: segments says how x is packed; tables has a rotary table per segment.
+        drop: the plan of the whole tower.
+        recompute: what the backward pass recomputes, see ``nn.block``.
         taken: its keys name blocks; the output (T, width) of each that is among ``blocks`` becomes its value.
     """
     chosen = [(index, cast(Block, block)) for index, block in blocks]

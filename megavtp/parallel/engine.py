@@ -18,7 +18,7 @@ from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.messages import connect
 from megavtp.parallel.orders import Schedule
 from megavtp.parallel.sharding import cut, merge, shard_of, whole_shape
-from megavtp.parallel.striping import FlowSpec
+from megavtp.parallel.striping import ActivationSpec
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -43,7 +43,7 @@ class Engine(Generic[M]):
 
     Args:
         module: its root forward runs every pass; parameters that do not train (the teacher) are frozen in it. Under
-            pipeline parallelism it is ``pipeline.Striped``, and its forward takes ``stage`` and ``flow``.
+            pipeline parallelism it is ``pipeline.Striped``, and its forward takes ``stage`` and ``activations``.
         optimizer: over the trainable parameters; its groups may carry ``lr_scale`` and ``tower``.
         clip_grad: global-norm ceiling, 0 = none.
         extra: further DeepSpeed keys of the user.
@@ -89,8 +89,8 @@ class Engine(Generic[M]):
     def legs(self, mode: str) -> int:
         return cast(pipeline.Striped, self.module).legs(mode)
 
-    def flow(self, mode: str, stage: int, **inputs: Any) -> list[FlowSpec]:
-        return cast(pipeline.Striped, self.module).flow(mode, stage, **inputs)
+    def activation_specs(self, mode: str, stage: int, **inputs: Any) -> list[ActivationSpec]:
+        return cast(pipeline.Striped, self.module).activation_specs(mode, stage, **inputs)
 
     def begin_step(self) -> None:
         """Prepare for an optimizer step; this is called before its first backward."""
@@ -165,7 +165,7 @@ class Engine(Generic[M]):
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each whole parameter by name."""
         return {
-            name: whole_shape(engine_state.whole_shape(parameter), shard_of(parameter), self.mesh.tp)
+            name: whole_shape(engine_state.gathered_shape(parameter), shard_of(parameter), self.mesh.tp)
             for parameter, name in self.names.items()
         }
 

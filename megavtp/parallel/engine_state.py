@@ -21,7 +21,7 @@ def stored(parameter: nn.Parameter) -> Tensor:
     return getattr(parameter, "ds_tensor", parameter).data
 
 
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
+def gathered_shape(parameter: nn.Parameter) -> torch.Size:
     """Return the shape of a parameter, also where ZeRO-3 has partitioned it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
@@ -97,7 +97,7 @@ def read_moment(engine: Any, parameter: nn.Parameter, moment: str) -> Tensor:
 
 
 def _gather_partition(local: Tensor, parameter: nn.Parameter, engine: Any) -> Tensor:
-    group, shape = engine.mpu.get_data_parallel_group(), whole_shape(parameter)
+    group, shape = engine.mpu.get_data_parallel_group(), gathered_shape(parameter)
     pieces = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
     dist.all_gather(pieces, local.contiguous(), group=group)
     return torch.cat(pieces)[: shape.numel()].view(shape)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.orders import Op
-from megavtp.parallel.striping import FlowSpec
+from megavtp.parallel.striping import ActivationSpec
 
 
 class Messages:
@@ -26,14 +26,14 @@ class Messages:
         device: where messages are received; None with one pipeline rank, which gets none.
         orders: the operations of every pipeline rank, in order.
         stages: the number of stages of the pass.
-        flow: what enters a stage.
+        specs: gives the shapes and dtypes of the activations that enter a stage.
     """
 
     def __init__(
         self, mesh: Mesh, device: torch.device | None, orders: Sequence[Sequence[Op]], stages: int,
-        flow: Callable[[int], list[FlowSpec]],
+        specs: Callable[[int], list[ActivationSpec]],
     ):
-        self._mesh, self._device, self._stages, self._flow = mesh, device, stages, flow
+        self._mesh, self._device, self._stages, self._specs = mesh, device, stages, specs
         self._expected = {
             source: deque(need for op in order if (need := self._enables(op)) and need.stage % mesh.pp == mesh.pp_rank)
             for source, order in enumerate(orders) if source != mesh.pp_rank
@@ -59,7 +59,7 @@ class Messages:
         group = _group(self._mesh, source, self._mesh.pp_rank)
         while op not in self._coming:
             message = self._expected[source].popleft()
-            specs = self._flow(message.stage if message.kind == "F" else message.stage + 1)
+            specs = self._specs(message.stage if message.kind == "F" else message.stage + 1)
             tensors = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in specs]
             work = [dist.irecv(tensor, group=group, group_src=source) for tensor in tensors]
             self._coming[message] = tensors, work
@@ -75,10 +75,10 @@ class Messages:
         return tensors
 
     def send(self, op: Op, tensors: Sequence[Tensor]) -> None:
-        """Send on what ``op`` has made, without waiting; it must be as ``flow`` says."""
+        """Send on what ``op`` has made, without waiting; its shapes must be those of ``specs``."""
         target = self._enables(op)
         assert target is not None, f"nobody waits for what {op} makes"
-        specs = self._flow(target.stage if op.kind == "F" else op.stage)
+        specs = self._specs(target.stage if op.kind == "F" else op.stage)
         made = [(tuple(x.shape), x.dtype) for x in tensors]
         assert made == list(specs), f"{op} makes {made}, its receiver expects {specs}"
         rank = target.stage % self._mesh.pp

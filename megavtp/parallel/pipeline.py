@@ -1,4 +1,4 @@
-"""The execution of a pass over the pipeline ranks: each runs its operations in order and sends on the results.
+"""How a pass runs over the pipeline ranks: each does its operations in its order and passes activations on.
 
 With one pipeline rank the whole pass is one stage, and the same loop is a plain forward and backward per micro-batch.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.messages import Messages, broadcast_last_stage, broadcast_last_stage_object
 from megavtp.parallel.orders import Op, Schedule, forward_order, train_order
-from megavtp.parallel.striping import FlowSpec
+from megavtp.parallel.striping import ActivationSpec
 
 Inputs = Callable[[int, bool], dict[str, Any]]
 """(micro-batch, whether for the first stage) -> keyword inputs of a stage; later ones read no pixels, only shapes."""
@@ -27,12 +27,12 @@ class Striped(Protocol):
 
     def legs(self, mode: str) -> int: ...
 
-    def flow(self, mode: str, stage: int, **inputs: Any) -> list[FlowSpec]: ...
+    def activation_specs(self, mode: str, stage: int, **inputs: Any) -> list[ActivationSpec]: ...
 
 
 class Runner(Striped, Protocol):
     """What executes a pass: an ``Engine``, or in tests a plain module. With one pipeline rank only ``mesh``, the call
-    and ``backward`` are used; with more, the call takes ``stage`` and ``flow`` too."""
+    and ``backward`` are used; with more, the call takes ``stage`` and ``activations`` too."""
 
     mesh: Mesh
     schedule: Schedule
@@ -70,18 +70,19 @@ class _Trip:
     inputs: Inputs
     orders: list[list[Op]]
     held: dict[tuple[int, int], tuple[list[Tensor], Any]] = field(default_factory=dict)  # graphs waiting for a backward
-    specs: dict[int, list[FlowSpec]] = field(default_factory=dict)
+    specs: dict[int, list[ActivationSpec]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         mesh = self.run.mesh
         self.single = mesh.pp == 1
         self.stages = 1 if self.single else self.run.legs(self.mode) * mesh.chunks
         self.order = self.orders[mesh.pp_rank]
-        self.messages = Messages(mesh, None if self.single else self.run.device, self.orders, self.stages, self._flow)
+        device = None if self.single else self.run.device
+        self.messages = Messages(mesh, device, self.orders, self.stages, self._specs_of)
 
-    def _flow(self, stage: int) -> list[FlowSpec]:
+    def _specs_of(self, stage: int) -> list[ActivationSpec]:
         if stage not in self.specs:  # the micro-batches of a pass are alike
-            self.specs[stage] = self.run.flow(self.mode, stage, **self.inputs(0, False))
+            self.specs[stage] = self.run.activation_specs(self.mode, stage, **self.inputs(0, False))
         return self.specs[stage]
 
     def operations(self) -> Iterator[Op]:
@@ -94,32 +95,33 @@ class _Trip:
         self.messages.finish()
 
     def forward(self, op: Op) -> tuple[list[Tensor], Any, bool]:
-        """What flowed in, what came out, and whether that is the result of the pass."""
-        flow = self.messages.take(op)
+        """The activations that came in, what came out, and whether that is the result of the pass."""
+        activations = self.messages.take(op)
         if torch.is_grad_enabled():
-            flow = [x.requires_grad_() for x in flow]
+            activations = [x.requires_grad_() for x in activations]
         inputs = self.inputs(op.micro, op.stage == 0)
         if not self.single:
-            inputs |= {"stage": op.stage, "flow": flow}
+            inputs |= {"stage": op.stage, "activations": activations}
         out = self.run(self.mode, **inputs)
         is_last = op.stage == self.stages - 1
         if not is_last:
             self.messages.send(op, out)
-        return flow, out, is_last
+        return activations, out, is_last
 
     def backward(self, op: Op) -> None:
-        flow, out = self.held.pop((op.stage, op.micro))
+        activations, out = self.held.pop((op.stage, op.micro))
         if op.stage == self.stages - 1:
             self.run.backward(out)
         else:
             gradients = self.messages.take(op)
             # An empty chunk returned its input. DeepSpeed fails in a backward that meets no parameter (ZeRO-2).
-            if len(flow) == len(out) and all(a is b for a, b in zip(flow, out)):
+            if len(activations) == len(out) and all(a is b for a, b in zip(activations, out)):
                 self.messages.send(op, gradients)
                 return
             self.run.backward(seed(out, gradients))
-        if flow:
-            self.messages.send(op, [x.grad for x in flow if x.grad is not None])  # ``send`` misses one that is None
+        if activations:
+            # ``send`` notices if one is None.
+            self.messages.send(op, [x.grad for x in activations if x.grad is not None])
 
 
 def _orders(run: Runner, mode: str, make: Callable[[int, int, int], list[Op]]) -> list[list[Op]]:
@@ -142,7 +144,7 @@ def forward(run: Runner, mode: str, inputs: Inputs, micro_batches: int) -> list[
 
 
 def forward_everywhere(
-    run: Runner, mode: str, inputs: Inputs, micro_batches: int, spec: Callable[[], FlowSpec]
+    run: Runner, mode: str, inputs: Inputs, micro_batches: int, spec: Callable[[], ActivationSpec]
 ) -> list[Tensor]:
     """``forward`` of a pass whose result is one tensor, which every pipeline rank gets; ``spec``: shape and dtype."""
     results = forward(run, mode, inputs, micro_batches)
@@ -153,7 +155,7 @@ def forward_everywhere(
     return _on_all_stages(run, results, [(shape, dtype)] * micro_batches)
 
 
-def _on_all_stages(run: Runner, tensors: list[Tensor], specs: Sequence[FlowSpec]) -> list[Tensor]:
+def _on_all_stages(run: Runner, tensors: list[Tensor], specs: Sequence[ActivationSpec]) -> list[Tensor]:
     """The last pipeline rank's ``tensors`` on every one; ``specs``: their shapes and dtypes."""
     if not run.mesh.is_last_stage:
         tensors = [torch.empty(shape, dtype=dtype, device=run.device) for shape, dtype in specs]
@@ -167,8 +169,8 @@ def train(run: Runner, mode: str, inputs: Inputs, micro_batches: int, loss: Call
     trip = _Trip(run, mode, inputs, orders)
     for op in trip.operations():
         if op.kind == "F":
-            flow, out, is_last = trip.forward(op)
-            trip.held[op.stage, op.micro] = flow, loss(out, op.micro) if is_last else out
+            activations, out, is_last = trip.forward(op)
+            trip.held[op.stage, op.micro] = activations, loss(out, op.micro) if is_last else out
         else:
             trip.backward(op)
 

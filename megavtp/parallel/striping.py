@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-FlowSpec = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor that goes from stage to stage
+ActivationSpec = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor that goes from stage to stage
 
 
 def cut_tower(costs: Sequence[float], chunks: int, *, first: float = 0.0, last: float = 0.0) -> tuple[range, ...]:

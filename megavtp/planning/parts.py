@@ -243,34 +243,35 @@ class Rehearsals:
         closes = loss and stage == 2 * len(LEGS[mode]) - 1
         with rehearsal(tp=tp, fused_norms=self.fused_norms, pp=2, pp_rank=int(is_last)) as mesh:
             model, inputs = self._model(mesh, depth=0), self._inputs(mode, m)
-            specs = model.flow(mode, stage, **inputs) if stage else []
-            flow = [torch.empty(shape, dtype=dtype, requires_grad=mode != "teacher") for shape, dtype in specs]
+            specs = model.activation_specs(mode, stage, **inputs) if stage else []
+            wanted = mode != "teacher"
+            activations = [torch.empty(shape, dtype=dtype, requires_grad=wanted) for shape, dtype in specs]
             close = self._closing(mode, m, mesh) if closes else _as_it_is
             results: list[Any] = []  # of the pass: they live as long as its backward
-            forward = partial(self._run_end, model, mode, stage, flow, inputs, close, results)
+            forward = partial(self._run_end, model, mode, stage, activations, inputs, close, results)
             with torch.set_grad_enabled(graph):
-                return as_cost(rehearse(mesh, forward, list(model.parameters()), inputs=flow))
+                return as_cost(rehearse(mesh, forward, list(model.parameters()), inputs=activations))
 
     @staticmethod
     def _run_end(
-        model: VTP, mode: str, stage: int, flow: list[Tensor], inputs: dict[str, Tensor], close: Callable[[Any], Any],
-        results: list[Any],
+        model: VTP, mode: str, stage: int, activations: list[Tensor], inputs: dict[str, Tensor],
+        close: Callable[[Any], Any], results: list[Any],
     ) -> Any:
         if stage == 0:  # later ones read only shapes
             inputs = {name: normalise(x) if x.dtype == torch.uint8 else x for name, x in inputs.items()}
-        results.append(model(mode, stage=stage, flow=flow, **inputs))
+        results.append(model(mode, stage=stage, activations=activations, **inputs))
         return close(results[0])
 
-    def flow_bytes(self, mode: str, leg: int, is_first: bool, m: int) -> int:
+    def activation_bytes(self, mode: str, leg: int, is_first: bool, m: int) -> int:
         """Return the bytes that one micro-batch brings to a stage of ``leg``, the leg's first one or a later one."""
-        return m * self._once(self._flow_bytes, mode, leg, is_first)
+        return m * self._once(self._activation_bytes, mode, leg, is_first)
 
-    def _flow_bytes(self, mode: str, leg: int, is_first: bool) -> int:
+    def _activation_bytes(self, mode: str, leg: int, is_first: bool) -> int:
         if leg == 0 and is_first:
             return 0
         with torch.device("meta"):
             model = self._model(Mesh(pp=2), depth=0)
-            specs = model.flow(mode, 2 * leg + (not is_first), **self._inputs(mode, 1))
+            specs = model.activation_specs(mode, 2 * leg + (not is_first), **self._inputs(mode, 1))
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs)
 
     def _inputs(self, mode: str, m: int) -> dict[str, Tensor]:

@@ -163,8 +163,8 @@ def _chains(
             if chunk == 0:
                 segments.append(parts.end(mode, leg, False, m, layout.tensor.tp, loss=loss))
             if layout.pp > 1 and (leg or chunk):  # what came in from the rank before
-                flow = parts.flow_bytes(mode, leg, chunk == 0, m)
-                segments.append(Cost(flow, flow))
+                size = parts.activation_bytes(mode, leg, chunk == 0, m)
+                segments.append(Cost(size, size))
             for kind in kinds:
                 blocks = len(cuts[TOWER_OF[kind]][chunk])
                 segments.append(parts.stack(kind, blocks, m, layout.tensor, recompute))
@@ -215,7 +215,7 @@ def _sends(parts: Rehearsals, layout: RankLayout, mode: str, stage: int, m: int,
         return sent
 
     def into(s: int) -> int:
-        return parts.flow_bytes(mode, s // layout.chunks, s % layout.chunks == 0, m)
+        return parts.activation_bytes(mode, s // layout.chunks, s % layout.chunks == 0, m)
 
     if stage < len(LEGS[mode]) * layout.chunks - 1:
         sent["pp", "send"] += count * into(stage + 1)

@@ -281,7 +281,8 @@ class DecoderPass(ReconstructionPass):
         images = self._meta_images()
         self._latents = forward_everywhere(
             run, "encode", lambda micro, first: {"images": self._images(micro) if first else images}, count,
-            lambda: run.flow("reconstruction", self.mesh.chunks, images=images)[0],  # the decoder's input
+            # What the decoder takes in.
+            lambda: run.activation_specs("reconstruction", self.mesh.chunks, images=images)[0],
         )
         return count
 

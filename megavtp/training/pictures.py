@@ -16,9 +16,9 @@ from torch import Tensor
 from megavtp.data.files import unwritable, write_atomic
 from megavtp.training.metrics_file import read_metrics
 
-_COLUMNS = 8  # pairs side by side before the next band begins
+COLUMNS = 8  # images side by side on a sheet, at most
 _GAP = 4  # pixels between pictures
-_BAND_GAP = 16
+_BAND_GAP = 16  # pixels between groups of rows
 _SMALLEST_SIDE = 96  # pixels; smaller pictures are enlarged by a whole factor
 _SMOOTHING = 25  # lines of metrics.jsonl in the running mean, at most
 # Titles of the terms in a chart; other terms come after these, under their own names.
@@ -38,27 +38,36 @@ log = logging.getLogger(__name__)
 def reconstruction_grid(inputs: Tensor, reconstructions: Tensor, path: Path) -> None:
     """Save inputs (n, 3, H, W) above their reconstructions, both uint8, as a PNG with labelled rows."""
     assert inputs.shape == reconstructions.shape and inputs.dtype == reconstructions.dtype == torch.uint8
-    count, _, height, width = inputs.shape
+    labels = ("input", "reconstruction")
+    bands = zip(inputs.cpu().split(COLUMNS), reconstructions.cpu().split(COLUMNS))
+    _save(draw_sheet([row for band in bands for row in zip(labels, band)], band=len(labels)), path)
+
+
+def draw_sheet(rows: Sequence[tuple[str, Tensor]], band: int = 0) -> Image.Image:
+    """Draw rows of images, uint8 (n, 3, H, W), each with a label at its left; a wide gap follows every ``band`` rows.
+
+    Small images are enlarged.
+    """
+    height, width = rows[0][1].shape[2:]
     factor = max(1, -(-_SMALLEST_SIDE // min(height, width)))
     height, width = height * factor, width * factor
-    pairs = torch.stack([inputs, reconstructions]).permute(0, 1, 3, 4, 2).cpu().numpy()
     font = ImageFont.load_default(size=14)
-    labels = ("input", "reconstruction")
-    margin = 12 + round(max(font.getlength(label) for label in labels))
-    columns, bands = min(count, _COLUMNS), -(-count // _COLUMNS)
-    band_height = 2 * (height + _GAP) - _GAP
-    size = (margin + columns * (width + _GAP), _GAP + bands * (band_height + _BAND_GAP) - _BAND_GAP + _GAP)
+    margin = 12 + round(max(font.getlength(label) for label, _ in rows))
+    tops = [_GAP + n * (height + _GAP) + (n // band * (_BAND_GAP - _GAP) if band else 0) for n in range(len(rows))]
+    size = (margin + max(len(images) for _, images in rows) * (width + _GAP), tops[-1] + height + _GAP)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for band in range(bands):
-        for row, label in enumerate(labels):
-            top = _GAP + band * (band_height + _BAND_GAP) + row * (height + _GAP)
-            draw.text((margin - 6, top + height // 2), label, fill="black", font=font, anchor="rm")
-            for column in range(min(columns, count - band * columns)):
-                picture = Image.fromarray(pairs[row, band * columns + column])
-                picture = picture.resize((width, height), Image.Resampling.NEAREST)
-                sheet.paste(picture, (margin + column * (width + _GAP), top))
-    _save(sheet, path)
+    for top, (label, images) in zip(tops, rows):
+        draw.text((margin - 6, top + height // 2), label, fill="black", font=font, anchor="rm")
+        for column, image in enumerate(images):
+            picture = to_picture(image).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(picture, (margin + column * (width + _GAP), top))
+    return sheet
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """Turn an image, uint8 (3, H, W) on the CPU, into one of PIL's."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
 def loss_curves(metrics: Path, path: Path) -> bool:

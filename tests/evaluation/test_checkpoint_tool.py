@@ -195,7 +195,7 @@ def test_run_checkpoint_brings_its_config_and_tokenizer(data, model_config, tmp_
     store.save(7, weights, {"config": to_dict(config)})
     store.wait()
     checkpoint = CheckpointEvaluation(tmp_path / "checkpoints" / "latest", elsewhere)
-    assert checkpoint.config == config and checkpoint.settings == config.evaluation
+    assert to_dict(checkpoint.config) == to_dict(config) and checkpoint.settings == config.evaluation
     loaded = dict(checkpoint.model.named_parameters())
     assert all(torch.equal(loaded[name], parameter) for name, parameter in model.named_parameters())
     assert checkpoint.metrics(checkpoint.model)["samples"] == 6

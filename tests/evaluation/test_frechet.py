@@ -8,8 +8,8 @@ from dit_oracle import stored
 
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.frechet import (
+    FeatureMoments,
     FeatureStatistics,
-    Moments,
     few_samples_warning,
     frechet_distance,
     statistics_of,
@@ -48,8 +48,8 @@ def textbook(x: np.ndarray, y: np.ndarray) -> float:
     return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * roots
 
 
-def streamed(rows: np.ndarray, batch_size: int) -> Moments:
-    moments = Moments(rows.shape[1])
+def streamed(rows: np.ndarray, batch_size: int) -> FeatureMoments:
+    moments = FeatureMoments(rows.shape[1])
     for start in range(0, len(rows), batch_size):
         moments.update(torch.from_numpy(rows[start : start + batch_size]))
     return moments
@@ -117,7 +117,7 @@ def test_known_gaussians():
 
 def test_moments_keep_a_small_spread_beside_a_large_mean():
     rows = np.random.default_rng(0).standard_normal((5000, 4)) + 1e8
-    moments = Moments(4)
+    moments = FeatureMoments(4)
     for part in np.split(rows, 50):
         moments.update(torch.from_numpy(part))
     got = moments.statistics()

@@ -63,19 +63,19 @@ def inputs_of(mode):
 ])
 @pytest.mark.parametrize(("pp", "virtual_stages"), LAYOUTS[:2])
 def test_stages_compute_the_whole(mode, pp, virtual_stages):
-    """Later stages get meta tensors for pixels and latents, and what flows is as ``flow`` says."""
+    """Later stages get meta tensors for pixels and latents, and activations are as ``activation_specs`` says."""
     inputs = inputs_of(mode)
     hidden = {k: v.to("meta") if v.is_floating_point() else v for k, v in inputs.items()}
-    ranks, flow = ranks_of(pp, virtual_stages), ()
+    ranks, activations = ranks_of(pp, virtual_stages), ()
     stages = ranks[0].legs(mode) * pp * virtual_stages
     with torch.no_grad():
         expected = build_vtp(MODEL, seed=1)(mode, **inputs)
         for stage in range(stages):
             model = ranks[stage % pp]
             if stage:
-                assert [(tuple(x.shape), x.dtype) for x in flow] == model.flow(mode, stage, **hidden)
-            flow = model(mode, stage=stage, flow=flow, **(hidden if stage else inputs))
-    torch.testing.assert_close(flow, expected, rtol=0, atol=0)
+                assert [(tuple(x.shape), x.dtype) for x in activations] == model.activation_specs(mode, stage, **hidden)
+            activations = model(mode, stage=stage, activations=activations, **(hidden if stage else inputs))
+    torch.testing.assert_close(activations, expected, rtol=0, atol=0)
 
 
 def test_cuts_are_balanced_by_what_stands_at_the_ends():

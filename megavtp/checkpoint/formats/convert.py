@@ -1,4 +1,4 @@
-"""A tokenizer from one form into another: a run's checkpoint, the released models' folder."""
+"""This converts a tokenizer between the checkpoint of a run and the folder of a released model."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def convert_tokenizer(
     """Write the tokenizer at ``path`` as a folder ``out``, with its caption tokenizer and artifact beside the weights.
 
     Args:
-        captions: "clip", a tokenizer's file, or "none", in place of the one the model names.
+        captions: "clip", a caption tokenizer's file, or "none"; replaces the one that the model names.
         statistics: LightningDiT's ``latents_stats.pt`` of this tokenizer's latents, to carry along.
-        source_format: in place of what is found.
-        decoder: another tokenizer, whose pixel decoder is taken; its encoder must be the same one.
+        source_format: replaces the format that is found.
+        decoder: another tokenizer with the same encoder, whose pixel decoder is used.
 
     Returns:
-        Notes for the user: what the new form does not hold.
+        Notes for the user on what the new format does not hold.
     """
     source = open_vtp(path, source_format)
     if decoder is not None:
@@ -62,7 +62,7 @@ def convert_tokenizer(
 
 
 def _with_decoder(source: VTPSource, other: VTPSource) -> VTPSource:
-    """``source`` with the pixel decoder of ``other``."""
+    """Return ``source`` with the pixel decoder of ``other``."""
     if other.artifact.fingerprint != source.artifact.fingerprint:
         raise UserError(
             f"--decoder {other.path} was trained on another encoder than that of {source.path}; name a run that began "
@@ -95,7 +95,7 @@ def _save_native(folder: Path, source: VTPSource) -> list[str]:
 def write_native(
     folder: Path, step: int, tensors: Mapping[str, Tensor], config: Any, facts: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
-    """One native checkpoint without optimizer state as ``folder``, which must not exist yet. Raises UserError."""
+    """Write a native checkpoint without optimizer state as ``folder``, which must not exist yet. Raises UserError."""
     name = folder.name.partition(".")[0]
     if named_step(name) not in (None, step):
         raise UserError(f"the weights are of step {step}, --out {name} says another: name it {step_folder(step)}")
@@ -115,7 +115,7 @@ def _statistics(path: str | Path, channels: int) -> LatentStatistics:
 
 
 def _captions(source: VTPSource, given: str | None) -> str | Path | None:
-    """What the new folder refers to: "clip", a file to copy, or None."""
+    """Return what the new folder refers to: "clip", a file to copy, or None."""
     if given == "none" or source.captions is None:
         return None
     found = source.captions if given is None else given
@@ -136,7 +136,7 @@ def _captions_name(file: str | Path | None) -> str | None:
 
 
 def check_fitting(statistics: LatentStatistics, channels: int | None, where: str) -> LatentStatistics:
-    """The statistics; UserError unless they are of so many channels."""
+    """Return the statistics; UserError unless they have ``channels`` channels."""
     if len(statistics.mean) != channels:
         raise UserError(f"{where} has statistics of {len(statistics.mean)} channels, the latents here have {channels}; "
                         "use those of this tokenizer")

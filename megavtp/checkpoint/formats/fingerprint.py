@@ -1,4 +1,4 @@
-"""The identity of a tokenizer: a hash of everything that decides the latents of an image."""
+"""A tokenizer is identified by a hash of everything that decides the latents of an image."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch import Tensor
 
 from megavtp.config.sizes import ResolvedModel
 
-NOT_READ = {"trunk.mask_token", "trunk.rope_embed.periods"}  # when encoding; the periods follow from the config
+# Encoding does not read the mask token, and the periods follow from the config.
+NOT_READ = {"trunk.mask_token", "trunk.rope_embed.periods"}
 
 
 def encoder_fingerprint(config: ResolvedModel, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the encoder's weights in float32 and the settings that their shapes do not show.
+    """Return the SHA-256 of the encoder's weights in float32 and of the settings that their shapes do not show.
 
-    ``tensors``: by our names, whole; others than the encoder's are ignored. The same for a run's checkpoint and for
-    the released form made of it.
+    ``tensors`` are whole and go by our names; those of other towers are ignored. A run's checkpoint and the released
+    folder made from it have the same fingerprint.
     """
     vision = config.vision
     settings = {"heads": vision.heads, "norm": vision.norm, "ffn": vision.ffn, "rope_dtype": config.rope_dtype}
@@ -26,5 +27,5 @@ def encoder_fingerprint(config: ResolvedModel, tensors: Mapping[str, Tensor]) ->
     for name in sorted(name for name in tensors if name.startswith("trunk.") and name not in NOT_READ):
         tensor = tensors[name].detach().to("cpu", torch.float32).contiguous()
         digest.update(json.dumps([name, list(tensor.shape)]).encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What the readers of other projects' weights give: tensors by our names, and an account of all the rest."""
+"""Readers of other projects' weights return these: tensors by our names, and an account of all the rest."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class ForeignWeights:
 
     Attributes:
         tensors: whole tensors by our names.
-        left_out: name in the file -> why it has no place here.
-        fresh: names of ours that the file cannot have; they keep their initial values.
+        left_out: maps a name in the file to the reason why it is not used.
+        fresh: our names of tensors that such a file cannot have; they keep their initial values.
         unknown: names in the file that this reader does not know.
     """
 
@@ -24,7 +24,7 @@ class ForeignWeights:
     unknown: list[str] = field(default_factory=list)
 
     def notes(self) -> list[str]:
-        """``left_out`` in words, one line per reason."""
+        """Describe ``left_out`` in one line per reason."""
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.left_out.items():
             by_reason.setdefault(reason, []).append(name)
@@ -32,7 +32,7 @@ class ForeignWeights:
 
 
 def unwrapped(state: dict, keys: tuple[str, ...] = ("state_dict", "model", "model_state_dict")) -> dict:
-    """The state dict inside a training checkpoint, its keys without the ``module.`` of parallel wrappers."""
+    """Return the state dict inside a training checkpoint, without the ``module.`` that wrappers put before its keys."""
     for key in keys:
         if isinstance(state.get(key), dict):
             state = state[key]

@@ -1,6 +1,6 @@
-"""The official VTP folder: ``config.json`` + ``model.safetensors`` (huggingface.co/MiniMaxAI/VTP-Large-f16d64).
+"""The official VTP folder holds ``config.json`` and ``model.safetensors`` (huggingface.co/MiniMaxAI/VTP-Large-f16d64).
 
-"Official" names are that file's; "ours" are ``VTP``'s parameter and buffer names.
+"Official" names are those in that file; "our" names are those of ``VTP``'s parameters and buffers.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavtp.checkpoint.formats.fitting import check
 from megavtp.checkpoint.formats.hf_vtp_config import config_from_official, config_to_official, read_keys
 from megavtp.checkpoint.tensor_file import write_tensors, write_text
 from megavtp.config.sizes import ResolvedModel
 from megavtp.data.weights_file import read_safetensors
 from megavtp.errors import UserError
 from megavtp.json_file import read_json
+from megavtp.models.fitting import check
 from megavtp.models.vtp import OBJECTIVES, VTP
 from megavtp.nn.rope import DTYPES, rope_periods
 
@@ -37,15 +37,15 @@ _TEXT_BLOCK = {
     "norm1.": "ln_1.", "norm2.": "ln_2.", "ls1.": "ls_1.", "ls2.": "ls_2.", "attn.qkv.": "attn.in_proj_",
     "attn.proj.": "attn.out_proj.", "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj.",
 }
-SCALARS = ("logit_scale", "logit_bias")  # of shape () officially, as a rule, (1,) here
-# Keys of ``config.json`` that no setting here stands for. What a released folder says in them is written back.
+SCALARS = ("logit_scale", "logit_bias")  # their official shape is (), as a rule; here it is (1,)
+# No setting here corresponds to these keys of ``config.json``. What a released folder says in them is written back.
 _KEPT = ("nonscalar_logit_scale", "text_output_tokens", "text_pad_id", "transformers_version")
-NOTHING: Mapping[str, Any] = MappingProxyType({})  # in place of a released folder's ``config.json``
+NOTHING: Mapping[str, Any] = MappingProxyType({})  # the ``config.json`` of a model that was not released
 _REMEDY = "give the folder of an official VTP checkpoint"
 
 
 def official_name(name: str, config: ResolvedModel) -> str:
-    """Official name of one of our tensors."""
+    """Return the official name of one of our tensors."""
     if not name.startswith("text."):
         return name
     name = name.removeprefix("text.")
@@ -58,19 +58,19 @@ def official_name(name: str, config: ResolvedModel) -> str:
 
 
 def _is_transposed(name: str, config: ResolvedModel) -> bool:
-    """The bias-free text projection is stored as (in, out), to be used as x @ P."""
+    """The official format stores the bias-free text projection as (in, out), for x @ P."""
     return name == "text.projection.weight" and not config.text.projection_bias
 
 
 def our_shapes(config: ResolvedModel, objectives: AbstractSet[str]) -> dict[str, list[int]]:
-    """Our name and shape of every tensor of a tokenizer with the towers of ``objectives``."""
+    """Return our name and shape of every tensor of a tokenizer with the towers of ``objectives``."""
     with torch.device("meta"):
         model = VTP(config, objectives=EXPORTED & objectives)
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def official_shapes(config: ResolvedModel, objectives: AbstractSet[str] = OBJECTIVES) -> dict[str, list[int]]:
-    """Official name and shape of every tensor of ``config``'s model."""
+    """Return the official name and shape of every tensor of ``config``'s model."""
     return _to_official_shapes(our_shapes(config, objectives), config, NOTHING)
 
 
@@ -90,7 +90,7 @@ def _to_official_shapes(
 
 
 def objectives_of(names: AbstractSet[str]) -> frozenset[str]:
-    """Objectives whose towers are among tensor ``names`` (ours or official)."""
+    """Return the objectives whose towers are among tensor ``names`` (ours or official)."""
     found = set()
     if any(name.startswith("visual_proj.") for name in names):
         found.add("contrastive")
@@ -102,10 +102,10 @@ def objectives_of(names: AbstractSet[str]) -> frozenset[str]:
 def to_official(
     state: Mapping[str, Tensor], config: ResolvedModel, released: Mapping[str, Any] = NOTHING
 ) -> dict[str, Tensor]:
-    """Our full tensors as official ones: float32, RoPE periods bfloat16.
+    """Convert our whole tensors to official ones: float32, the RoPE periods bfloat16.
 
     ``state`` may lack the periods (they follow from the config) and may hold the DINO head and the teacher, which
-    are left out. ``released``: see ``save_folder``. UserError lists everything that is missing or of a wrong shape.
+    are left out. For ``released`` see ``save_folder``. UserError lists all that is missing or has a wrong shape.
     """
     shapes = our_shapes(config, objectives_of(state.keys()))
     state = {**_periods(config, shapes), **state}
@@ -123,10 +123,10 @@ def from_official(
     tensors: Mapping[str, Tensor], config: ResolvedModel, objectives: AbstractSet[str] | None = None,
     released: Mapping[str, Any] = NOTHING,
 ) -> dict[str, Tensor]:
-    """Official tensors under our names, float32 (periods in their own dtype).
+    """Convert official tensors to our names and to float32 (periods keep their own dtype).
 
-    ``objectives``: whose towers must be there, None = those that are. ``released``: see ``save_folder``. UserError
-    lists every missing, unexpected and misshapen tensor.
+    The towers of ``objectives`` must be there; None = those that are there. For ``released`` see ``save_folder``.
+    UserError lists every missing, unexpected and misshapen tensor.
     """
     names = our_shapes(config, objectives_of(tensors.keys()) if objectives is None else objectives)
     check(tensors, _to_official_shapes(names, config, released), "the checkpoint")
@@ -145,7 +145,7 @@ def _periods(config: ResolvedModel, shapes: Mapping[str, list[int]]) -> dict[str
 
 
 def load_tensors(folder: str | Path) -> dict[str, Tensor]:
-    """The raw tensors of ``folder/model.safetensors``. UserError when it is missing or corrupt."""
+    """Read the tensors of ``folder/model.safetensors`` as they are. UserError if it is missing or corrupt."""
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{path} is missing; {_REMEDY}")
@@ -153,7 +153,7 @@ def load_tensors(folder: str | Path) -> dict[str, Tensor]:
 
 
 def load_folder(folder: str | Path) -> tuple[ResolvedModel, dict[str, Tensor]]:
-    """Model config and full tensors by our names of an official folder. UserError for anything that does not fit."""
+    """Read the model config and, by our names, the tensors of an official folder. UserError if they do not fit."""
     data = read_released(folder)
     where = str(Path(folder) / "config.json")
     values, config = read_keys(data, where), config_from_official(data, where)
@@ -163,17 +163,17 @@ def load_folder(folder: str | Path) -> tuple[ResolvedModel, dict[str, Tensor]]:
 
 
 def read_released(folder: str | Path) -> dict[str, Any]:
-    """The ``config.json`` of an official folder as it is. Raises UserError."""
+    """Read the ``config.json`` of an official folder as it is. Raises UserError."""
     return read_json(Path(folder) / "config.json", dict[str, Any], _REMEDY)
 
 
 def save_folder(
     folder: str | Path, config: ResolvedModel, state: Mapping[str, Tensor], released: Mapping[str, Any] = NOTHING
 ) -> None:
-    """Write an official folder from our full tensors. UserError when the model has no official form.
+    """Write an official folder from our whole tensors. UserError if the official format cannot express the model.
 
-    ``released``: the ``config.json`` of the folder that the model came from. So that the same files are written back,
-    what it says in other words (4 for 4.0) or beyond our settings is kept.
+    ``released`` is the ``config.json`` of the folder that the model came from. What it says in other words (4 for 4.0)
+    or beyond our settings is kept, so that the same files are written back.
     """
     folder = Path(folder)
     objectives = objectives_of(state.keys())
@@ -184,7 +184,7 @@ def save_folder(
     tensors = to_official(state, config, released)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Each file gets its name when it is whole; the config goes last, so a new folder with one is complete.
+        # Each file gets its name when it is whole. The config comes last, so a new folder that has one is complete.
         partial = folder / "model.safetensors.partial"
         write_tensors(partial, tensors)
         partial.replace(folder / "model.safetensors")

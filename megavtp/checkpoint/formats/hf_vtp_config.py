@@ -1,4 +1,4 @@
-"""``config.json`` of the official VTP folder, to and from ``ModelConfig``."""
+"""This translates ``config.json`` of the official VTP folder to ``ModelConfig`` and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megavtp.errors import UserError
 from megavtp.json_file import Finite, Positive, check_form, foreign_form
 from megavtp.models.vtp import OBJECTIVES
 
-# What transformers writes around the model's own keys.
+# The library transformers writes these keys around the model's own.
 FRAME = {"architectures": ["VTPModel"], "dtype": "float32", "model_type": "vtp", "transformers_version": "4.56.2"}
 
 _Norm = Literal["rmsnorm", "layernorm", "layernormbf16"]
@@ -68,7 +68,7 @@ class OfficialConfig:
 
 
 def read_keys(data: Mapping[str, Any], where: str = "config.json") -> OfficialConfig:
-    """Every official key with its value or default, checked. UserError for another model's config."""
+    """Return every official key with its value or default, checked. UserError for another model's config."""
     if data.get("model_type") != "vtp":
         raise UserError(f"{where} is of model_type {data.get('model_type')!r}, not 'vtp'; give a VTP folder")
     values = check_form(data, OfficialConfig, where, "download it again")
@@ -83,7 +83,7 @@ def read_keys(data: Mapping[str, Any], where: str = "config.json") -> OfficialCo
 
 
 def config_from_official(data: Mapping[str, Any], where: str = "config.json") -> ResolvedModel:
-    """The model config of an official ``config.json``, all sizes explicit. UserError names a bad value."""
+    """Return the model config of an official ``config.json``, with all sizes filled. UserError names a bad value."""
     v = read_keys(data, where)
     sizes = {shape: name for name, shape in VISION.items()}
     shape = (v.vision_embed_dim, v.vision_depth, v.vision_num_heads)
@@ -114,7 +114,7 @@ def config_from_official(data: Mapping[str, Any], where: str = "config.json") ->
 
 
 def config_to_official(config: ResolvedModel, objectives: AbstractSet[str] = OBJECTIVES) -> dict[str, Any]:
-    """The official ``config.json`` of a resolved config; UserError for what that format cannot say."""
+    """Return the official ``config.json`` of a resolved config; UserError for what that format cannot express."""
     if config.rope_dtype != "bfloat16":
         raise UserError(
             f"model.rope_dtype={config.rope_dtype} has no official counterpart: the official model would round to "

@@ -1,4 +1,4 @@
-"""Initial weights from elsewhere (``model.init_from``): of a tokenizer, an OpenCLIP model or a timm ViT."""
+"""Training can start from the weights of a tokenizer, an OpenCLIP model or a timm ViT (``model.init_from``)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ import torch
 from torch import Tensor
 
 from megavtp.checkpoint.formats.fingerprint import NOT_READ
-from megavtp.checkpoint.formats.fitting import misshapen
 from megavtp.checkpoint.formats.foreign import ForeignWeights, unwrapped
 from megavtp.checkpoint.formats.hf_vtp import PERIODS
 from megavtp.checkpoint.formats.openclip import from_openclip, is_openclip
 from megavtp.checkpoint.formats.timm_vit import from_timm, is_timm_vit, other_rotation
 from megavtp.checkpoint.formats.vtp_source import check_periods, open_vtp
 from megavtp.config.sizes import ResolvedModel
-from megavtp.data.torch_file import no_floats
 from megavtp.data.weights_file import read_weights_file
 from megavtp.errors import UserError
+from megavtp.models.fitting import copy_whole, faults
 from megavtp.models.vtp import VTP
-from megavtp.parallel.sharding import cut, shard_of
 
 _REMEDY = "model.init_from takes a checkpoint folder, a released folder, or an OpenCLIP or timm ViT weights file"
 _BOTTLENECK = "trunk.feature_bottleneck.weight"
@@ -31,11 +29,11 @@ _HIDDEN = ("heads", "norm", "ffn", "clip_feature", "causal", "pool", "quick_gelu
 def read_initial(
     spec: str, config: ResolvedModel, objectives: AbstractSet[str], frozen_encoder: bool = False
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Whole tensors by our names, checked against the whole model, and notes for the user.
+    """Read whole tensors by our names, checked against the whole model, and notes for the user.
 
     Args:
-        spec: one path, or several with commas; a later one replaces what an earlier one gave.
-        config: resolved; with the vocabulary.
+        spec: one path, or several separated by commas; a later one replaces what an earlier one gave.
+        config: a resolved model, with the size of the vocabulary.
         frozen_encoder: the encoder will not be trained, so the sources must give all that decides a latent.
 
     Raises:
@@ -67,12 +65,8 @@ def read_initial(
 
 
 def fill(model: VTP, tensors: Mapping[str, Tensor]) -> None:
-    """Copy into what this rank holds of the model; a teacher that ``tensors`` lacks becomes a copy of the student."""
-    mesh = model.mesh
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in tensors:
-                parameter.copy_(cut(tensors[name], shard_of(parameter), mesh.tp_rank, mesh.tp))
+    """Fill what this rank holds of the model; a teacher that ``tensors`` lacks becomes a copy of the student."""
+    copy_whole(dict(model.named_parameters()), tensors, model.mesh)
     if "self_distillation" in model.objectives and not any(name.startswith("teacher.") for name in tensors):
         model.start_teacher()
 
@@ -111,8 +105,8 @@ def _read_vtp(path: Path, config: ResolvedModel, shapes: Mapping[str, list[int]]
     towers = {_tower(name) for name in shapes}
     found = ForeignWeights()
     there = source.config
-    # A run without reconstruction has not trained its bottleneck, unless other objectives read it. Of a released model
-    # (step 0) nobody knows which run it is of.
+    # A run without reconstruction has not trained its bottleneck, unless other objectives read it. Which run made a
+    # released model (step 0) is not known.
     unread = source.step > 0 and there.objectives.reconstruction.weight == 0
     if unread and there.model.bottleneck_reconstruction_only:
         found.fresh.add(_BOTTLENECK)
@@ -129,7 +123,7 @@ def _read_vtp(path: Path, config: ResolvedModel, shapes: Mapping[str, list[int]]
 
 
 def _other_settings(there: ResolvedModel, here: ResolvedModel, towers: AbstractSet[str]) -> list[str]:
-    """Settings that change what the weights compute and that their shapes do not show."""
+    """Return the settings that differ, change what the weights compute, and do not show in the weights' shapes."""
     sections = {"trunk": "vision", "text": "text", "pixel_decoder": "decoder"}
     found = [] if there.rope_dtype == here.rope_dtype else [f"model.rope_dtype is {there.rope_dtype} there"]
     for section in (section for tower, section in sections.items() if tower in towers):
@@ -145,12 +139,7 @@ def _check(found: ForeignWeights, shapes: Mapping[str, list[int]], path: str) ->
     towers = {_tower(name) for name in found.tensors}
     if not towers:
         raise UserError(f"{path} has nothing for this model: {'; '.join(found.notes()) or 'no weights'}")
-    faults = [
-        f"missing {name}" for name in shapes
-        if _tower(name) in towers and name not in found.tensors and name not in found.fresh
-    ]
-    faults += [f"unexpected {name}" for name in found.tensors if name not in shapes]
-    faults += [f"unexpected {name}" for name in found.unknown]
-    faults += misshapen(found.tensors, shapes) + no_floats(found.tensors)
-    if faults:
-        raise UserError(f"{path} does not fit this model; change its model keys or leave it out: {'; '.join(faults)}")
+    required = [name for name in shapes if _tower(name) in towers and name not in found.fresh]
+    wrong = [f"unexpected {name}" for name in found.unknown] + faults(found.tensors, shapes, required)
+    if wrong:
+        raise UserError(f"{path} does not fit this model; change its model keys or leave it out: {'; '.join(wrong)}")

@@ -1,23 +1,21 @@
-"""Weights of OpenCLIP models as the text encoder's, and their ViT as the image encoder's where the shapes fit.
+"""Weights of OpenCLIP models can fill the text encoder and, where the shapes fit, the image encoder.
 
-The number of heads and QuickGELU do not show in the weights: set ``model.text.heads`` (OpenCLIP: width / 64) and, for
+The weights do not show the number of heads or QuickGELU: set ``model.text.heads`` (OpenCLIP: width / 64) and, for
 OpenAI's models, ``model.text.quick_gelu=true``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from megavtp.checkpoint.formats.fitting import misshapen
 from megavtp.checkpoint.formats.foreign import ForeignWeights
 from megavtp.checkpoint.formats.hf_vtp import official_name
 from megavtp.checkpoint.formats.timm_vit import from_timm, other_rotation
 from megavtp.config.sizes import ResolvedModel
-
-Shapes = Mapping[str, Sequence[int]]
+from megavtp.models.fitting import Shapes, misfits
 
 _TEXT = re.compile(r"(transformer|token_embedding|ln_final|text_projection)(\..*)?|positional_embedding")
 _SCALARS = ("logit_scale", "logit_bias")
@@ -32,10 +30,9 @@ def is_openclip(names: Mapping[str, Tensor]) -> bool:
 
 
 def from_openclip(state: Mapping[str, Tensor], config: ResolvedModel, shapes: Shapes) -> ForeignWeights:
-    """Tensors for the towers of a model with ``shapes``, by our names.
+    """Return tensors by our names for the towers of a model with ``shapes``.
 
-    The text encoder must fit (what does not is for the caller to find); the image encoder is taken whole or not at
-    all.
+    The text encoder must fit, which the caller checks; the image encoder is used as a whole or not at all.
     """
     found = ForeignWeights()
     visual = {n.removeprefix("visual."): t for n, t in state.items() if n.startswith("visual.")}
@@ -46,7 +43,7 @@ def from_openclip(state: Mapping[str, Tensor], config: ResolvedModel, shapes: Sh
 
 
 def _plain_text(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The text tower's names as in the CLIP class; the newer class has them below ``text.``."""
+    """Name the text tower as OpenCLIP's class CLIP does; its newer class puts ``text.`` before the names."""
     return {name.removeprefix("text."): tensor for name, tensor in state.items()}
 
 
@@ -77,7 +74,7 @@ def _text(state: Mapping[str, Tensor], config: ResolvedModel, shapes: Shapes, fo
 
 
 def _turned(matrix: Tensor) -> Tensor:
-    """Stored to be used as x @ P; what is no matrix stays as it is, and does not fit."""
+    """Transpose a matrix that is stored for x @ P; anything else stays as it is, and will not fit."""
     return matrix.t() if matrix.ndim == 2 else matrix
 
 
@@ -91,10 +88,8 @@ def _visual(state: Mapping[str, Tensor], shapes: Shapes, found: ForeignWeights) 
         trunk.left_out |= {n: "projection of the file" for n in state if n.startswith("head.")}
     else:
         trunk = _vit(state, shapes)
-    wanted = {name: shape for name, shape in shapes.items() if name.startswith("trunk.") and name not in trunk.fresh}
-    faults += [f"missing {name}" for name in wanted if name not in trunk.tensors]
-    faults += [f"unexpected {name}" for name in trunk.tensors if name not in shapes]
-    faults += [f"unknown visual.{name}" for name in trunk.unknown] + misshapen(trunk.tensors, shapes)
+    required = [name for name in shapes if name.startswith("trunk.") and name not in trunk.fresh]
+    faults += misfits(trunk.tensors, shapes, required) + [f"unknown visual.{name}" for name in trunk.unknown]
     if faults:
         reason = "the image encoder does not fit: " + "; ".join(faults)
         found.left_out |= {"visual.*": reason}
@@ -105,7 +100,7 @@ def _visual(state: Mapping[str, Tensor], shapes: Shapes, found: ForeignWeights) 
 
 
 def _vit(state: Mapping[str, Tensor], shapes: Shapes) -> ForeignWeights:
-    """OpenCLIP's own ViT. Its patch embedding has no bias: zeros."""
+    """Read OpenCLIP's own ViT. Its patch embedding has no bias, so ours is zero."""
     trunk = ForeignWeights(fresh={"trunk.mask_token", "trunk.feature_bottleneck.weight"})
     for name, tensor in state.items():
         block = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name)

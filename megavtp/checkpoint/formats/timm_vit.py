@@ -1,6 +1,6 @@
-"""Weights of timm's ViTs as the encoder's: ``Eva`` (DINOv3) and ``VisionTransformer`` (DINOv2, supervised).
+"""Weights of timm's ViTs can fill the image encoder: ``Eva`` (DINOv3), ``VisionTransformer`` (DINOv2, supervised).
 
-The block stack computes the same where the settings agree: ``model.vision.norm`` layernormbf16 (timm's 1e-5) or
+The blocks compute the same where the settings agree: ``model.vision.norm`` layernormbf16 (timm's 1e-5) or
 layernorm (1e-6), ``ffn`` mlp or swiglu with the ``mlp_ratio`` that gives the file's hidden width, ``layer_scale`` set
 when the file has one, and ``model.rope_dtype=float32``: bfloat16 rounds queries and keys.
 """
@@ -36,7 +36,7 @@ def is_timm_vit(names: Mapping[str, Tensor]) -> bool:
 
 
 def other_rotation(names: Mapping[str, Tensor]) -> str | None:
-    """Which model a file is of whose blocks fit and rotate queries and keys by another rule than the encoder here."""
+    """Name the model if its blocks fit but rotate queries and keys by another rule than our encoder; else None."""
     own = {name.removeprefix("blocks.0.") for name in names if name.startswith("blocks.0.")}
     first, last = (names.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
     gated = "mlp.fc1_g.weight" in own or _is_packed(first, last)
@@ -48,7 +48,7 @@ def other_rotation(names: Mapping[str, Tensor]) -> str | None:
 
 
 def from_timm(state: Mapping[str, Tensor]) -> ForeignWeights:
-    """The trunk's tensors of a timm ViT's state dict."""
+    """Return the trunk's tensors from the state dict of a timm ViT."""
     found = ForeignWeights(fresh={"trunk.mask_token", "trunk.feature_bottleneck.weight"})
     blocks: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
@@ -68,19 +68,19 @@ def from_timm(state: Mapping[str, Tensor]) -> ForeignWeights:
                 found.tensors[f"trunk.{prefix}.{name}"] = tensor
             else:
                 found.unknown.append(f"{prefix}.{name}")
-    if "norm.weight" not in state:  # a model that pools has its norm behind the pooling
+    if "norm.weight" not in state:  # a model that averages its tokens applies its norm after that
         found.fresh |= {"trunk.norm.weight", "trunk.norm.bias"}
     return found
 
 
 def _block(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One block's tensors by our names; what is not known keeps its name."""
+    """Return one block's tensors by our names; unknown ones keep their own."""
     own = {_PART.get(name, name): tensor for name, tensor in own.items()}
     return _feed_forward(_attention(own))
 
 
 def _attention(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One fused projection with a bias; keys without one get zeros, which attention cannot tell from none."""
+    """Fuse the projections into one with a bias. Where there is none it is zero, which gives the same attention."""
     own = dict(own)
     _join(own, "attn.qkv.weight", [f"attn.{part}_proj.weight" for part in "qkv"])
     weight = own.get("attn.qkv.weight")
@@ -94,7 +94,7 @@ def _attention(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _join(own: dict[str, Tensor], name: str, parts: Sequence[str]) -> None:
-    """``parts``, one below the other, as ``name``; parts that do not go together stay, and are unknown."""
+    """Concatenate ``parts`` as ``name``; parts that do not fit together stay, and count as unknown."""
     tensors = [own[part] for part in parts if part in own]
     if len(tensors) == len(parts) and len({(t.dtype, t.shape[1:], t.ndim) for t in tensors}) == 1 and tensors[0].ndim:
         own[name] = torch.cat(tensors)
@@ -103,19 +103,19 @@ def _join(own: dict[str, Tensor], name: str, parts: Sequence[str]) -> None:
 
 
 def _is_packed(first: Tensor | None, last: Tensor | None) -> bool:
-    """Whether the first linear of a feed-forward network gives both gate and value."""
+    """Tell whether the first linear of a feed-forward network gives both gate and value."""
     if first is None or last is None or first.ndim != 2 or last.ndim != 2:
         return False
     return len(first) == 2 * last.shape[1]
 
 
 def _feed_forward(own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's gated networks as w1 (gate), w2, w3; a plain one as it is."""
-    first = own.get("mlp.fc1.weight")
-    if _is_packed(first, own.get("mlp.fc2.weight")):
+    """Rename timm's gated networks to w1 (gate), w2, w3; a plain one stays as it is."""
+    if _is_packed(own.get("mlp.fc1.weight"), own.get("mlp.fc2.weight")):
+        rows = len(own["mlp.fc1.weight"])
         for kind in ("weight", "bias"):
             whole = own.get(f"mlp.fc1.{kind}")
-            if whole is not None and whole.shape[:1] == first.shape[:1]:
+            if whole is not None and whole.shape[:1] == (rows,):
                 own[f"mlp.fc1_g.{kind}"], own[f"mlp.fc1_x.{kind}"] = own.pop(f"mlp.fc1.{kind}").chunk(2)
     if "mlp.fc1_g.weight" not in own:
         return own

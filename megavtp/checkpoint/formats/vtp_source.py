@@ -1,4 +1,4 @@
-"""A tokenizer on disk, in whichever form: a run's checkpoint or the released models' folder."""
+"""This reads a tokenizer from disk in either format: the checkpoint of a run or the folder of a released model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from megavtp.checkpoint.formats.fingerprint import encoder_fingerprint
-from megavtp.checkpoint.formats.fitting import check
 from megavtp.checkpoint.formats.hf_vtp import PERIODS, load_folder, objectives_of, our_shapes, read_released
 from megavtp.checkpoint.kind import is_dit
 from megavtp.checkpoint.reading import INDEX, Checkpoint, is_checkpoint, open_checkpoint
@@ -31,24 +30,25 @@ from megavtp.json_file import check_form
 from megavtp.latents import artifact as artifact_file
 from megavtp.latents.artifact import TokenizerArtifact
 from megavtp.models.build import load_full
+from megavtp.models.fitting import check
 from megavtp.models.vtp import VTP
 from megavtp.nn.rope import DTYPES, AxialRope, rope_periods
 
 CAPTION_FILES = ("captions.model", "captions.txt.gz")  # beside the weights: sentencepiece, or CLIP's merges
-TRAINING_ONLY = ("teacher.", "dino_head.")  # no place in the released form
+TRAINING_ONLY = ("teacher.", "dino_head.")  # the released format has no place for these
 
 
 @dataclass(frozen=True)
 class VTPSource:
-    """What was read.
+    """A tokenizer that was read.
 
     Attributes:
-        config: the run's; of a released model only ``model``, ``data.captions`` and which objectives are on.
-        tensors: whole tensors by our names, on the host, read from disk when used; the teacher included.
-        artifact: the one beside the weights, or made from them.
-        captions: "clip", or the caption tokenizer's file, which need not exist; None = no text encoder.
-        step: of the run.
-        released: the ``config.json`` of the released folder that these weights came from, if any.
+        config: that of the run; a released model gives only ``model``, ``data.captions`` and which objectives are on.
+        tensors: whole tensors by our names in host memory, including the teacher; they are read from disk when used.
+        artifact: the one beside the weights, or one made from them.
+        captions: "clip", or the caption tokenizer's file, which need not exist; None without a text encoder.
+        step: the step of the run.
+        released: the ``config.json`` of the released folder that the weights came from, if there is one.
     """
 
     path: Path
@@ -61,14 +61,14 @@ class VTPSource:
 
     @property
     def tokenizer_tensors(self) -> dict[str, Tensor]:
-        """Without what only training needs."""
+        """The tensors without those that only training needs."""
         return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(TRAINING_ONLY)}
 
 
 def open_vtp(path: str | Path, form: str | None = None) -> VTPSource:
-    """Read a tokenizer: a checkpoint of a run (its hashes are compared) or a released model's folder.
+    """Read a tokenizer from the checkpoint of a run, whose hashes are compared, or from a released model's folder.
 
-    ``form``: "native" or "hf-vtp", where a folder has the files of both; None = native, if it is one.
+    ``form`` is "native" or "hf-vtp", for a folder that has the files of both; None prefers native.
 
     Raises:
         UserError: it is neither, is damaged, does not fit its own config, or has an artifact of other weights.
@@ -107,16 +107,16 @@ def _read_native(checkpoint: Checkpoint) -> tuple[ResolvedConfig, dict[str, Tens
     if "contrastive" in objectives and config.model.text.vocab_size is None:
         raise UserError(f"{checkpoint.path}: its configuration lacks model.text.vocab_size; use another checkpoint")
     tensors = {name: checkpoint.tensor(f"model/{name}") for name in names}
-    # A model of this configuration takes no more memory than the file, then.
+    # This ensures that a model of this configuration takes no more memory than the file.
     shapes = {name: shape for name, shape in our_shapes(config.model, objectives).items() if not name.endswith(PERIODS)}
     check({name: t for name, t in tensors.items() if not name.startswith(TRAINING_ONLY)}, shapes, str(checkpoint.path))
     return config, tensors, checkpoint.step
 
 
 def released_config(model: ResolvedModel, objectives: AbstractSet[str]) -> ResolvedConfig:
-    """The configuration that says of a model without a run what is known: its towers; and CLIP's captions."""
+    """Return a configuration for a model without a run: it states its towers, and that CLIP's captions were used."""
     on = ObjectivesConfig()
-    return Config(
+    return ResolvedConfig(
         model=model, data=DataConfig(captions="clip"),
         objectives=ObjectivesConfig(
             contrastive=on.contrastive if "contrastive" in objectives else ContrastiveConfig(weight=0.0),
@@ -127,12 +127,12 @@ def released_config(model: ResolvedModel, objectives: AbstractSet[str]) -> Resol
 
 
 def captions_beside(path: str | Path) -> Path | None:
-    """The caption tokenizer's file that a converted tokenizer carries along, if it has one of its own."""
+    """Return the caption tokenizer's file that lies beside a converted tokenizer, if there is one."""
     return next((Path(path) / name for name in CAPTION_FILES if (Path(path) / name).is_file()), None)
 
 
 def find_captions(path: str | Path, data: DataConfig) -> str | Path:
-    """The caption tokenizer of the model at ``path``: the file beside it, else the one its run names."""
+    """Return the caption tokenizer of the model at ``path``: the file beside it, else the one that its run names."""
     beside = captions_beside(path)
     if beside is not None or data.captions == "clip":
         return beside or "clip"
@@ -142,10 +142,10 @@ def find_captions(path: str | Path, data: DataConfig) -> str | Path:
 def _artifact(
     path: Path, model: ResolvedModel, tensors: dict[str, Tensor], captions: str | Path | None
 ) -> TokenizerArtifact:
-    fingerprint = encoder_fingerprint(model, tensors)
+    fingerprint, name = encoder_fingerprint(model, tensors), None if captions is None else Path(captions).name
     if not (path / artifact_file.FILE).is_file():
         return TokenizerArtifact(
-            fingerprint, model.image_size, model.patch_size, model.bottleneck, captions=captions and Path(captions).name
+            fingerprint, model.image_size, model.patch_size, model.bottleneck, captions=name
         )
     found = TokenizerArtifact.read(path)
     if found.fingerprint != fingerprint:
@@ -158,11 +158,11 @@ def _artifact(
             f"{path / artifact_file.FILE} has other patches or latent channels than the model beside it; convert the "
             "tokenizer again, or remove that file"
         )
-    return replace(found, captions=captions and Path(captions).name)
+    return replace(found, captions=name)
 
 
 def check_periods(source: VTPSource) -> None:
-    """UserError if a stored RoPE table is not the one that the config gives: a run's checkpoint does not keep it."""
+    """Raise UserError if a stored RoPE table is not the config's: a run's checkpoint could not keep it."""
     dtype = DTYPES[source.config.model.rope_dtype]
     for name, periods in source.tensors.items():
         if name.endswith(PERIODS) and not torch.equal(periods, rope_periods(4 * len(periods), dtype)):
@@ -172,7 +172,7 @@ def check_periods(source: VTPSource) -> None:
 def build_tokenizer(
     source: VTPSource, device: torch.device | str, compute_dtype: torch.dtype = torch.float32
 ) -> VTP:
-    """The tokenizer's towers, filled, in eval mode; memory for nothing else is taken."""
+    """Build the tokenizer's towers with their weights, in eval mode; nothing else takes memory."""
     tensors = source.tokenizer_tensors
     with torch.device("meta"):
         model = VTP(source.config.model, objectives=objectives_of(tensors.keys()), compute_dtype=compute_dtype)

@@ -1,4 +1,4 @@
-"""What a DiT's training holds: the DiT and the moving average of its weights, which samples are drawn with."""
+"""Training holds the DiT and the moving average of its weights, with which samples are drawn."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from megavtp.dit.config import CompleteDiT, DiTModelConfig, ResolvedDiT, complete_dit, swiglu_hidden
 from megavtp.dit.model.build import initialise_dit
-from megavtp.dit.model.model import DiT, Flow
+from megavtp.dit.model.model import Activations, DiT
 from megavtp.models.build import realised
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute
 from megavtp.nn.precision import computing_in
 from megavtp.parallel.mesh import SINGLE, Mesh
-from megavtp.parallel.striping import FlowSpec, Stripe, cut_tower
+from megavtp.parallel.striping import ActivationSpec, Stripe, cut_tower
 
 
 class AveragedDiT(nn.Module):
@@ -26,8 +26,8 @@ class AveragedDiT(nn.Module):
     Under pipeline parallelism both hold this rank's chunks only.
 
     Args:
-        config: with the sizes of the latents, and of what its condition needs.
-        compute_dtype: of the matrix products (autocast); parameters stay float32.
+        config: the model, with the size that its condition needs.
+        compute_dtype: dtype of the matrix products (autocast); parameters stay float32.
     """
 
     def __init__(
@@ -41,27 +41,29 @@ class AveragedDiT(nn.Module):
         self.ema = DiT(config, mesh, stripe=stripe, attention=attention).requires_grad_(False)
 
     def forward(
-        self, mode: str, stage: int | None = None, flow: Sequence[Tensor] = (), *, x: Tensor, t: Tensor, y: Tensor
-    ) -> Tensor | Flow:
-        """Velocities, see ``DiT.forward``: ``mode`` "velocity" of the trained weights, "average" of the averaged.
+        self, mode: str, stage: int | None = None, activations: Sequence[Tensor] = (), *,
+        x: Tensor, t: Tensor, y: Tensor,
+    ) -> Tensor | Activations:
+        """Predict velocities as ``DiT.forward`` does: ``mode`` "velocity" uses the trained weights, "average" the
+        averaged ones.
 
-        With ``stage``, only that chunk, which this rank must hold; one after the first reads ``flow`` alone.
+        With ``stage``, run only that chunk, which this rank must hold; all after the first read only ``activations``.
         """
         with computing_in(self.compute_dtype, self.dit.feat_rope.freqs_cos.device):
-            return (self.dit if mode == "velocity" else self.ema)(x, t, y, stage, *flow)
+            return (self.dit if mode == "velocity" else self.ema)(x, t, y, stage, *activations)
 
     def legs(self, mode: str) -> int:
-        """How many towers a pass goes through one after another."""
+        """Count the towers that a pass goes through one after another."""
         return 1
 
-    def flow(self, mode: str, stage: int, *, x: Tensor, **_: Any) -> list[FlowSpec]:
-        """Shape and dtype of each tensor that enters ``stage`` > 0 of a pass with these inputs (shapes suffice)."""
+    def activation_specs(self, mode: str, stage: int, *, x: Tensor, **_: Any) -> list[ActivationSpec]:
+        """Give shape and dtype of each tensor that enters ``stage`` > 0 of a pass with these inputs."""
         tokens = (self.config.latent_size // self.config.patch_size) ** 2
         shapes = (len(x), tokens, self.config.width), (len(x), self.config.width)
         return [(shape, torch.float32) for shape in shapes]
 
     def averaged(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """(average, trained) parameters, always in the same order."""
+        """Pair (average, trained) parameters, always in the same order."""
         return list(zip(self.ema.parameters(), self.dit.parameters(), strict=True))
 
     def start_average(self) -> None:
@@ -72,7 +74,7 @@ class AveragedDiT(nn.Module):
 
 
 def dit_cuts(config: ResolvedDiT, chunks: int) -> tuple[range, ...]:
-    """Block numbers of each pipeline chunk, balanced by weights used per token; ``config`` is resolved."""
+    """Return the block numbers of each pipeline chunk, balanced by the weights used per token."""
     block = 4 * config.width + 3 * swiglu_hidden(config.width)
     ends = config.patch_size**2 * (config.latent_channels or 0) / block
     return cut_tower([1.0] * config.depth, chunks, first=ends, last=ends)
@@ -82,7 +84,7 @@ def build_averaged_dit(
     config: DiTModelConfig, mesh: Mesh = SINGLE, *, seed: int = 0, device: torch.device | str = "cpu",
     recompute: Recompute = "none", attention: Kernel = "auto", compute_dtype: torch.dtype = torch.float32,
 ) -> AveragedDiT:
-    """In float32 on ``device``, initialised; the same full weights for every ``mesh``."""
+    """Build both in float32 on ``device``, initialised; the whole weights are the same for every ``mesh``."""
     with torch.device("meta"):
         model = AveragedDiT(
             complete_dit(config), mesh, recompute=recompute, attention=attention, compute_dtype=compute_dtype

@@ -1,7 +1,7 @@
-"""The transformer block of LightningDiT: adaptive norms (DiT, arXiv 2212.09748), rotary attention, SwiGLU.
+"""LightningDiT's transformer block has adaptive norms (DiT, arXiv 2212.09748), rotary attention and SwiGLU.
 
-Letters: b samples, N tokens, D width. ``condition`` (b, D) is SiLU of the sum of the embeddings, put through
-``copy_to_tp`` once for all blocks.
+Letters: b samples, N tokens, D width. ``condition`` (b, D) is SiLU of the sum of the embeddings, after one
+``copy_to_tp`` for all blocks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NORM_EPS = 1e-6
 
 
 class FusedSwiGLU(nn.Module):
-    """w3(silu(a) * b) with (a, b) = w12 x, (..., D) -> (..., D)."""
+    """Maps x (..., D) to w3(silu(a) * b), (..., D), with (a, b) = w12 x."""
 
     def __init__(self, width: int, mesh: Mesh):
         super().__init__()
@@ -41,19 +41,19 @@ class FusedSwiGLU(nn.Module):
         return self.contract(self.expand(x))
 
     def expand(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
-        """The first matrix product: a and b side by side."""
+        """Compute the first matrix product, a and b side by side."""
         return self.w12(x, cut)
 
     def contract(self, hidden: Tensor, cut: TokenCut | None = None) -> Tensor:
-        """All that follows it."""
+        """Compute all that follows the first matrix product."""
         a, b = hidden.chunk(2, -1)
         return self.w3(F.silu(a) * b, cut)
 
 
 class Modulation(nn.Module):
-    """The linear layer behind adaptive norms: condition (b, D) -> ``parts`` tensors (b, 1, D).
+    """The linear layer of adaptive norms, from a condition (b, D) to ``parts`` tensors (b, 1, D).
 
-    It holds a third of a DiT's weights. Cut over tp, its few output rows (one per sample) are gathered.
+    These layers hold a third of a DiT's weights, which tp ranks share; the outputs, a row per sample, are gathered.
     """
 
     def __init__(self, width: int, parts: int, mesh: Mesh):
@@ -64,19 +64,19 @@ class Modulation(nn.Module):
         self.add_module("1", ColumnParallelLinear(width, parts * width, mesh=mesh, parts=parts, copy_input=False))
 
     def forward(self, condition: Tensor, cut: TokenCut | None = None) -> tuple[Tensor, ...]:
-        """``cut``: under sequence parallelism, where each rank modulates its own tokens with the result."""
+        """Return the tensors; ``cut`` is given under sequence parallelism, where each rank modulates its own tokens."""
         own = self.get_submodule("1")(condition).unflatten(-1, (self.parts, 1, -1))
         whole = gather_from_tp(own, self.mesh)
         return (whole if cut is None else cut.share(whole)).unbind(1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (b, N, D), shift and scale (b, 1, D)."""
+    """Modulate x (b, N, D) by shift and scale (b, 1, D)."""
     return x * (1 + scale) + shift
 
 
 class DiTBlock(nn.Module):
-    """x += gate * attn(modulate(norm1 x)), then the same with the feed-forward network; (b, N, D) -> (b, N, D)."""
+    """Computes x += gate * attn(modulate(norm1 x)) on x (b, N, D), then the same with the feed-forward network."""
 
     def __init__(self, width: int, heads: int, *, qk_norm: bool, kernel: Kernel, mesh: Mesh):
         super().__init__()
@@ -92,8 +92,8 @@ class DiTBlock(nn.Module):
         self, x: Tensor, condition: Tensor, table: RotaryTable, cut: TokenCut | None = None,
         recompute: Recompute = "none",
     ) -> Tensor:
-        """``cut``: under sequence parallelism, x has this rank's n of the N tokens, and so has the result.
-        ``recompute``: see ``nn.block``; "full" is the caller's to do."""
+        """Apply the block. With ``cut`` (sequence parallelism), x and the result have this rank's n of the N tokens.
+        For ``recompute`` see ``nn.block``; the caller does "full"."""
         samples = len(x)
         segments = ((samples, len(table[0])),)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition, cut)
@@ -108,7 +108,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens (b, N, D) -> the velocity of each token's latent patch (b, N, outputs)."""
+    """Maps tokens (b, N, D) to the velocity of each token's latent patch (b, N, outputs)."""
 
     def __init__(self, width: int, outputs: int, mesh: Mesh):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Build a DiT with LightningDiT's initial values, the same on every layout, or from full tensors."""
+"""This builds a DiT with LightningDiT's initial values, the same on every layout, or fills it from whole tensors."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from torch import Tensor
 
 from megavtp.dit.config import DiTModelConfig, complete_dit
 from megavtp.dit.model.model import DiT
-from megavtp.errors import UserError
 from megavtp.models.build import realised
+from megavtp.models.fitting import load_whole
 from megavtp.models.init import Fill, constant, fill_parameters, normal
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.parallel.mesh import SINGLE, Mesh
-from megavtp.parallel.sharding import cut, shard_of
 
 
 def _xavier(t: Tensor, g: torch.Generator) -> Tensor:
-    """Xavier's uniform values for a weight as a matrix (outputs, all that goes into one of them)."""
+    """Draw Xavier's uniform values for a weight seen as a matrix (outputs, all inputs of each)."""
     bound = math.sqrt(6 / (t.shape[0] + t[0].numel()))
     return t.uniform_(-bound, bound, generator=g)
 
 
-# Adaptive norms and the last layer start at zero: the first output is 0 and every block the identity.
+# Adaptive norms and the last layer start at zero, so the first output is 0 and every block is the identity.
 _RULES: list[tuple[str, Fill]] = [
     (r".*norm\w*\.weight", constant(1.0)),
     (r".*\.adaLN_modulation\.1\.(weight|bias)", constant(0.0)),
@@ -46,7 +45,7 @@ def build_dit(
     config: DiTModelConfig, mesh: Mesh = SINGLE, *, seed: int = 0, device: torch.device | str = "cpu",
     attention: Kernel = "auto",
 ) -> DiT:
-    """A whole DiT in float32, initialised."""
+    """Build a whole, initialised DiT in float32."""
     with torch.device("meta"):
         model = DiT(complete_dit(config), mesh, attention=attention)
     with realised(model, device):
@@ -55,27 +54,8 @@ def build_dit(
 
 
 def load_full_dit(model: DiT, tensors: Mapping[str, Tensor]) -> None:
-    """Copy full (uncut) tensors into this rank's slices, by LightningDiT's keys; the fixed positions may be left out.
+    """Copy whole (uncut) tensors into this rank's slices, by LightningDiT's keys; the fixed positions may be left out.
 
     UserError names everything that is missing, unexpected or of the wrong shape; then nothing is copied.
     """
-    own = model.state_dict(keep_vars=True)
-    shapes = {name: _whole_shape(tensor, model.mesh) for name, tensor in own.items()}
-    faults = [f"unexpected {name}" for name in tensors if name not in own]
-    faults += [f"missing {name}" for name, _ in model.named_parameters() if name not in tensors]
-    faults += [
-        f"{name} has shape {list(value.shape)}, not {shapes[name]}"
-        for name, value in tensors.items() if name in own and list(value.shape) != shapes[name]
-    ]
-    if faults:
-        raise UserError("the weights do not fit the model config: " + "; ".join(faults))
-    with torch.no_grad():
-        for name, value in tensors.items():
-            own[name].copy_(cut(value, shard_of(own[name]), model.mesh.tp_rank, model.mesh.tp))
-
-
-def _whole_shape(tensor: Tensor, mesh: Mesh) -> list[int]:
-    shape, shard = list(tensor.shape), shard_of(tensor)
-    if shard is not None:
-        shape[shard.dim] *= mesh.tp
-    return shape
+    load_whole(model, tensors, model.mesh, [name for name, _ in model.named_parameters()])

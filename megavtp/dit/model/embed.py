@@ -1,6 +1,6 @@
-"""What goes into a DiT: latents as tokens, time and class or caption as one conditioning vector.
+"""A DiT takes latents as tokens, and time and class or caption as one conditioning vector.
 
-Letters: b samples, C channels, N tokens, D width. Module names are LightningDiT's, so its keys are ours.
+Letters: b samples, C channels, N tokens, D width. Modules have LightningDiT's names, so that our keys are its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megavtp.parallel.mesh import Mesh
 
 
 class LatentEmbed(nn.Module):
-    """(b, C, H, W) -> (b, N, D), tokens in row-major order."""
+    """Embeds latents (b, C, H, W) as tokens (b, N, D) in row-major order."""
 
     def __init__(self, channels: int, width: int, patch: int):
         super().__init__()
@@ -31,7 +31,7 @@ def _mlp(inputs: int, width: int, mesh: Mesh) -> nn.Sequential:
 
 
 def time_frequencies(t: Tensor) -> Tensor:
-    """Times (b,) in [0, 1] -> (b, 256) float32: 128 cosines, then 128 sines, of 1 down to almost 1/10000."""
+    """Map times (b,) in [0, 1] to 128 cosines and 128 sines (b, 256) float32, of frequencies 1 to almost 1/10000."""
     half = TIME_FREQUENCIES // 2
     frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float()[:, None] * frequencies
@@ -39,7 +39,7 @@ def time_frequencies(t: Tensor) -> Tensor:
 
 
 class TimeEmbed(nn.Module):
-    """Times (b,) -> (b, D)."""
+    """Embeds times (b,) as (b, D)."""
 
     def __init__(self, width: int, mesh: Mesh):
         super().__init__()
@@ -50,7 +50,7 @@ class TimeEmbed(nn.Module):
 
 
 class ClassEmbed(nn.Module):
-    """Labels (b,) in 0 .. classes -> (b, D); the last row, label ``classes``, stands for "no class"."""
+    """Embeds labels (b,) in 0 .. classes as (b, D); the last row, label ``classes``, stands for "no class"."""
 
     def __init__(self, classes: int, width: int):
         super().__init__()
@@ -61,13 +61,13 @@ class ClassEmbed(nn.Module):
         return self.embedding_table(labels)
 
     def none(self, count: int, device: torch.device) -> Tensor:
-        """The condition (count,) of samples without a class."""
+        """Return the condition (count,) of samples without a class."""
         return torch.full((count,), self.classes, device=device)
 
 
 class CaptionEmbed(nn.Module):
-    """The tokenizer's unit caption features (b, E) -> (b, D). A feature of zeros, which no caption has, stands for "no
-    caption"; what it maps to is learnt, by the biases."""
+    """Embeds the tokenizer's unit caption features (b, E) as (b, D). A feature of zeros, which no caption has, stands
+    for "no caption"; the biases learn its embedding."""
 
     def __init__(self, features: int, width: int, mesh: Mesh):
         super().__init__()
@@ -78,5 +78,5 @@ class CaptionEmbed(nn.Module):
         return self.mlp(captions)
 
     def none(self, count: int, device: torch.device) -> Tensor:
-        """The condition (count, E) of samples without a caption."""
+        """Return the condition (count, E) of samples without a caption."""
         return torch.zeros(count, self.features, device=device)

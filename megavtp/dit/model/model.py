@@ -1,4 +1,4 @@
-"""The diffusion transformer that generates latents: LightningDiT (arXiv 2501.01423), as VTP uses it.
+"""The diffusion transformer that generates latents is LightningDiT (arXiv 2501.01423), as VTP uses it.
 
 Letters: b samples, C channels, H = W latent positions, p patch, N = (H / p)^2 tokens, D width.
 """
@@ -25,7 +25,7 @@ from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.sequence import TokenCut
 from megavtp.parallel.striping import Stripe, whole
 
-Flow = tuple[Tensor, Tensor]  # between chunks: tokens (b, N, D), sum of the embeddings (b, D)
+Activations = tuple[Tensor, Tensor]  # go between chunks: tokens (b, N, D), sum of the embeddings (b, D)
 
 
 class PairRope(nn.Module):
@@ -50,15 +50,15 @@ class PairRope(nn.Module):
 
 
 class DiT(nn.Module):
-    """Velocity of noisy latents, given their time and a class or caption. ``state_dict`` has LightningDiT's keys.
+    """Predicts the velocity of noisy latents from their time and a class or caption; it has LightningDiT's keys.
 
-    Parameters come uninitialised: use ``models.dit_build.build_dit``.
+    Parameters are uninitialised: use ``dit.model.build.build_dit``.
 
     Args:
-        config: with the sizes of the latents, and of what its condition needs.
+        config: the model, with the size that its condition needs.
         mesh: tensor-parallel layout.
         stripe: the blocks on this rank; None = all.
-        recompute: what blocks make again in the backward pass, see ``nn.block``.
+        recompute: what blocks recompute in the backward pass, see ``nn.block``.
         attention: kernel choice, see ``nn.attention_kernels``.
     """
 
@@ -98,29 +98,29 @@ class DiT(nn.Module):
                 self.pos_embed.copy_(sine_positions(self.config.width, self.side))
 
     def forward(
-        self, x: Tensor | None, t: Tensor | None, y: Tensor | None, chunk: int | None = None, *flow: Tensor
-    ) -> Tensor | Flow:
-        """Velocity (b, C, H, W), from noise to data.
+        self, x: Tensor | None, t: Tensor | None, y: Tensor | None, chunk: int | None = None, *activations: Tensor
+    ) -> Tensor | Activations:
+        """Predict the velocity (b, C, H, W), from noise to data.
 
         Args:
             x: latents (b, C, H, W), normalised by the tokenizer's statistics, between noise (t = 0) and data (t = 1).
             t: (b,) in [0, 1].
             y: labels (b,), ``num_classes`` for none; or unit caption features (b, E), zeros for none.
-            chunk: run only that chunk: a later one than the first takes ``flow``, which the chunk before returned, and
-                not x, t and y; all but the last return such a flow.
+            chunk: run only that chunk. All but the last return activations, and the next takes these in place of x, t
+                and y.
         """
         part = self.stripe.part(chunk)
         if part.first:
             assert x is not None and t is not None and y is not None, "the first chunk reads latents, times, conditions"
             tokens, embedding = self.embed(x, t, y)
         else:
-            tokens, embedding = flow
+            tokens, embedding = activations
         condition = copy_to_tp(F.silu(embedding), self.mesh)
         tokens = self._run_blocks(part.blocks, tokens, condition)
         return self._velocity(tokens, condition) if part.last else (tokens, embedding)
 
-    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> Flow:
-        """Tokens with positions, and time and condition as one vector."""
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> Activations:
+        """Embed latents as tokens with positions, and time and condition as one vector."""
         expected = (self.config.latent_channels, self.config.latent_size, self.config.latent_size)
         if tuple(x.shape[1:]) != expected:
             raise UserError(f"latents of shape {tuple(x.shape[1:])} do not fit this DiT, which takes {expected}")
@@ -128,12 +128,12 @@ class DiT(nn.Module):
         return self.x_embedder(x) + self.pos_embed, (self.t_embedder(t) + self.y_embedder(y)).float()
 
     def no_condition(self, count: int) -> Tensor:
-        """``y`` of ``count`` samples without class or caption, as guidance needs it."""
+        """Return ``y`` for ``count`` samples without class or caption, as guidance needs it."""
         return self.y_embedder.none(count, self.pos_embed.device)
 
     def _run_blocks(self, indices: Sequence[int], tokens: Tensor, condition: Tensor) -> Tensor:
-        """(b, N, D) -> (b, N, D). Under sequence parallelism the tp ranks share the tokens of each sample between the
-        two, which are whole, and the same on each of them."""
+        """Run the blocks on tokens (b, N, D). Under sequence parallelism the tp ranks share each sample's tokens inside
+        this function; input and output are whole, and the same on each rank."""
         if not indices:
             return tokens
         samples, table, cut = len(tokens), self.feat_rope.table(), None

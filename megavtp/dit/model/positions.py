@@ -1,4 +1,4 @@
-"""Positions of latent tokens as LightningDiT has them: a fixed sine embedding, and rotations of queries and keys.
+"""LightningDiT positions its tokens by a fixed sine embedding, and by rotations of queries and keys.
 
 Letters: N = side * side tokens in row-major order, D width, h head dimension. Sides are in tokens.
 """
@@ -12,7 +12,7 @@ from megavtp.nn.rope import RotaryTable
 
 
 def sine_positions(width: int, side: int) -> Tensor:
-    """(N, D) float32: the first D/2 channels say the column, the last the row, each as D/4 sines then D/4 cosines."""
+    """Return (N, D) float32: D/2 channels encode the column, then D/2 the row, each by D/4 sines then D/4 cosines."""
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], 1)  # (side, D/2)
@@ -21,7 +21,7 @@ def sine_positions(width: int, side: int) -> Tensor:
 
 
 def pair_tables(head_dim: int, side: int) -> RotaryTable:
-    """Cosines and sines (N, h) float32: the first h/2 channels turn by the row, the last by the column.
+    """Return cosines and sines (N, h) float32: the first h/2 channels rotate by the row, the last by the column.
 
     Neighbouring channels share an angle: they are the pairs of ``rotate_pairs``.
     """
@@ -34,7 +34,7 @@ def pair_tables(head_dim: int, side: int) -> RotaryTable:
 
 
 def rotate_pairs(x: Tensor, table: RotaryTable) -> Tensor:
-    """Rotate queries or keys (b, L, heads, h), channel 2k with 2k + 1, in the table's dtype; dtype as x."""
+    """Rotate queries or keys (b, L, heads, h), channel 2k with 2k + 1, in the table's dtype; return that of x."""
     cos, sin = (t.unsqueeze(1) for t in table)
     y = x.to(cos.dtype)
     even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)

@@ -1,4 +1,4 @@
-"""What the options of ``tools/sample.py`` mean for a DiT."""
+"""This translates the options of ``tools/sample.py`` for a DiT."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megavtp.errors import UserError
 
 
 def settings_of(options: argparse.Namespace) -> SamplingSettings:
-    """What the options of ``options.add_sampling_options`` ask for."""
+    """Return the settings that the options of ``options.add_sampling_options`` ask for."""
     return SamplingSettings(
         options.method, options.steps, options.shift, options.guidance, options.interval,
         options.guided_channels, options.diffusion, seed=options.seed,
@@ -23,7 +23,7 @@ def settings_of(options: argparse.Namespace) -> SamplingSettings:
 def samples_of(
     dit: StoredDiT, classes: str | None, captions: list[str] | None, per_class: int
 ) -> list[Sample]:
-    """The samples to draw. UserError for options that do not fit the DiT."""
+    """Return the samples to draw. UserError for options that do not fit the DiT."""
     model = dit.config.model
     if model.condition == "caption":
         if captions is None or classes is not None:
@@ -41,6 +41,6 @@ def samples_of(
 
 
 def names_of(dit: StoredDiT, samples: Sequence[Sample]) -> list[str]:
-    """What a sheet writes beside each sample."""
+    """Return what a sheet writes beside each sample."""
     conditions = [sample.condition for sample in samples]
     return [value if isinstance(value, str) else dit.class_name(value) for value in conditions]

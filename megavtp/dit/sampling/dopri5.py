@@ -1,5 +1,5 @@
-"""Dormand and Prince's embedded Runge-Kutta pair of orders 5 and 4 (J. Comp. Appl. Math. 6, 1980) in steps that each
-sample chooses for itself: what else is in the batch does not change its path."""
+"""Dormand and Prince's embedded Runge-Kutta pair of orders 5 and 4 (J. Comp. Appl. Math. 6, 1980) takes steps that each
+sample chooses for itself, so that the rest of the batch does not change its path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from megavtp.dit.sampling.solvers import Field
 from megavtp.errors import UserError
 
-# Stage times, stage weights, and fifth- minus fourth-order weights. The last stage's weights are the solution's.
+# Times and weights of the stages, and fifth- minus fourth-order weights. The last stage's weights give the solution.
 _TIMES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 _STAGES = (
     (1 / 5,),
@@ -22,21 +22,21 @@ _STAGES = (
     (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
 _ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-_FIRST = 0.01  # step, of the whole time 1
-# Of the next step. Where an error is so small that rounding decides it, the growth is the greatest in any case.
+_FIRST = 0.01  # the first step; all steps sum to 1
+# Limits of the next step. Where rounding decides an error because it is so small, the growth is the greatest anyway.
 _SAFETY, _SHRINK, _GROW = 0.9, 0.2, 4.0
-_SMALLEST = 1e-9  # step
+_SMALLEST = 1e-9  # the smallest step
 
 
 def dopri5(field: Field, x: Tensor, y: Tensor, rtol: float, atol: float) -> Tensor:
     """Integrate from time 0 to 1 with an estimated error of each step below atol + rtol |x|, as the root mean square
-    over a sample's values. See ``solvers`` for ``field``. The host reads the errors after each step.
+    over a sample's values. For ``field`` see ``solvers``. The host reads the errors after each step.
 
     Raises:
         UserError: the field is not finite, or so rough that no step is small enough.
     """
     result = torch.empty_like(x)
-    rows = torch.arange(len(x))  # of the samples that are still on their way, which alone are computed
+    rows = torch.arange(len(x))  # the samples that have not arrived, which alone are computed
     now = torch.zeros(len(x), dtype=torch.float64)
     step = torch.full_like(now, _FIRST)
     slope = field(x, now, y)
@@ -46,11 +46,11 @@ def dopri5(field: Field, x: Tensor, y: Tensor, rtol: float, atol: float) -> Tens
         accepted = ratio <= 1
         taken = _like(accepted, x)
         x, slope = torch.where(taken, ahead, x), torch.where(taken, last_slope, slope)
-        reached = step >= 1 - now  # exactly, whatever the sum's rounding
+        reached = step >= 1 - now  # this is exact, however the sum is rounded
         now = torch.where(accepted, torch.where(reached, 1.0, now + step), now)
         step = step * _coarse((_SAFETY * ratio.clamp_min(1e-10) ** -0.2).clamp(_SHRINK, _GROW))
         left = now < 1
-        if not bool((step[left] > _SMALLEST).all()):  # false for a step that is not a number, too
+        if not bool((step[left] > _SMALLEST).all()):  # this is also false for NaN
             raise UserError("dopri5 gets nowhere: the DiT's velocities are not finite, or the tolerances too small")
         if not bool(left.all()):
             done, on = ((mask.nonzero()[:, 0]).to(x.device) for mask in (~left, left))
@@ -63,7 +63,7 @@ def dopri5(field: Field, x: Tensor, y: Tensor, rtol: float, atol: float) -> Tens
 def _try(
     field: Field, x: Tensor, y: Tensor, now: Tensor, step: Tensor, slope: Tensor, rtol: float, atol: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The points after ``step``, the slopes there, and the estimated error (b,) as a share of the allowed one."""
+    """Return the points after ``step``, the slopes there, and the estimated over the allowed error (b,)."""
     slopes, width = [slope], _like(step, x)
     for time, weights in zip(_TIMES, _STAGES, strict=True):
         ahead = x + width * _mix(weights, slopes)
@@ -75,8 +75,8 @@ def _try(
 
 
 def _coarse(factor: Tensor) -> Tensor:
-    """Down to a quarter power of 2: the error is a difference of nearly equal numbers, whose rounding would else
-    show in all steps, and through them in the solution."""
+    """Round down to a quarter power of 2: the error is a difference of nearly equal numbers, whose rounding would else
+    change all steps, and through them the solution."""
     return torch.exp2(torch.floor(4 * torch.log2(factor)) / 4)
 
 
@@ -85,6 +85,6 @@ def _mix(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
 
 
 def _like(values: Tensor, x: Tensor) -> Tensor:
-    """(b,) on the CPU -> (b, 1, 1, 1) beside ``x``, in its precision if they are numbers."""
+    """Move values (b,) from the CPU to (b, 1, 1, 1) on the device of ``x``, numbers in its precision."""
     dtype = values.dtype if values.dtype == torch.bool else x.dtype
     return values.to(x.device, dtype).view(-1, *[1] * (x.ndim - 1))

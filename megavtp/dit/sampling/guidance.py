@@ -1,4 +1,4 @@
-"""A DiT as a velocity field, with classifier-free guidance (arXiv 2207.12598) in an interval of times (2404.07724)."""
+"""A DiT is a velocity field, with classifier-free guidance (arXiv 2207.12598) in an interval of times (2404.07724)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from megavtp.dit.model.model import DiT
 
 
 class GuidedField:
-    """``field(x, t, y)``, see ``solvers``: free + scale * (conditioned - free) where ``interval`` has the time, else
-    the conditioned velocity, for which alone the DiT is then called.
+    """Gives ``field(x, t, y)``, see ``solvers``. In ``interval`` this is free + scale * (conditioned - free), outside
+    it is the conditioned velocity, and the DiT computes no other.
 
     Args:
-        scale: 1 = no guidance.
+        scale: strength of the guidance; 1 = off.
         interval: first and last time of guidance, both included.
-        channels: only so many, the first, are guided; None = all.
-        dtype: of the matrix products; all else is float32.
+        channels: how many channels, from the first, are guided; None = all.
+        dtype: dtype of the matrix products; all else is float32.
     """
 
     def __init__(

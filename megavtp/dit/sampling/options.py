@@ -1,4 +1,4 @@
-"""How images are drawn, as options of tools. Light to import: a tool parses before it loads torch."""
+"""Tools have these options for sampling. This imports no torch, as tools parse their options first."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from megavtp.options import SEED, new_file, new_path, real, whole
 
 
 def place_of_samples(text: str) -> Path:
-    """The type of ``--out``: what ``output.open_output`` can write to."""
+    """Parse ``--out``, a path that ``output.open_output`` can write to."""
     return (new_file(".png", ".npz") if Path(text).suffix else new_path)(text)
 
 
 def _interval(text: str) -> tuple[float, float]:
-    """Two times from "0.1,1"."""
+    """Parse two times such as "0.1,1"."""
     try:
         low, high = map(real(0, 1), text.split(","))
     except (ValueError, argparse.ArgumentTypeError):
@@ -26,7 +26,7 @@ def _interval(text: str) -> tuple[float, float]:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Those that ``command.settings_of`` reads, ``--weights`` and ``--precision``."""
+    """Add the options that ``command.settings_of`` reads, ``--weights`` and ``--precision``."""
     add, strength = parser.add_argument, real(0, 1e6)
     add("--method", choices=METHODS, default="euler", help="(default: euler)")
     add("--steps", type=whole(1, 1_000_000), help="of the method (default: 250); LightningDiT's num_steps - 1")

@@ -1,4 +1,4 @@
-"""Where generated images go: one PNG sheet, a folder of PNG files, or ADM's ``.npz``. Each appears whole or not."""
+"""Generated images go to a PNG sheet, a folder of PNG files or ADM's ``.npz``, which appear only when complete."""
 
 from __future__ import annotations
 
@@ -12,30 +12,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from megavtp.data.new_path import new_path
 from megavtp.errors import UserError
+from megavtp.training import pictures
 
 Sink = Callable[[Tensor], None]
-"""Takes the next images, uint8 (b, 3, H, W) on the CPU."""
+"""This takes the next images, uint8 (b, 3, H, W) on the CPU."""
 
-_COLUMNS = 8  # of a sheet, at most
-_GAP = 4  # pixels between pictures
-_SMALLEST_SIDE = 96  # pixels; smaller pictures on a sheet are enlarged by a whole factor
 _MOST_ON_A_SHEET = 1024
 _WRITERS = 4  # threads that compress PNG files
 
 
 def open_output(out: Path, names: Sequence[str]) -> AbstractContextManager[Sink]:
-    """A sink of the kind that the suffix of ``out`` asks for: .png, .npz, or none for a folder.
+    """Open a sink of the kind that the suffix of ``out`` asks for: .png, .npz, or none for a folder.
 
     Args:
-        names: one for each image, in the order in which they come: what a sheet writes beside its rows.
+        names: a name for each image, in order; a sheet writes them beside its rows.
 
     Raises:
-        UserError: another suffix, more images than a sheet can show, or a place that cannot be written.
+        UserError: the suffix is another, a sheet cannot show so many images, or the place cannot be written.
     """
     suffix = out.suffix.lower()
     if suffix == ".npz":
@@ -51,7 +49,7 @@ def open_output(out: Path, names: Sequence[str]) -> AbstractContextManager[Sink]
 
 @contextmanager
 def _folder(out: Path) -> Iterator[Sink]:
-    """000000.png and so on in a new folder."""
+    """Write 000000.png and so on into a new folder."""
     with new_path(out) as folder, ThreadPoolExecutor(_WRITERS) as pool:
         folder.mkdir()
         jobs: list[Future] = []
@@ -60,7 +58,8 @@ def _folder(out: Path) -> Iterator[Sink]:
         def add(images: Tensor) -> None:
             for job in jobs:
                 job.result()  # at most one batch waits to be compressed
-            jobs[:] = [pool.submit(_picture(image).save, folder / f"{next(numbers):06d}.png") for image in images]
+            made = map(pictures.to_picture, images)
+            jobs[:] = [pool.submit(picture.save, folder / f"{next(numbers):06d}.png") for picture in made]
 
         yield add
         for job in jobs:
@@ -69,7 +68,7 @@ def _folder(out: Path) -> Iterator[Sink]:
 
 @contextmanager
 def _replaced(out: Path) -> Iterator[Path]:
-    """A path beside ``out`` that takes its place when the block ends without an error."""
+    """Give a path beside ``out`` that is renamed to it when the block ends without an error."""
     partial = out.with_name(out.name + ".partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,11 +83,11 @@ def _replaced(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _npz(out: Path, images_total: int) -> Iterator[Sink]:
-    """``arr_0``: uint8 (images_total, H, W, 3), as ADM's evaluator reads it (github.com/openai/guided-diffusion).
+    """Write ``arr_0``, uint8 (images_total, H, W, 3), as ADM's evaluator reads it (github.com/openai/guided-diffusion).
 
-    Streamed: all images together may be larger than the memory.
+    The images are streamed, as all together may be larger than the memory.
     """
-    entry = zipfile.ZipInfo("arr_0.npy")  # with a fixed date: the same images give the same bytes
+    entry = zipfile.ZipInfo("arr_0.npy")  # its date is fixed, so the same images give the same bytes
     with _replaced(out) as partial, zipfile.ZipFile(partial, "w") as archive:
         with archive.open(entry, "w", force_zip64=True) as file:
             begun = False
@@ -107,7 +106,7 @@ def _npz(out: Path, images_total: int) -> Iterator[Sink]:
 
 @contextmanager
 def _sheet(out: Path, names: Sequence[str]) -> Iterator[Sink]:
-    """Rows of up to 8 images, a new row for each new name, which stands at its left."""
+    """Draw rows of up to 8 images; each new name begins a row, and is written at its left."""
     with _replaced(out) as partial:
         batches: list[Tensor] = []
         yield batches.append
@@ -115,34 +114,17 @@ def _sheet(out: Path, names: Sequence[str]) -> Iterator[Sink]:
 
 
 def draw_sheet(images: Tensor, names: Sequence[str]) -> Image.Image:
-    """``images`` uint8 (n, 3, H, W) in rows, see ``_sheet``; ``names``: of each image."""
-    height, width = images.shape[2:]
-    factor = max(1, -(-_SMALLEST_SIDE // min(height, width)))
-    height, width = height * factor, width * factor
+    """Draw ``images`` uint8 (n, 3, H, W) in rows, see ``_sheet``; ``names`` has one for each image."""
     rows = _rows(names)
-    font = ImageFont.load_default(size=14)
-    margin = 12 + round(max(font.getlength(name) for name in names))
-    columns = max(map(len, rows))
-    sheet = Image.new("RGB", (margin + columns * (width + _GAP), _GAP + len(rows) * (height + _GAP)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, row in enumerate(rows):
-        top = _GAP + number * (height + _GAP)
-        if number == 0 or names[row[0]] != names[rows[number - 1][0]]:
-            draw.text((margin - 6, top + height // 2), names[row[0]], fill="black", font=font, anchor="rm")
-        for column, index in enumerate(row):
-            picture = _picture(images[index]).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (margin + column * (width + _GAP), top))
-    return sheet
+    firsts = [names[row[0]] for row in rows]
+    labels = ["" if name == before else name for before, name in zip([None, *firsts], firsts)]
+    return pictures.draw_sheet([(label, images[row]) for label, row in zip(labels, rows)])
 
 
 def _rows(names: Sequence[str]) -> list[list[int]]:
     rows: list[list[int]] = []
     for index, name in enumerate(names):
-        if not rows or len(rows[-1]) == _COLUMNS or names[rows[-1][0]] != name:
+        if not rows or len(rows[-1]) == pictures.COLUMNS or names[rows[-1][0]] != name:
             rows.append([])
         rows[-1].append(index)
     return rows
-
-
-def _picture(image: Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())

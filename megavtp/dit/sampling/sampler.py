@@ -1,4 +1,4 @@
-"""Images from a trained DiT and the tokenizer whose latents it makes."""
+"""This draws images with a trained DiT and the tokenizer whose latents it generates."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from megavtp.tokenizer import Tokenizer, load_tokenizer
 
 
 class Sampler:
-    """Draws images; the same one for the same (seed, condition, index) and settings.
+    """Draws images; the same (seed, condition, index) and settings give the same image.
 
     The noise is equal bit for bit whatever else is drawn, in batches of any size, on any number of processes. What is
     computed from it differs by the rounding of the matrix products, which may depend on the batch's size (and on the
-    number of threads of a CPU): latents by some 1e-6 of their size, pixels hardly anywhere and by 1 of 255. Rounding
-    can tip a choice of dopri5, seldom; such a sample differs by a part of the tolerance.
+    number of threads of a CPU): latents by some 1e-6 of their size, a few pixels by 1 of 255. Rarely, rounding changes
+    a decision of dopri5; such a sample differs by a part of the tolerance.
 
     Args:
-        dit: with the tokenizer that its latents belong to. where: its place, for messages.
-        tokenizer: the same one; the DiT's latent statistics are taken over.
-        dtype: of the DiT's matrix products.
+        dit: a DiT that knows the tokenizer of its latents. where: its path, for messages.
+        tokenizer: that tokenizer; it takes over the DiT's latent statistics.
+        dtype: dtype of the DiT's matrix products.
 
     Attributes:
         size: pixels of an image's side. shape: (C, h, w) of its latents.
 
     Raises:
-        UserError: another tokenizer than the DiT's, no latent statistics, no pixel decoder.
+        UserError: the tokenizer is not the DiT's, or there are no latent statistics or no pixel decoder.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Sampler:
 
     @torch.no_grad()
     def latents(self, samples: Sequence[Sample]) -> Tensor:
-        """(b, C, h, w) float32 on the device, normalised."""
+        """Draw normalised latents (b, C, h, w), float32 on the device."""
         noise = SampleNoise(self.settings.seed, samples, self.shape, self.device)
         x, y, settings = noise(), self._conditions(samples), self.settings
         if settings.method == "dopri5":
@@ -79,7 +79,7 @@ class Sampler:
         return (heun if settings.method == "heun" else euler)(self.field, x, y, times)
 
     def images(self, samples: Sequence[Sample]) -> Tensor:
-        """(b, 3, H, W) uint8 on the device."""
+        """Draw images (b, 3, H, W), uint8 on the device."""
         return self.tokenizer.decode(self.latents(samples), normalised=True).mul_(255).round_().to(torch.uint8)
 
     def _conditions(self, samples: Sequence[Sample]) -> Tensor:
@@ -101,14 +101,14 @@ def open_sampler(
     dit: str | Path, tokenizer: str | Path, settings: SamplingSettings, device: torch.device | str = "cpu", *,
     average: bool = True, dtype: torch.dtype = torch.float32,
 ) -> Sampler:
-    """The DiT of a checkpoint, by default its averaged weights, with a tokenizer's folder. Raises UserError."""
+    """Load a checkpoint's DiT, by default its averaged weights, and a tokenizer's folder. Raises UserError."""
     stored = load_dit(dit, device, average=average)
     return Sampler(stored, str(dit), load_tokenizer(tokenizer, device), settings, dtype)
 
 
 class GeneratedImages:
-    """The images of ``samples`` as a source for an evaluation (``evaluation.image_sources.ImageSource``), drawn when
-    they are asked for:
+    """The images of ``samples`` as an ``evaluation.distances.image_sources.ImageSource``, which are drawn when they are
+    asked for:
 
         source = GeneratedImages(open_sampler(dit, tokenizer, settings), in_proportion([1.0] * num_classes, 10_000))
 
@@ -124,9 +124,9 @@ class GeneratedImages:
         return len(self.samples)
 
     def batches(self, batch_size: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's share: numbers (b,) int64 on the CPU and images (b, 3, size, size) uint8 on the device.
+        """Draw this process's share: numbers (b,) int64 on the CPU and images (b, 3, size, size) uint8 on the device.
 
-        Batches are cut from all samples and dealt to the processes in turn, so each image is in the same batch for
+        All samples are divided into batches that go to the processes in turn, so each image is in the same batch for
         every number of processes. Shares may differ by one batch; no process waits for another.
         """
         starts = range(rank * batch_size, len(self.samples), world * batch_size)
@@ -138,9 +138,9 @@ class GeneratedImages:
 def all_images(
     sampler: Sampler, samples: Sequence[Sample], batch_size: int, mesh: Mesh = SINGLE, quiet: bool = True
 ) -> Iterator[Tensor]:
-    """The images of all ``samples`` in their order, on every process, as uint8 batches (b, 3, H, W) on the CPU.
+    """Draw the images of all ``samples`` in order as uint8 batches (b, 3, H, W) on the CPU of every process.
 
-    A collective call: each batch of the result holds one of every process.
+    This is a collective call: each batch of the result joins one of every process.
     """
     batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     for start in tqdm(range(0, len(batches), mesh.dp), "sampling", disable=quiet, unit="batch"):
@@ -148,6 +148,6 @@ def all_images(
         own = torch.zeros(batch_size, 3, sampler.size, sampler.size, dtype=torch.uint8, device=sampler.device)
         if mesh.dp_rank < len(turn):
             own[: len(turn[mesh.dp_rank])] = sampler.images(turn[mesh.dp_rank])
-        # Only the very last batch may be short, so what is not wanted lies at the end.
+        # Only the very last batch may be short, so padding is at the end.
         yield all_gather(own, mesh, "dp")[: sum(map(len, turn))].cpu()
 

@@ -1,4 +1,4 @@
-"""Which samples are wanted, and the noise that each begins with: functions of the seed, the condition and a number."""
+"""These choose which samples to draw; a sample's noise is a function of the seed, its condition and a number."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from megavtp.errors import UserError
 
 @dataclass(frozen=True)
 class Sample:
-    """One image to draw: its label or caption, and which of those with the same condition it is (from 0)."""
+    """An image to draw: its label or caption, and its number (from 0) among those with the same condition."""
 
     condition: int | str
     index: int
 
 
 def each(conditions: Sequence[int | str], count: int) -> list[Sample]:
-    """``count`` samples of each condition, condition by condition."""
+    """List ``count`` samples of each condition, condition by condition."""
     return [Sample(condition, index) for condition in conditions for index in range(count)]
 
 
 def in_proportion(weights: Sequence[float], count: int) -> list[Sample]:
-    """``count`` samples of the labels 0, 1, ... in the given proportions, by the largest remainders.
+    """List ``count`` samples of the labels 0, 1, ... in the given proportions, by the largest remainders.
 
-    With the numbers of a data set's images: as many of each class as a random draw from it has on average. Equal
-    weights give each class as many as another, one more for the first ones.
+    Weighted by a data set's images, each class has as many samples as a random draw from it has on average. With equal
+    weights, all classes have equally many, or the first ones one more.
     """
     shares = np.asarray(weights, dtype=np.float64)
     shares = shares * (count / shares.sum())
@@ -42,7 +42,7 @@ def in_proportion(weights: Sequence[float], count: int) -> list[Sample]:
 
 
 def parse_classes(text: str, num_classes: int, names: Sequence[str] | None) -> list[int]:
-    """Labels from "3,7" or "Flags,Symbols". UserError for a label or name that the DiT does not know."""
+    """Parse labels such as "3,7" or "Flags,Symbols". UserError for one that the DiT does not know."""
     return [_label(part.strip(), num_classes, names) for part in text.split(",")]
 
 
@@ -70,9 +70,9 @@ def _list(names: Sequence[str] | None) -> str:
 
 
 class SampleNoise:
-    """Unit normal values for a batch, a new draw at each call.
+    """Draws unit normal values for a batch, new ones at each call.
 
-    A sample's sequence of draws depends on (seed, condition, index) alone: not on the batch, the process or the device.
+    A sample's sequence of draws depends on (seed, condition, index) alone, not on the batch, the process or the device.
     """
 
     def __init__(self, seed: int, samples: Sequence[Sample], shape: tuple[int, ...], device: torch.device | str):
@@ -80,6 +80,6 @@ class SampleNoise:
         self._generators = [generator(seed, "sample", sample.condition, sample.index) for sample in samples]
 
     def __call__(self) -> Tensor:
-        """(b, *shape) float32 on the device."""
+        """Draw (b, *shape) float32 on the device."""
         draws = [g.standard_normal(self.shape, dtype=np.float32) for g in self._generators]
         return torch.from_numpy(np.stack(draws)).to(self.device, non_blocking=True)

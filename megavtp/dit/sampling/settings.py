@@ -1,4 +1,4 @@
-"""How samples are drawn: the solver, its times, the guidance."""
+"""Settings choose how samples are drawn: the solver, its times and the guidance."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _STEPS = 250
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Everything that decides an image besides the models, the condition and the sample's number.
+    """All that decides an image besides the models, the condition and the sample's number.
 
     Attributes:
-        method: of the ordinary differential equation dx/dt = velocity: euler (order 1), heun (order 2, two velocities a
-            step), dopri5 (order 5, chooses its steps); or sde, the stochastic one with the same marginals.
-        steps: of the time from noise to data; None = 250. LightningDiT's ``num_steps`` counts the ends of the steps,
-            one more. dopri5 has none.
-        shift: s moves each time t to s t / (1 + (s - 1) t): below 1 there are more steps near the noise; 1 = as it is.
-        guidance: classifier-free, velocity = free + guidance * (conditioned - free); 1 = off.
+        method: euler (order 1), heun (order 2, two velocities per step) and dopri5 (order 5, chooses its steps) solve
+            the ordinary differential equation dx/dt = velocity; sde solves the stochastic one with the same marginals.
+        steps: number of steps from noise to data; None = 250. LightningDiT's ``num_steps`` counts their ends, one more.
+            dopri5 takes none.
+        shift: s moves each time t to s t / (1 + (s - 1) t). Below 1, there are more steps near the noise; 1 = off.
+        guidance: classifier-free: velocity = free + guidance * (conditioned - free); 1 = off.
         interval: first and last time with guidance.
-        guided_channels: only so many, the first, are guided; None = all. LightningDiT guides 3.
+        guided_channels: how many channels, from the first, are guided; None = all. LightningDiT guides 3.
         diffusion: strength w of the sde's noise, sqrt(2 w (1 - t)) dW; 0 makes it Euler's method.
-        rtol, atol: error of a step that dopri5 allows.
+        rtol, atol: the error of a step that dopri5 allows.
 
     Raises:
         UserError: a value makes no sense.
@@ -68,6 +68,6 @@ class SamplingSettings:
                 raise UserError(f"sampling: {text}")
 
     def times(self) -> list[float]:
-        """The ends of all steps, from 0 (noise) to 1 (data)."""
+        """Return the ends of all steps, from 0 (noise) to 1 (data)."""
         count = self.steps or _STEPS
         return [self.shift * t / (1 + (self.shift - 1) * t) for t in (i / count for i in range(count + 1))]

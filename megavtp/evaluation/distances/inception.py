@@ -1,4 +1,4 @@
-"""Features of the Inception-v3 of 2015 that FID is defined on, by torch-fidelity, with the user's file of weights."""
+"""FID is defined on features of the Inception-v3 of 2015, by torch-fidelity with the user's file of weights."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.network import INCEPTION, FeatureNetwork
 
-# Of weights-inception-2015-12-05-6726825d.pth (torch-fidelity), which is pt_inception-2015-12-05-6726825d.pth
-# (pytorch-fid). torch-fidelity would unpickle any file, and another network's distance would be no FID.
+# The file is weights-inception-2015-12-05-6726825d.pth of torch-fidelity, which is the same as pytorch-fid's
+# pt_inception-2015-12-05-6726825d.pth. torch-fidelity would unpickle any file, and another network would give no FID.
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 class Inception(FeatureNetwork):
-    """Input: resized to 299 x 299 as TensorFlow 1 did, bilinear; the 2048 averaged activations "pool3"."""
+    """The network resizes to 299 x 299 as TensorFlow 1 did, bilinear, and gives the 2048 averages of "pool3"."""
 
     name, title, dims = INCEPTION, "Inception", 2048
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu"):
-        """Raises ``UserError``: the file is not these weights, or torch-fidelity is missing."""
+        """Raises ``UserError`` if the file is not these weights, or torch-fidelity is missing."""
         _check(Path(path))
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

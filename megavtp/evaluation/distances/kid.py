@@ -1,4 +1,4 @@
-"""Kernel distance between two sets of features: KID where they are Inception's (Binkowski et al., arXiv 1801.01401)."""
+"""The kernel distance of two sets of Inception's features is the KID (Binkowski et al., arXiv 1801.01401)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from megavtp.errors import UserError
 def kernel_distance(
     x: Tensor, y: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Mean and standard deviation, over random subsets, of the unbiased squared MMD of ``x`` (n, d) and ``y`` (m, d).
+    """Average the unbiased squared MMD of ``x`` (n, d) and ``y`` (m, d) over random subsets; return mean and std.
 
     The kernel is (x . y / d + 1)^3. The subsets are drawn without replacement and depend on ``seed`` and the sizes
-    alone; they have ``subset_size`` rows, or as many as the smaller set has. Unlike the Frechet distance the mean is
+    alone. They have ``subset_size`` rows, or as many as the smaller set has. Unlike the Frechet distance the mean is
     unbiased for any number of samples, so it may be below zero. Raises ``UserError`` for fewer than two rows.
     """
     size = min(subset_size, len(x), len(y))
@@ -31,7 +31,7 @@ def kernel_distance(
 
 
 def _mmd(x: Tensor, y: Tensor) -> Tensor:
-    """Unbiased estimate for equally many rows: pairs of a row with itself do not count within a set."""
+    """Estimate without bias for equally many rows: pairs of a row with itself do not count."""
     n = len(x)
     within = sum((k.sum() - k.trace()) / (n * (n - 1)) for k in (_kernel(x, x), _kernel(y, y)))
     return within - 2 * _kernel(x, y).mean()

@@ -1,4 +1,4 @@
-"""Distances of generated images to a reference: gFID or FD-EfficientNet, kernel distance, precision and recall."""
+"""Generated images are measured against a reference: gFID or FD-EfficientNet, kernel distance, precision, recall."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megavtp.parallel.mesh import SINGLE, Mesh
 
 @dataclass(frozen=True)
 class Reference:
-    """Images, or statistics of theirs that somebody else took, or both (ADM's files). Notes tell what was not used."""
+    """Has images, or given statistics of them, or both as ADM's files do. Notes tell what was not used."""
 
     images: ImageSource | None
     statistics: FeatureStatistics | None = None
@@ -32,10 +32,10 @@ class Reference:
 
 
 def open_reference(path: str | Path, network: FeatureNetwork, size: int, limit: int | None = None) -> Reference:
-    """A folder of images or shards, or an .npz file with ``arr_0``, with ``mu`` and ``sigma``, or with all three.
+    """Open a folder of images or shards, or an .npz file with ``arr_0``, with ``mu`` and ``sigma``, or with all.
 
-    Images are cropped to ``size``, that of the samples. Statistics in a file serve for the Frechet distance; those of
-    another network are passed over if there are images, else refused. Raises ``UserError``.
+    Images are cropped to ``size``, that of the samples. The Frechet distance uses a file's statistics; those of another
+    network are ignored if there are images, else refused. Raises ``UserError``.
     """
     path = Path(path)
     if path.suffix != ".npz" or not path.is_file():
@@ -54,9 +54,9 @@ def open_reference(path: str | Path, network: FeatureNetwork, size: int, limit: 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """``metrics`` by name; ``skipped``: those left out and why; ``notes``: what to know when reading them.
+    """``skipped`` gives the reason for each metric that is not in ``metrics``; ``notes`` are for the reader.
 
-    ``reference``: its statistics, to be written to a file and used again. ``compare``: metrics of other image sets.
+    ``reference`` has its statistics, which a file can keep for further use, ``compare`` the metrics of other images.
     """
 
     metrics: dict[str, float]
@@ -70,14 +70,14 @@ def measure_generation(
     samples: ImageSource, reference: Reference, network: FeatureNetwork, *, batch_size: int = 64, seed: int = 0,
     mesh: Mesh = SINGLE, device: torch.device | str = "cpu", compare: Mapping[str, ImageSource] | None = None,
 ) -> GenerationResult:
-    """All distances that the reference allows; a collective call with the same result on every rank.
+    """Measure all distances that the reference allows in a collective call, with the same result on every rank.
 
     Args:
-        seed: of the kernel distance's subsets.
-        compare: other images, by what they are called, to be measured against the same reference.
+        seed: draws the kernel distance's subsets.
+        compare: other images by name, which are measured against the same reference.
 
     Raises:
-        UserError: samples or references of fewer than two images.
+        UserError: samples or reference have fewer than two images.
     """
     device = torch.device(device)
     summary = partial(summarise, network=network, batch_size=batch_size, mesh=mesh, device=device)
@@ -93,7 +93,7 @@ def measure_generation(
         compared = {name: _distances(other, real, statistics, network.name, seed)[0] for name, other in others.items()}
         return metrics, skipped, compared
 
-    # The eigenvalues are worth seconds: one rank computes, instead of all ranks of a machine at the same time.
+    # The eigenvalues take seconds, so one rank computes them rather than all ranks of a machine at once.
     metrics, skipped, compared = broadcast_object(together(lambda: measured() if mesh.rank == 0 else None))
     notes = list(reference.notes)
     name = metric_name("frechet", network.name, "generation")

@@ -1,4 +1,4 @@
-"""What a network is, for the distances that compare images by its features."""
+"""Distances compare images by the features of a network."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ INCEPTION = "inception"
 
 
 class FeatureNetwork:
-    """Frozen; images of any size in, a vector each out. Only Inception's distances bear the names of the papers."""
+    """A frozen network that maps each image to a vector. Only Inception's distances have the names of the papers."""
 
-    name: ClassVar[str]  # in the names of metrics
-    title: ClassVar[str]  # for people
+    name: ClassVar[str]  # this is part of the names of metrics
+    title: ClassVar[str]  # this is shown to people
     dims: ClassVar[int]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (b, 3, H, W) on the network's device -> (b, dims), float32.
+        """Map images, uint8 (b, 3, H, W) on the network's device, to features (b, dims), float32.
 
-        In whole float32 also inside autocast: TF32 would move a Frechet distance by more than models differ.
+        This is full float32 even inside autocast: TF32 would change a Frechet distance by more than models differ.
         """
         exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False), exact:
@@ -34,7 +34,7 @@ MetricKind = Literal["frechet", "kernel", "kernel_std", "precision", "recall"]
 
 
 def metric_name(kind: MetricKind, network: str, of: Literal["generation", "reconstruction"]) -> str:
-    """The metric's key: "generation/gfid", "generation/kid", "reconstruction/fd_efficientnet", ..."""
+    """Return the metric's key: "generation/gfid", "generation/kid", "reconstruction/fd_efficientnet", ..."""
     if network == INCEPTION:
         fid = {"generation": "gfid", "reconstruction": "rfid"}[of]
         return f"{of}/" + {"frechet": fid, "kernel": "kid", "kernel_std": "kid_std"}.get(kind, kind)

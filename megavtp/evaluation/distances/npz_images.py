@@ -1,4 +1,4 @@
-"""Images in an .npz file of ADM's form (arXiv 2105.05233): ``arr_0``, uint8 (n, H, W, 3), read row by row.
+"""An .npz file as ADM's (arXiv 2105.05233) has images in ``arr_0``, uint8 (n, H, W, 3), which are read row by row.
 
 numpy would load the whole array: 10 GB for 50,000 images of 256 pixels. Nothing is unpickled.
 """
@@ -20,8 +20,8 @@ from megavtp.errors import UserError
 
 _MEMBER = "arr_0.npy"
 _MAX_ROW_BYTES = 3 * 64_000_000
-_MAX_RATIO = 1032  # of deflate
-# What a damaged archive leads zipfile and numpy to; RuntimeError: it is encrypted, or compressed in a way not known.
+_MAX_RATIO = 1032  # deflate compresses no more than this
+# A damaged archive makes zipfile and numpy raise these; RuntimeError is for encryption or an unknown compression.
 NPZ_ERRORS = (OSError, ValueError, EOFError, RuntimeError, MemoryError, SyntaxError, zipfile.BadZipFile, zlib.error)
 
 
@@ -29,10 +29,10 @@ class NpzImages:
     """At most ``limit`` images, spread evenly over the file.
 
     Attributes:
-        width: of every image, in pixels.
+        width: pixels of every image.
 
     Raises:
-        UserError: the file is damaged, or holds no such array.
+        UserError: the file is damaged, or has no such array.
     """
 
     def __init__(self, path: Path, limit: int | None = None):
@@ -40,7 +40,7 @@ class NpzImages:
         try:
             with zipfile.ZipFile(path) as archive, archive.open(_MEMBER) as file:
                 shape, dtype, fortran = _header(file)
-                # What the archive says of its size is a claim, too.
+                # The size that the archive states is not proven either.
                 held = min(archive.getinfo(_MEMBER).file_size, _MAX_RATIO * path.stat().st_size) - file.tell()
         except KeyError:
             raise UserError(f"{path} holds no images: they are an array named arr_0") from None
@@ -62,7 +62,7 @@ class NpzImages:
         return self._count
 
     def batches(self, batch_size: int, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(numbers (b,), uint8 (b, 3, H, W)) of the images rank, rank + world, ..."""
+        """Give numbers (b,) and images, uint8 (b, 3, H, W), for the numbers rank, rank + world, ..."""
         own = range(rank, self._count, world)
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(_MEMBER) as file:
@@ -88,7 +88,7 @@ class NpzImages:
 
 
 def holds_images(path: Path) -> bool:
-    """Whether there is an array of that name; what it holds is not looked at."""
+    """Tell whether there is an array of that name, whatever it holds."""
     try:
         with zipfile.ZipFile(path) as archive:
             return _MEMBER in archive.namelist()
@@ -106,7 +106,7 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
 
 
 def _skip(file: IO[bytes], count: int) -> None:
-    """Forward by reading: a compressed member has no other way."""
+    """Skip bytes by reading them, the only way in a compressed member."""
     while count > 0:
         data = file.read(min(count, 2**20))
         if not data:

@@ -1,4 +1,4 @@
-"""Improved precision and recall of generated images (Kynkaanniemi et al., arXiv 1904.06991)."""
+"""This is the improved precision and recall of generated images (Kynkaanniemi et al., arXiv 1904.06991)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from megavtp.errors import UserError
 from megavtp.evaluation.ranking import row_blocks
 
-# Of squared distances, relative to the longest vector: two equal images are 0 apart, whatever a product rounds to.
+# Tolerance of squared distances, relative to the longest vector: equal images must be 0 apart despite rounding.
 _ROUNDING = 1e-12
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
-    """Shares of ``generated`` (m, d) in the manifold of ``real`` (n, d), and of ``real`` in that of ``generated``.
+    """Return the share of ``generated`` (m, d) in the manifold of ``real`` (n, d), and the reverse.
 
     The manifold of a set is the union of balls about its members that reach to their ``k``-th nearest other member.
-    Computed in float64, in blocks. Raises ``UserError`` for sets of no more than ``k`` rows.
+    All is computed in float64, in blocks. ``UserError`` for sets of no more than ``k`` rows.
     """
     for name, features in (("reference", real), ("generated", generated)):
         if len(features) <= k:
@@ -28,7 +28,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
 
 
 def _covered(points: Tensor, members: Tensor, k: int) -> float:
-    """The share of ``points`` that lie in the manifold of ``members``."""
+    """Return the share of ``points`` in the manifold of ``members``."""
     reach = _reach(members, k)
     slack = _ROUNDING * torch.maximum(_squares(points).max(), _squares(members).max())
     inside = [
@@ -39,18 +39,18 @@ def _covered(points: Tensor, members: Tensor, k: int) -> float:
 
 
 def _reach(members: Tensor, k: int) -> Tensor:
-    """The squared distance (n,) of each to its k-th nearest other."""
+    """Return the squared distance (n,) of each member to its k-th nearest other."""
     reach = torch.empty(len(members), dtype=members.dtype, device=members.device)
     for rows in row_blocks(len(members), len(members)):
         distances = _distances(members[rows], members)
         own = torch.arange(len(members), device=members.device)[rows]
-        distances[torch.arange(len(own), device=own.device), own] = -math.inf  # itself, in front of all others
+        distances[torch.arange(len(own), device=own.device), own] = -math.inf  # a member is nearest to itself
         reach[rows] = distances.kthvalue(k + 1, dim=1).values
     return reach
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """Squared, (rows of x, rows of y)."""
+    """Return squared distances (rows of x, rows of y)."""
     return (_squares(x)[:, None] + _squares(y) - 2 * x @ y.T).clamp_min_(0)
 
 

@@ -1,4 +1,4 @@
-"""Mean and covariance of a reference in a file: ADM's .npz, arrays ``mu`` (d,) and ``sigma`` (d, d)."""
+"""A file keeps a reference's mean and covariance: ADM's .npz with arrays ``mu`` (d,) and ``sigma`` (d, d)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _REMEDY = "give a reference of the same network, or its images"
 
 
 def read_statistics(path: str | Path, network: str, dims: int) -> FeatureStatistics | None:
-    """The statistics in the file, on the CPU, or None if it has none (ADM's files also hold images).
+    """Read the statistics in the file to the CPU; None if it has none (ADM's files also hold images).
 
-    A file that does not say whose features they are, as ADM's, is Inception's. Nothing is unpickled.
-    Raises ``UserError``: the file is damaged, or its statistics are another network's.
+    In a file that does not name the network, as ADM's, they are of Inception's features. Nothing is unpickled.
+    ``UserError`` if the file is damaged, or its statistics are another network's.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -44,7 +44,7 @@ def read_statistics(path: str | Path, network: str, dims: int) -> FeatureStatist
 
 
 def write_statistics(path: str | Path, statistics: FeatureStatistics, network: str) -> None:
-    """Write them where ``read_statistics``, ADM's and other FID scripts find them; beside, then renamed into place."""
+    """Write a file for ``read_statistics``, ADM's and other FID scripts, and rename it into place when complete."""
     path = Path(path)
     if path.suffix != ".npz":
         raise UserError(f"{path}: statistics go into an .npz file; name one")
@@ -52,7 +52,7 @@ def write_statistics(path: str | Path, statistics: FeatureStatistics, network: s
     arrays: dict[str, Any] = {
         "mu": statistics.mean.cpu().numpy(), "sigma": statistics.covariance.cpu().numpy(), "network": network,
     }
-    if statistics.count is not None:  # None would be pickled, and then nobody could read the file
+    if statistics.count is not None:  # None would be pickled, which no reader allows
         arrays["count"] = statistics.count
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

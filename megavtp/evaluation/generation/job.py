@@ -1,4 +1,4 @@
-"""What the options of `tools/evaluate.py generation` ask for."""
+"""This does what the options of `tools/evaluate.py generation` ask for."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from megavtp.evaluation.report import format_table, write_metrics
 from megavtp.parallel.collectives import together
 from megavtp.parallel.mesh import Mesh
 
-_DRAWN = 10_000  # samples that a DiT draws if nothing is said: FID-10k, as the paper's studies
+_DRAWN = 10_000  # samples that a DiT draws by default, for FID-10k as in the paper's studies
 
 
 def run_generation(options: argparse.Namespace, device: torch.device, mesh: Mesh) -> list[str]:
-    """Measure, write what is to be written, and return the lines to print (none but on the first rank).
+    """Measure, write the files that are asked for, and return the lines to print, on the first rank only.
 
     Raises ``UserError`` on every rank.
     """
@@ -67,7 +67,7 @@ def _samples(options: argparse.Namespace, device: torch.device) -> ImageSource:
 
 
 def _scale(options: argparse.Namespace, samples: ImageSource, reference: Reference) -> dict[str, ImageSource]:
-    """Bad images, as many as there are samples."""
+    """Return sets of bad images, as many as there are samples."""
     count, size = len(samples), samples.size
     found: dict[str, ImageSource] = {}
     if reference.images is not None:
@@ -80,7 +80,7 @@ def _scale(options: argparse.Namespace, samples: ImageSource, reference: Referen
 
 
 def _record(options: argparse.Namespace, network: FeatureNetwork, result: GenerationResult) -> dict[str, Any]:
-    """Everything that decides the numbers, and the numbers."""
+    """Record the numbers and all that decides them."""
     told = {name: str(value) for name in ("samples_from", "dit", "tokenizer", "reference", "size", "label", "weights")
             if (value := getattr(options, name)) is not None}
     drawn = {} if options.dit is None else {"sampling": vars(settings_of(options))}

@@ -1,4 +1,4 @@
-"""Which samples of a DiT to compare with a reference."""
+"""This chooses the samples of a DiT to compare with a reference."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from megavtp.errors import UserError
 
 
 def samples_like(reference: str | Path, dit: StoredDiT, count: int, label: str | None) -> list[Sample]:
-    """``count`` samples of the DiT to compare with ``reference``.
+    """List ``count`` samples of the DiT to compare with ``reference``.
 
-    Of classes: as many of each, as the papers do; with ``label`` in the proportions that this key of the metadata has
-    in the reference's shards. Of captions: those of ``count`` images spread over the reference's shards.
+    Classes have equally many samples, as in the papers; with ``label``, they have the proportions that this key of the
+    metadata has in the reference's shards. Captions are those of ``count`` images spread over the reference's shards.
 
     Raises:
-        UserError: shards are needed and there are none, or their labels or captions are not what the DiT knows.
+        UserError: shards are needed and there are none, or the DiT does not know their labels or captions.
     """
     if count < 2:
         raise UserError(f"--samples {count}: must be at least 2, better 10,000")
@@ -42,7 +42,7 @@ def samples_like(reference: str | Path, dit: StoredDiT, count: int, label: str |
 
 
 def _captions(dataset: ShardDataset, count: int) -> list[Sample]:
-    """A caption that comes again is another sample of it, not the same image twice."""
+    """List samples of the shards' captions; a repeated caption gives another sample, not the same image."""
     ends = np.cumsum(dataset.shard_counts)
     seen: Counter[str] = Counter()
     samples = []
@@ -66,14 +66,14 @@ def _caption(dataset: ShardDataset, shard: int, row: int) -> str:
 
 
 def _class_counts(dataset: ShardDataset, dit: StoredDiT, label: str) -> list[int]:
-    """How many samples the reference has of each of the DiT's classes."""
+    """Count the reference's samples of each of the DiT's classes."""
     values: Counter[str | int | None] = Counter()
     for shard, rows in enumerate(dataset.shard_counts):
         for row in range(rows):
             try:
                 value = dataset.meta(shard, row).get(label)
             except BadSample:
-                continue  # left out of the reference, too
+                continue  # the reference leaves it out, too
             values[value if isinstance(value, str | int) else None] += 1
     classes: Sequence[str | int] = dit.classes or range(dit.trained_classes)
     if strange := [value for value in values if value not in classes]:

@@ -1,4 +1,4 @@
-"""Image sets whose distances are known to be bad, so that one can tell what a distance means."""
+"""Sets of images that are known to be bad show what a distance means."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megavtp.dit.model.build import build_dit
 from megavtp.dit.sampling.sampler import Sampler
 from megavtp.evaluation.distances.image_sources import ImageSource, NumberedImages
 
-BLURS = (8, 16)  # pixels of a side of the squares that a blurred image is averaged over: half a patch, a patch
-_BATCH = 64  # images of noise drawn with one seed, so that no batch size or process count changes them
+BLURS = (8, 16)  # sides in pixels of the squares that a blurred image averages: half a patch, a patch
+_BATCH = 64  # images drawn with one seed, so that they do not depend on batch size or process count
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Blurred:
 
 
 def blur(images: Tensor, side: int) -> Tensor:
-    """uint8 (b, 3, H, W), averaged over squares of ``side`` pixels; those at the far edges may be smaller."""
+    """Average uint8 images (b, 3, H, W) over squares of ``side`` pixels; those at the far edges may be smaller."""
     means = F.avg_pool2d(images.float(), side, ceil_mode=True)
     wide = means.repeat_interleave(side, -2).repeat_interleave(side, -1)
     return wide[..., : images.shape[-2], : images.shape[-1]].round().to(torch.uint8)
 
 
 def untrained(sampler: Sampler, seed: int = 0) -> Sampler:
-    """``sampler`` with a DiT of the same shape that has learnt nothing."""
+    """Return ``sampler`` with an untrained DiT of the same shape."""
     config = sampler.dit.config
     device = next(sampler.dit.model.parameters()).device
     model = build_dit(config.model, seed=seed, device=device, attention=config.parallel.attention).eval()

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on disk, of a run or of a released model."""
+"""This evaluates a checkpoint of a run or a released model."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from megavtp.pixels import normalise, to_uint8
 
 
 def open_model(path: str | Path, device: torch.device) -> tuple[VTP, Config]:
-    """The tokenizer's towers, which all metrics are of, and its config: of a run's checkpoint or a released model.
+    """Open a tokenizer's towers, which all metrics use, and its config, from a run's checkpoint or a released model.
 
-    A released model brings only its model config; its captions are CLIP's. A caption tokenizer beside the weights, as
-    a conversion puts it there, goes before both. Raises ``UserError``, see ``open_vtp``.
+    A released model has only its model config, and CLIP's caption tokenizer. One beside the weights, where a conversion
+    puts it, has priority over both. Raises ``UserError``, see ``open_vtp``.
     """
     source = open_vtp(refuse_hub_id(path))
     config = source.config
@@ -40,14 +40,14 @@ def open_model(path: str | Path, device: torch.device) -> tuple[VTP, Config]:
 
 
 def untrained_like(model: VTP, seed: int, device: torch.device) -> VTP:
-    """A model of the same architecture with initial weights."""
+    """Build a model of the same architecture with initial weights."""
     return build_vtp(model.config, objectives=model.objectives, seed=seed, device=device)
 
 
 def find_tokenizer(model: VTP, config: Config, data: Path, spec: str | None) -> CaptionTokenizer:
-    """The tokenizer the model was trained with: ``spec``, else the run's, whose data set may lie elsewhere now.
+    """Load the caption tokenizer of the model: ``spec``, else the run's, whose data set may have moved.
 
-    Raises ``UserError`` when its vocabulary is not the model's.
+    Raises ``UserError`` if its vocabulary is not the model's.
     """
     if "contrastive" not in model.objectives:
         return NoCaptions()
@@ -65,7 +65,7 @@ def find_tokenizer(model: VTP, config: Config, data: Path, spec: str | None) -> 
 
 
 def find_perceptual(config: Config, device: torch.device, skipped: dict[str, str]) -> dict[str, Perceptual]:
-    """LPIPS with the network of the run's loss, else VGG; the reason goes to ``skipped`` if it cannot be had."""
+    """Load LPIPS with the network of the run's loss, else VGG; ``skipped`` gets the reason if that is impossible."""
     settings = config.objectives.reconstruction
     net = PERCEPTUAL_NETS.get(settings.perceptual, "vgg")
     path = settings.perceptual_weights if settings.perceptual != "none" else None
@@ -78,11 +78,11 @@ def find_perceptual(config: Config, device: torch.device, skipped: dict[str, str
 
 @dataclass
 class CheckpointEvaluation:
-    """A checkpoint, a data set with splits, and the metrics of one on the other.
+    """Evaluates a checkpoint on a data set with splits.
 
-    ``captions``: a caption tokenizer in place of the run's. ``max_samples``, ``batch_size``: in place of the run's
-    ``evaluation`` settings. ``frechet``: network for the Frechet distance of reconstructions, which takes time.
-    ``mesh``: the processes that share the samples; each has the whole model.
+    ``captions`` replaces the run's caption tokenizer; ``max_samples`` and ``batch_size`` replace its ``evaluation``
+    settings. ``frechet`` is a network for the Frechet distance of reconstructions, which takes time. The processes of
+    ``mesh`` share the samples; each has the whole model.
     """
 
     checkpoint: Path
@@ -97,7 +97,7 @@ class CheckpointEvaluation:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # A missing data set is found before the model is loaded.
+        # This finds a missing data set before the model is loaded.
         folder = open_dataset(split_folder(self.data, self.split))
         self.model, self.config = open_model(self.checkpoint, self.device)
         given = {k: v for k in ("max_samples", "batch_size") if (v := getattr(self, k)) is not None}
@@ -114,7 +114,7 @@ class CheckpointEvaluation:
         return EvalDataset(folder, self.tokenizer, self.model.config.image_size, count, self.config.data.max_pixels)
 
     def metrics(self, model: VTP) -> dict[str, float]:
-        """Every metric of ``model``, which is the checkpoint's or one of the same architecture. A collective call."""
+        """Compute every metric of ``model``, the checkpoint's or one of its architecture, in a collective call."""
         if self._perceptual is None:
             has_decoder = "reconstruction" in model.objectives
             self._perceptual = find_perceptual(self.config, self.device, self.skipped) if has_decoder else {}
@@ -125,11 +125,11 @@ class CheckpointEvaluation:
         )
 
     def untrained(self) -> VTP:
-        """A freshly initialised model of the checkpoint's architecture, by the run's seed."""
+        """Build a freshly initialised model of the checkpoint's architecture with the run's seed."""
         return untrained_like(self.model, self.config.seed, self.device)
 
     def reconstructions(self, count: int) -> tuple[Tensor, Tensor]:
-        """``count`` test images spread over the split and their reconstructions, both uint8 (n, 3, H, W)."""
+        """Return ``count`` images spread over the split and their reconstructions, both uint8 (n, 3, H, W)."""
         if "reconstruction" not in self.model.objectives:
             raise UserError(f"--pictures: {self.checkpoint} has no pixel decoder (reconstruction objective off)")
         images = [b["image"] for b in self._samples(self.test_set.dataset, count).batches(count, 0, 1)]

@@ -1,4 +1,4 @@
-"""Run a model over a data set, on all ranks in step, into one table with a row for each sample."""
+"""All ranks run a model over a data set in step and collect a table with a row for each sample."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _DONE, _READY, _FAILED = 0, 1, 2
 
 @dataclass(frozen=True)
 class Table:
-    """All samples in the data set's order; the same on every rank, and the same for every batch size and layout.
+    """All samples in the data set's order, which are the same on every rank, for every batch size and layout.
 
-    ``columns``: named tensors (n, ...) on the CPU.
+    ``columns`` are named tensors (n, ...) on the CPU.
     """
 
     index: Tensor
@@ -38,11 +38,11 @@ class Table:
 def collect(
     dataset: EvaluationSet, probe: Probe, *, batch_size: int, mesh: Mesh, device: torch.device, quiet: bool = True
 ) -> Table:
-    """Apply ``probe`` to every sample of ``dataset``; a collective call. Unless ``quiet``, rank 0 has a progress bar.
+    """Apply ``probe`` to every sample of ``dataset`` in a collective call. Unless ``quiet``, rank 0 shows progress.
 
-    Every rank makes the same number of probe calls, as a model needs whose parameters are gathered in the forward
-    (ZeRO-3): a rank that has run out of samples computes a blank image and drops the result. Raises ``UserError``
-    for an empty data set, or when another rank cannot read its share.
+    Every rank makes the same number of probe calls, as ZeRO-3 gathers parameters in the forward: a rank that has run
+    out of samples computes a blank image and drops the result. Raises ``UserError`` for an empty data set, or if
+    another rank cannot read its share.
     """
     index: list[Tensor] = []
     about: list[dict[str, Any]] = []
@@ -64,7 +64,7 @@ def collect(
 
 
 def _merge(index: Tensor, about: list[dict], columns: dict[str, Tensor], mesh: Mesh, device: torch.device) -> Table:
-    """All ranks' rows in the order of ``index``; a sample that several ranks served counts once."""
+    """Sort all ranks' rows by ``index``; a sample that several ranks read counts once."""
     index = gather_rows(index, mesh, device)
     about = gather_objects(about, mesh, device)
     columns = {name: gather_rows(value, mesh, device) for name, value in columns.items()}
@@ -81,9 +81,9 @@ def _merge(index: Tensor, about: list[dict], columns: dict[str, Tensor], mesh: M
 
 
 def _in_step(batches: Iterator[dict[str, Any]], mesh: Mesh, device: torch.device) -> Iterator[dict[str, Any]]:
-    """This rank's batches, then blank ones (zero rows to keep) until every rank has served its last.
+    """Give this rank's batches, then blank ones without rows to keep, until every rank has given its last.
 
-    Before each batch the ranks exchange what they hold; so one that fails to read stops all, instead of leaving the
+    Before each batch the ranks exchange what they hold. So a rank that fails to read stops all, instead of leaving the
     others in a collective, and a rank without any sample learns the shapes.
     """
     while True:
@@ -91,7 +91,7 @@ def _in_step(batches: Iterator[dict[str, Any]], mesh: Mesh, device: torch.device
         state = [_DONE, 0, 0, 0, 0]
         try:
             batch = next(batches, None)
-        except Exception as error:  # reported below, once the other ranks know of it
+        except Exception as error:  # it is raised below, once the other ranks know of it
             failure, state[0] = error, _FAILED
         if batch is not None:
             state = [_READY, *batch["image"].shape[1:], batch["tokens"].shape[1]]

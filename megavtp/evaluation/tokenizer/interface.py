@@ -1,4 +1,4 @@
-"""What an evaluation asks of a model, of a data set and of a caption tokenizer."""
+"""An evaluation needs this of a model, a data set and a caption tokenizer."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from torch import Tensor
 class Evaluated(Protocol):
     """A model under evaluation. Images are ImageNet-normalised floats (b, 3, H, W), tokens are ids (b, T).
 
-    ``objectives`` names what the model was built for: without "contrastive" there is no text tower, without
+    ``objectives`` are those that the model was built for: without "contrastive" there is no text tower, without
     "reconstruction" no pixel decoder, and the metrics that need them are left out.
     """
 
     objectives: frozenset[str]
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """-> (b, E), L2-normalised."""
+        """Return L2-normalised features (b, E)."""
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """-> (b, E), L2-normalised."""
+        """Return L2-normalised features (b, E)."""
 
     def features(self, images: Tensor) -> Tensor:
-        """-> (b, D): the frozen encoder's class token."""
+        """Return the frozen encoder's class token (b, D)."""
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """-> (b, 3, H, W) in the same normalised pixel space."""
+        """Return images (b, 3, H, W), normalised alike."""
 
 
 class EvaluationSet(Protocol):
-    """Samples in a fixed order, dealt to ``world`` readers (``megavtp.data.loader.EvalDataset``)."""
+    """Samples in a fixed order that ``world`` readers share, as in ``megavtp.data.loader.EvalDataset``."""
 
     def __len__(self) -> int:
-        """Samples of all readers."""
+        """Count the samples of all readers."""
 
     def batches(self, batch_size: int, rank: int, world: int) -> Iterator[dict[str, Any]]:
-        """-> dicts of index (b,), image uint8 (b, 3, H, W), tokens (b, T), caption list[str], meta list[dict]."""
+        """Give dicts of index (b,), image uint8 (b, 3, H, W), tokens (b, T), caption list[str], meta list[dict]."""
 
 
 class CaptionEncoder(Protocol):
     def encode(self, captions: list[str]) -> Tensor:
-        """-> ids (n, T)."""
+        """Return ids (n, T)."""
 
 
 class NoCaptions:
-    """Stands in for the tokenizer where no model reads captions: every one is the single id 0."""
+    """This replaces the tokenizer if the model reads no captions: each caption is the single id 0."""
 
     vocab_size = context_length = 1
 
@@ -56,7 +56,7 @@ class NoCaptions:
 
 
 class VTPEvaluated:
-    """``Evaluated`` over a ``VTP`` or the engine that wraps one: every call is a forward of the root module.
+    """``Evaluated`` for a ``VTP`` or the engine around one: every call is a forward of the root module.
 
     Outputs are float32 whatever the precision of the compute.
     """
@@ -80,7 +80,7 @@ class VTPEvaluated:
 
 
 Probe = Callable[[Tensor, Tensor], dict[str, Tensor]]
-"""(images uint8 (b, 3, H, W), tokens (b, T)) -> named per-sample values (b, ...)."""
+"""This maps images uint8 (b, 3, H, W) and tokens (b, T) to named values per sample (b, ...)."""
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
-"""Two image batches (b, 3, H, W) in [-1, 1] -> distance of each pair (b,)."""
+"""This maps two batches of images (b, 3, H, W) in [-1, 1] to the distance of each pair (b,)."""

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification on frozen features (DINO, arXiv 2104.14294, section 4.1)."""
+"""This is DINO's weighted k-nearest-neighbour classification on frozen features (arXiv 2104.14294, section 4.1)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 from megavtp.evaluation.ranking import row_blocks
 from megavtp.evaluation.tokenizer.labels import blind_accuracy, first_seen_ids, read_labels
 
-_TEMPERATURE = 0.07  # of the votes, as DINO
+_TEMPERATURE = 0.07  # of the votes, as in DINO
 
 
 def knn_predict(
     queries: Tensor, bank: Tensor, bank_ids: Tensor, classes: int, k: int,
     query_group: Tensor | None = None, bank_group: Tensor | None = None,
 ) -> Tensor:
-    """Classes (q,) that the k nearest of ``bank`` (g, D) elect for ``queries`` (q, D).
+    """Predict classes (q,) of ``queries`` (q, D) by a vote of the k nearest of ``bank`` (g, D).
 
-    Features are normalised here; a neighbour's vote weighs exp(cosine / 0.07). With groups given, entries of the
-    query's own group have no vote. -1 where nobody votes (or the features are not finite).
+    This normalises the features; a neighbour's vote has the weight exp(cosine / 0.07). With groups, entries of the
+    query's own group have no vote. The class is -1 where nobody votes (or the features are not finite).
     """
     queries, bank = F.normalize(queries.float(), dim=-1), F.normalize(bank.float(), dim=-1)
     k = min(k, len(bank))
@@ -33,7 +33,7 @@ def knn_predict(
         if query_group is not None and bank_group is not None:
             scores.masked_fill_(query_group[rows, None] == bank_group, -math.inf)
         near, who = scores.topk(k, dim=1)
-        weights = torch.exp((near - 1.0) / _TEMPERATURE)  # the constant shift changes no election, and cannot overflow
+        weights = torch.exp((near - 1.0) / _TEMPERATURE)  # the constant shift changes no majority, and avoids overflow
         votes = torch.zeros(len(scores), classes, device=scores.device).scatter_add_(1, bank_ids[who], weights)
         most, winner = votes.max(1)
         predicted[rows] = torch.where(most > 0, winner, -1)  # NaN > 0 is false
@@ -44,11 +44,11 @@ def knn_accuracy(
     features: Tensor, meta: Sequence[dict[str, Any]], field: str, k: int,
     train: tuple[Tensor, Sequence[dict[str, Any]]] | None = None,
 ) -> dict[str, float]:
-    """Top-1 accuracy on the label ``field`` of test ``features`` (n, D); empty when the labels are missing.
+    """Compute top-1 accuracy on the label ``field`` of test ``features`` (n, D); empty if the labels are missing.
 
-    ``train``: features and metadata of the training samples that vote; a test class without any counts as missed.
-    Without them the other test samples vote: those of another "style" where the metadata has one, so that the answer
-    cannot be read off the style; else all but the sample itself.
+    ``train`` has features and metadata of training samples, which vote; a test class without any counts as missed.
+    Without it, other test samples vote: those of another "style" if the metadata has one, so that the style does not
+    give the answer away; else all but the sample itself.
     """
     labels = read_labels(meta, field)
     if labels is None:
@@ -66,7 +66,7 @@ def knn_accuracy(
         if not rows:
             return {}
         names, _ = first_seen_ids(labels.names + [str(bank_meta[i][field]) for i in rows])
-        bank_ids = names[len(labels.names) :].to(device)  # test classes keep their ids, others come after them
+        bank_ids = names[len(labels.names) :].to(device)  # test classes keep their ids, and others follow
         classes = int(names.max()) + 1
         predicted = knn_predict(queries, bank[torch.tensor(rows, device=device)], bank_ids, classes, k)
     return {

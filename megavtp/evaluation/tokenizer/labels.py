@@ -1,4 +1,4 @@
-"""Class labels and other categories of a table's samples as integer ids."""
+"""Class labels and other categories of a table's samples become integer ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Labels:
-    """``rows`` (n,): the samples that have the field; ``ids`` (n,): each one's position in the sorted ``names``."""
+    """``rows`` (n,) are the samples with the field; ``ids`` (n,) are positions in the sorted ``names``."""
 
     rows: Tensor
     ids: Tensor
@@ -20,7 +20,7 @@ class Labels:
 
 
 def read_labels(meta: Sequence[dict[str, Any]], field: str) -> Labels | None:
-    """The values of ``field`` in the samples' metadata; ``None`` unless there are two or more different ones."""
+    """Read the values of ``field`` in the samples' metadata; ``None`` unless there are two or more different ones."""
     rows = [row for row, m in enumerate(meta) if isinstance(m.get(field), str | int) and m[field] != ""]
     values = [str(meta[row][field]) for row in rows]
     names = sorted(set(values))
@@ -31,7 +31,7 @@ def read_labels(meta: Sequence[dict[str, Any]], field: str) -> Labels | None:
 
 
 def first_seen_ids(values: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Equal values get equal ids, counted in order of appearance: ids (n,) and the row where each id first occurs."""
+    """Number the values in order of appearance; return their ids (n,) and the row where each id first occurs."""
     position: dict[str, int] = {}
     first: list[int] = []
     ids = []
@@ -44,11 +44,11 @@ def first_seen_ids(values: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def readable(name: str) -> str:
-    """A label as words: "face-smiling" -> "face smiling"."""
+    """Turn a label into words: "face-smiling" becomes "face smiling"."""
     return " ".join(name.replace("_", " ").replace("-", " ").split())
 
 
 def blind_accuracy(ids: Tensor, k: int) -> float:
-    """Best top-k accuracy of an answer that ignores the image: the share of the k most frequent classes."""
+    """Return the best top-k accuracy without the image, which is the share of the k most frequent classes."""
     counts = torch.bincount(ids).sort(descending=True).values
     return (counts[:k].sum() / len(ids)).item()

@@ -1,4 +1,4 @@
-"""Distances between an image and its reconstruction, each a value per image.
+"""These distances between images and their reconstructions give one value per image.
 
 Images are float32 (b, 3, H, W) in [0, 1] throughout.
 """
@@ -12,29 +12,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_MIN_MSE = 1e-10  # an exact copy reads 100 dB instead of infinity, which would swallow the mean
+_MIN_MSE = 1e-10  # an exact copy has 100 dB rather than infinity, which would make the mean infinite
 
 
 def psnr(prediction: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB (b,), at most 100."""
+    """Compute the peak signal-to-noise ratio (b,) in dB, at most 100."""
     mse = (prediction - target).square().flatten(1).mean(1)
     return -10.0 * torch.log10(mse.clamp_min(_MIN_MSE))
 
 
 def flat_psnr(target: Tensor) -> Tensor:
-    """PSNR (b,) of painting every image in its own mean colour: what a reconstruction has to beat."""
+    """Compute the PSNR (b,) of each image's mean colour, which a reconstruction has to beat."""
     return psnr(target.mean((2, 3), keepdim=True).expand_as(target), target)
 
 
 def ssim(prediction: Tensor, target: Tensor) -> Tensor:
-    """Structural similarity (b,) with the settings of Wang et al. 2004: 11 x 11 Gaussian of sigma 1.5, K 0.01, 0.03.
+    """Compute structural similarity (b,) as Wang et al. 2004: an 11 x 11 Gaussian of sigma 1.5, K 0.01 and 0.03.
 
-    Averaged over channels and all pixels, the images continued by reflection at the border, as torchmetrics 1.9 does.
+    As in torchmetrics 1.9, it is averaged over channels and all pixels, with reflection at the border.
     """
     window = [math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11)]
     window = [weight / sum(window) for weight in window]
 
-    def blur(x: Tensor) -> Tensor:  # shifted sums: a convolution may round to TF32, which the variances cannot bear
+    def blur(x: Tensor) -> Tensor:  # sums, as a convolution may round to TF32, too coarse for the variances
         x = F.pad(x, (5, 5, 5, 5), mode="reflect")
         for dim in (2, 3):
             size = x.shape[dim] - 10

@@ -1,4 +1,4 @@
-"""Retrieval between images and captions, and between two depictions of one concept."""
+"""Images and captions retrieve each other, as do two depictions of one concept."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _KS = (1, 5, 10)
 
 
 def caption_retrieval(images: Tensor, texts: Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """Recall at 1, 5 and 10 from image to text and from text to image, with the levels of a random order.
+    """Compute recall at 1, 5 and 10 from image to text and from text to image, with the levels of a random order.
 
-    ``images``, ``texts``: (n, E), L2-normalised, row i from sample i. Samples with the same caption are one text:
-    each of their images finds it, and it finds any of them.
+    ``images`` and ``texts`` (n, E) are L2-normalised, row i from sample i. Samples with the same caption have one text:
+    it matches each of their images.
     """
     caption_id, first = (x.to(images.device) for x in first_seen_ids(captions))
     texts = texts[first]
@@ -39,10 +39,10 @@ def caption_retrieval(images: Tensor, texts: Tensor, captions: Sequence[str]) ->
 
 
 def cross_style_retrieval(features: Tensor, meta: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
-    """Recall at 1 and 5 of the same "concept" among the images of every other "style".
+    """Compute recall at 1 and 5 of the same "concept" among the images of every other "style".
 
-    ``features`` (n, E) are compared by their inner product. Empty where the metadata has no two styles or no concept
-    is drawn in two. ``name`` is the metric's, before ``_r1``.
+    ``features`` (n, E) are compared by their inner product. The result is empty if there are no two styles, or no
+    concept is drawn in two. ``name`` is the metric's, before ``_r1``.
     """
     concept, style = read_labels(meta, "concept"), read_labels(meta, "style")
     if concept is None or style is None:

@@ -1,4 +1,4 @@
-"""All metrics of one model on one data set."""
+"""This computes all metrics of one model on one data set."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def evaluate(
     perceptual: Mapping[str, Perceptual] | None = None, label_fields: Sequence[str] = LABEL_FIELDS,
     skipped: dict[str, str] | None = None, frechet: FeatureNetwork | None = None, quiet: bool = True,
 ) -> dict[str, float]:
-    """Every metric the model and the data allow; a collective call, with the same result on every rank.
+    """Compute every metric that model and data allow in a collective call, with the same result on every rank.
 
-    Accuracies and recalls are fractions of 1, PSNR is in dB. The metric ``chance/X`` is what an answer that ignores
-    the model reaches on ``X``. Metrics come from per-sample values in the data set's order, in float32, so they do
-    not depend on batch size or layout.
+    Accuracies and recalls are fractions of 1, PSNR is in dB. The metric ``chance/X`` is what an answer without the
+    model reaches on ``X``. Metrics come from per-sample values in the data set's order, in float32, so they do not
+    depend on batch size or layout.
 
     Args:
-        train_set: its features vote in the k-NN classification; without it the other test samples do.
-        perceptual: distances by the name of their metric, say ``{"lpips_vgg": lpips}``.
-        skipped: filled with the metrics that were left out and why; a reason already there stays.
-        frechet: the network for the Frechet distance of the reconstructions to the images; None = leave it out.
+        train_set: its features vote in the k-NN classification; without it, other test samples do.
+        perceptual: distances by the names of their metrics, such as ``{"lpips_vgg": lpips}``.
+        skipped: gets the metrics that are left out, and why; a reason already there stays.
+        frechet: the network for the Frechet distance of the reconstructions to the images; None leaves it out.
         quiet: without a progress bar, as inside of a training run, which has a line of its own.
     """
     device = torch.device(device)
@@ -79,7 +79,7 @@ def evaluate(
 def _frozen(
     table: Table, seen: Table | None, neighbours: int, label_fields: Sequence[str], device: torch.device
 ) -> dict[str, float]:
-    """k-NN classification and cross-style retrieval on the class token, without any trained head."""
+    """Run k-NN classification and cross-style retrieval on the class token, without any trained head."""
     features = F.normalize(table.columns["features"].to(device), dim=-1)
     train = None if seen is None else (seen.columns["features"].to(device), seen.meta)
     metrics: dict[str, float] = {}
@@ -89,7 +89,7 @@ def _frozen(
 
 
 def _frechet(table: Table, network: FeatureNetwork, device: torch.device, skipped: dict[str, str]) -> dict[str, float]:
-    """rFID with Inception, FD-EfficientNet with EfficientNet; none of fewer than two images."""
+    """Compute rFID with Inception or FD-EfficientNet with EfficientNet; fewer than two images have none."""
     name = metric_name("frechet", network.name, "reconstruction")
     if len(table) < 2:
         skipped[name] = "one image has no covariance"
@@ -101,7 +101,7 @@ def _frechet(table: Table, network: FeatureNetwork, device: torch.device, skippe
 
 
 def _probe(model: Evaluated, perceptual: Mapping[str, Perceptual], frechet: FeatureNetwork | None) -> Probe:
-    """Features of both towers, frozen features and reconstruction errors, as far as the model has them."""
+    """Return a probe for features of both towers, frozen features and reconstruction errors that the model has."""
 
     def probe(images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         pixels = normalise(images)
@@ -131,14 +131,14 @@ def _reconstruction_errors(shown: Tensor, target: Tensor, perceptual: Mapping[st
 
 
 def _in_parts(distance: Perceptual, x: Tensor, y: Tensor) -> Tensor:
-    """A few images at a time: VGG's first features of 256-pixel images take 16 MiB each."""
+    """Compute the distance a few images at a time: VGG's first features of 256-pixel images take 16 MiB each."""
     return torch.cat([distance(a, b) for a, b in zip(x.split(16), y.split(16))])
 
 
 def _left_out(
     model: Evaluated, metrics: Mapping[str, float], label_fields: Sequence[str], perceptual: Mapping | None
 ) -> dict[str, str]:
-    """Why the metrics that a reader may miss are not there."""
+    """Tell why metrics that a reader may miss are not there."""
     reasons: dict[str, str] = {}
     no_classes = f"no {' / '.join(label_fields)} with two or more named classes in the samples' metadata"
     if "contrastive" not in model.objectives:

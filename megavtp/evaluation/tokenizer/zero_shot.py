@@ -1,4 +1,4 @@
-"""Zero-shot classification: the class with the nearest averaged prompt embedding wins (CLIP, arXiv 2103.00020)."""
+"""Zero-shot classification chooses the class of the nearest averaged prompt embedding (CLIP, arXiv 2103.00020)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def class_embeddings(
     model: Evaluated, tokenizer: CaptionEncoder, names: Sequence[str], templates: Sequence[str], *,
     batch_size: int, mesh: Mesh, device: torch.device,
 ) -> Tensor:
-    """The classes' text features (C, E): normalised for each template, averaged, normalised again.
+    """Return the classes' text features (C, E), normalised per template, averaged, and normalised again.
 
-    A collective call: the prompts are dealt over the dp ranks, each of which makes the same number of forwards.
+    This is a collective call: the dp ranks share the prompts, and each makes the same number of forwards.
     """
     if not templates or any("{}" not in template for template in templates):
         raise UserError('evaluation.templates: every template needs "{}", the place of the class name')
@@ -42,9 +42,9 @@ def zero_shot(
     model: Evaluated, tokenizer: CaptionEncoder, images: Tensor, meta: Sequence[dict[str, Any]], field: str,
     templates: Sequence[str], *, batch_size: int, mesh: Mesh, device: torch.device,
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy on the label ``field``, over the classes that occur; empty when it has fewer than two.
+    """Compute top-1 and top-5 accuracy on the label ``field`` over the classes that occur, at least two, else none.
 
-    ``images``: (n, E), L2-normalised, on ``device``. The chance level is the best answer that ignores the image.
+    ``images`` (n, E) are L2-normalised, on ``device``. The chance level is that of the best answer without the image.
     """
     labels = read_labels(meta, field)
     if labels is None or any(name.isdigit() for name in labels.names):  # a class number is no prompt
