@@ -12,9 +12,12 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from megavtp.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 INTERRUPTED = 130  # exit status after Ctrl-C (128 + SIGINT)
 
@@ -87,16 +90,18 @@ def _on_interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 class _Forgiving(io.FileIO):
-    def write(self, data: bytes) -> int:
+    def write(self, data: ReadableBuffer, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
             if error.errno != errno.ENOSPC:  # room may come back, a reader does not
                 _lead_nowhere(self.fileno())
-            return len(data)
+            return memoryview(data).nbytes
 
 
 def _forgiving(stream: TextIO) -> TextIO:
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
     stream.flush()
     raw = _Forgiving(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(

@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,13 +22,14 @@ _PATIENCE = 15.0  # seconds that the first process has to tell of a mistake, bef
 class Options(argparse.ArgumentParser):
     """A parser whose errors are one line, told by the first process of a launcher alone."""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        for word in sys.argv[1:] if args is None else args:
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
             if not is_text(word):
                 self.error(f"{word!r} holds bytes that are no UTF-8 text; rename what it names")
             if not word or (word.startswith("--") and word.endswith("=")):
                 self.error(f"{word!r} is empty where a value belongs; leave the option out, or give it one")
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         if not _first_process():

@@ -1,4 +1,4 @@
-"""Every setting of a run, as frozen dataclasses. A key that is not here is refused.
+"""Every setting of a pre-training run, as frozen dataclasses. A key that is not here is refused.
 
 Units are in the comments; ``None`` means "derived", and the comment says from what.
 Cross-field rules live in ``validate.py``, reading and overriding in ``load.py``.
@@ -7,9 +7,13 @@ Cross-field rules live in ``validate.py``, reading and overriding in ``load.py``
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from megavtp.config.run import LoggingConfig, ParallelConfig, TrainConfig
+
+# The recipe that is read where none is named; an installation without the repository does not have it.
+DEMO_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo" / "vtp_emoji.yaml"
 
 Size = Literal["tiny", "s", "b", "l", "g"]
 

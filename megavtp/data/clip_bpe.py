@@ -111,7 +111,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
         lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 1 + _MERGES]
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"cannot read the CLIP merges {path} ({error}); {_INSTALL}") from None
-    merges = [tuple(line.split()) for line in lines]
-    if len(merges) != _MERGES or any(len(merge) != 2 for merge in merges):
+    pairs = [line.split() for line in lines]
+    if len(pairs) != _MERGES or any(len(pair) != 2 for pair in pairs):
         raise UserError(f"{path} is not CLIP's {_FILE}; {_INSTALL}")
-    return merges
+    return [(first, second) for first, second in pairs]

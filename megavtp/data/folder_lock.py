@@ -12,7 +12,6 @@ import shlex
 import socket
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from megavtp.errors import UserError
@@ -105,7 +104,7 @@ class FolderLock:
         started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         owner = _Owner(socket.gethostname(), os.getpid(), started, shlex.join(sys.argv))
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(asdict(owner)).encode(), 0)
+        os.pwrite(descriptor, json.dumps(vars(owner)).encode(), 0)
         return descriptor
 
 

@@ -46,9 +46,10 @@ class _Shard:
         )
         if any(len(column) != samples for column in (side.keys, side.image_ext, *spans)):
             raise UserError(f"{sidecar_path(path)} does not match index.json; {remedy}")
-        self.spans = _spans(spans, size)
-        if self.spans is None:
+        found = _spans(spans, size)
+        if found is None:
             raise UserError(f"{sidecar_path(path)} names bytes that {path.name} does not have; {remedy}")
+        self.spans = found
         try:
             self.fd = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -112,7 +113,7 @@ class ShardDataset:
         return {"folder": self.folder, "shards": self._shards}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # the open files stay behind
+        ShardDataset.__init__(self, **state)  # the open files stay behind
 
     def _open(self, shard: int) -> _Shard:
         name, samples, size = self._shards[shard]

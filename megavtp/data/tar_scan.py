@@ -57,8 +57,8 @@ def no_tars(folder: Path) -> UserError:
 class _HeaderFile(io.FileIO):
     """Refuses the huge single reads that a forged long-name or PAX header asks for."""
 
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= _MAX_HEADER:
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _MAX_HEADER:
             raise tarfile.ReadError(f"header of {size} bytes")
         return super().read(size)
 
@@ -113,7 +113,7 @@ def _headers(file: _HeaderFile, size: int, path: Path, report: SkipReport) -> It
                 raise tarfile.ReadError(f"absurd header at byte {info.offset}")
             end = info.offset_data + info.size
             yield info
-            tar.members = []  # tarfile would keep every header in memory
+            tar.members = []  # type: ignore[attr-defined]  # a public list that the stubs lack; it would only grow
         end = max(end, tar.offset)
     except Exception as error:  # tarfile raises nearly anything on forged headers, RecursionError for many in a row
         # Past the end of the file is the plain truncation that scan_tar reports by the member's name.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def write_split(
 
 
 def write_dataset(
-    root: Path, splits: dict[str, Iterable[NewSample | Skipped]], info: dict[str, Any], report: SkipReport, *,
+    root: Path, splits: Mapping[str, Iterable[NewSample | Skipped]], info: dict[str, Any], report: SkipReport, *,
     label_fields: tuple[str, ...] = (), vocab_size: int = 8192, shard_size: int = 1000, max_bad: int = 1000,
 ) -> dict[str, Any]:
     """Write ``root/train`` and so on, ``captions.model`` from the training captions, and ``dataset.json``.

@@ -1,8 +1,8 @@
 """The folder of latents while it is being made: what it will hold, which shards are there, how it is finished.
 
-The format is that of ``data.latents``. Besides, while shards are missing and afterwards:
+The format is that of ``latents.folder``, and one more file is there from the start:
 
-    FOLDER/extraction.json    what decides the latents; work that goes on in the folder must have the same
+    FOLDER/extraction.json    what decides the latents; an extraction that is resumed must have the same
 
 A shard is renamed into place when it is whole, with its sums in its header, so that nothing is read twice; the
 tokenizer's facts, without which nobody opens the folder, come last.
@@ -99,7 +99,7 @@ class UnfinishedLatents:
         return self.folder / f"latents_rank00_shard{shard:0{digits}d}.safetensors"
 
     def write(self, shard: int, tensors: Mapping[str, Tensor], moments: Moments | None) -> None:
-        """Write a shard's tensors, see ``data.latents``; ``moments`` None and no tensors: none of its images can be
+        """Write a shard's tensors, see ``latents.folder``; ``moments`` None and no tensors: none of its images can be
         read, and only that is noted."""
         path = self.path(shard)
         if moments is None:
@@ -135,11 +135,12 @@ class UnfinishedLatents:
         if not parts:
             raise UserError(f"{self.folder}: not one image of the data set can be read")
         own = join_all(parts).statistics()
-        finished = replace(self.artifact, statistics=self.artifact.statistics or own)
+        statistics = self.artifact.statistics or own
+        finished = replace(self.artifact, statistics=statistics)
         try:
             if classes is not None:
                 write_json(self.folder / CLASSES_FILE, classes, indent=1)
-            finished.statistics.write(self.folder / STATISTICS_FILE)
+            statistics.write(self.folder / STATISTICS_FILE)
             finished.write(self.folder)
         except OSError as error:
             raise self._cannot_write(error) from None

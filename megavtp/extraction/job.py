@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megavtp.checkpoint.background import BackgroundTask
+from megavtp.data.batch import one_thread
 from megavtp.data.loader import Loader
 from megavtp.data.shards import ShardDataset, open_dataset
 from megavtp.errors import UserError
@@ -34,8 +35,9 @@ from megavtp.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-_SHARDS = 512  # to share out evenly, also among many processes
-_SHARD_IMAGES = 128, 4096  # of one shard, at least and at most: what a kill may cost, and the host's memory
+_SHARDS = 512  # enough to be shared out evenly among many processes
+_SHARD_IMAGES = 128, 4096  # least and most of one shard: a kill may cost one, and the host's memory must hold it
+_TIMEOUT = 600  # seconds that a batch may take to decode
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class Extraction:
         missing = together(lambda: self.folder.missing() if self.mesh.rank == 0 else None)
         own = broadcast_object(missing)[self.mesh.dp_rank :: self.mesh.dp]
         phase.enter("extracting latents", slow=True)
-        with torch.no_grad(), one_thread(self.tokenizer.device):
+        # On a CPU the last bits of a product depend on the number of threads, and that on the number of processes.
+        with torch.no_grad(), one_thread() if self.tokenizer.device.type == "cpu" else nullcontext():
             self._extract(own, labels)
         phase.enter("finishing the latents", slow=True)
         left_out = sum(all_gather_object(self.left_out))
@@ -121,7 +124,10 @@ class Extraction:
         background = BackgroundTask()
         total = sum(map(len, source.ranges))
         with (
-            Loader(source, 0, len(source.ranges), self.workers, pin=self.tokenizer.device.type == "cuda") as batches,
+            Loader(
+                source, 0, len(source.ranges), workers=self.workers, timeout=_TIMEOUT,
+                pin=self.tokenizer.device.type == "cuda",
+            ) as batches,
             tqdm(total=total, desc="images", disable=self.quiet) as bar,
         ):
             for shard, parts in zip(shards, ranges, strict=True):
@@ -187,16 +193,3 @@ def shard_size(samples: int, batch_size: int) -> int:
     low, high = _SHARD_IMAGES
     wanted = min(max(-(-samples // _SHARDS), low), high)
     return -(-wanted // batch_size) * batch_size
-
-
-@contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU, torch on one thread: how a product is shared among threads may change its last bits, and how many a
-    process has depends on the number of processes."""
-    threads = torch.get_num_threads()
-    try:
-        if device.type == "cpu":
-            torch.set_num_threads(1)
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -75,7 +75,7 @@ def find_labels(folder: ShardDataset, key: str | None, mesh: Mesh) -> Labels:
     lacking = sum(part.lacking for part in found)
     if lacking:
         first = next(part.first_lacking for part in found if part.lacking)
-        keys = Counter()
+        keys: Counter[str] = Counter()
         for part in found:
             keys += part.keys
         others = ", ".join(k for k, _ in keys.most_common(_KEYS_TOLD)) or "none"

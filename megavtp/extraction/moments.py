@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,14 @@ from megavtp.errors import UserError
 from megavtp.json_file import Finite, Positive, parse_json
 from megavtp.latents.artifact import LatentStatistics
 
-_Dumped = tuple[Positive, Positive, list[Finite], list[Annotated[Finite, Field(ge=0)]]]
+
+class _Dumped(NamedTuple):
+    """The JSON list that ``Moments.dump`` writes."""
+
+    images: Positive
+    numbers: Positive
+    mean: list[Finite]
+    squares: list[Annotated[Finite, Field(ge=0)]]
 
 
 def channel_moments(latents: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ from megavtp.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 FILE = "visual_tokenizer.json"
 STATISTICS_FILE = "latents_stats.pt"  # LightningDiT's: {"mean", "std"}, each (1, C, 1, 1) float32
-_VERSION = 1
 _Pixels = Annotated[int, Field(gt=0, le=MAX_PIXELS)]
 _Channels = Annotated[int, Field(gt=0, le=MAX_WIDTH)]
 
@@ -41,7 +40,7 @@ class _StoredStatistics:
 class _Stored:
     """``TokenizerArtifact.to_dict``: all of it must be there."""
 
-    version: Literal[_VERSION]
+    version: Literal[1]
     fingerprint: str
     image_size: _Pixels
     patch_size: _Pixels
@@ -103,13 +102,15 @@ class LatentStatistics:
         """From LightningDiT's ``latents_stats.pt``. Raises UserError."""
         remedy = "extract the latents again, which writes it"
         tree = read_torch_file(path, remedy)
-        tensors = [tree.get(name) for name in ("mean", "std")] if isinstance(tree, dict) else [None]
-        if not all(isinstance(t, Tensor) and t.dtype in FLOATS for t in tensors):
+        found = [tree.get(name) for name in ("mean", "std")] if isinstance(tree, dict) else []
+        tensors = [value for value in found if isinstance(value, Tensor) and value.dtype in FLOATS]
+        if len(tensors) < 2:
             raise UserError(f"{path} does not hold the floating point tensors mean and std; {remedy}")
         if wrong := [tuple(t.shape) for t in tensors if t.numel() != max(t.shape, default=1)]:
             raise UserError(f"{path}: mean and std are one number per channel, not of shape {wrong[0]}; {remedy}")
         try:
-            return cls(*(tuple(t.flatten().tolist()) for t in tensors))
+            mean, std = (tuple(t.flatten().tolist()) for t in tensors)
+            return cls(mean, std)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
@@ -144,7 +145,7 @@ class TokenizerArtifact:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {"version": _VERSION, **asdict(self)}
+        return {"version": 1, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> TokenizerArtifact:

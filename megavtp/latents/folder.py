@@ -1,7 +1,7 @@
 """A folder of latents: what a tokenizer made of a data set, in LightningDiT's shard format, with what it belongs to.
 
     FOLDER/
-      visual_tokenizer.json                  the tokenizer's facts: fingerprint, latent statistics (``data.artifact``)
+      visual_tokenizer.json                  the tokenizer's facts: fingerprint, statistics (``latents.artifact``)
       classes.json                           optional: a list of class names, in the order of their labels
       latents_rank00_shard000.safetensors    any names; they are read in sorted order
           latents        (n, C, h, w)  float   of the images, not normalised
@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megavtp.data.decode import BadSample
 from megavtp.data.files import refuse_remote
 from megavtp.errors import UserError
 from megavtp.json_file import read_json
@@ -33,10 +34,6 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _MAX_CLASSES = 1_000_000  # the DiT has a row for each class up to the highest label
 _REMEDY = "extract the latents again with tools/extract_latents.py"
-
-
-class BadLatent(Exception):
-    """A sample that cannot be used; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ class LatentFolder:
         self._open.clear()  # worker processes open their own
 
     def read(self, shard: int, row: int, flip: bool) -> LatentSample:
-        """One image's latents, with ``flip`` those of its mirror image. ``BadLatent`` if a number is not finite."""
+        """One image's latents, with ``flip`` those of its mirror image. ``BadSample`` if a number is not finite."""
         try:
             file = self._handle(shard)
             latents = file.get_slice("latents_flip" if flip else "latents")[row].float()
@@ -98,7 +95,7 @@ class LatentFolder:
         except SafetensorError as error:
             raise self._unreadable(shard, error) from None
         if not latents.isfinite().all() or (caption is not None and not caption.isfinite().all()):
-            raise BadLatent("a number in it is not finite")
+            raise BadSample("a number in it is not finite")
         return LatentSample(self.name(shard, row), latents, int(self._labels[shard][row]), caption)
 
     def name(self, shard: int, row: int) -> str:

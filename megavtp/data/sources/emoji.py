@@ -54,7 +54,7 @@ def prepare_emoji(
         raise UserError(f"the emoji set needs the package resvg-py; {_INSTALL}")
     held = held_out_concepts(test_fraction, seed) if test_fraction else frozenset()
     report = SkipReport()
-    splits = {"train": [], "test": []}
+    splits: dict[str, list[Drawing]] = {"train": [], "test": []}
     for emoji in emoji_table():
         test = emoji.concept in held
         if not emoji.base and (test or not skin_tones):

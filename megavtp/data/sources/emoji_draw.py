@@ -36,7 +36,8 @@ def render(drawing: Drawing) -> NewSample | Skipped:
         return Skipped("drawing not readable", f"{drawing.svg}: {error}")
     canvas = Image.new("RGB", (drawing.size, drawing.size), "white")
     with Image.open(io.BytesIO(png)) as picture:
-        canvas.paste(picture.convert("RGB"), [(drawing.size - side) // 2 for side in picture.size])
+        left, top = ((drawing.size - side) // 2 for side in picture.size)
+        canvas.paste(picture.convert("RGB"), (left, top))
     file = io.BytesIO()
     canvas.save(file, "PNG")
     emoji = drawing.emoji

@@ -101,8 +101,8 @@ def held_out_concepts(fraction: float, seed: int = 0) -> frozenset[str]:
             members.setdefault(emoji.concept, []).append(emoji)
     words = {concept: frozenset().union(*(e.words for e in group)) for concept, group in members.items()}
     left = Counter(word for names in words.values() for word in names)
-    room = Counter(group[0].subgroup for group in members.values())
-    room = {subgroup: count / 4 for subgroup, count in room.items()}
+    sizes = Counter(group[0].subgroup for group in members.values())
+    room = {subgroup: count / 4 for subgroup, count in sizes.items()}
     wanted = round(fraction * len(members))
     held: set[str] = set()
     for concept in sorted(members, key=lambda c: hashlib.sha256(f"{seed}/{c}".encode()).digest()):

@@ -138,7 +138,7 @@ def _load(job: tuple[int, Entry], settings: _Settings) -> NewSample | Skipped:
 def _fit(data: bytes, settings: _Settings) -> tuple[bytes, str]:
     """The bytes to store and their extension: as they are where that will do, else encoded anew."""
     pixels = decode_image(data, settings.max_pixels)  # first: a damaged file shows only here
-    extension = _KEPT.get(open_image(data, settings.max_pixels).format)
+    extension = _KEPT.get(open_image(data, settings.max_pixels).format or "")
     shorter = min(pixels.shape[1:])
     if extension and not 0 < settings.size < shorter:
         return data, extension

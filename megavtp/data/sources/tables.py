@@ -65,6 +65,7 @@ def _csv_rows(path: Path, suffix: str) -> Iterator[tuple[int, dict[str, Any] | s
                     has = f"it has {', '.join(columns)}"
                     raise UserError(f"{path}: no column of {', '.join(wanted)} ({has}); rename one")
             while True:
+                row: dict[str, Any] | str
                 try:
                     row = next(reader)
                 except StopIteration:
