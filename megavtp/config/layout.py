@@ -46,7 +46,7 @@ def check_sequence_parallel(p: ParallelConfig) -> None:
 
 
 def data_parallel_size(config: Any, world_size: int) -> int:
-    """Return the data-parallel size of a launch of ``world_size`` processes. UserError unless it divides the streams."""
+    """Return the data-parallel size of ``world_size`` processes. UserError if it does not divide the streams."""
     p = config.parallel
     divides(p.tp * p.pp, world_size, "parallel.tp x parallel.pp", "the number of processes", "change the launch or tp")
     dp = world_size // (p.tp * p.pp)
