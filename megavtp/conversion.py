@@ -1,4 +1,4 @@
-"""Which conversion a user asks for: of a tokenizer or of a DiT, from what is found into the form that is named."""
+"""Choose the conversion that a user asks for: of a tokenizer or of a DiT, from the form found to the form named."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megavtp.errors import UserError
 
 
 def detect(path: str | Path) -> Format:
-    """The form of what lies at ``path``. Raises UserError."""
+    """Return the form of what lies at ``path``. Raises UserError."""
     path = Path(path)
     if is_checkpoint(path):
         return "native"
@@ -32,7 +32,7 @@ def convert(
     """Write what lies at ``path`` in the form ``to`` at ``out``, which must not exist; nothing is left there on errors.
 
     Args:
-        source_format: in place of ``detect``'s answer.
+        source_format: the form at ``path``; None = ``detect`` finds it.
         captions, statistics, decoder: see ``convert_tokenizer``.
         tokenizer, module_prefix: see ``convert_dit``.
 

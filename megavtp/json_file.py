@@ -1,4 +1,4 @@
-"""JSON from a file is checked against a form before anything believes it: types, bounds, unknown keys."""
+"""JSON from a file is checked against a form before it is used: types, bounds, unknown keys."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def foreign_form(cls: type[T]) -> type[T]:
 
 
 def read_json(path: Path, expected: type[T], remedy: str) -> T:
-    """The content of a JSON file in the expected form: a ``form``, or a plain type such as ``dict[str, Any]``.
+    """Read a JSON file in the expected form: a ``form``, or a plain type such as ``dict[str, Any]``.
 
     Raises:
         UserError: the file is missing, cannot be read, or holds something else; the message ends in ``remedy``.

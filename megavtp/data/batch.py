@@ -57,7 +57,7 @@ def masked_rows(masks: Tensor) -> tuple[Tensor, Tensor]:
 class StepDataset(torch.utils.data.Dataset):
     """``self[step]`` is the share of data-parallel rank ``dp_rank`` of ``dp_size`` in that step.
 
-    Neither the ranks, nor the worker that runs this, nor the other objectives change what a position gets.
+    What a position gets depends neither on the ranks, nor on the worker that runs this, nor on other objectives.
     Raises ``UserError`` if streams, batch sizes and dp_size do not divide, or if all candidates for a broken sample are
     broken too.
     """
@@ -74,7 +74,7 @@ class StepDataset(torch.utils.data.Dataset):
         data = config.data
         self.order = SampleOrder(dataset.shard_counts, data.streams, data.shuffle_block, config.seed)
         for purpose in ("ssl", "rec"):
-            self._subset(0, purpose)  # so that sizes that do not divide are refused now, not by a worker
+            self._subset(0, purpose)  # refuses sizes that do not divide now rather than in a worker
         step_positions(0, config.train.batch_size, data.streams, dp_rank, dp_size)
 
     def __getitem__(self, step: int) -> Batch:
@@ -158,7 +158,7 @@ class StepDataset(torch.utils.data.Dataset):
             out.copy_(dino_view(image, a.local_size, a.local_scale, rng, blur=a.blur[2], **common))
 
     def _masks(self, step: int, share: int) -> Tensor:
-        """(2, share, N) bool. Crop numbers count the whole step, so a mask does not depend on who draws it."""
+        """Draw masks (2, share, N) bool. Crops are numbered over the whole step, so no mask depends on the layout."""
         ssl, seed = self.config.objectives.self_distillation, self.config.seed
         side = self.config.data.augment.global_size // self.config.model.patch_size
         counts = mask_counts(

@@ -27,8 +27,10 @@ _COLUMNS = (
 
 @form
 class SideCar:
-    """``SHARD.tar.index.json``: the tar's name and size, and the columns, of whose numbers only the type is checked: a
-    column at a time is faster where they are used."""
+    """``SHARD.tar.index.json`` holds the tar's name and size, and the columns.
+
+    Only types are checked here: ``shards`` checks the numbers of a whole column at once, which is faster.
+    """
 
     version: Literal[1]
     shard: str
@@ -52,7 +54,7 @@ class IndexedShard:
 
 @form
 class Index:
-    """``index.json`` of a folder of shards; ``total``: samples of all."""
+    """``index.json`` lists the shards of a folder; ``total`` counts the samples of all."""
 
     version: Literal[1]
     total: Positive
@@ -125,7 +127,7 @@ def build_index(
 
 
 def _row(sample: TarSample, file: BinaryIO) -> tuple:
-    """The sample's values in the order of the columns; ``BadSample`` if it is not usable."""
+    """Return the sample's values in the order of the columns; ``BadSample`` if it is not usable."""
     images = [extension for extension in sample.members if extension in IMAGE_EXTENSIONS]
     if not images:
         raise BadSample("no image")

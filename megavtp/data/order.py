@@ -1,4 +1,4 @@
-"""Which sample stands where: a pure function from (stream, index) to (shard, row), and from a step to its positions.
+"""The order of samples: pure functions from (stream, index) to (shard, row), and from a step to its positions.
 
 The data set of N samples is cut into S streams. In each epoch the shards are permuted, laid end to end, and cut into
 S runs of L = N // S samples; a stream reads its run through permutations of ``shuffle_block`` neighbours, so a tar
@@ -69,7 +69,7 @@ class SampleOrder:
         epoch, offset = divmod(index, self.length)
         block, within = divmod(offset, self.block)
         within = self._permutation(epoch, stream, block)[within]
-        place = stream * self.length + block * self.block + int(within)  # in the epoch's virtual sequence
+        place = stream * self.length + block * self.block + int(within)  # in the epoch's sequence of all samples
         layout = self._epoch(epoch)
         i, row = locate(layout.ends, place)
         shard = int(layout.shards[i])

@@ -1,4 +1,4 @@
-"""The images of a data set in batches that do not depend on who encodes them."""
+"""The images of a data set, in batches that do not depend on which process encodes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megavtp.extraction.labels import Labels
 
 @dataclass(frozen=True)
 class ImageBatch(LoadedBatch):
-    """Images in the data set's order.
+    """A batch of images in the data set's order.
 
     Attributes:
         images: (b, 3, size, size) uint8; b may be 0. labels: (b,) int64. captions: b texts.

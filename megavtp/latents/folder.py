@@ -1,4 +1,4 @@
-"""A folder of latents: what a tokenizer made of a data set, in LightningDiT's shard format, with what it belongs to.
+"""A folder of latents, which a tokenizer made of a data set: LightningDiT's shards and the tokenizer's facts.
 
     FOLDER/
       visual_tokenizer.json                  the tokenizer's facts: fingerprint, statistics (``latents.artifact``)
@@ -38,7 +38,7 @@ _REMEDY = "extract the latents again with tools/extract_latents.py"
 
 @dataclass(frozen=True)
 class LatentSample:
-    """One image: its latents (C, h, w) as extracted, its label, and its caption feature (E,), None if there is none."""
+    """An image's latents (C, h, w) as extracted, its label, and its caption feature (E,) or None."""
 
     id: str
     latents: Tensor
@@ -47,7 +47,7 @@ class LatentSample:
 
 
 class LatentFolder:
-    """The latents in a folder, opened and checked.
+    """An opened and checked folder of latents.
 
     Attributes:
         artifact: the facts of the tokenizer that made them; statistics: of the latents.
@@ -87,7 +87,7 @@ class LatentFolder:
         self._open.clear()  # worker processes open their own
 
     def read(self, shard: int, row: int, flip: bool) -> LatentSample:
-        """One image's latents, with ``flip`` those of its mirror image. ``BadSample`` if a number is not finite."""
+        """Read an image's latents; ``flip`` reads its mirror image's. ``BadSample`` if a number is not finite."""
         try:
             file = self._handle(shard)
             latents = file.get_slice("latents_flip" if flip else "latents")[row].float()
@@ -113,7 +113,7 @@ class LatentFolder:
         return UserError(f"{self._paths[shard]}: cannot be read ({error}); {_REMEDY}")
 
     def _shapes(self, shard: int) -> dict[str, tuple[int, ...]]:
-        """Of every tensor, from the header alone; they fit each other when this returns."""
+        """Read the shapes of all tensors from the header, and check that they fit one another."""
         file, path = self._handle(shard), self._paths[shard]
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         if missing := {"latents", "labels"} - shapes.keys():
