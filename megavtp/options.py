@@ -57,7 +57,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def real(low: float, high: float, *, above: bool = False, below: bool = False) -> Callable[[str], float]:
-    """Return the type of an option that takes numbers from ``low`` to ``high``, which ``above`` and ``below`` exclude."""
+    """Return the type of an option of numbers from ``low`` to ``high``; ``above`` and ``below`` exclude ends."""
 
     def number(text: str) -> float:
         try:

@@ -133,7 +133,7 @@ class StepDataset(torch.utils.data.Dataset):
             return decode_image(raw.image, self.config.data.max_pixels), raw.id, raw.caption
 
         return self.order.read(
-            stream, index, read, self.dataset.name, bad,
+            stream, index, read, self.dataset, bad,
             "find them with `python tools/prepare_data.py check FOLDER` and prepare the data again without them",
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -38,6 +38,10 @@ class _Epoch:
     ends: np.ndarray  # cumulated counts of the kept samples, in that order
     gap_start: np.ndarray  # first row that this epoch leaves out, by shard number
     gap_size: np.ndarray  # how many rows it leaves out from there, by shard number
+
+
+class NamedSamples(Protocol):
+    def name(self, shard: int, row: int) -> str: ...
 
 
 class SampleOrder:
@@ -78,14 +82,14 @@ class SampleOrder:
         return shard, row
 
     def read(
-        self, stream: int, index: int, read: Callable[[int, int], Sample], name: Callable[[int, int], str],
+        self, stream: int, index: int, read: Callable[[int, int], Sample], samples: NamedSamples,
         bad: list[str], remedy: str,
     ) -> Sample:
         """Read the stream's ``index``-th sample, or the first candidate in its place that is not broken.
 
         Args:
             read: reads a sample by (shard, row); ``BadSample`` if it is broken.
-            name: names it for the log.
+            samples: names the broken ones.
             bad: takes "name: reason" of each broken sample.
 
         Raises:
@@ -97,7 +101,7 @@ class SampleOrder:
             try:
                 return read(shard, row)
             except BadSample as error:
-                bad.append(f"{name(shard, row)}: {error}")
+                bad.append(f"{samples.name(shard, row)}: {error}")
             # anywhere in the stream's next L samples: neighbours in a damaged file would likely be broken too
             at = index + 1 + stable_hash(self.seed, "replace", stream, index, attempt) % self.length
         raise UserError(

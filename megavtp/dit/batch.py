@@ -88,6 +88,6 @@ class LatentStepDataset(torch.utils.data.Dataset):
     def _sample(self, stream: int, index: int, flip: bool, bad: list[str]) -> LatentSample:
         """Return the stream's ``index``-th sample, or one in its place."""
         return self.order.read(
-            stream, index, lambda shard, row: self.folder.read(shard, row, flip), self.folder.name, bad,
+            stream, index, lambda shard, row: self.folder.read(shard, row, flip), self.folder, bad,
             "extract them again with tools/extract_latents.py",
         )
