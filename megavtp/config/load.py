@@ -139,7 +139,7 @@ def _parse(text: str, where: str, is_json: bool = False, is_file: bool = True) -
         raise UserError(f"{where}{place}: {getattr(e, 'problem', None) or e}") from None
     except RecursionError:
         raise UserError(f"{where}: {_TOO_DEEP}") from None
-    except (ValueError, LookupError, TypeError, AttributeError) as e:  # such as 2024-13-01, no date
+    except (ValueError, LookupError, TypeError, AttributeError) as e:  # such as 2024-13-01, which is no date
         why = str(e).partition(":")[0]
         raise UserError(f"{where}: a value is not what its form or tag says ({why}); quote it if it is text") from None
     _check_values(values, where)

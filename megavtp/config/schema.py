@@ -132,11 +132,11 @@ class ReconstructionConfig:
     batch: int = 2048  # images of the global batch that get this objective
     micro_batch: int | None = None
     drop_path: float = 0.0
-    # The decoder alone is trained, on the latents of an encoder that stands still and that model.init_from gives: the
-    # paper's second stage, without its GAN. The other objectives must be off.
+    # Only the decoder is trained, on the latents of a frozen encoder that model.init_from gives: the paper's second
+    # stage without its GAN. The other objectives must be off.
     frozen_encoder: bool = False
-    # Some images are decoded from noisy latents, for a decoder that forgives a generator's errors; these teach the
-    # decoder alone. In standard deviations of a channel in its image, at most; 0 = none (RAE, arXiv 2510.11690).
+    # Some images are decoded from noisy latents and train only the decoder, which learns to tolerate errors of a
+    # generator (RAE, arXiv 2510.11690). The unit is a channel's standard deviation in its image, at most; 0 = no noise.
     latent_noise: float = 0.0
     latent_noise_share: float = 0.5  # of the images
     l1_weight: float = 1.0

@@ -22,7 +22,7 @@ Sample = TypeVar("Sample")
 
 
 def cumulated(counts: Iterable[int]) -> np.ndarray:
-    """Return where each run of samples ends when they are laid end to end, for ``locate``."""
+    """Return where each run of samples ends when they are laid end to end."""
     return np.cumsum(np.asarray(tuple(counts), dtype=np.int64))
 
 
@@ -85,15 +85,9 @@ class SampleOrder:
         self, stream: int, index: int, read: Callable[[int, int], Sample], samples: NamedSamples,
         bad: list[str], remedy: str,
     ) -> Sample:
-        """Read the stream's ``index``-th sample, or the first candidate in its place that is not broken.
+        """Read the stream's ``index``-th sample by (shard, row), or the first candidate in its place that is not broken.
 
-        Args:
-            read: reads a sample by (shard, row); ``BadSample`` if it is broken.
-            samples: names the broken ones.
-            bad: takes "name: reason" of each broken sample.
-
-        Raises:
-            UserError: all candidates are broken; the message ends in ``remedy``.
+        ``bad`` gets "name: reason" of each that is. UserError, which ends in ``remedy``, if all candidates are broken.
         """
         at = index
         for attempt in range(1, REPLACEMENTS + 2):

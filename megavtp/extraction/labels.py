@@ -96,7 +96,7 @@ def _scan(folder: ShardDataset, key: str, mesh: Mesh) -> _Found:
         try:
             meta = folder.meta(shard, row)
         except BadSample:
-            continue  # left out later
+            continue  # the extraction leaves it out
         found.see(meta, key, folder.name(shard, row))
     return found
 

@@ -15,7 +15,7 @@ from pathlib import Path
 _TABLE = Path(__file__).with_name("emoji_table.txt")
 _SELECTOR, _JOINER = "FE0F", "200D"
 _TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
-# Man and woman sign, red, curly, white and no hair, facing right: always after a joiner.
+# These follow a joiner: man and woman sign; red, curly, white and no hair; facing right.
 _VARIANTS = {"2640", "2642", "1F9B0", "1F9B1", "1F9B3", "1F9B2", "27A1"}
 _NEUTRAL = {
     "1F468": "1F9D1", "1F469": "1F9D1",  # man, woman: person
