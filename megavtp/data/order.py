@@ -85,9 +85,9 @@ class SampleOrder:
         self, stream: int, index: int, read: Callable[[int, int], Sample], samples: NamedSamples,
         bad: list[str], remedy: str,
     ) -> Sample:
-        """Read the stream's ``index``-th sample by (shard, row), or the first candidate in its place that is not broken.
+        """Read the stream's ``index``-th sample by (shard, row), or the first good candidate in its place.
 
-        ``bad`` gets "name: reason" of each that is. UserError, which ends in ``remedy``, if all candidates are broken.
+        ``bad`` gets "name: reason" of each broken one. UserError, which ends in ``remedy``, if all candidates are broken.
         """
         at = index
         for attempt in range(1, REPLACEMENTS + 2):
