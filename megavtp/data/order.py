@@ -87,7 +87,7 @@ class SampleOrder:
     ) -> Sample:
         """Read the stream's ``index``-th sample by (shard, row), or the first good candidate in its place.
 
-        ``bad`` gets "name: reason" of each broken one. UserError, which ends in ``remedy``, if all candidates are broken.
+        ``bad`` gets "name: reason" of each broken one. UserError, with ``remedy``, if all candidates are broken.
         """
         at = index
         for attempt in range(1, REPLACEMENTS + 2):
