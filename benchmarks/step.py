@@ -123,6 +123,7 @@ def measure(options: argparse.Namespace, case: dict) -> dict:
 
 def make_config(options: argparse.Namespace, case: dict, gpu: bool):
     from megavtp.config.load import from_dict
+    from megavtp.config.schema import Config
     from megavtp.config.validate import validate
 
     batch = options.batch or (64 if gpu else 8)
@@ -143,7 +144,7 @@ def make_config(options: argparse.Namespace, case: dict, gpu: bool):
             "zero_stage": case.get("zero_stage", 1), "recompute": case.get("recompute", "none"),
             "precision": other if case.get("precision") else own, "attention": case.get("attention", "auto"),
         },
-    }), 1)
+    }, Config), 1)
 
 
 def make_batch(config, pin: bool):

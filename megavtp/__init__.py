@@ -10,7 +10,7 @@ __all__ = ["Tokenizer", "load_tokenizer"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: the parts of the package import this file, too, and most need no tokenizer."""
+    """Import the tokenizer on first use: every part of the package imports this file, and most need no tokenizer."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("megavtp.tokenizer"), name)

@@ -1,4 +1,4 @@
-"""How a launcher or tool is interrupted and ends: one line for what the user can fix or did, no traceback.
+"""How a launcher or tool ends or is interrupted: one line says what the user can fix or did, without a traceback.
 
 Nothing heavy is imported here: the scripts call ``guard`` before the imports that take seconds.
 """
@@ -12,9 +12,12 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from megavtp.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 INTERRUPTED = 130  # exit status after Ctrl-C (128 + SIGINT)
 
@@ -45,38 +48,38 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def guard() -> None:
-    """From here on Ctrl-C ends the process with one line, also during imports; standard streams that were closed lead
-    nowhere, and not into the files that are opened next."""
+    """Make Ctrl-C end the process with one line, also during imports. Point closed standard streams at the null device,
+    as else their output would go into the files that are opened next."""
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is None:
             _lead_nowhere(descriptor)
             setattr(sys, name, open(descriptor, "w", closefd=False))  # noqa: SIM115
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is in the background of a script
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # it is ignored in the background of a script
         signal.signal(signal.SIGINT, _on_interrupt)
 
 
 def go_on_unread() -> None:
-    """What is printed, and nobody reads any more, is dropped: no reason to stop for a long run. What stdout cannot
-    encode is escaped, as in ``print_any_name``."""
+    """Drop output that nobody reads any more: it is no reason to stop a long run. What stdout cannot encode is escaped,
+    as in ``print_any_name``."""
     guard()
     sys.stdout, sys.stderr = _forgiving(sys.stdout), _forgiving(sys.stderr)
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """The signals that ask a run to save its state and stop, besides Ctrl-C: SIGTERM, and SIGHUP of a terminal that was
-    closed unless that was ignored at the start, as by nohup."""
+    """Return the signals, besides Ctrl-C, that ask a run to save its state and stop: SIGTERM, and SIGHUP (the terminal
+    was closed) unless it was ignored at the start, as by nohup."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGHUP)
 
 
 def tell_interrupted() -> None:
-    """Of several processes the first speaks."""
+    """Print that the run was interrupted, in the first of several processes."""
     if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0":
         print("interrupted", file=sys.stderr, flush=True)
 
 
 def _on_interrupt(signum: int, frame: FrameType | None) -> None:
-    """Modules of C code turn an exception in the midst of their import into others, or abort. So that ends at once."""
+    """Raise KeyboardInterrupt, but end at once during an import: modules in C turn it into other errors, or abort."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             try:
@@ -88,16 +91,18 @@ def _on_interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 class _Forgiving(io.FileIO):
-    def write(self, data: bytes) -> int:
+    def write(self, data: ReadableBuffer, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
             if error.errno != errno.ENOSPC:  # room may come back, a reader does not
                 _lead_nowhere(self.fileno())
-            return len(data)
+            return memoryview(data).nbytes
 
 
 def _forgiving(stream: TextIO) -> TextIO:
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
     stream.flush()
     raw = _Forgiving(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(

@@ -32,7 +32,7 @@ def convert(
     """Convert the checkpoint at ``path`` to the format ``to`` at ``out``, which must not exist; errors leave nothing.
 
     Args:
-        source_format: replaces ``detect``'s answer.
+        source_format: the form at ``path``; None = ``detect`` finds it.
         captions, statistics, decoder: see ``convert_tokenizer``.
         tokenizer, module_prefix: see ``convert_dit``.
 

@@ -4,8 +4,8 @@ _LONGEST = 2000  # characters of a message
 
 
 def is_text(value: str) -> bool:
-    """Whether ``value`` can be a file's name and be printed: no NUL, no half of a surrogate pair, which stands for a
-    byte of a command line that is no UTF-8."""
+    """Whether ``value`` can be a file's name and be printed: it holds no NUL and no half of a surrogate pair, which
+    stands for a byte of a command line that is no UTF-8."""
     return not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value)
 
 
@@ -13,9 +13,9 @@ class UserError(Exception):
     """Bad input of the user (config, data, checkpoint, environment).
 
     The message is one line that names the offending thing and the remedy. Launchers and tools print it
-    as ``error: ...`` and exit with status 2; no traceback is shown. Line breaks, which quoted messages of libraries
-    bring along, become spaces, and half surrogate pairs, as in a file's name that is not UTF-8, question marks: the
-    message can be sent and printed anywhere. Of a message that quotes something huge the middle is left out.
+    as ``error: ...`` and exit with status 2; no traceback is shown. Line breaks, as in quoted messages of
+    libraries, become spaces, and halves of surrogate pairs, as in a file name that is not UTF-8, become question marks,
+    so that the message can be sent and printed anywhere. The middle of a very long message is left out.
     """
 
     def __init__(self, message: str):

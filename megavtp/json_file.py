@@ -1,12 +1,13 @@
-"""JSON from a file is checked against a form before anything believes it: types, bounds, unknown keys."""
+"""JSON from a file is checked against a form before it is used: types, bounds, unknown keys."""
 
 from __future__ import annotations
 
 import codecs
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic import dataclasses as pydantic_dataclasses
@@ -14,21 +15,32 @@ from pydantic import dataclasses as pydantic_dataclasses
 from megavtp.errors import UserError
 
 T = TypeVar("T")
-# Bounds that every file of ours keeps to: what lies beyond them is damage, and would be an error deep in a library.
+# Every file of ours keeps to these bounds. A number beyond them is damage, and would fail deep in a library.
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Positive = Annotated[int, Field(gt=0, lt=1 << 53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 _STRICT = ConfigDict(cache_strings="keys", strict=True, extra="forbid", allow_inf_nan=False)
-# A form is a frozen dataclass; a value of another type is refused rather than converted, and so is an unknown key. A
-# file with versions has ``version: Literal[1]``: another one is told as such.
-form = pydantic_dataclasses.dataclass(frozen=True, config=_STRICT)
-# Of other projects' files, which may hold keys that nothing here reads.
-foreign_form = pydantic_dataclasses.dataclass(frozen=True, config={**_STRICT, "extra": "ignore"})
+_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
+
+
+@dataclass_transform(frozen_default=True)
+def form(cls: type[T]) -> type[T]:
+    """Make a class a frozen dataclass whose values must have exactly their types, and that refuses unknown keys.
+
+    A file that has versions has a field ``version: Literal[1]``; the error for another version says so.
+    """
+    return cast(type[T], pydantic_dataclasses.dataclass(frozen=True, config=_STRICT)(cls))
+
+
+@dataclass_transform(frozen_default=True)
+def foreign_form(cls: type[T]) -> type[T]:
+    """Make a form for a file of another project, which may hold keys that nothing here reads."""
+    return cast(type[T], pydantic_dataclasses.dataclass(frozen=True, config={**_STRICT, "extra": "ignore"})(cls))
 
 
 def read_json(path: Path, expected: type[T], remedy: str) -> T:
-    """The content of a JSON file in the expected form: a ``form``, or a plain type such as ``dict[str, Any]``.
+    """Read a JSON file in the expected form: a ``form``, or a plain type such as ``dict[str, Any]``.
 
     Raises:
         UserError: the file is missing, cannot be read, or holds something else; the message ends in ``remedy``.
@@ -43,7 +55,7 @@ def read_json(path: Path, expected: type[T], remedy: str) -> T:
 
 
 def parse_json(text: bytes | str, expected: type[T], where: str, remedy: str) -> T:
-    """As ``read_json``, of text that ``where`` names in the message."""
+    """Do the same for a text; ``where`` names it in the message."""
     try:
         return _adapter(expected).validate_json(text, strict=True)
     except ValidationError as error:
@@ -51,17 +63,13 @@ def parse_json(text: bytes | str, expected: type[T], where: str, remedy: str) ->
 
 
 def check_form(value: Any, expected: type[T], where: str, remedy: str) -> T:
-    """As ``parse_json``, of a value that is parsed already (part of a larger file)."""
-    return parse_json(json.dumps(value), expected, where, remedy)  # strict checks accept lists for tuples in text only
-
-
-@cache
-def _adapter(expected: Any) -> TypeAdapter:
-    return TypeAdapter(expected)
+    """Do the same for a value that is already parsed, such as a part of a larger file."""
+    # As text, because a strict check takes a list for a tuple only there.
+    return parse_json(json.dumps(value), expected, where, remedy)
 
 
 def _first(error: ValidationError) -> str:
-    """What is wrong in words: another version, which explains all the rest, or the first fault and where it lies."""
+    """Say what is wrong: another version, which explains all other faults, or the first fault and its place."""
     faults = error.errors(include_url=False)
     for fault in faults:
         if fault["loc"] == ("version",) and fault["type"] == "literal_error":

@@ -1,6 +1,6 @@
-"""Options of tools and launchers: what cannot work is told in one line, before anything is loaded or written.
+"""Options of tools and launchers: one line says what cannot work, before anything is loaded or written.
 
-Light to import, as a tool parses before it loads torch.
+This file is light to import, as a tool parses its options before it loads torch.
 """
 
 from __future__ import annotations
@@ -10,29 +10,30 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megavtp.errors import UserError, is_text
 
-_PATIENCE = 15.0  # seconds that the first process has to tell of a mistake, before its launcher ends all others
+_PATIENCE = 15.0  # seconds that the first process has to print the error, before the launcher ends all processes
 
 
 class Options(argparse.ArgumentParser):
-    """A parser whose errors are one line, told by the first process of a launcher alone."""
+    """A parser whose errors are one line, which only the first process of a launcher prints."""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        for word in sys.argv[1:] if args is None else args:
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
             if not is_text(word):
                 self.error(f"{word!r} holds bytes that are no UTF-8 text; rename what it names")
             if not word or (word.startswith("--") and word.endswith("=")):
                 self.error(f"{word!r} is empty where a value belongs; leave the option out, or give it one")
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         if not _first_process():
-            time.sleep(_PATIENCE)  # a launcher ends all as soon as one has ended
+            time.sleep(_PATIENCE)  # a launcher ends all processes as soon as one has ended
         self.exit(2, f"error: {UserError(message)}; see --help\n")
 
 
@@ -41,7 +42,7 @@ def _first_process() -> bool:
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
-    """The type of an option that takes whole numbers from ``low`` to ``high``."""
+    """Return the type of an option that takes whole numbers from ``low`` to ``high``."""
 
     def number(text: str) -> int:
         try:
@@ -56,7 +57,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def real(low: float, high: float, *, above: bool = False, below: bool = False) -> Callable[[str], float]:
-    """The type of an option that takes numbers from ``low`` to ``high``; ``above``, ``below``: without these two."""
+    """Return the type of an option of numbers from ``low`` to ``high``; ``above`` and ``below`` exclude ends."""
 
     def number(text: str) -> float:
         try:
@@ -72,18 +73,18 @@ def real(low: float, high: float, *, above: bool = False, below: bool = False) -
 
 
 def place(text: str) -> Path:
-    """The type of an option that names a file or folder to read. Who reads it says more of one that is missing."""
+    """Parse an option that names a file or folder to read. The code that reads it reports a missing one."""
     _exists(Path(text))
     return Path(text)
 
 
 def place_name(text: str) -> str:
-    """As ``place``, of an option that may also hold a name that is no place."""
+    """Parse an option that may name a place or something else, such as "clip"."""
     return str(place(text))
 
 
 def new_file(*suffixes: str) -> Callable[[str], Path]:
-    """The type of an option that names a file to write, with one of ``suffixes`` (none given: any)."""
+    """Return the type of an option that names a file to write, with one of ``suffixes``, or any if none is given."""
 
     def file(text: str) -> Path:
         path = Path(text)
@@ -98,7 +99,7 @@ def new_file(*suffixes: str) -> Callable[[str], Path]:
 
 
 def new_folder(text: str) -> Path:
-    """The type of an option that names a folder to make, or to go on with."""
+    """Parse an option that names a folder to make, or to resume in."""
     path = Path(text)
     if _exists(path) and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a file; name a folder")
@@ -107,7 +108,7 @@ def new_folder(text: str) -> Path:
 
 
 def new_path(text: str) -> Path:
-    """The type of an option that names a file or folder to make, where nothing is yet."""
+    """Parse an option that names a new file or folder."""
     path = Path(text)
     is_new = not _exists(path) or (path.is_dir() and not any(path.iterdir()))
     if path.is_symlink() or not is_new:
@@ -127,9 +128,9 @@ def _exists(path: Path) -> bool:
 
 
 def _try_to_write(folder: Path, text: str) -> None:
-    """See whether ``folder`` and what is missing above it can be made and written to, and leave nothing behind.
+    """Refuse a ``folder`` that cannot be made or written to; nothing is left behind.
 
-    Only to try tells: permissions say nothing to root, nor of a disk that is full. The first process writes.
+    Only an attempt shows it: permissions do not apply to root, and the disk may be full. The first process writes.
     """
     if not _first_process():
         return
@@ -145,7 +146,7 @@ def _try_to_write(folder: Path, text: str) -> None:
 
 # Types of options that several tools have.
 WORKERS = whole(0, 1024)  # processes on one machine
-IMAGES = whole(1, 10_000_000)  # how many of them; each is an entry of a list
+IMAGES = whole(1, 10_000_000)  # a number of them; each is an entry of a list
 BATCH = whole(1, 65_536)
 PIXELS = whole(1, 16_384)  # of an image's side
 BAD = whole(0, 1_000_000_000)  # samples that may be left out

@@ -1,6 +1,7 @@
-"""The two pixel formats and the way between them.
+"""The two pixel formats, and how one becomes the other.
 
-Stored and displayed: uint8 in 0..255. In the models: float, normalised per channel with the ImageNet statistics.
+Images are stored and displayed as uint8 in 0..255. Models take floats, normalised per channel with the statistics of
+ImageNet.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def normalise(
     image: Tensor, dtype: torch.dtype = torch.float32, mean: Channels = IMAGENET_MEAN, std: Channels = IMAGENET_STD
 ) -> Tensor:
-    """uint8 (..., 3, H, W) in 0..255 -> ``dtype`` (..., 3, H, W), normalised per channel."""
+    """Normalise uint8 (..., 3, H, W) in 0..255 per channel -> ``dtype`` (..., 3, H, W)."""
     return _per_channel(image.to(dtype), [(1 / (255 * s), -m / s) for m, s in zip(mean, std)])
 
 
 def denormalise(image: Tensor, mean: Channels = IMAGENET_MEAN, std: Channels = IMAGENET_STD) -> Tensor:
-    """Normalised float (..., 3, H, W) -> the same dtype with black at 0 and white at 1. Not clamped; differentiable."""
+    """Map normalised floats (..., 3, H, W) to black at 0 and white at 1, not clamped; the map is differentiable."""
     return _per_channel(image, list(zip(std, mean)))
 
 
 def to_uint8(image: Tensor) -> Tensor:
-    """Normalised float (..., 3, H, W) -> uint8 in 0..255, rounded; values outside the range are clamped."""
+    """Convert normalised floats (..., 3, H, W) to uint8 in 0..255, rounded and clamped."""
     return denormalise(image.float()).mul(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _per_channel(image: Tensor, lines: list[tuple[float, float]]) -> Tensor:
-    """a * channel + b with plain numbers: constant tensors would be copied to the device, and waited for."""
+    """Compute a * channel + b with plain numbers: copying constant tensors to the device would stall the host."""
     channels = zip(image.unbind(-3), lines)
     return torch.stack([channel * a + b for channel, (a, b) in channels], -3)

@@ -27,15 +27,15 @@ def load_tokenizer(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *,
     latents: str | Path | None = None,
 ) -> Tokenizer:
-    """The tokenizer in a run's checkpoint folder or a released model's folder.
+    """Load the tokenizer in a run's checkpoint folder or a released model's folder.
 
     Args:
         dtype: of the matrix products; weights stay float32, and latents, images and features come out in float32.
         latents: folder of extracted latents whose statistics to take; they must be of this tokenizer.
 
     Raises:
-        UserError: the folder is no tokenizer, is damaged, or has an artifact of other weights; ``latents`` are another
-            tokenizer's; no such device or dtype.
+        UserError: the folder holds no tokenizer, is damaged, or has an artifact of other weights; ``latents`` belong to
+            another tokenizer; the device or dtype does not exist.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError(f"dtype={dtype}: a tokenizer computes in torch.float32, torch.bfloat16 or torch.float16")
@@ -51,7 +51,7 @@ def load_tokenizer(
 
 
 class Tokenizer:
-    """Frozen encoders and decoder of a VTP. Images may be of any size in whole patches.
+    """The frozen encoders and decoder of a VTP. Images may have any size in whole patches.
 
     Attributes:
         artifact: normalisation, sizes, fingerprint and, if they are known, latent statistics.
@@ -66,7 +66,7 @@ class Tokenizer:
         self._captions: CaptionTokenizer | None = None
 
     def encode(self, images: Tensor, normalised: bool = False) -> Tensor:
-        """Latents (b, C, H / patch, W / patch), float32, on the tokenizer's device.
+        """Return latents (b, C, H / patch, W / patch), float32, on the tokenizer's device.
 
         Args:
             images: (b, 3, H, W); uint8 in 0..255, or floating point in 0..1.
@@ -77,9 +77,9 @@ class Tokenizer:
             return self.statistics.normalise(latents) if normalised else latents
 
     def decode(self, latents: Tensor, normalised: bool = False) -> Tensor:
-        """Images (b, 3, h * patch, w * patch), float32 in 0..1, clamped.
+        """Return images (b, 3, h * patch, w * patch), float32 in 0..1, clamped.
 
-        ``normalised``: the latents are, as a DiT makes them. UserError when the model has no pixel decoder.
+        ``normalised`` says that the latents are, as a DiT makes them. UserError when the model has no pixel decoder.
         """
         self._need("reconstruction", "pixel decoder")
         channels = self.artifact.latent_channels
@@ -92,13 +92,13 @@ class Tokenizer:
             return denormalise(images, self.artifact.pixel_mean, self.artifact.pixel_std).clamp_(0, 1)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Unit features (b, E), float32, in one space with ``encode_text``'s; ``images`` as for ``encode``."""
+        """Return unit features (b, E), float32, in the space of ``encode_text``; ``images`` are as for ``encode``."""
         self._need("contrastive", "image projection")
         with torch.no_grad():
             return self.model("encode_image", images=self._pixels(images))
 
     def encode_text(self, texts: list[str] | Tensor) -> Tensor:
-        """Unit features (b, E), float32, of captions or of their token ids (b, context_length)."""
+        """Return unit features (b, E), float32, of captions or of their token ids (b, context_length)."""
         self._need("contrastive", "text encoder")
         with torch.no_grad():
             tokens = self._ids(texts) if isinstance(texts, Tensor) else self.captions.encode(list(texts))
@@ -106,7 +106,7 @@ class Tokenizer:
 
     @property
     def captions(self) -> CaptionTokenizer:
-        """The caption tokenizer, opened when it is first needed. UserError when it is missing or another model's."""
+        """Open the caption tokenizer on first use. UserError if it is missing or belongs to another model."""
         self._need("contrastive", "text encoder")
         if self._captions is None:
             text = self.model.config.text
@@ -121,17 +121,17 @@ class Tokenizer:
 
     @property
     def statistics(self) -> LatentStatistics:
-        """Of the latents. UserError when they have not been extracted."""
+        """Return the statistics of the latents. UserError if none have been extracted."""
         return self.artifact.needed_statistics(str(self.path))
 
     def take_statistics(self, artifact: TokenizerArtifact, where: str) -> None:
-        """Take over the latent statistics of latents that lie at ``where``. UserError if they are not of this
-        tokenizer, or it has others."""
+        """Adopt the statistics of the latents that lie at ``where``. UserError if they belong to another tokenizer, or
+        this one has others."""
         check_same_tokenizer(self.artifact, str(self.path), artifact, where)
         self.artifact = replace(self.artifact, statistics=artifact.needed_statistics(where))
 
     def _pixels(self, images: Tensor) -> Tensor:
-        """Checked and normalised, on the device."""
+        """Check images, move them to the device and normalise them."""
         patch = self.artifact.patch_size
         if images.ndim != 4 or images.shape[1] != 3:
             raise UserError(f"images of shape {tuple(images.shape)}: expected (b, 3, H, W)")
@@ -140,7 +140,7 @@ class Tokenizer:
                             f"{patch}; resize or crop them")
         images = images.to(self.device)
         if images.is_floating_point():
-            # The one mistake that would give wrong latents silently; bytes, the fast way, need no look.
+            # A wrong range would give wrong latents silently. Bytes, the fast way, cannot have one.
             low, high = (float(x) for x in images.aminmax())
             if not (-1e-3 <= low and high <= 1 + 1e-3):
                 raise UserError(f"images lie in {low:g}..{high:g}: give uint8 in 0..255 or floating point in 0..1")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megavtp.config.load import load_config
-from megavtp.config.schema import Config
+from megavtp.config.schema import DEMO_CONFIG, Config
 from megavtp.config.validate import validate
 from megavtp.dit.config import DiTConfig
 from megavtp.dit.validate import validate_dit
@@ -101,8 +101,8 @@ def check_run(script, rest, world):
     parser = launcher_parser(Path(script).name, "", "", "")
     arguments = parser.parse_intermixed_args(rest)
     root, check = LAUNCHERS[script]
-    config = arguments.config and ROOT / arguments.config
-    check(load_config(config, arguments.overrides, arguments.deepspeed_config, root), world)
+    config = ROOT / arguments.config if arguments.config else DEMO_CONFIG
+    check(load_config(config, root, arguments.overrides, arguments.deepspeed_config), world)
 
 
 def check_sbatch(words):
@@ -149,8 +149,8 @@ def test_files_and_keys_that_the_text_names_exist():
         assert (ROOT / path).exists(), path
     sections = "model|objectives|data|parallel|train|telemetry|deepspeed"
     for override in re.findall(rf"`((?:{sections})\.[\w.]+=[\w.]+)`", README):
-        load_config(None, [override])
+        load_config(DEMO_CONFIG, Config, [override])
     for key in set(re.findall(rf"`((?:{sections})\.[a-z_.]+)`", README)) - {"model.safetensors"}:
-        value = load_config(None)
+        value = load_config(DEMO_CONFIG, Config)
         for part in key.split("."):
             value = getattr(value, part)

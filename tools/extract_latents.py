@@ -66,7 +66,7 @@ def main(options: argparse.Namespace) -> None:
     artifact, left_out = job.run()
     if mesh.rank > 0:
         return
-    statistics = artifact.statistics
+    statistics = artifact.needed_statistics(str(options.out))
     print(f"{options.out}: {len(job.data)} samples in {job.folder.shards} shards; left out now: {left_out}")
     print(f"channel means {min(statistics.mean):.3f} to {max(statistics.mean):.3f}, "
           f"standard deviations {min(statistics.std):.3f} to {max(statistics.std):.3f}")

@@ -43,6 +43,8 @@ def main() -> int:
     options, overrides = parse()
     from megavtp.config.load import load_config
     from megavtp.config.ranges import need
+    from megavtp.config.run import ParallelConfig
+    from megavtp.config.schema import DEMO_CONFIG, Config
     from megavtp.config.validate import validate, with_vocabulary
     from megavtp.planning import report
     from megavtp.planning.devices import find_device
@@ -53,8 +55,11 @@ def main() -> int:
 
     device = find_device(options.device)
     memory = device.memory if options.memory is None else options.memory
-    config = load_config(options.config, overrides)
-    config = validate(replace(config, parallel=replace(config.parallel, tp=1, **ALONE)), None)
+    recipe = load_config(options.config or DEMO_CONFIG, Config, overrides)
+    # Of the recipe's layout only precision and kernels count: the rest is what is sought.
+    given = recipe.parallel
+    alone = ParallelConfig(precision=given.precision, attention=given.attention, timeout=given.timeout)
+    config = validate(replace(recipe, parallel=alone), None)
     need(
         not config.objectives.reconstruction.frozen_encoder,
         "objectives.reconstruction.frozen_encoder: the planner does not know a frozen encoder; plan with "
@@ -81,12 +86,6 @@ def main() -> int:
     print("# to paste into the recipe\n" + report.yaml_lines(found.fitting[0]))
     return 0
 
-
-# Of the recipe's layout only precision and kernels count: the rest is what is sought.
-ALONE = {
-    "pp": 1, "schedule": "1f1b", "virtual_stages": 1, "sequence_parallel": False, "recompute": "none", "zero_stage": 1,
-    "zero3_gather": "block",
-}
 
 if __name__ == "__main__":
     run(main)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a cl
 from megavtp.cli import run  # noqa: E402
 from megavtp.options import BAD, IMAGES, SEED, WORKERS, Options, new_folder, place, real, whole  # noqa: E402
 
-# Of a caption tokenizer: 256 bytes, what is reserved and a piece; as many pieces as sentencepiece begins with.
+# A caption tokenizer has at least 256 bytes, the reserved ids and a piece; sentencepiece begins with the most pieces.
 LEAST_IDS, MOST_IDS = 272, 1_000_000
 IMAGE_AREA = whole(1, 10_000_000_000)
 

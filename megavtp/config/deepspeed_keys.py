@@ -1,8 +1,8 @@
 """Which DeepSpeed keys a user may add under ``deepspeed:``, and which MegaVTP sets itself.
 
-Passed on is what changes speed or memory, not the numbers of a step: ``tests/parallel/test_deepspeed_keys.py`` runs
-every such key against plain torch. DeepSpeed ignores a top-level key that it does not know, so the names are checked
-here (against release 0.19.8).
+A key is passed on if it changes speed or memory, but not the numbers of a step:
+``tests/parallel/test_deepspeed_keys.py`` compares every such key with plain torch. DeepSpeed ignores a top-level key
+that it does not know, so the names are checked here, against release 0.19.8.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ OWNED: dict[str, str] = {
 _FLOAT32 = "gradients are always summed in float32"
 _LESS_MEMORY = "for less memory set parallel.zero_stage, recompute and the micro-batches"
 
-# What does not work with DeepSpeed 0.19.8 here: most of it without a word.
+# These keys do not work with DeepSpeed 0.19.8 here; most of them fail silently.
 REFUSED: dict[str, str] = {
     "communication_data_type": _FLOAT32,
     "prescale_gradients": f"{_FLOAT32}, which has the range",
@@ -74,8 +74,8 @@ PASSED: frozenset[str] = frozenset(
 
 
 def check(section: Mapping[str, Any], zero_stage: int) -> None:
-    """Refuse keys of the ``deepspeed`` section that MegaVTP owns, that do not work with it or with this ZeRO stage, and
-    names DeepSpeed does not have. UserError."""
+    """Refuse keys of the ``deepspeed`` section that MegaVTP sets itself, that do not work with it or with this ZeRO
+    stage, or that DeepSpeed does not have. UserError."""
     zero = section.get("zero_optimization", {})
     if not isinstance(zero, Mapping):
         raise UserError(f"deepspeed.zero_optimization: expected a mapping of keys, got {zero!r}")

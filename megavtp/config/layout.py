@@ -9,8 +9,8 @@ from megavtp.config.run import ParallelConfig
 
 
 def check_pipeline(p: ParallelConfig, depth: int, depth_key: str, tower: str) -> None:
-    """Schedule, virtual stages, pipeline size and ZeRO-3's gathers; ``tower``, of ``depth`` blocks, must have one on
-    every stage."""
+    """Check schedule, virtual stages, pipeline size and ZeRO-3's gathers. ``tower`` has ``depth`` blocks, and needs one
+    on every stage."""
     need(
         p.zero3_gather == "block" or p.zero_stage == 3,
         f"parallel.zero3_gather = {p.zero3_gather}, but parallel.zero_stage = {p.zero_stage} gathers nothing: set "
@@ -46,7 +46,7 @@ def check_sequence_parallel(p: ParallelConfig) -> None:
 
 
 def data_parallel_size(config: Any, world_size: int) -> int:
-    """Of ``world_size`` processes, which it must divide into, as it must the streams."""
+    """Return the data-parallel size of ``world_size`` processes. UserError if it does not divide the streams."""
     p = config.parallel
     divides(p.tp * p.pp, world_size, "parallel.tp x parallel.pp", "the number of processes", "change the launch or tp")
     dp = world_size // (p.tp * p.pp)

@@ -10,52 +10,50 @@ from typing import Any, TypeVar, get_origin
 
 import yaml
 
-from megavtp.config.schema import Config
-from megavtp.config.typed import build, hints, unknown
+from megavtp.config.typed import build, hints, is_section, unknown
 from megavtp.errors import UserError, is_text
 
 C = TypeVar("C")
-_MOST_VALUES = 10_000  # of a file; a whole recipe has some 150
+_MOST_VALUES = 10_000  # in a file; a whole recipe has some 150
 _MOST_LEVELS = 32
 _TOO_DEEP = f"nested too deeply, {_MOST_LEVELS} levels are the most"
-DEMO_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo" / "vtp_emoji.yaml"
 
 
 def load_config(
-    path: str | Path | None, overrides: Sequence[str] = (), deepspeed_config: str | Path | None = None,
-    root: type[C] = Config,
+    path: str | Path, root: type[C], overrides: Sequence[str] = (), deepspeed_config: str | Path | None = None
 ) -> C:
-    """The configuration of a run, a ``root``; ``path`` None is the demo's.
+    """Read the configuration of a run, which is a ``root``, from a YAML recipe.
 
-    ``overrides``: ``a.b.c=value`` with the value in YAML, applied last. ``deepspeed_config``: a JSON or YAML file
-    whose keys are merged over the recipe's ``deepspeed`` section. Only types and key names are checked here; the
-    rules between keys are ``validate.validate``'s. Raises UserError.
+    Args:
+        overrides: ``a.b.c=value`` with the value in YAML; they are applied last.
+        deepspeed_config: a JSON or YAML file whose keys are merged over the recipe's ``deepspeed`` section.
+
+    Only types and key names are checked here; the recipe's ``validate`` checks the rules between keys.
+    Raises UserError.
     """
-    if path is None and not DEMO_CONFIG.is_file():
-        raise UserError("this installation has no default recipe: name a YAML file with --config")
-    raw = read_yaml(Path(path or DEMO_CONFIG))
+    raw = read_yaml(Path(path))
     if deepspeed_config is not None:
         section = raw.get("deepspeed") or {}
         if not isinstance(section, Mapping):
-            raise UserError(f"{path or DEMO_CONFIG}: deepspeed: expected a mapping of keys, got {section!r}")
+            raise UserError(f"{path}: deepspeed: expected a mapping of keys, got {section!r}")
         raw["deepspeed"] = merged(section, read_yaml(Path(deepspeed_config)))
     for override in overrides:
         _apply(raw, override, root)
     return from_dict(raw, root)
 
 
-def from_dict(values: Mapping[str, Any], root: type[C] = Config) -> C:
-    """The inverse of ``to_dict``; keys that are absent take their defaults."""
+def from_dict(values: Mapping[str, Any], root: type[C]) -> C:
+    """Invert ``to_dict``; keys that are absent take their defaults."""
     return build(root, values)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested dicts of plain JSON types (tuples become lists)."""
+    """Return the configuration as nested dicts of plain JSON types; tuples become lists."""
     return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
 
 
 def to_yaml(config: Any) -> str:
-    """The whole configuration, every key written out, as a YAML text that ``load_config`` reads back equal."""
+    """Write out every key of the configuration as YAML text; ``load_config`` reads an equal configuration from it."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
@@ -68,22 +66,23 @@ def _plain(value: Any) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that refuses a key written twice (YAML lets the last one win, silently), and aliases of aliases
-    that stand for more than a file could hold."""
+    """A SafeLoader that refuses a key written twice (in YAML the last one wins silently), and nested aliases that
+    expand to more values than any recipe has."""
 
     def __init__(self, text: str):
         super().__init__(text)
-        self._depth = self._count = 0  # of the node being read; nodes so far, each alias as many as it stands for
-        self._sizes: dict[yaml.Node, int] = {}
+        self._depth = 0  # of the node being read
+        self._count = 0  # nodes so far, where an alias counts as all the nodes that it stands for
+        self._sizes: dict[yaml.Node | None, int] = {}
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         alias, mark, before = self.check_event(yaml.AliasEvent), self.peek_event().start_mark, self._count
         self._depth += 1
         if self._depth > _MOST_LEVELS:
             raise yaml.composer.ComposerError(None, None, _TOO_DEEP, mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
-        self._count += self._sizes.get(node, _MOST_VALUES) if alias else 1  # of itself: without end
+        self._count += self._sizes.get(node, _MOST_VALUES) if alias else 1  # an alias of itself has no end
         if self._count > _MOST_VALUES:
             raise yaml.composer.ComposerError(None, None, f"more than {_MOST_VALUES:,} values", mark)
         self._sizes.setdefault(node, self._count - before)
@@ -112,11 +111,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML (or JSON) file. UserError: missing, unreadable, bad syntax (with its line), no mapping."""
+    """Return the mapping in a YAML or JSON file. UserError: it is missing, unreadable, malformed or no mapping."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config file; the shipped recipes are under configs/") from None
+        raise UserError(f"{path}: no such config file; name another, such as one of configs/") from None
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot read the config file: {e}") from None
     values = _parse(text, str(path), is_json=path.suffix == ".json")
@@ -128,8 +127,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse(text: str, where: str, is_json: bool = False, is_file: bool = True) -> Any:
-    """The value that a YAML or JSON text stands for. UserError, which begins with ``where``: bad syntax, and what no
-    setting can be."""
+    """Parse a YAML or JSON text. The UserError for bad syntax, or a value that no setting can have, begins with
+    ``where``."""
     try:
         values = json.loads(text, object_pairs_hook=_unique) if is_json else yaml.load(text, _Loader)
     except json.JSONDecodeError as e:
@@ -140,7 +139,7 @@ def _parse(text: str, where: str, is_json: bool = False, is_file: bool = True) -
         raise UserError(f"{where}{place}: {getattr(e, 'problem', None) or e}") from None
     except RecursionError:
         raise UserError(f"{where}: {_TOO_DEEP}") from None
-    except (ValueError, LookupError, TypeError, AttributeError) as e:  # such as 2024-13-01, which is to be a date
+    except (ValueError, LookupError, TypeError, AttributeError) as e:  # such as 2024-13-01, which is no date
         why = str(e).partition(":")[0]
         raise UserError(f"{where}: a value is not what its form or tag says ({why}); quote it if it is text") from None
     _check_values(values, where)
@@ -148,7 +147,7 @@ def _parse(text: str, where: str, is_json: bool = False, is_file: bool = True) -
 
 
 def _check_values(values: Any, where: str) -> None:
-    """Refuse what would fail later in whatever it is given to, far from its place here."""
+    """Refuse values that would fail later, far from their place in the file."""
     left = [(values, 0)]
     while left:
         value, depth = left.pop()
@@ -182,7 +181,7 @@ def _apply(raw: dict[str, Any], override: str, root: type) -> None:
         raise UserError(f"{override[:200]!r}: an override is written key=value, for example train.steps=100")
     kind: Any = root
     for part in parts:  # sections must exist; inside a free mapping (deepspeed, lr_scale) any name will do
-        if is_dataclass(kind):
+        if is_section(kind):
             if part not in hints(kind):
                 raise unknown(path, root)
             kind = hints(kind)[part]
@@ -190,7 +189,7 @@ def _apply(raw: dict[str, Any], override: str, root: type) -> None:
             break
         else:
             raise unknown(path, root)
-    if is_dataclass(kind):
+    if is_section(kind):
         raise UserError(f"{path}: is a section; set one of its keys: {', '.join(f'{path}.{k}' for k in hints(kind))}")
     value = _parse(text, f"{path}={text[:40]}", is_file=False)
     for i, part in enumerate(parts[:-1]):

@@ -8,7 +8,7 @@ import torch
 
 from megavtp.config.run import ParallelConfig
 
-_CPU_FEATURES = ("avx512_bf16", "amx_bf16")  # elsewhere bfloat16 products are made of float32 ones, or worse
+_CPU_FEATURES = ("avx512_bf16", "amx_bf16")  # other CPUs emulate bfloat16 products, which is slower than float32
 
 
 def compute_dtype(precision: str) -> torch.dtype:
@@ -17,9 +17,9 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 
 def with_precision(parallel: ParallelConfig) -> ParallelConfig:
-    """``parallel`` with "auto" resolved: bf16 on GPUs and CPUs that multiply bfloat16 natively, else fp32.
+    """Resolve "auto": bf16 on GPUs and CPUs that multiply bfloat16 natively, otherwise fp32.
 
-    Every process decides for its own machine: machines of several kinds in one run need a given precision.
+    Every process decides for its own machine, so a run on machines of several kinds must name a precision.
     """
     if parallel.precision != "auto":
         return parallel

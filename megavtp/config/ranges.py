@@ -1,18 +1,19 @@
-"""The rules for one number, or one pair of numbers, at a time; and the checks that all rules are written with."""
+"""The rules that concern one number or one pair of numbers, and the functions that all rules are written with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from megavtp.config.schema import AugmentConfig, SelfDistillationConfig
-from megavtp.config.sizes import TOWERS, ResolvedConfig
+from megavtp.config.schema import AugmentConfig, Config, SelfDistillationConfig
+from megavtp.config.sizes import TOWERS
 from megavtp.errors import UserError
 
 INF = float("inf")
-# Of a model: far more than is ever trained. A number beyond is a slip or damage, and must not become memory.
+# These bounds of a model lie far above what is ever trained. A larger number is a slip or damage, and must be refused
+# before memory is allocated for it.
 MAX_WIDTH, MAX_DEPTH, MAX_PIXELS, MAX_ROWS = 65_536, 256, 8192, 16_777_216
-# The most that a whole number may be where its rule sets no end: more is a slip, and would be found out late.
+# A whole number whose rule has no upper end may be at most this: a larger one is a slip that would show only late.
 _MOST = 1_000_000_000
 _MOST_OF = {
     "workers": 1024, "prefetch": 1024, "batch_size": 16_777_216, "local_crops": 256, "pictures": 1024,
@@ -34,7 +35,7 @@ def divides(small: int, big: int, small_key: str, big_key: str, remedy: str) -> 
 
 
 def within(config: Any, prefix: str, low: float, high: float, *names: str) -> None:
-    """Whole numbers end at the latest where ``_MOST`` says."""
+    """Check that each number lies between ``low`` and ``high``; whole numbers are at most ``_MOST`` in any case."""
     for name in names:
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else (value,):
@@ -45,14 +46,14 @@ def within(config: Any, prefix: str, low: float, high: float, *names: str) -> No
 
 
 def ordered(config: Any, prefix: str, *names: str) -> None:
-    """Ranges (low, high) with 0 <= low <= high <= 1."""
+    """Check that each key is a range (low, high) with 0 <= low <= high <= 1."""
     for name in names:
         low, high = getattr(config, name)
         need(0 <= low <= high <= 1, f"{prefix}.{name} = [{low:g}, {high:g}]: must have 0 <= low <= high <= 1")
 
 
 def check_run(config: Any, towers: Sequence[str]) -> None:
-    """The numbers that every kind of run has; ``towers``: what a learning rate can be scaled for."""
+    """Check the numbers that every kind of run has. ``towers`` are those whose learning rate can be scaled."""
     train, data, optimizer = config.train, config.data, config.train.optimizer
     need(0 <= config.seed < 2**63, f"seed = {config.seed}: must be between 0 and 2**63 - 1")
     within(train, "train", 1, INF, "steps", "batch_size", "keep_last")
@@ -85,8 +86,8 @@ def check_run(config: Any, towers: Sequence[str]) -> None:
     need(peak is None or peak > 0, f"telemetry.peak_tflops = {peak}: must be above 0, or null")
 
 
-def check_numbers(config: ResolvedConfig) -> None:
-    """Each number of a pre-training run by itself."""
+def check_numbers(config: Config) -> None:
+    """Check each number of a pre-training run by itself."""
     check_run(config, TOWERS)
     data, o = config.data, config.objectives
     within(data, "data", 1, INF, "max_pixels")

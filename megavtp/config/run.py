@@ -18,8 +18,8 @@ class ParallelConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     zero3_gather: Literal["block", "step"] = "block"  # step: all of a rank's weights stay gathered for the step
     sequence_parallel: bool = False  # the tp ranks share the tokens between a block's matrix products, too
-    recompute: Literal["none", "selective", "full"] = "none"  # in the backward: what is cheap, or each block, again
-    # Of the compute; weights, moments and teacher are always float32. auto: bf16 where this machine is built for it.
+    recompute: Literal["none", "selective", "full"] = "none"  # by the backward: the cheap activations, or each block
+    # Weights, moments and teacher are always float32. With auto, the compute is bf16 where the hardware multiplies it.
     precision: Literal["fp32", "bf16", "auto"] = "bf16"
     attention: Literal["auto", "flash", "sdpa"] = "auto"
     timeout: float = 600  # s that a part of a step may take on any rank, start and saves three times that; 0 = no limit

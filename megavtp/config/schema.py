@@ -1,4 +1,4 @@
-"""Every setting of a run, as frozen dataclasses. A key that is not here is refused.
+"""Every setting of a pre-training run, as frozen dataclasses. A key that is not here is refused.
 
 Units are in the comments; ``None`` means "derived", and the comment says from what.
 Cross-field rules live in ``validate.py``, reading and overriding in ``load.py``.
@@ -7,9 +7,13 @@ Cross-field rules live in ``validate.py``, reading and overriding in ``load.py``
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from megavtp.config.run import LoggingConfig, ParallelConfig, TrainConfig
+
+# The recipe that is read where none is named; an installation without the repository does not have it.
+DEMO_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo" / "vtp_emoji.yaml"
 
 Size = Literal["tiny", "s", "b", "l", "g"]
 
@@ -128,11 +132,11 @@ class ReconstructionConfig:
     batch: int = 2048  # images of the global batch that get this objective
     micro_batch: int | None = None
     drop_path: float = 0.0
-    # The decoder alone is trained, on the latents of an encoder that stands still and that model.init_from gives: the
-    # paper's second stage, without its GAN. The other objectives must be off.
+    # Only the decoder is trained, on the latents of a frozen encoder that model.init_from gives: the paper's second
+    # stage without its GAN. The other objectives must be off.
     frozen_encoder: bool = False
-    # Some images are decoded from noisy latents, for a decoder that forgives a generator's errors; these teach the
-    # decoder alone. In standard deviations of a channel in its image, at most; 0 = none (RAE, arXiv 2510.11690).
+    # Some images are decoded from noisy latents and train only the decoder, which learns to tolerate errors of a
+    # generator (RAE, arXiv 2510.11690). The unit is a channel's standard deviation in its image, at most; 0 = no noise.
     latent_noise: float = 0.0
     latent_noise_share: float = 0.5  # of the images
     l1_weight: float = 1.0

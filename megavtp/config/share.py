@@ -1,4 +1,4 @@
-"""What one data-parallel rank does of a step: its part of each objective's batch, and in how many micro-batches."""
+"""The share of one data-parallel rank in a step: its part of each objective's batch, and its micro-batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PassShare:
 
 @dataclass(frozen=True)
 class Share:
-    """``images``: distinct images a rank loads per step. A pass is None where its objective is off."""
+    """A rank's share of a step. It loads ``images`` distinct images; a pass is None where its objective is off."""
 
     dp: int
     images: int
@@ -32,13 +32,13 @@ class Share:
 
     @property
     def passes(self) -> dict[str, PassShare]:
-        """The objectives that are on, in the order in which a step runs them."""
+        """Return the objectives that are on, in the order in which a step runs them."""
         named = {name: getattr(self, name) for name in ("contrastive", "self_distillation", "reconstruction")}
         return {name: part for name, part in named.items() if part is not None}
 
 
 def share(config: ResolvedConfig, dp: int) -> Share:
-    """The share of a rank in a validated ``config`` on ``dp`` data-parallel ranks."""
+    """Return the share of each of ``dp`` data-parallel ranks in the steps of a validated ``config``."""
 
     def part(objective, batch: int) -> PassShare | None:
         if objective.weight == 0:

@@ -17,9 +17,9 @@ from megavtp.config.schema import Config, DecoderConfig, ModelConfig, Size, Text
 
 Shape = tuple[int, int, int]  # width, depth, heads
 
-TOWERS = ("vision", "text", "decoder", "dino_head")  # what learning rates and gradient norms are told apart by
-GLOBAL_CROPS = 2  # of each image in self-distillation: DINO's cross-view term is between the two
-DECODER_MLP_RATIO = 4.0  # the official config has no key for the decoder's
+TOWERS = ("vision", "text", "decoder", "dino_head")  # learning rates and gradient norms are per tower
+GLOBAL_CROPS = 2  # of each image in self-distillation; DINO's cross-view term compares the two
+DECODER_MLP_RATIO = 4.0  # the official config has no key for it
 
 VISION: dict[Size, Shape] = {
     "tiny": (192, 6, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "g": (1536, 40, 24),
@@ -39,7 +39,7 @@ class ResolvedVision(VisionConfig):
 
 @dataclass(frozen=True)
 class ResolvedText(TextConfig):
-    """The vocabulary's size may still be open: it is the caption tokenizer's."""
+    """A text tower whose vocabulary size may still be open: the caption tokenizer decides it."""
 
     width: int = field(kw_only=True)
     depth: int = field(kw_only=True)
@@ -69,14 +69,14 @@ R = TypeVar("R")
 
 
 def known(size: int | None, key: str) -> int:
-    """A size that comes from the data, when a model is built; ValueError if it is still open then."""
+    """Return a size that comes from the data; ValueError if it is still open when the model is built."""
     if size is None:
         raise ValueError(f"{key} is still open when the model is built")
     return size
 
 
 def narrowed(config: Any, kind: type[R], **values: Any) -> R:
-    """The same fields as a ``kind``, which narrows the type of some; ``values`` replace theirs."""
+    """Make a ``kind``, whose field types are narrower, from the fields of ``config``; ``values`` replace some."""
     return kind(**{f.name: getattr(config, f.name) for f in fields(config)} | values)
 
 
@@ -96,18 +96,18 @@ def _fill(tower: Any, kind: type[R], shape: Shape) -> R:
 
 
 def contrastive_size(config: Config) -> int:
-    """Pixels of a side of the images of the contrastive objective."""
+    """Return the side, in pixels, of the images of the contrastive objective."""
     size = config.objectives.contrastive.image_size
     return config.model.image_size if size is None else size
 
 
 def feature_width(model: ResolvedModel) -> int:
-    """Channels of what the contrastive and self-distillation objectives read."""
+    """Return the channels of the features that the contrastive and self-distillation objectives read."""
     return model.vision.width if model.bottleneck_reconstruction_only else model.bottleneck
 
 
 def ffn_hidden(kind: str, width: int, ratio: float) -> int:
-    """Hidden width of a feed-forward layer: ``ratio * width`` ("mlp"), or 2/3 of it rounded up ("swiglu...")."""
+    """Return a feed-forward layer's hidden width: ``ratio * width`` ("mlp"), or 2/3 of it rounded up ("swiglu...")."""
     hidden = int(width * ratio)
     if kind == "mlp":
         return hidden

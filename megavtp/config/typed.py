@@ -13,27 +13,32 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megavtp.errors import UserError
 
-_LONGEST_KEY = 100  # characters; to compare longer ones with those there are takes time
+_LONGEST_KEY = 100  # characters; comparing a longer key with all known keys would take long
 _NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 @cache
-def hints(cls: type) -> dict[str, Any]:
-    """Field name -> resolved type of a dataclass, in the order of its fields."""
+def hints(cls: Any) -> dict[str, Any]:
+    """Return the resolved type of each field of a dataclass, in the order of its fields."""
     found = get_type_hints(cls)
     return {f.name: found[f.name] for f in fields(cls)}
 
 
+def is_section(kind: Any) -> bool:
+    """Whether a type is a dataclass of further keys."""
+    return is_dataclass(kind)
+
+
 def all_keys(cls: type, prefix: str = "") -> Iterator[str]:
-    """Every dotted path of ``cls``: sections and leaves."""
+    """Yield the dotted path of every section and every key of ``cls``."""
     for name, kind in hints(cls).items():
         yield prefix + name
-        if is_dataclass(kind):
+        if is_section(kind):
             yield from all_keys(kind, f"{prefix}{name}.")
 
 
 def unknown(path: str, root: type) -> UserError:
-    """The error for a key that does not exist, with the nearest one that does (in any section), if one is near."""
+    """Return the error for an unknown key; it suggests a similar key of any section, if there is one."""
 
     def near(candidate: str) -> float:
         ratio = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()  # noqa: E731
@@ -47,7 +52,7 @@ def unknown(path: str, root: type) -> UserError:
 
 
 def describe(kind: Any) -> str:
-    """A type in words, for messages."""
+    """Describe a type in words, for messages."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, args)) if len(args) > 1 else repr(args[0])
@@ -59,13 +64,13 @@ def describe(kind: Any) -> str:
         if args[-1] is Ellipsis:
             return f"a list of {describe(args[0])}s".replace("a list of a ", "a list of ")
         return f"a list of {len(args)} numbers"
-    if origin is dict or is_dataclass(kind):
+    if origin is dict or is_section(kind):
         return "a mapping"
     return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[kind]
 
 
 def convert(value: Any, kind: Any, path: str, expected: str | None = None) -> Any:
-    """``value`` as a value of type ``kind``; raises UserError naming ``path``, what is expected and what came."""
+    """Convert ``value`` to ``kind``; a UserError names ``path``, what is expected and what was given."""
     origin, args = get_origin(kind), get_args(kind)
     expected = expected or describe(kind)
     wrong = UserError(f"{path}: expected {expected}, got {value!r} ({_name(value)})")
@@ -112,7 +117,7 @@ def _as_float(value: Any, path: str, wrong: UserError) -> float:
 
 
 def build(cls: type, values: Any, root: type | None = None, prefix: str = "") -> Any:
-    """A ``cls`` from a nested mapping; a section that is absent or null has its defaults."""
+    """Make a ``cls`` from a nested mapping; a section that is absent or null takes its defaults."""
     root = root or cls
     if values is None:
         values = {}
@@ -125,5 +130,5 @@ def build(cls: type, values: Any, root: type | None = None, prefix: str = "") ->
         if key not in kinds:
             raise unknown(path, root)
         kind = kinds[key]
-        made[key] = build(kind, value, root, f"{path}.") if is_dataclass(kind) else convert(value, kind, path)
+        made[key] = build(kind, value, root, f"{path}.") if is_section(kind) else convert(value, kind, path)
     return cls(**made)

@@ -54,7 +54,7 @@ def validate(config: Config, world_size: int | None) -> ResolvedConfig:
 
 
 def with_vocabulary(config: ResolvedConfig, vocab_size: int) -> ResolvedConfig:
-    """``config`` with the caption tokenizer's ``vocab_size``, which ``model.text.vocab_size`` must equal if given."""
+    """Set ``model.text.vocab_size`` to that of the caption tokenizer; if it was given, it must be the same."""
     given, tp = config.model.text.vocab_size, config.parallel.tp
     need(
         given in (None, vocab_size),
@@ -114,13 +114,13 @@ def _frozen_encoder(config: ResolvedConfig) -> None:
         f"objectives.reconstruction.drop_path = {o.reconstruction.drop_path} drops paths of the encoder, which {key} "
         "does not train: set it to 0",
     )
-    # Else a rank would have nothing to train.
+    # Only the decoder is trained, so a rank without a block of it would have nothing to train.
     tower = "decoder, which alone is trained"
     check_pipeline(config.parallel, config.model.decoder.depth, "model.decoder.depth", tower)
 
 
 def check_stored(config: Config) -> ResolvedConfig:
-    """``config`` of a checkpoint, with the model's sizes filled: its numbers one by one, not what a run of it needs.
+    """Check each number of a checkpoint's ``config``, but not the rules of a run, and fill the model's sizes.
 
     Raises UserError.
     """
@@ -129,7 +129,7 @@ def check_stored(config: Config) -> ResolvedConfig:
 
 
 def check_model(given: ModelConfig) -> ResolvedModel:
-    """The model of a recipe or of a file with weights, with its sizes filled, which are checked by themselves.
+    """Fill the sizes of the model of a recipe or of a file with weights, and check each by itself.
 
     Raises UserError.
     """

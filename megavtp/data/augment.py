@@ -30,8 +30,8 @@ def plain_view(
     image: Tensor, size: int, scale: tuple[float, float], flip: float, rng: np.random.Generator, *,
     color_jitter: float = 0.0, grayscale: float = 0.0,
 ) -> Tensor:
-    """The contrastive and reconstruction view: random resized crop of ``scale`` of the area, then what has a
-    probability, as OpenCLIP's augmentation has it."""
+    """Make the contrastive and reconstruction view: a random resized crop of ``scale`` of the area, then OpenCLIP's
+    augmentations with their probabilities."""
     return dino_view(image, size, scale, rng, flip=flip, color_jitter=color_jitter, grayscale=grayscale, blur=0.0)
 
 
@@ -39,9 +39,9 @@ def dino_view(
     image: Tensor, size: int, scale: tuple[float, float], rng: np.random.Generator, *, flip: float = 0.5,
     color_jitter: float = 0.8, grayscale: float = 0.2, blur: float = 0.5, solarize: float = 0.0,
 ) -> Tensor:
-    """A global or local crop of DINOv2 (arXiv 2304.07193): crop, flip, colour jitter, grey, blur, solarize.
+    """Make a global or local crop of DINOv2 (arXiv 2304.07193): crop, flip, colour jitter, grey, blur, solarize.
 
-    All but the first two arguments and the generator are probabilities.
+    The keyword arguments are probabilities.
     """
     view = _crop_and_flip(image, size, scale, flip, rng)
     # draws: 0 jitter gate, 1-4 factors, 5-8 order, 9 grey, 10 blur gate, 11 sigma, 12 solarize
@@ -62,7 +62,7 @@ def dino_view(
 
 
 def _jitter(x: Tensor, factors: np.ndarray, order: np.ndarray) -> Tensor:
-    """The four operations in a random order (that of the sorted draws)."""
+    """Apply the four operations in a random order, which sorting the draws gives."""
     signed = 2 * factors - 1
     for operation in np.argsort(order, kind="stable"):
         if operation == 0:
@@ -87,9 +87,9 @@ def _crop_and_flip(
 
 
 def crop_box(height: int, width: int, scale: tuple[float, float], u: np.ndarray) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random resized crop (Szegedy et al., arXiv 1409.4842) from 22 uniform draws.
+    """Return (top, left, height, width) of a random resized crop (Szegedy et al., arXiv 1409.4842) from 22 draws.
 
-    The first of ATTEMPTS boxes that fits; else the largest central box with an allowed aspect ratio.
+    It is the first of ATTEMPTS boxes that fits, or else the largest central box with an allowed aspect ratio.
     """
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:ATTEMPTS])
     aspect = np.exp(math.log(ASPECT[0]) + math.log(ASPECT[1] / ASPECT[0]) * u[ATTEMPTS : 2 * ATTEMPTS])
@@ -106,15 +106,15 @@ def crop_box(height: int, width: int, scale: tuple[float, float], u: np.ndarray)
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic with antialiasing, uint8 (3, H, W) -> (3, height, width)."""
+    """Resize uint8 (3, H, W) to (3, height, width), bicubic with antialiasing."""
     # torch's vectorised uint8 kernel wants the channels last; a crop in that order is also the cheapest copy
     batch = image.unsqueeze(0).contiguous(memory_format=torch.channels_last)
     return F.interpolate(batch, (height, width), mode="bicubic", antialias=True)[0]
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:
-    """Reconstruction protocol, as in ADM (arXiv 2105.05233): halve with a box filter while the shorter side is at
-    least 2 * size, bicubic until it is size, then the middle square. Exactly Pillow's numbers."""
+    """Crop as the reconstruction protocol and ADM (arXiv 2105.05233) do: halve with a box filter while the shorter side
+    is at least 2 * size, resize it to size (bicubic), take the middle square. The pixels are exactly Pillow's."""
     picture = _to_pillow(image)
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)

@@ -5,7 +5,6 @@ Shape letters: b samples of the share, v rows of an objective's subset, N patche
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,18 +16,16 @@ from torch import Tensor
 from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig
 from megavtp.data.augment import dino_view, plain_view
 from megavtp.data.captions import CaptionTokenizer
-from megavtp.data.decode import BadSample, decode_image
+from megavtp.data.decode import decode_image
+from megavtp.data.loader import LoadedBatch
 from megavtp.data.masking import block_mask, mask_counts
 from megavtp.data.order import SampleOrder, step_positions, step_subset
-from megavtp.data.randomness import generator, stable_hash
+from megavtp.data.randomness import generator
 from megavtp.data.shards import ShardDataset
-from megavtp.errors import UserError
-
-REPLACEMENTS = 10  # candidates tried for a broken sample
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(LoadedBatch):
     """A rank's share of a step. Fields that only an inactive objective reads are ``None``.
 
     With dp ranks in order, concatenating along the sample dimension (dim 1 where crops come first) gives the batch of
@@ -45,18 +42,12 @@ class Batch:
     global_crops: Tensor | None  # (2, v_ssl, 3, g, g) uint8
     local_crops: Tensor | None  # (L, v_ssl, 3, l, l) uint8
     masks: Tensor | None  # (2, v_ssl, N) bool, True = the student does not see the patch
-    bad: list[str]  # "name: reason" of samples that were replaced
-
-    def pin_memory(self) -> Batch:
-        """Every tensor in page-locked memory (needs CUDA). torch's loader calls this in its pinning thread."""
-        values = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        return dataclasses.replace(self, **{name: x.pin_memory() for name, x in values if isinstance(x, Tensor)})
 
 
 def masked_rows(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """(indices (M,) of the True entries of ``masks.flatten()``, their weights (M,): 1 / number masked in the crop).
+    """Return the indices (M,) of the True entries of ``masks.flatten()``, and their weights (M,).
 
-    masks: (..., N) bool, a batch's or a slice of them, on the CPU: on a device this would wait for it.
+    A weight is 1 / number masked in the crop. ``masks`` (..., N) bool must lie on the CPU: on a device this would wait.
     """
     rows = masks.flatten().nonzero().squeeze(1)
     counts = masks.sum(-1).flatten()
@@ -66,9 +57,9 @@ def masked_rows(masks: Tensor) -> tuple[Tensor, Tensor]:
 class StepDataset(torch.utils.data.Dataset):
     """``self[step]`` is the share of data-parallel rank ``dp_rank`` of ``dp_size`` in that step.
 
-    Neither the ranks, nor the worker that runs this, nor the other objectives change what a position gets.
-    Raises ``UserError`` if streams, batch sizes and dp_size do not divide, or if REPLACEMENTS + 1 samples that stand in
-    for one another are all broken.
+    What a position gets depends neither on the ranks, nor on the worker that runs this, nor on other objectives.
+    Raises ``UserError`` if streams, batch sizes and dp_size do not divide, or if all candidates for a broken sample are
+    broken too.
     """
 
     def __init__(
@@ -83,11 +74,11 @@ class StepDataset(torch.utils.data.Dataset):
         data = config.data
         self.order = SampleOrder(dataset.shard_counts, data.streams, data.shuffle_block, config.seed)
         for purpose in ("ssl", "rec"):
-            self._subset(0, purpose)  # so that sizes that do not divide are refused now, not by a worker
+            self._subset(0, purpose)  # refuses sizes that do not divide now rather than in a worker
         step_positions(0, config.train.batch_size, data.streams, dp_rank, dp_size)
 
     def __getitem__(self, step: int) -> Batch:
-        with _one_thread():
+        with one_thread():
             return self._batch(step)
 
     def _batch(self, step: int) -> Batch:
@@ -101,28 +92,30 @@ class StepDataset(torch.utils.data.Dataset):
         slots = dict(zip(ssl_rows.tolist(), range(len(ssl_rows)), strict=True))
 
         images = self._empty_images(plain) if plain.any() else None
-        global_crops, local_crops = self._empty_crops(len(ssl_rows)) if slots else (None, None)
-        ids, captions, bad = [""] * b, [""] * b, []
+        crops = self._empty_crops(len(ssl_rows)) if slots else None
+        ids, captions = [""] * b, [""] * b
+        bad: list[str] = []
         for row, position in enumerate(place.positions.tolist()):
             slot = slots.get(row)
             if slot is None and not plain[row]:
                 continue
             image, ids[row], captions[row] = self._sample(int(place.streams[row]), int(place.indices[row]), bad)
-            if plain[row]:
+            if images is not None and plain[row]:
                 images[row] = self._plain(image, step, position)
-            if slot is not None:
-                self._crops(image, step, position, global_crops[:, slot], local_crops[:, slot])
+            if crops is not None and slot is not None:
+                self._crops(image, step, position, *(views[:, slot] for views in crops))
+        global_crops, local_crops = crops or (None, None)
         masks = self._masks(step, len(ssl_rows)) if slots else None
         return Batch(
             step, ids, torch.from_numpy(place.positions), images,
             self.tokenizer.encode(captions) if contrastive else None,
             torch.from_numpy(ssl_rows) if slots else None,
             torch.from_numpy(rec_rows) if len(rec_rows) else None,
-            global_crops, local_crops, masks, bad,
+            global_crops, local_crops, masks, bad=bad,
         )  # fmt: skip
 
     def _subset(self, step: int, purpose: str) -> np.ndarray:
-        """Ascending rows of this share that an objective takes; none if it is off."""
+        """Return the rows of this share, ascending, that an objective takes; none if it is off."""
         objectives, config = self.config.objectives, self.config
         objective = objectives.self_distillation if purpose == "ssl" else objectives.reconstruction
         if objective.weight == 0:
@@ -133,20 +126,15 @@ class StepDataset(torch.utils.data.Dataset):
         )  # fmt: skip
 
     def _sample(self, stream: int, index: int, bad: list[str]) -> tuple[Tensor, str, str]:
-        """(image, name, caption) of the stream's ``index``-th sample, or of the first candidate that is not broken."""
-        at = index
-        for attempt in range(1, REPLACEMENTS + 2):
-            shard, row = self.order.locate(stream, at)
-            try:
-                raw = self.dataset.read(shard, row)
-                return decode_image(raw.image, self.config.data.max_pixels), raw.id, raw.caption
-            except BadSample as error:
-                bad.append(f"{self.dataset.name(shard, row)}: {error}")
-            # anywhere in the stream's next L samples: neighbours in a damaged file would likely be broken too
-            at = index + 1 + stable_hash(self.config.seed, "replace", stream, index, attempt) % self.order.length
-        raise UserError(
-            f"{REPLACEMENTS + 1} samples that stand in for one another are all broken, last: {bad[-1]}; "
-            "find them with `python tools/prepare_data.py check FOLDER` and prepare the data again without them"
+        """Return (image, name, caption) of the stream's ``index``-th sample, or of one in its place."""
+
+        def read(shard: int, row: int) -> tuple[Tensor, str, str]:
+            raw = self.dataset.read(shard, row)
+            return decode_image(raw.image, self.config.data.max_pixels), raw.id, raw.caption
+
+        return self.order.read(
+            stream, index, read, self.dataset, bad,
+            "find them with `python tools/prepare_data.py check FOLDER` and prepare the data again without them",
         )
 
     def _plain(self, image: Tensor, step: int, position: int) -> Tensor:
@@ -170,7 +158,7 @@ class StepDataset(torch.utils.data.Dataset):
             out.copy_(dino_view(image, a.local_size, a.local_scale, rng, blur=a.blur[2], **common))
 
     def _masks(self, step: int, share: int) -> Tensor:
-        """(2, share, N) bool. Crop numbers count the whole step, so a mask does not depend on who draws it."""
+        """Draw masks (2, share, N) bool. Crops are numbered over the whole step, so no mask depends on the layout."""
         ssl, seed = self.config.objectives.self_distillation, self.config.seed
         side = self.config.data.augment.global_size // self.config.model.patch_size
         counts = mask_counts(
@@ -197,8 +185,8 @@ class StepDataset(torch.utils.data.Dataset):
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """torch on one thread: a sum's rounding, so a pixel, must not depend on how many cores the caller may use."""
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: how a sum is rounded must not depend on how many cores the process may use."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Captions to token ids."""
+"""Caption tokenizers, which turn text into ids."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from megavtp.errors import UserError
 
 _RESERVED = 3  # padding (0), start and end of text (the two largest ids)
 _MULTIPLE = 8  # of the vocabulary size: the embedding is cut over tensor-parallel ranks
-_MAX_CHARS = 100_000  # of one caption; what does not fit the context is cut off anyway
+_MAX_CHARS = 100_000  # of one caption; the context holds far fewer
 
 
 class CaptionTokenizer(Protocol):
-    """What the loader and the evaluation need. The end of text is the largest id, ``vocab_size - 1``: the text
-    encoder pools at the position of the largest id."""
+    """What the loader and the evaluation need of a tokenizer. The end of text has the largest id, ``vocab_size - 1``,
+    because the text encoder pools at the position of the largest id."""
 
     vocab_size: int
     context_length: int
 
     def encode(self, captions: list[str]) -> Tensor:
-        """(n, context_length) int64: start, text, end, zeros; longer text is cut and still closed by the end id."""
+        """Return (n, context_length) int64: start, text, end, zeros. Longer text is cut, and still ends so."""
         ...
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model, its pieces shifted by one: 0 pads, ``vocab_size - 2`` starts, ``vocab_size - 1`` ends.
+    """A sentencepiece model whose ids are shifted by one: 0 pads, ``vocab_size - 2`` starts, ``vocab_size - 1`` ends.
 
     ``vocab_size`` is rounded up to a multiple of 8; the ids between the last piece and the start are never used.
     """
@@ -50,7 +50,7 @@ class SentencePieceTokenizer:
         return SentencePieceTokenizer, (self._path, self.context_length)
 
     def encode(self, captions: list[str]) -> Tensor:
-        """(n, context_length) int64."""
+        """Return (n, context_length) int64; see ``CaptionTokenizer``."""
         out = torch.zeros(len(captions), self.context_length, dtype=torch.long)
         for row, pieces in zip(out, self._model.encode([encodable(caption[:_MAX_CHARS]) for caption in captions])):
             pieces = pieces[: self.context_length - 2]
@@ -95,7 +95,7 @@ def train_sentencepiece(captions: Iterable[str], out: str | Path, vocab_size: in
 
 
 def load_tokenizer(spec: str, root: str | Path, context_length: int) -> CaptionTokenizer:
-    """The tokenizer that ``data.captions`` names: "auto" (ROOT/captions.model), "clip", a sentencepiece ``.model``
+    """Open the tokenizer that ``data.captions`` names: "auto" (ROOT/captions.model), "clip", a sentencepiece ``.model``
     file, or a CLIP merges file ``.txt.gz``."""
     if spec == "auto":
         path = refuse_remote(root) / "captions.model"

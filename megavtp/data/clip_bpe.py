@@ -22,8 +22,8 @@ _INSTALL = 'pip install "megavtp[clip]"'
 
 
 def _byte_symbols() -> tuple[list[str], dict[int, str]]:
-    """A printable stand-in for each byte, in the order of CLIP's vocabulary (GPT-2's table): printable Latin-1
-    characters stand for themselves and come first, the other bytes follow as U+0100 and on."""
+    """Return a printable character for each byte, in the order of CLIP's vocabulary (GPT-2's table): printable Latin-1
+    characters come first and stand for themselves, the other bytes follow from U+0100 on."""
     own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [byte for byte in range(256) if byte not in own]
     symbol = {byte: chr(byte) for byte in own} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
@@ -31,7 +31,7 @@ def _byte_symbols() -> tuple[list[str], dict[int, str]]:
 
 
 def find_merges() -> Path:
-    """The merges file of an installed open_clip_torch, found without importing it."""
+    """Find the merges file of an installed open_clip_torch without importing it."""
     spec = importlib.util.find_spec("open_clip")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         if (Path(folder) / _FILE).is_file():
@@ -40,7 +40,10 @@ def find_merges() -> Path:
 
 
 class ClipTokenizer:
-    """Captions to CLIP ids: (n, context_length), start 49406, end 49407, then zeros. Too long ones keep the end id."""
+    """CLIP's tokenizer: captions become (n, context_length) ids, start 49406, end 49407, then zeros.
+
+    A caption that is too long is cut and still ends with the end id.
+    """
 
     def __init__(self, context_length: int = 77, path: str | Path | None = None):
         try:
@@ -66,7 +69,7 @@ class ClipTokenizer:
         return ClipTokenizer, (self.context_length, self._path)
 
     def encode(self, captions: list[str]) -> Tensor:
-        """(n, context_length) int64."""
+        """Return (n, context_length) int64."""
         out = torch.zeros(len(captions), self.context_length, dtype=torch.long)
         start, end = self.vocab_size - 2, self.vocab_size - 1
         for row, caption in zip(out, captions):
@@ -111,7 +114,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
         lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 1 + _MERGES]
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"cannot read the CLIP merges {path} ({error}); {_INSTALL}") from None
-    merges = [tuple(line.split()) for line in lines]
-    if len(merges) != _MERGES or any(len(merge) != 2 for merge in merges):
+    pairs = [line.split() for line in lines]
+    if len(pairs) != _MERGES or any(len(pair) != 2 for pair in pairs):
         raise UserError(f"{path} is not CLIP's {_FILE}; {_INSTALL}")
-    return merges
+    return [(first, second) for first, second in pairs]

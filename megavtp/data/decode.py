@@ -1,4 +1,4 @@
-"""Compressed image bytes to an RGB uint8 tensor, whatever the bytes hold."""
+"""Decoding: image bytes, whatever they hold, become an RGB uint8 tensor or a ``BadSample``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ try:
 except ImportError:  # optional: 2 to 3 times Pillow's speed on JPEG, same pixels within rounding
     simplejpeg = None
 
-# Pillow has decoders that start other programs (EPS) or fetch nothing one trains on; only these are ever tried.
+# Only these are ever tried: some other decoders of Pillow start programs (EPS), and no training data need the rest.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _ORIENTATION = 0x0112  # in EXIF; 1 is upright
 
@@ -27,7 +27,7 @@ class BadSample(Exception):
 def decode_image(data: bytes, max_pixels: int = 64_000_000) -> Tensor:
     """Decode to (3, H, W) uint8 RGB, upright by its EXIF orientation, transparency over white.
 
-    The strides are those of an interleaved image (channels last): no copy is made only to reorder it.
+    The strides are those of an interleaved image (channels last), which saves a copy.
     Raises ``BadSample`` for bytes that are no whole image, or that announce more than ``max_pixels`` pixels (checked
     before anything is decoded).
     """
@@ -66,7 +66,7 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to upright RGB; transparency over white, 16-bit gray to its upper 8 bits."""
+    """Convert any Pillow mode to upright RGB, with transparency over white and 16-bit gray as its upper 8 bits."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = ImageOps.exif_transpose(image)
@@ -81,14 +81,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
-    """The fast path; ``None`` where Pillow has to do it: CMYK colours, a picture to be turned upright, and any fault,
-    of which Pillow forgives some. So the same pictures are good with and without the optional decoder."""
+    """Decode the common cases fast. ``None`` leaves CMYK colours, rotated pictures and all faults to Pillow, which
+    forgives some, so that the same pictures are good with and without the optional decoder."""
     if simplejpeg is None or image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
     if image.getexif().get(_ORIENTATION, 1) != 1:
         return None
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB")
-    except ValueError:  # in its strict mode, which is the default, of faults that can be repaired, too
+    except ValueError:  # its default, strict mode also raises for faults that can be repaired
         return None
     return pixels if pixels.shape[:2] == (image.height, image.width) else None

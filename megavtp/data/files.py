@@ -1,4 +1,4 @@
-"""Small file helpers: local paths only, and nothing half-written under its final name."""
+"""Small file helpers. Paths are local, and no file is ever half-written under its final name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megavtp.errors import UserError
 
 
 def write_atomic(path: Path, data: bytes, flush: bool = False) -> None:
-    """Write beside ``path`` and rename into place: readers see all of it or nothing. ``flush``: to the disk before."""
+    """Write beside ``path`` and rename into place, so readers see all or nothing. ``flush`` it to the disk first."""
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
@@ -29,7 +29,7 @@ def write_atomic(path: Path, data: bytes, flush: bool = False) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
-    """What to tell when a file of a run cannot be written."""
+    """Return the error for a file of a run that cannot be written."""
     return UserError(f"{path}: cannot be written ({error.strerror or error}); free disk space or set output_dir")
 
 
@@ -39,7 +39,7 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
 
 
 def refuse_hub_id(spec: str | os.PathLike) -> Path:
-    """A path where weights may lie; what is meant as a model's name on a hub is a ``UserError``."""
+    """Return a local path where weights may lie. ``UserError`` for what is meant as a model's name on a hub."""
     path = Path(spec)
     hub_id = re.fullmatch(r"(?:hf-hub:|hf:/{1,2}|https:/{1,2}huggingface\.co/)?[\w.-]+/[\w.-]+", os.fspath(spec))
     if hub_id and not path.exists() and not path.parent.is_dir():
@@ -51,7 +51,7 @@ def refuse_hub_id(spec: str | os.PathLike) -> Path:
 
 
 def refuse_remote(spec: str | os.PathLike) -> Path:
-    """A local path; pipes and URLs, which other loaders run or fetch, are a ``UserError``."""
+    """Return a local path. ``UserError`` for pipes and URLs, which other loaders would run or fetch."""
     text = os.fspath(spec)
     if text.startswith("pipe:") or "://" in text:
         raise UserError(f"{text!r} is not a local path; pipes and URLs are not opened: copy the files here first")

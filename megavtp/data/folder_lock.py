@@ -1,4 +1,4 @@
-"""One run writes to a folder: a lock that the system lets go of when the process ends, however it ends."""
+"""A lock on the folder that a run writes to. The system releases it when the process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ import shlex
 import socket
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from megavtp.errors import UserError
 from megavtp.json_file import form, parse_json
 
 LOCK_FILE = "run.lock"
-_PATIENCE = 10.0  # seconds to wait for it: a run that was just killed may take some to be gone
-_COMMAND = 300  # characters of it that are told
+_PATIENCE = 10.0  # seconds to wait for the lock: a run that was just killed may need some to end
+_COMMAND = 300  # characters of the owner's command that a message shows
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +33,11 @@ class _Owner:
 
 
 class FolderLock:
-    """Held until ``close``, or until the process is gone.
+    """A lock that is held until ``close``, or until the process ends.
 
-    It is a record lock (fcntl), not one of flock: forked children such as loader workers, which may live on for a while
-    after their run was killed, do not hold it. The system drops it when this process closes any descriptor of the file,
-    so nothing else here opens it.
+    It is a record lock (fcntl), not one of flock, so that forked children such as loader workers, which may outlive a
+    killed run for a while, do not hold it. The system drops it when this process closes any descriptor of the file,
+    so nothing else here opens the file.
 
     Args:
         folder: exists.
@@ -54,7 +53,7 @@ class FolderLock:
         self._descriptor: int | None = self._acquire(_PATIENCE)
 
     def renew(self) -> bool:
-        """If the folder was deleted or moved away: make it anew, and lock it. Returns whether that was so.
+        """Make and lock the folder again if it was deleted or moved away; return whether it was.
 
         Raises:
             UserError: another run has taken the place. OSError: it cannot be made.
@@ -70,7 +69,7 @@ class FolderLock:
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 if leads_to(self.path, self._descriptor):
-                    self.path.unlink()  # while it is locked: who waits for it sees that it is no longer the file there
+                    self.path.unlink()  # while it is locked, so that a waiting run sees that the file is gone
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -101,11 +100,11 @@ class FolderLock:
                 os.close(descriptor)  # its owner has just removed it
 
     def _signed(self, descriptor: int) -> int:
-        """The same, once the file says who holds it."""
+        """Write into the locked file who holds it, and return its descriptor."""
         started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         owner = _Owner(socket.gethostname(), os.getpid(), started, shlex.join(sys.argv))
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(asdict(owner)).encode(), 0)
+        os.pwrite(descriptor, json.dumps(vars(owner)).encode(), 0)
         return descriptor
 
 
@@ -114,7 +113,7 @@ def leads_to(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ESTALE):  # the second on a network's file system
+        if error.errno in (errno.ENOENT, errno.ESTALE):  # ESTALE comes from network file systems
             return False
         raise
 

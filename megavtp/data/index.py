@@ -19,7 +19,6 @@ from megavtp.data.workers import progress
 from megavtp.errors import UserError
 from megavtp.json_file import Count, Positive, form
 
-VERSION = 1
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _COLUMNS = (
     "keys", "image_offset", "image_size", "image_ext", "caption_offset", "caption_size", "meta_offset", "meta_size",
@@ -28,10 +27,12 @@ _COLUMNS = (
 
 @form
 class SideCar:
-    """``SHARD.tar.index.json``: the tar's name and size, and the columns, of whose numbers only the type is checked: a
-    column at a time is faster where they are used."""
+    """``SHARD.tar.index.json`` holds the tar's name and size, and the columns.
 
-    version: Literal[VERSION]
+    Only types are checked here: ``shards`` checks the numbers of a whole column at once, which is faster.
+    """
+
+    version: Literal[1]
     shard: str
     bytes: Count
     keys: list[str]
@@ -53,9 +54,9 @@ class IndexedShard:
 
 @form
 class Index:
-    """``index.json`` of a folder of shards; ``total``: samples of all."""
+    """``index.json`` lists the shards of a folder; ``total`` counts the samples of all."""
 
-    version: Literal[VERSION]
+    version: Literal[1]
     total: Positive
     shards: list[IndexedShard]
 
@@ -91,7 +92,7 @@ def index_shard(path: str | Path, report: SkipReport) -> int:
                 columns[name].append(value)
     count = len(columns["keys"])
     report.kept += count
-    write_json(sidecar_path(path), {"version": VERSION, "shard": path.name, "bytes": path.stat().st_size, **columns})
+    write_json(sidecar_path(path), {"version": 1, "shard": path.name, "bytes": path.stat().st_size, **columns})
     return count
 
 
@@ -117,16 +118,16 @@ def build_index(
         if max_bad is not None:
             report.limit(max_bad)
         if count:
-            entries.append({"file": shard.name, "samples": count, "bytes": shard.stat().st_size})
+            entries.append(IndexedShard(shard.name, count, shard.stat().st_size))
     if not entries:
         raise UserError(f"no usable image-text sample in {folder}: {'; '.join(report.lines())}")
-    total = sum(entry["samples"] for entry in entries)
-    write_json(folder / "index.json", {"version": VERSION, "total": total, "shards": entries}, 1)
+    total = sum(entry.samples for entry in entries)
+    write_json(folder / "index.json", {"version": 1, "total": total, "shards": [vars(entry) for entry in entries]}, 1)
     return report
 
 
 def _row(sample: TarSample, file: BinaryIO) -> tuple:
-    """The sample's values in the order of the columns; ``BadSample`` if it is not usable."""
+    """Return the sample's values in the order of the columns; ``BadSample`` if it is not usable."""
     images = [extension for extension in sample.members if extension in IMAGE_EXTENSIONS]
     if not images:
         raise BadSample("no image")

@@ -1,9 +1,12 @@
-"""What reads a data set: the training loader (steps in order from worker processes, with a limit on broken samples and
-no hang when a worker dies or hangs) and the evaluation set."""
+"""The training loader, which delivers steps in order from worker processes, and the evaluation set.
+
+The loader limits the number of broken samples, and does not hang when a worker dies or hangs.
+"""
 
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import errno
 import logging
 import multiprocessing
@@ -14,18 +17,19 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, Protocol, Self, TypeVar
 
-import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from megavtp.data.augment import center_crop
-from megavtp.data.batch import Batch, StepDataset
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.decode import BadSample, decode_image
+from megavtp.data.order import cumulated, locate
 from megavtp.data.shards import RawSample, ShardDataset
 from megavtp.data.workers import serve_parent
 from megavtp.errors import UserError
@@ -38,10 +42,11 @@ logger = logging.getLogger(__name__)
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 _LOOK = 0.5  # seconds between two looks at the workers while a batch is awaited
-# Share of parallel.timeout that a worker has for a batch: the loader, which can name it, speaks before the watchdog.
+# A worker has this share of parallel.timeout for a batch, so that the loader, which can name the worker, reports it
+# before the watchdog does.
 _PATIENCE = 0.9
-_FIRST = 3  # times that for the first batch, for which files are opened
-_CLOSING = 5.0  # seconds that all workers together have to end
+_FIRST = 3  # the first batch, for which files are opened, may take so many times longer
+_CLOSING = 5.0  # seconds within which all workers together must end
 _WHY = {  # exit status of a worker -> the reason and the remedy
     errno.ENOSPC: "/dev/shm, through which it hands over batches, is full: give the job more shared memory (in a "
     "container --shm-size), lower data.prefetch or data.workers, or set data.workers=0",
@@ -50,35 +55,63 @@ _WHY = {  # exit status of a worker -> the reason and the remedy
 }
 _WHY[-signal.SIGBUS] = _WHY[errno.ENOSPC]  # the page that it wrote to could not be had
 
-# Closed at exit: multiprocessing would wait for ever for workers that nobody told to end. This module is imported, so
-# its handler registered, after torch's, and handlers run in reverse order.
+# Loaders that are still open are closed at exit: multiprocessing would wait for ever for workers that nobody told to
+# end. This module's handler is registered after torch's, and so runs before it.
 _open_loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
 
 
-class Loader:
+@dataclass(frozen=True)
+class LoadedBatch:
+    """What a loader delivers: a dataclass of tensors and other values.
+
+    Attributes:
+        bad: "name: reason" of each sample that was replaced by another.
+    """
+
+    bad: Sequence[str] = field(default=(), kw_only=True)
+
+    def pin_memory(self) -> Self:
+        """Move every tensor to page-locked memory (needs CUDA). torch's loader calls this in its pinning thread."""
+        values = vars(self).items()
+        pinned: dict[str, Any] = {name: value.pin_memory() for name, value in values if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **pinned)
+
+
+B = TypeVar("B", bound=LoadedBatch)
+B_co = TypeVar("B_co", bound=LoadedBatch, covariant=True)
+
+
+class StepSource(Protocol[B_co]):
+    """What a loader reads: the batch of any step."""
+
+    def __getitem__(self, step: int, /) -> B_co: ...
+
+
+class Loader(Generic[B]):
     """Iterates the batches of the steps ``start_step`` .. ``stop_step - 1``, in order, once.
 
-    ``workers`` processes prepare ``prefetch`` steps each ahead; 0 decodes in this process. ``pin``: batches lie in
-    page-locked memory (only where CUDA is available). ``None`` takes the value of the config.
-    Raises ``UserError`` when more than data.max_bad_samples different samples are broken, a worker dies, or one takes
-    longer for a batch than parallel.timeout allows a step.
+    Args:
+        workers: processes that prepare steps; 0 = this process does.
+        prefetch: steps that each worker prepares ahead.
+        max_bad_samples: how many different samples may be broken.
+        timeout: seconds that a step may take (parallel.timeout); 0 = no limit.
+        pin: whether batches lie in page-locked memory; only where CUDA is available.
+
+    Raises ``UserError`` when more samples are broken, a worker dies, or one takes too long for a batch.
     """
 
     def __init__(
-        self, step_dataset: StepDataset, start_step: int, stop_step: int, workers: int | None = None,
-        prefetch: int | None = None, pin: bool = False,
+        self, source: StepSource[B], start_step: int, stop_step: int, *, workers: int = 0, prefetch: int = 2,
+        max_bad_samples: int = 1000, timeout: float = 0, pin: bool = False,
     ):
-        data = step_dataset.config.data
-        workers = data.workers if workers is None else workers
-        prefetch = data.prefetch if prefetch is None else prefetch
         workers = min(workers, max(0, stop_step - start_step))
-        self._patience = _PATIENCE * step_dataset.config.parallel.timeout or float("inf")
+        self._patience = _PATIENCE * timeout or float("inf")
         self._delivered = 0  # batches
-        self.max_bad_samples = data.max_bad_samples
+        self.max_bad_samples = max_bad_samples
         self.bad_samples: set[str] = set()  # names of the samples found broken so far
         self.wait_seconds = 0.0  # time spent waiting in here for data, in all
         self._loader = DataLoader(
-            _Guarded(step_dataset),
+            _Guarded(source),
             batch_size=None,
             sampler=range(start_step, stop_step),
             num_workers=workers,
@@ -89,18 +122,18 @@ class Loader:
             timeout=_LOOK if workers else 0,
             generator=torch.Generator(),  # its own: the default would draw from, and so advance, the global generator
         )
-        self._steps: Iterator[Batch | UserError] | None = None
+        self._steps: Iterator[B | UserError] | None = None
         _open_loaders.add(self)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[B]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> B:
         start = time.perf_counter()
         try:
             if self._steps is None:
                 self._steps = _start(self._loader)
-            batch = self._wait()
+            batch = self._wait(self._steps)
         finally:
             self.wait_seconds += time.perf_counter() - start
         self._delivered += 1
@@ -109,36 +142,42 @@ class Loader:
         self._count(batch.bad)
         return batch
 
-    def _wait(self) -> Batch | UserError:
+    def _wait(self, steps: Iterator[B | UserError]) -> B | UserError:
         patience = self._patience * (1 if self._delivered else _FIRST)
         start = time.monotonic()
         while True:
             try:
-                return next(self._steps)
+                return next(steps)
             except RuntimeError as error:
                 if "DataLoader worker (pid" in str(error):
                     raise UserError(self._ended()) from error
                 if not str(error).startswith("DataLoader timed out"):
                     raise
             if (waited := time.monotonic() - start) > patience:
-                number = self._delivered % len(self._steps._workers)  # they take turns
+                number = self._delivered % len(self._workers)  # they take turns
                 raise UserError(
-                    f"data worker {number} (pid {self._steps._workers[number].pid}) hangs: its batch has not come for "
+                    f"data worker {number} (pid {self._workers[number].pid}) hangs: its batch has not come for "
                     f"{waited:.0f} s; look at the storage it reads from, or raise parallel.timeout"
                 )
 
     def _ended(self) -> str:
-        """What to say of the first worker that is gone."""
-        workers = self._steps._workers
+        """Say which worker ended first, and why."""
+        workers = self._workers
         number = next(number for number, worker in enumerate(workers) if not worker.is_alive())
         status = workers[number].exitcode
         why = _WHY.get(status, f"exit status {status}, its last words are above")
         return f"data worker {number} (pid {workers[number].pid}) ended: {why}"
 
+    @property
+    def _workers(self) -> list[Any]:
+        """The processes of torch's iterator; none if it prepares the batches in this process."""
+        return getattr(self._steps, "_workers", [])
+
     def close(self) -> None:
         """Stop the workers. The loader cannot go on afterwards."""
-        steps, self._steps = self._steps, iter(())
-        workers = getattr(steps, "_workers", ())
+        steps: Any = self._steps
+        workers = self._workers
+        self._steps = iter(())
         if workers:
             deadline = time.monotonic() + _CLOSING
             for worker in workers:  # torch would give each one that hangs ten seconds, one after the other
@@ -146,13 +185,13 @@ class Loader:
             # not left to the garbage collector: an exception's traceback may keep the iterator alive for long
             steps._shutdown_workers()
 
-    def __enter__(self) -> Loader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _count(self, bad: list[str]) -> None:
+    def _count(self, bad: Sequence[str]) -> None:
         for entry in bad:
             name = entry.partition(": ")[0]
             if name in self.bad_samples:
@@ -175,19 +214,19 @@ def _close_all() -> None:
 class _Guarded(torch.utils.data.Dataset):
     """Hands a user error over as a value: torch would wrap a worker's exception in a page of traceback."""
 
-    def __init__(self, step_dataset: StepDataset):
-        self.step_dataset = step_dataset
+    def __init__(self, source: StepSource):
+        self.source = source
 
-    def __getitem__(self, step: int) -> Batch | UserError:
+    def __getitem__(self, step: int) -> LoadedBatch | UserError:
         try:
-            return self.step_dataset[step]
+            return self.source[step]
         except UserError as error:
             return error
 
 
-def _start(loader: DataLoader) -> Iterator[Batch | UserError]:
-    """Start the workers, and undo torch's SIGCHLD handler, which raises in the midst of whatever this process does when
-    a worker dies. The iterator finds that out by itself within seconds, where it can be told to the user."""
+def _start(loader: DataLoader) -> Iterator[Any]:
+    """Start the workers, and undo torch's SIGCHLD handler, which would raise in the midst of whatever this process does
+    when a worker dies. The iterator notices that by itself within seconds, in a place where the user can be told."""
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)  # torch sets the handler in the main thread only
     handler = signal.getsignal(signal.SIGCHLD)
@@ -198,11 +237,12 @@ def _start(loader: DataLoader) -> Iterator[Batch | UserError]:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C and a scheduler's signals reach the whole process group. The trainer decides what they mean (it may write a
-    # checkpoint first); a worker ends when the trainer closes it or is gone.
+    # Ctrl-C and a scheduler's signals reach the whole process group. The trainer decides what they mean: it may
+    # write a checkpoint first. A worker ends when the trainer closes it or has ended.
     serve_parent((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     # A batch that cannot be handed over would be lost, and awaited for ever.
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(partial(_cannot_hand_over, worker))
+    queue: Any = multiprocessing.queues.Queue  # whose handler its type stubs lack
+    queue._on_queue_feeder_error = staticmethod(partial(_cannot_hand_over, worker))
 
 
 def _cannot_hand_over(worker: int, error: Exception, batch: object) -> NoReturn:
@@ -220,8 +260,8 @@ def _join_or_kill(worker: multiprocessing.Process, deadline: float, timeout: flo
 
 
 class EvalDataset:
-    """At most ``max_samples`` samples, spread evenly over the data set, in its order; images cropped to the centre and
-    resized to ``size`` pixels. Nothing is random."""
+    """Holds at most ``max_samples`` samples, spread evenly over the data set, in its order. Images are cropped to the
+    centre and resized to ``size`` pixels; nothing is random."""
 
     def __init__(
         self, dataset: ShardDataset, tokenizer: CaptionTokenizer, size: int, max_samples: int, max_pixels: int
@@ -230,17 +270,17 @@ class EvalDataset:
         self.tokenizer = tokenizer
         self.size = size
         self.max_pixels = max_pixels
-        self._ends = np.cumsum(np.asarray(dataset.shard_counts, dtype=np.int64))
-        self._total = int(self._ends[-1]) if len(self._ends) else 0
+        self._ends = cumulated(dataset.shard_counts)
+        self._total = sum(dataset.shard_counts)
         self._count = min(self._total, max_samples)
 
     def __len__(self) -> int:
         return self._count
 
     def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[dict[str, Any]]:
-        """The samples rank, rank + world, ... as dicts of index (b,), image uint8 (b, 3, size, size), tokens (b, T),
-        caption list[str], meta list[dict]. A broken sample is left out and named in the log."""
-        rows: list[tuple[int, torch.Tensor, RawSample]] = []
+        """Yield the samples rank, rank + world, ... as dicts of index (b,), image uint8 (b, 3, size, size), tokens
+        (b, T), caption list[str], meta list[dict]. A broken sample is left out and named in the log."""
+        rows: list[tuple[int, Tensor, RawSample]] = []
         for index in range(rank, self._count, world):
             row = self._row(index)
             if row is not None:
@@ -251,10 +291,8 @@ class EvalDataset:
         if rows:
             yield self._batch(rows)
 
-    def _row(self, index: int) -> tuple[int, torch.Tensor, RawSample] | None:
-        place = index * self._total // self._count
-        shard = int(np.searchsorted(self._ends, place, side="right"))
-        row = place - (int(self._ends[shard - 1]) if shard else 0)
+    def _row(self, index: int) -> tuple[int, Tensor, RawSample] | None:
+        shard, row = locate(self._ends, index * self._total // self._count)
         try:
             raw = self.dataset.read(shard, row)
             return index, center_crop(decode_image(raw.image, self.max_pixels), self.size), raw
@@ -262,7 +300,7 @@ class EvalDataset:
             logger.warning("bad sample left out of the evaluation: %s: %s", self.dataset.name(shard, row), error)
             return None
 
-    def _batch(self, rows: list[tuple[int, torch.Tensor, RawSample]]) -> dict[str, Any]:
+    def _batch(self, rows: list[tuple[int, Tensor, RawSample]]) -> dict[str, Any]:
         indices, images, raws = zip(*rows, strict=True)
         captions = [raw.caption for raw in raws]
         return {

@@ -1,4 +1,4 @@
-"""Which patches of which global crops the student does not see: block masks as in DINOv2 / iBOT (arXiv 2111.07832).
+"""Block masks, which hide patches of global crops from the student, as in DINOv2 and iBOT (arXiv 2111.07832).
 
 The plan covers the step's 2 * B_ssl global crops (crop number = view * B_ssl + SSL slot) and is a pure function of
 (seed, step); the mask of one crop is a pure function of (seed, step, crop number). A rank draws only its own masks.
@@ -20,10 +20,11 @@ ATTEMPTS = 10  # boxes tried for one block
 def mask_counts(
     seed: int, step: int, crops: int, patches: int, probability: float, ratio: tuple[float, float]
 ) -> np.ndarray:
-    """How many of the ``patches`` are masked in each of the step's ``crops``: int64 (crops,).
+    """Draw how many of the ``patches`` are masked in each of the step's ``crops``: int64 (crops,).
 
     round(probability * crops) crops are masked. Their ratios are one draw from each of as many equal strata of the
-    interval ``ratio``, so the total hardly varies from step to step. Never all patches of a crop.
+    interval ``ratio``, so the total hardly varies from step to step. A crop never
+    has all its patches masked.
     """
     rng = generator(seed, "masks", step)
     chosen = rng.permutation(crops)[: round(probability * crops)]
@@ -35,10 +36,10 @@ def mask_counts(
 
 
 def block_mask(rng: np.random.Generator, height: int, width: int, count: int) -> np.ndarray:
-    """bool (height, width) with exactly ``count`` True, in rectangles of random area and aspect ratio.
+    """Draw bool (height, width) with exactly ``count`` True, in rectangles of random area and aspect ratio.
 
     A rectangle is placed if it adds patches and does not exceed what is left. When no rectangle fits any more, single
-    random patches fill up.
+    random patches make up the rest.
     """
     mask = np.zeros((height, width), dtype=bool)
     left = count

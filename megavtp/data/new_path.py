@@ -1,4 +1,4 @@
-"""Writing a result whole or not at all: beside its place, then renamed into it."""
+"""A result is written whole or not at all: beside its place, then renamed into it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megavtp.errors import UserError
 
 @contextmanager
 def new_path(out: str | Path) -> Iterator[Path]:
-    """A path beside ``out`` to make a folder or a file at; it becomes ``out`` when the block ends without an error.
+    """Yield a path beside ``out`` for a new folder or file; it becomes ``out`` if the block ends without an error.
 
     After an error nothing is left behind. Raises UserError when ``out`` exists (an empty folder is replaced) or cannot
     be written.
@@ -44,5 +44,5 @@ def new_path(out: str | Path) -> Iterator[Path]:
 
 
 def _missing_parents(out: Path) -> list[Path]:
-    """Folders above ``out`` that do not exist yet, the innermost first."""
+    """Return the folders above ``out`` that do not exist yet, the innermost first."""
     return [parent for parent in out.parents if not parent.exists()]

@@ -1,4 +1,4 @@
-"""What a source yields. Kept apart from the writer so that worker processes start without loading torch."""
+"""What a source yields. It is separate from the writer so that worker processes start without loading torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class NewSample:
-    """An image-text pair to be written; ``extension`` is one of jpg, png, webp, ``key`` has no dot."""
+    """An image-text pair to be written. ``extension`` is jpg, png or webp; ``key`` has no dot."""
 
     key: str
     image: bytes
@@ -19,7 +19,7 @@ class NewSample:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A pair of the source that cannot be used."""
+    """A pair of the source that cannot be used, and why."""
 
     reason: str
     name: str

@@ -1,4 +1,4 @@
-"""Which sample stands where: a pure function from (stream, index) to (shard, row), and from a step to its positions.
+"""The order of samples: pure functions from (stream, index) to (shard, row), and from a step to its positions.
 
 The data set of N samples is cut into S streams. In each epoch the shards are permuted, laid end to end, and cut into
 S runs of L = N // S samples; a stream reads its run through permutations of ``shuffle_block`` neighbours, so a tar
@@ -7,22 +7,41 @@ file is read almost front to back while the order is still random. Ranks play no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from megavtp.data.randomness import generator
+from megavtp.data.decode import BadSample
+from megavtp.data.randomness import generator, stable_hash
 from megavtp.errors import UserError
+
+REPLACEMENTS = 10  # candidates tried for a broken sample
+Sample = TypeVar("Sample")
+
+
+def cumulated(counts: Iterable[int]) -> np.ndarray:
+    """Return where each run of samples ends when they are laid end to end."""
+    return np.cumsum(np.asarray(tuple(counts), dtype=np.int64))
+
+
+def locate(ends: np.ndarray, number: int) -> tuple[int, int]:
+    """Return the run that holds the sample ``number``, and its place in that run."""
+    run = int(np.searchsorted(ends, number, side="right"))
+    return run, number - (int(ends[run - 1]) if run else 0)
 
 
 @dataclass(frozen=True)
 class _Epoch:
     shards: np.ndarray  # the permuted shard numbers
-    ends: np.ndarray  # cumulated count of kept samples, in that order
-    gap_start: np.ndarray  # per shard (own number): first row that this epoch leaves out
-    gap_size: np.ndarray  # per shard: how many rows from there
+    ends: np.ndarray  # cumulated counts of the kept samples, in that order
+    gap_start: np.ndarray  # first row that this epoch leaves out, by shard number
+    gap_size: np.ndarray  # how many rows it leaves out from there, by shard number
+
+
+class NamedSamples(Protocol):
+    def name(self, shard: int, row: int) -> str: ...
 
 
 class SampleOrder:
@@ -50,18 +69,38 @@ class SampleOrder:
         self._permutations: dict[Hashable, np.ndarray] = {}
 
     def locate(self, stream: int, index: int) -> tuple[int, int]:
-        """(shard, row) of the ``index``-th sample (0, 1, ... without end) that ``stream`` delivers."""
+        """Return (shard, row) of the ``index``-th sample (0, 1, ... without end) that ``stream`` delivers."""
         epoch, offset = divmod(index, self.length)
         block, within = divmod(offset, self.block)
         within = self._permutation(epoch, stream, block)[within]
-        place = stream * self.length + block * self.block + int(within)  # in the epoch's virtual sequence
+        place = stream * self.length + block * self.block + int(within)  # in the epoch's sequence of all samples
         layout = self._epoch(epoch)
-        i = int(np.searchsorted(layout.ends, place, side="right"))
+        i, row = locate(layout.ends, place)
         shard = int(layout.shards[i])
-        row = place - (int(layout.ends[i - 1]) if i else 0)
         if row >= layout.gap_start[shard]:
             row += int(layout.gap_size[shard])
         return shard, row
+
+    def read(
+        self, stream: int, index: int, read: Callable[[int, int], Sample], samples: NamedSamples,
+        bad: list[str], remedy: str,
+    ) -> Sample:
+        """Read the stream's ``index``-th sample by (shard, row), or the first good candidate in its place.
+
+        ``bad`` gets "name: reason" of each broken one. UserError, with ``remedy``, if all candidates are broken.
+        """
+        at = index
+        for attempt in range(1, REPLACEMENTS + 2):
+            shard, row = self.locate(stream, at)
+            try:
+                return read(shard, row)
+            except BadSample as error:
+                bad.append(f"{samples.name(shard, row)}: {error}")
+            # anywhere in the stream's next L samples: neighbours in a damaged file would likely be broken too
+            at = index + 1 + stable_hash(self.seed, "replace", stream, index, attempt) % self.length
+        raise UserError(
+            f"{REPLACEMENTS + 1} samples that stand in for one another are all broken, last: {bad[-1]}; {remedy}"
+        )
 
     def _permutation(self, epoch: int, stream: int, block: int) -> np.ndarray:
         size = min(self.block, self.length - block * self.block)
@@ -85,7 +124,7 @@ class SampleOrder:
 
 
 def _remember(cache: dict[Hashable, Any], key: Hashable, make: Callable[[], Any], limit: int) -> Any:
-    """``cache[key]``, made if absent; the oldest entry goes when there are more than ``limit``."""
+    """Return ``cache[key]``, and make it if it is absent; the oldest of more than ``limit`` entries is dropped."""
     if key not in cache:
         cache[key] = make()
         if len(cache) > limit:
@@ -106,7 +145,7 @@ class StepPositions:
 
 
 def step_positions(step: int, batch_size: int, streams: int, dp_rank: int = 0, dp_size: int = 1) -> StepPositions:
-    """Global position p = stream * (B/S) + i takes index step * (B/S) + i of its stream.
+    """Return the positions of a rank: p = stream * (B/S) + i takes index step * (B/S) + i of its stream.
 
     Rank r of dp serves the streams [r S/dp, (r+1) S/dp), which is a contiguous run of positions.
     """
@@ -118,9 +157,9 @@ def step_positions(step: int, batch_size: int, streams: int, dp_rank: int = 0, d
 def step_subset(
     seed: int, step: int, purpose: str, batch_size: int, count: int, streams: int, dp_rank: int = 0, dp_size: int = 1
 ) -> np.ndarray:
-    """Rows (ascending, into this rank's share of the step) that an objective takes: ``count`` of the global batch.
+    """Return the rows of this rank's share of the step, ascending, that an objective with a batch of ``count`` takes.
 
-    The same number from every stream's slice, so each rank has an equal count on every layout. The draw depends on
+    Every stream's slice gives the same number, so ranks have equal counts on every layout. The draw depends on
     (seed, step, purpose, stream) alone: an objective's subset does not change when another is switched off.
     """
     each, served = _shares(batch_size, "train.batch_size", streams, dp_size)
@@ -135,7 +174,7 @@ def step_subset(
 
 
 def _shares(size: int, name: str, streams: int, dp_size: int) -> tuple[int, int]:
-    """(samples of each stream, streams of each rank)."""
+    """Return (samples of each stream, streams of each rank). UserError if the sizes do not divide."""
     if streams % dp_size:
         raise UserError(f"data.streams={streams} is not a multiple of the data-parallel size {dp_size}: change either")
     if size < streams or size % streams:

@@ -17,7 +17,7 @@ BLUR_RADIUS = 4  # a 9-tap kernel, as DINOv2's
 
 
 def grey(x: Tensor) -> Tensor:
-    """Luma (h, w) of (3, h, w)."""
+    """Return the luma (h, w) of (3, h, w)."""
     return (x[0] * 0.2989).add_(x[1], alpha=0.587).add_(x[2], alpha=0.114)
 
 
@@ -39,7 +39,7 @@ def saturation(x: Tensor, factor: float) -> Tensor:
 
 
 def hue(x: Tensor, shift: float) -> Tensor:
-    """Turn the hue circle by ``shift`` (in turns, -0.5..0.5); value and saturation of HSV stay."""
+    """Turn the hue circle by ``shift`` (in turns, -0.5..0.5); value and saturation of HSV do not change."""
     red, green, blue = x
     high = torch.maximum(torch.maximum(red, green), blue)
     chroma = high - torch.minimum(torch.minimum(red, green), blue)
@@ -64,7 +64,7 @@ def grayscale(x: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
-    """Separable Gaussian of 2 * BLUR_RADIUS + 1 taps (fewer where the image is smaller), mirrored at the borders."""
+    """Blur with a separable Gaussian of 2 * BLUR_RADIUS + 1 taps, fewer in a smaller image, mirrored at the borders."""
     return _blur_last(_blur_last(x, sigma).transpose(1, 2), sigma).transpose(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Random generators that are pure functions of what they are for.
+"""Random generators that are pure functions of their purpose.
 
 Every draw of the data side comes from ``generator(seed, purpose, step, position, ...)``. Nothing depends on the rank,
 the worker, the world size or the order of calls, so a run continues bit for bit on any number of processes.
@@ -12,12 +12,12 @@ import numpy as np
 
 
 def stable_hash(seed: int, *tags: int | str) -> int:
-    """A 128-bit integer from a seed and tags, the same in every process and Python version (unlike ``hash``)."""
-    # repr keeps the types apart (1 is not "1") and quotes strings, so two different tag lists never read alike
+    """Return a 128-bit integer from a seed and tags, the same in every process and Python version (unlike ``hash``)."""
+    # repr distinguishes types (1 is not "1") and quotes strings, so two different tag lists never have the same text
     text = repr((int(seed), *(tag if isinstance(tag, str) else int(tag) for tag in tags)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
 
 
 def generator(seed: int, *tags: int | str) -> np.random.Generator:
-    """A fresh NumPy generator for these tags. Philox: counter-based, its key is the hash itself, cheap to create."""
+    """Return a new NumPy generator for these tags: Philox, which is cheap to create; its key is the hash."""
     return np.random.Generator(np.random.Philox(key=stable_hash(seed, *tags)))

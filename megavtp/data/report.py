@@ -33,7 +33,7 @@ class SkipReport:
             raise UserError(f"more than {max_bad} bad samples (allow more with --max-bad): {'; '.join(self.lines())}")
 
     def lines(self) -> list[str]:
-        """One line for each reason, the most frequent first."""
+        """Return one line for each reason, the most frequent first."""
         return [
             f"{count} x {reason}: {', '.join(self.named[reason])}{', ...' if count > self.named_limit else ''}"
             for reason, count in self.reasons.most_common()

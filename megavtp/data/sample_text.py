@@ -1,4 +1,4 @@
-"""The words of a sample, caption and metadata: to bytes and back, and what is refused, as strangers wrote them."""
+"""Caption and metadata of a sample: how they become bytes and text again. Others wrote them, so they are checked."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MAX_TEXT = 1 << 20  # bytes of a sample's caption, and of its metadata
 
 
 def pack_text(caption: str, meta: dict[str, Any]) -> tuple[bytes, bytes]:
-    """A caption and metadata as they are stored. ``BadSample`` if ``parse_meta`` or an index would refuse them."""
+    """Return caption and metadata as stored bytes. ``BadSample`` if ``parse_meta`` or an index would refuse them."""
     try:
         packed = caption.encode(), json.dumps(meta, ensure_ascii=False, sort_keys=True).encode()
-    except UnicodeEncodeError:  # half a surrogate pair: a text that was cut within an emoji, a file name of other bytes
+    except UnicodeEncodeError:  # half a surrogate pair, as of a text that was cut within an emoji
         raise BadSample("caption, label or file name is not valid Unicode") from None
     check_length(*map(len, packed))
     return packed
@@ -30,7 +30,7 @@ def check_length(*sizes: int) -> None:
 
 
 def parse_meta(data: bytes) -> dict[str, Any]:
-    """The metadata of a sample. ``BadSample`` if the bytes are no JSON object; half a surrogate pair is no JSON."""
+    """Return the metadata of a sample. ``BadSample`` if the bytes are no JSON object or hold half a surrogate pair."""
     try:
         return parse_json(data.removeprefix(codecs.BOM_UTF8), dict[str, Any], "metadata", "")
     except UserError:
@@ -47,5 +47,5 @@ def caption_of(meta: dict[str, Any]) -> str:
 
 
 def encodable(text: str) -> str:
-    """The text with a question mark for each half of a surrogate pair, which nothing can encode or print."""
+    """Replace each half of a surrogate pair, which nothing can encode or print, by a question mark."""
     return text.encode(errors="replace").decode()

@@ -20,7 +20,7 @@ from megavtp.data.tar_scan import holds_shards, no_tars
 from megavtp.errors import UserError
 from megavtp.json_file import read_json
 
-_LEAST_SAMPLE = 2 * tarfile.BLOCKSIZE  # bytes of a sample in a tar: the image's header, and at least one block of it
+_LEAST_SAMPLE = 2 * tarfile.BLOCKSIZE  # bytes: the header of the image, and at least one block of the image
 _OPEN_SHARDS = 128  # tars and side-cars a process holds at a time; a rank reads one or two shards of each stream
 
 
@@ -36,7 +36,7 @@ class RawSample:
 
 
 class _Shard:
-    """An open tar with its side-car columns; closed when the last user drops it."""
+    """An open tar with its side-car columns; it is closed when its last user drops it."""
 
     def __init__(self, path: Path, samples: int, size: int, remedy: str):
         side = read_json(sidecar_path(path), SideCar, remedy)
@@ -46,9 +46,10 @@ class _Shard:
         )
         if any(len(column) != samples for column in (side.keys, side.image_ext, *spans)):
             raise UserError(f"{sidecar_path(path)} does not match index.json; {remedy}")
-        self.spans = _spans(spans, size)
-        if self.spans is None:
+        found = _spans(spans, size)
+        if found is None:
             raise UserError(f"{sidecar_path(path)} names bytes that {path.name} does not have; {remedy}")
+        self.spans = found
         try:
             self.fd = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -83,7 +84,7 @@ class _Shard:
 
 
 def _spans(columns: Sequence[list[int]], size: int) -> np.ndarray | None:
-    """Offsets and sizes in turn as (samples, columns); None if one does not lie in a file of ``size`` bytes."""
+    """Return offsets and sizes as (samples, columns), or None if one does not lie in a file of ``size`` bytes."""
     try:
         spans = np.array(columns, dtype=np.int64).T.copy()
     except OverflowError:
@@ -112,18 +113,18 @@ class ShardDataset:
         return {"folder": self.folder, "shards": self._shards}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # the open files stay behind
+        ShardDataset.__init__(self, **state)  # the open files stay behind
 
     def _open(self, shard: int) -> _Shard:
         name, samples, size = self._shards[shard]
         return _Shard(self.folder / name, samples, size, _remedy(self.folder))
 
     def name(self, shard: int, row: int) -> str:
-        """The sample's ``id`` without reading it: how a log names one that cannot be read."""
+        """Return the sample's ``id`` without reading it, so that a log can name one that cannot be read."""
         return f"{self._shards[shard][0].removesuffix('.tar')}/{self._shard(shard).keys[row]}"
 
     def read(self, shard: int, row: int) -> RawSample:
-        """Sample ``row`` of shard ``shard``, not decoded.
+        """Read sample ``row`` of shard ``shard`` without decoding it.
 
         Raises ``BadSample`` if its bytes are not there any more or its metadata is no JSON, ``UserError`` if the
         side-car does not fit the tar.
@@ -135,21 +136,21 @@ class ShardDataset:
         return RawSample(key, opened.pread(image_at, image_size), caption, meta, self.name(shard, row))
 
     def meta(self, shard: int, row: int) -> dict[str, Any]:
-        """Only the metadata of a sample, without reading its image. Raises as ``read``."""
+        """Read only the metadata of a sample, not its image. It raises what ``read`` raises."""
         opened = self._shard(shard)
         at, size = opened.spans[row, 4:].tolist()
         return parse_meta(opened.pread(at, size)) if size else {}
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """The folders of shards of the data set at ``root``, by split: its train/ and test/. Where shards lie in ``root``
-    itself and there is no train/, they are the train split. All commands and launchers read a data set so."""
+    """Return the folders of shards of the data set at ``root`` by split: its train/ and test/. If shards lie in
+    ``root`` itself and there is no train/, they are the train split. All commands and launchers follow this rule."""
     splits = {name: root / name for name in ("train", "test") if holds_shards(root / name)}
     return {"train": root} | splits if "train" not in splits and holds_shards(root) else splits
 
 
 def split_folder(root: str | Path, split: str) -> Path:
-    """The folder of one split of the data set at ``root``, for ``open_dataset``. ``UserError`` if it has none."""
+    """Return the folder of one split of the data set at ``root``. ``UserError`` if there is none."""
     root = refuse_remote(root)
     splits = split_folders(root)
     folder = splits.get(split, root / split)
@@ -182,7 +183,7 @@ def open_dataset(folder: str | Path) -> ShardDataset:
     for shard in index.shards:
         if sizes.get(shard.file) != shard.bytes:
             raise UserError(f"{folder / shard.file} is missing or has changed since it was indexed; {remedy}")
-        if shard.samples * _LEAST_SAMPLE > shard.bytes:  # memory for so many would be taken before one is read
+        if shard.samples * _LEAST_SAMPLE > shard.bytes:  # memory for all would be allocated before one is read
             raise UserError(f"{folder / shard.file} is too small for {shard.samples} samples; {remedy}")
     return ShardDataset(folder, [(shard.file, shard.samples, shard.bytes) for shard in index.shards])
 

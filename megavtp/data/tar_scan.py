@@ -1,4 +1,4 @@
-"""Walk over the samples of a tar file by its headers alone, trusting none of them."""
+"""Find the samples of a tar file by its headers alone, and trust none of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 class TarSample:
     """The members that share a key: extension (lower case, without the dot) -> (offset, size) in bytes.
 
-    ``before_cut``: the last sample before a damaged place; members of it may be missing.
+    ``before_cut`` marks the last sample before a damaged place, which may have lost members.
     """
 
     key: str
@@ -35,7 +35,7 @@ def holds_shards(folder: Path) -> bool:
 
 
 def find_tars(folder: Path) -> list[Path]:
-    """The ``*.tar`` of a folder in sorted order. ``UserError`` for one that is no file: to open a pipe blocks."""
+    """Return the ``*.tar`` of a folder, sorted. ``UserError`` if one is no file: opening a pipe would block."""
     tars = sorted(folder.glob("*.tar"))
     if strange := next((path for path in tars if not path.is_file()), None):
         raise UserError(f"{strange} is not a file; move it out of the folder of shards, or rename it")
@@ -43,7 +43,7 @@ def find_tars(folder: Path) -> list[Path]:
 
 
 def no_tars(folder: Path) -> UserError:
-    """What to do about a folder without ``*.tar``."""
+    """Return the error for a folder without ``*.tar``, which says what to do."""
     compressed = sorted(path.name for path in folder.glob("*") if path.name.endswith(_COMPRESSED))
     if compressed:
         return UserError(
@@ -57,8 +57,8 @@ def no_tars(folder: Path) -> UserError:
 class _HeaderFile(io.FileIO):
     """Refuses the huge single reads that a forged long-name or PAX header asks for."""
 
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= _MAX_HEADER:
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _MAX_HEADER:
             raise tarfile.ReadError(f"header of {size} bytes")
         return super().read(size)
 
@@ -66,8 +66,8 @@ class _HeaderFile(io.FileIO):
 def scan_tar(path: Path, report: SkipReport) -> Iterator[TarSample]:
     """Yield the samples of an uncompressed tar in file order: runs of members whose names agree up to the first dot.
 
-    Members that are neither a plain file nor a folder, or have no extension, are skipped. From a truncated or damaged
-    tar come the samples before the cut. All skips go to ``report``.
+    Members that are neither a plain file nor a folder, or have no extension, are skipped. A truncated or damaged tar
+    yields the samples before the damage. ``report`` counts everything that is skipped.
 
     Raises ``UserError`` for a compressed tar and for absolute or ``..`` member names (a tar made to do harm).
     """
@@ -104,7 +104,7 @@ def scan_tar(path: Path, report: SkipReport) -> Iterator[TarSample]:
 
 
 def _headers(file: _HeaderFile, size: int, path: Path, report: SkipReport) -> Iterator[tarfile.TarInfo]:
-    """Headers until the end mark; stops, with an entry in the report, at the first one that makes no sense."""
+    """Yield the headers until the end mark; the first invalid one ends them, and is noted in the report."""
     end = 0  # where the next header has to be at the earliest
     try:
         tar = tarfile.open(fileobj=file, mode="r:", errorlevel=0)
@@ -113,7 +113,7 @@ def _headers(file: _HeaderFile, size: int, path: Path, report: SkipReport) -> It
                 raise tarfile.ReadError(f"absurd header at byte {info.offset}")
             end = info.offset_data + info.size
             yield info
-            tar.members = []  # tarfile would keep every header in memory
+            tar.members = []  # type: ignore[attr-defined]  # a public list that the stubs lack; it would only grow
         end = max(end, tar.offset)
     except Exception as error:  # tarfile raises nearly anything on forged headers, RecursionError for many in a row
         # Past the end of the file is the plain truncation that scan_tar reports by the member's name.
@@ -126,8 +126,8 @@ def _headers(file: _HeaderFile, size: int, path: Path, report: SkipReport) -> It
 
 
 def _split(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the key ends at the first dot of the base name; "a/b.seg.PNG" -> ("a/b", "seg.png")."""
-    folder, slash, base = encodable(name).rpartition("/")  # bytes that are no UTF-8 come as half surrogate pairs
+    """Split by WebDataset's rule, at the first dot of the base name: "a/b.seg.PNG" -> ("a/b", "seg.png")."""
+    folder, slash, base = encodable(name).rpartition("/")  # half surrogate pairs stand for bytes that are no UTF-8
     stem, _, extension = base.partition(".")
     return f"{folder}{slash}{stem}", extension.lower() if stem else ""
 

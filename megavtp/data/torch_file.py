@@ -14,14 +14,14 @@ from torch import Tensor
 
 from megavtp.errors import UserError
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # what weights of other projects may be of
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that weights of other projects may have
 
 
 def read_torch_file(path: str | Path, remedy: str) -> Any:
-    """Tensors and plain containers of a ``.pt`` file, on the host; large ones stay on the disk until they are read.
+    """Read tensors and plain containers of a ``.pt`` file to the host; large ones stay on the disk until they are used.
 
-    Nothing in the file can run: a pickle that asks for any other object is a ``UserError`` that names it and ends in
-    ``remedy``, as are files that are missing or damaged, and tensors whose numbers are not in the file.
+    Nothing in the file can run. A ``UserError``, which ends in ``remedy``, refuses a pickle that asks for any other
+    object, a file that is missing or damaged, and tensors whose numbers are not in the file.
     """
     try:
         tree = _load(path, mmap=True)
@@ -39,12 +39,12 @@ def read_torch_file(path: str | Path, remedy: str) -> Any:
 
 def _load(path: str | Path, mmap: bool) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a file is of an unusual form is said by the error, if it matters
+        warnings.simplefilter("ignore")  # if an unusual form of the file matters, the error says so
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def _read_old_form(path: str | Path, remedy: str) -> Any:
-    """The form before torch 1.6, which cannot be mapped; a text file or anything else ends here too."""
+    """Read the form before torch 1.6, which cannot be mapped; text files and all others are refused here too."""
     try:
         return _load(path, mmap=False)
     except pickle.UnpicklingError as error:
@@ -54,7 +54,7 @@ def _read_old_form(path: str | Path, remedy: str) -> Any:
 
 
 def _check_tensors(tree: Any, path: str | Path, remedy: str) -> None:
-    """UserError for a tensor without numbers of its own: strides of 0 make any size of a file of a few bytes."""
+    """Refuse a tensor with more numbers than the file holds: strides of 0 make one of any size. UserError."""
     file_size, seen = os.path.getsize(path), set()
     waiting = [("the tensor", tree)]
     while waiting:
@@ -82,14 +82,14 @@ def _kind(tensor: Tensor) -> str:
 
 
 def no_floats(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Tensors of a dtype that no weights are read from: whole and eight-bit numbers lack a scale that they need."""
+    """Name the tensors whose dtype weights cannot have: integers and 8-bit floats lack the scale that they need."""
     return [f"{name} is of {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in FLOATS]
 
 
 def write_torch_file(path: str | Path, tree: dict[str, Any]) -> None:
     """Write tensors in nested dicts so that any ``torch.load`` reads them; beside ``path``, then renamed into place.
 
-    The one place that writes this form: what must be exchanged with other projects. Raises OSError.
+    Only files that are exchanged with other projects have this form, and all of them are written here. Raises OSError.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -104,7 +104,7 @@ def write_torch_file(path: str | Path, tree: dict[str, Any]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What the pickle asked for, out of torch's page of advice."""
+    """Extract from torch's long message what the pickle asked for."""
     line = next((line for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line), None)
     return " ".join((line or _first_line(error)).split())[:200]
 

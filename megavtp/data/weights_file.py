@@ -1,4 +1,4 @@
-"""One file of somebody else's weights: safetensors, or torch's own form."""
+"""A file of weights from another project, as safetensors or in torch's own form."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from megavtp.errors import UserError
 
 
 def read_weights_file(path: Path, otherwise: str, remedy: str) -> dict[str, Any]:
-    """The dictionary in the file. No tensor in it claims more numbers than the file holds.
+    """Read the dictionary in the file. No tensor in it claims more numbers than the file holds.
 
-    UserError, which ends with ``remedy``, when it is damaged, or holds something else (``otherwise`` says what that
-    makes of it).
+    A UserError, which ends with ``remedy``, refuses a damaged file, and one that holds something else; ``otherwise``
+    says what that means.
     """
     if path.suffix == ".safetensors":
         return read_safetensors(path, remedy)
@@ -27,7 +27,7 @@ def read_weights_file(path: Path, otherwise: str, remedy: str) -> dict[str, Any]
 
 
 def read_safetensors(path: Path, remedy: str) -> dict[str, Tensor]:
-    """All tensors of the file, of whatever dtype. UserError, which ends with ``remedy``: it is missing or damaged."""
+    """Read all its tensors, of whatever dtype. UserError, which ends with ``remedy``: it is missing or damaged."""
     try:
         return load_file(path)
     except FileNotFoundError:

@@ -19,27 +19,27 @@ _PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 
 
 def progress(items: Iterable[Result], total: int, title: str, quiet: bool) -> Iterator[Result]:
-    """A tqdm bar on stderr; none when quiet or when stderr is not a terminal."""
+    """Show a tqdm bar on stderr, unless ``quiet`` or stderr is not a terminal."""
     return iter(tqdm(items, total=total, desc=title, disable=quiet or not sys.stderr.isatty()))
 
 
 def ordered_map(
     function: Callable[[Job], Result], jobs: Sequence[Job], workers: int, title: str, quiet: bool
 ) -> Iterator[Result]:
-    """``map`` by ``workers`` processes, results in the order of the jobs; in this process if that is no gain."""
+    """Yield the results in the order of the jobs, from ``workers`` processes; few jobs are done in this process."""
     if workers < 2 or len(jobs) < 4 * _CHUNK:
         yield from progress(map(function, jobs), len(jobs), title, quiet)
         return
-    # Started anew, not forked: the parent may have threads. Ctrl-C is the parent's to handle; SIGTERM ends the pool.
+    # Workers are spawned, not forked, as the parent may have threads. It handles Ctrl-C; SIGTERM ends the pool.
     with multiprocessing.get_context("spawn").Pool(workers, serve_parent, ((signal.SIGINT,),)) as pool:
         yield from progress(pool.imap(function, jobs, _CHUNK), len(jobs), title, quiet)
 
 
 def serve_parent(ignored: Sequence[signal.Signals]) -> None:
-    """Called in a worker process: leave these signals to the parent, and end with it, however it ends.
+    """Make this worker process leave these signals to its parent, and end with it, however it ends.
 
-    Linux kills the worker also while it is stuck in a read. Strictly it does so when the thread that started the worker
-    ends, so workers are started from a thread that outlives them.
+    Linux kills the worker even while it is stuck in a read. It does so when the thread that started the worker ends,
+    so workers must be started from a thread that outlives them.
     """
     for name in ignored:
         signal.signal(name, signal.SIG_IGN)

@@ -1,9 +1,9 @@
-"""Write a data set: shuffled shards, their index, the caption tokenizer, and what it is made of."""
+"""Write a data set: shuffled shards, their index, the caption tokenizer and a description."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ _CONTENT = ("train", "test", "captions.model", "dataset.json")  # of a data set'
 
 @contextmanager
 def staged_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside ``out`` that takes its place only if the block ends without an exception.
+    """Yield a new folder beside ``out`` that takes its place only if the block ends without an exception.
 
     Raises ``UserError`` if ``out`` exists and ``overwrite`` is off, or if it is no data set (then it is never deleted).
     """
@@ -46,7 +46,7 @@ def staged_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
-    except OSError as error:  # sources deal with their own; this is a full or failing disk
+    except OSError as error:  # sources handle their own errors; this is a full or failing disk
         raise UserError(f"cannot write {out} ({error.strerror or error}); make room or choose another --out") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -81,7 +81,7 @@ def write_split(
 
 
 def write_dataset(
-    root: Path, splits: dict[str, Iterable[NewSample | Skipped]], info: dict[str, Any], report: SkipReport, *,
+    root: Path, splits: Mapping[str, Iterable[NewSample | Skipped]], info: dict[str, Any], report: SkipReport, *,
     label_fields: tuple[str, ...] = (), vocab_size: int = 8192, shard_size: int = 1000, max_bad: int = 1000,
 ) -> dict[str, Any]:
     """Write ``root/train`` and so on, ``captions.model`` from the training captions, and ``dataset.json``.

@@ -5,26 +5,23 @@ Letters: b samples of the share, C channels, h = w positions, E caption features
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megavtp.config.sizes import known
-from megavtp.data.batch import REPLACEMENTS
+from megavtp.data.loader import LoadedBatch
 from megavtp.data.order import SampleOrder, step_positions
-from megavtp.data.randomness import generator, stable_hash
+from megavtp.data.randomness import generator
 from megavtp.dit.config import CompleteDiTConfig
-from megavtp.errors import UserError
-from megavtp.latents.folder import BadLatent, LatentFolder, LatentSample
+from megavtp.latents.folder import LatentFolder, LatentSample
 
 
 @dataclass(frozen=True)
-class LatentBatch:
-    """A rank's share of a step; the dp ranks' shares, concatenated in order, are the batch of a single process."""
+class LatentBatch(LoadedBatch):
+    """A rank's share of a step; with dp ranks in order, concatenation gives the batch of a single process."""
 
     step: int
     ids: list[str]
@@ -33,13 +30,6 @@ class LatentBatch:
     noise: Tensor  # (b, C, h, w) float32
     times: Tensor  # (b,) float32 in (0, 1); 0 is noise, 1 is data
     conditions: Tensor  # labels (b,) int64 or caption features (b, E) float32, some dropped
-    bad: list[str]  # "name: reason" of each sample that was replaced
-
-    def pin_memory(self) -> LatentBatch:
-        """Copy every tensor to page-locked memory (needs CUDA). torch's loader calls this in its pinning thread."""
-        values = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        pinned: dict[str, Any] = {name: x.pin_memory() for name, x in values if isinstance(x, Tensor)}
-        return dataclasses.replace(self, **pinned)
 
 
 @dataclass(frozen=True)
@@ -63,8 +53,8 @@ class Draw:
 class LatentStepDataset(torch.utils.data.Dataset):
     """``self[step]`` is the share of data-parallel rank ``dp_rank`` of ``dp_size`` in that step.
 
-    ``config`` has the sizes of the folder. UserError if streams, batch and dp_size do not divide, or if a sample and
-    its REPLACEMENTS replacements are all broken.
+    ``config`` has the sizes of the folder. Raises ``UserError`` if streams, batch and dp_size do not divide, or if all
+    candidates for a broken sample are broken too.
     """
 
     def __init__(self, folder: LatentFolder, config: CompleteDiTConfig, dp_rank: int = 0, dp_size: int = 1):
@@ -99,16 +89,8 @@ class LatentStepDataset(torch.utils.data.Dataset):
         return torch.stack(captions).masked_fill(drop[:, None], 0.0)
 
     def _sample(self, stream: int, index: int, flip: bool, bad: list[str]) -> LatentSample:
-        """Read the stream's ``index``-th sample, or the first of its replacements that is not broken."""
-        at = index
-        for attempt in range(1, REPLACEMENTS + 2):
-            shard, row = self.order.locate(stream, at)
-            try:
-                return self.folder.read(shard, row, flip)
-            except BadLatent as error:
-                bad.append(f"{self.folder.name(shard, row)}: {error}")
-            at = index + 1 + stable_hash(self.config.seed, "replace", stream, index, attempt) % self.order.length
-        raise UserError(
-            f"{REPLACEMENTS + 1} latents that stand in for one another are all broken, last: {bad[-1]}; "
-            "extract them again with tools/extract_latents.py"
+        """Return the stream's ``index``-th sample, or one in its place."""
+        return self.order.read(
+            stream, index, lambda shard, row: self.folder.read(shard, row, flip), self.folder, bad,
+            "extract them again with tools/extract_latents.py",
         )

@@ -1,8 +1,8 @@
-"""The folder of latents while it is being made: what it will hold, which shards are there, how it is finished.
+"""A folder of latents while it is being made: what it will hold, which shards are there, how it is finished.
 
-The format is that of ``data.latents``. Besides, while shards are missing and afterwards:
+The format is that of ``latents.folder``, and one more file is there from the start:
 
-    FOLDER/extraction.json    what decides the latents; work that goes on in the folder must have the same
+    FOLDER/extraction.json    what decides the latents; an extraction that is resumed must have the same
 
 A shard is renamed into place when it is whole, with its sums in its header, so that nothing is read twice; the
 tokenizer's facts, without which nobody opens the folder, come last.
@@ -36,7 +36,7 @@ class UnfinishedLatents:
     """A folder that is filled with ``shards`` files.
 
     Args:
-        artifact: of the tokenizer; if it has statistics already, the folder takes those.
+        artifact: facts of the tokenizer; if they hold statistics, the folder takes those.
         settings: JSON values that decide what the files hold, ``artifact`` aside.
     """
 
@@ -47,8 +47,8 @@ class UnfinishedLatents:
         self._lock: FolderLock | None = None
 
     def claim(self) -> None:
-        """Make the folder, unless it was begun already, and have it alone until ``release``. UserError: it cannot be
-        written, or another process fills it; see ``check``."""
+        """Make the folder, unless it was begun already, and lock it until ``release``. UserError if it cannot be
+        written or another process fills it; see ``check``."""
         self.check()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ class UnfinishedLatents:
             raise self._cannot_write(error) from None
 
     def check(self) -> None:
-        """UserError if the folder holds something else, was begun with other settings or finished with other
+        """Raise UserError if the folder holds something else, was begun with other settings or finished with other
         statistics."""
         path = self.folder / SETTINGS_FILE
         if path.exists():
@@ -84,23 +84,23 @@ class UnfinishedLatents:
             self._lock.close()
 
     def _is_empty(self) -> bool:
-        """But for what an extraction leaves that was killed before it could note its settings."""
+        """Whether it holds at most what an extraction leaves that is killed before it has written its settings."""
         return self.folder.is_dir() and {file.name for file in self.folder.iterdir()} <= {
             LOCK_FILE, f"{SETTINGS_FILE}.partial"
         }
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that are not there, or not whole."""
+        """Return the numbers of the shards that are missing or not whole."""
         return [shard for shard in range(self.shards) if self._header(shard) is None]
 
     def path(self, shard: int) -> Path:
-        """LightningDiT's name; as many digits in all names, so that their order is that of the numbers."""
+        """Return LightningDiT's name; all names have as many digits, so that they sort by number."""
         digits = max(3, len(str(self.shards - 1)))
         return self.folder / f"latents_rank00_shard{shard:0{digits}d}.safetensors"
 
     def write(self, shard: int, tensors: Mapping[str, Tensor], moments: Moments | None) -> None:
-        """Write a shard's tensors, see ``data.latents``; ``moments`` None and no tensors: none of its images can be
-        read, and only that is noted."""
+        """Write a shard's tensors, see ``latents.folder``. A shard of which no image can be read has no tensors, and
+        ``moments`` is None; only that is recorded."""
         path = self.path(shard)
         if moments is None:
             path = self._empty(shard)
@@ -135,22 +135,23 @@ class UnfinishedLatents:
         if not parts:
             raise UserError(f"{self.folder}: not one image of the data set can be read")
         own = join_all(parts).statistics()
-        finished = replace(self.artifact, statistics=self.artifact.statistics or own)
+        statistics = self.artifact.statistics or own
+        finished = replace(self.artifact, statistics=statistics)
         try:
             if classes is not None:
                 write_json(self.folder / CLASSES_FILE, classes, indent=1)
-            finished.statistics.write(self.folder / STATISTICS_FILE)
+            statistics.write(self.folder / STATISTICS_FILE)
             finished.write(self.folder)
         except OSError as error:
             raise self._cannot_write(error) from None
         return finished
 
     def _empty(self, shard: int) -> Path:
-        """Stands for a shard without images, which readers of latents must not see."""
+        """Return the file that stands for a shard without images; its name hides it from readers of latents."""
         return self.path(shard).with_suffix(".empty")
 
     def _header(self, shard: int) -> str | None:
-        """The moments in the header of a whole file, "" if it is empty, None if it is not there."""
+        """Return the moments in the header of a whole file, "" if it is empty, None if it is missing."""
         for path in (self.path(shard), self._empty(shard)):
             try:
                 with safe_open(path, framework="pt") as file:  # compares the file's length with its header

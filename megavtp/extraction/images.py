@@ -1,25 +1,24 @@
-"""The images of a data set in batches that do not depend on who encodes them."""
+"""The images of a data set, in batches that do not depend on which process encodes them."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from megavtp.config.schema import Config, DataConfig
 from megavtp.data.augment import center_crop
 from megavtp.data.decode import BadSample, decode_image
+from megavtp.data.loader import LoadedBatch
+from megavtp.data.order import cumulated, locate
 from megavtp.data.shards import ShardDataset
 from megavtp.extraction.labels import Labels
 
 
 @dataclass(frozen=True)
-class ImageBatch:
-    """Images in the data set's order.
+class ImageBatch(LoadedBatch):
+    """A batch of images in the data set's order.
 
     Attributes:
         images: (b, 3, size, size) uint8; b may be 0. labels: (b,) int64. captions: b texts.
@@ -30,14 +29,9 @@ class ImageBatch:
     labels: Tensor
     captions: list[str]
     left_out: list[str]
-    bad: tuple[str, ...] = ()  # the loader's word for samples that others stand in for: there are none
-
-    def pin_memory(self) -> ImageBatch:
-        """Images in page-locked memory (needs CUDA). torch's loader calls this in its pinning thread."""
-        return dataclasses.replace(self, images=self.images.pin_memory())
 
 
-class ImageBatches(torch.utils.data.Dataset):
+class ImageBatches:
     """``self[i]`` is the batch of the samples ``ranges[i]``, numbered through all shards of ``folder``.
 
     An image is reduced and cut to the middle ``size`` pixels, as in the reconstruction protocol.
@@ -45,17 +39,15 @@ class ImageBatches(torch.utils.data.Dataset):
 
     def __init__(self, folder: ShardDataset, ranges: Sequence[range], size: int, labels: Labels):
         self.folder, self.ranges, self.size, self.labels = folder, ranges, size, labels
-        self.config = Config(data=DataConfig(root=str(folder.folder)))  # the loader's limits
-        self._ends = np.cumsum(np.asarray(folder.shard_counts, dtype=np.int64))
+        self._ends = cumulated(folder.shard_counts)
 
     def __getitem__(self, place: int) -> ImageBatch:
         images, labels, captions, left_out = [], [], [], []
         for number in self.ranges[place]:
-            shard = int(np.searchsorted(self._ends, number, side="right"))
-            row = number - (int(self._ends[shard - 1]) if shard else 0)
+            shard, row = locate(self._ends, number)
             try:
                 raw = self.folder.read(shard, row)
-                images.append(center_crop(decode_image(raw.image, self.config.data.max_pixels), self.size))
+                images.append(center_crop(decode_image(raw.image), self.size))
             except BadSample as error:
                 left_out.append(f"{self.folder.name(shard, row)}: {error}")
                 continue

@@ -1,4 +1,4 @@
-"""Latents of a whole data set, by all processes together: resumable, and the same bytes for any number of processes.
+"""All processes together encode a data set. They can resume, and their number does not change a byte of the result.
 
 The data set is cut into shards of consecutive samples, whose number depends on its size alone, and each shard into
 batches. A process takes every n-th of the shards that are missing, so nothing that it computes depends on how many
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megavtp.checkpoint.background import BackgroundTask
+from megavtp.data.batch import one_thread
 from megavtp.data.loader import Loader
 from megavtp.data.shards import ShardDataset, open_dataset
 from megavtp.errors import UserError
@@ -34,13 +35,14 @@ from megavtp.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-_SHARDS = 512  # to share out evenly, also among many processes
-_SHARD_IMAGES = 128, 4096  # of one shard, at least and at most: what a kill may cost, and the host's memory
+_SHARDS = 512  # enough to be shared out evenly among many processes
+_SHARD_IMAGES = 128, 4096  # least and most of one shard: a kill may cost one, and the host's memory must hold it
+_TIMEOUT = 600  # seconds that a batch may take to decode
 
 
 @dataclass(frozen=True)
 class ExtractionSettings:
-    """What decides the latents, besides data set and tokenizer.
+    """The settings that decide the latents, besides data set and tokenizer.
 
     Attributes:
         label: key of the samples' metadata with their class; None = all labels are 0.
@@ -58,13 +60,13 @@ class ExtractionSettings:
 
 
 class Extraction:
-    """The work of one process.
+    """The work of one process in an extraction.
 
     Args:
         tokenizer: computes in ``settings.precision``.
         data: a folder of indexed shards.
         out: folder to make, or to go on with.
-        max_bad: so many samples that cannot be read may be left out by a process.
+        max_bad: how many unreadable samples a process may leave out.
         on_shard: called with a shard's number after it has been written.
 
     Raises:
@@ -90,8 +92,10 @@ class Extraction:
         self.left_out = 0
 
     def run(self) -> tuple[TokenizerArtifact, int]:
-        """Do what is missing; returns the tokenizer's facts with statistics, and how many samples this start left out.
-        A collective call."""
+        """Do what is missing. This is a collective call.
+
+        Returns the tokenizer's facts with statistics, and how many samples were left out since this start.
+        """
         phase.enter("preparing the extraction", slow=True)
         together(lambda: self.folder.check() if self.mesh.rank == 0 else None)  # before all metadata are read
         labels = find_labels(self.data, self.settings.label, self.mesh)  # a wrong key leaves nothing behind
@@ -102,11 +106,12 @@ class Extraction:
             self.folder.release()
 
     def _fill(self, labels: Labels) -> tuple[TokenizerArtifact, int]:
-        # As one process sees the folder: others may see an older state of a network's file system.
+        # One process looks: on a network file system others may see an older state of the folder.
         missing = together(lambda: self.folder.missing() if self.mesh.rank == 0 else None)
         own = broadcast_object(missing)[self.mesh.dp_rank :: self.mesh.dp]
         phase.enter("extracting latents", slow=True)
-        with torch.no_grad(), one_thread(self.tokenizer.device):
+        # On a CPU the last bits of a product depend on the number of threads, and that on the number of processes.
+        with torch.no_grad(), one_thread() if self.tokenizer.device.type == "cpu" else nullcontext():
             self._extract(own, labels)
         phase.enter("finishing the latents", slow=True)
         left_out = sum(all_gather_object(self.left_out))
@@ -121,7 +126,10 @@ class Extraction:
         background = BackgroundTask()
         total = sum(map(len, source.ranges))
         with (
-            Loader(source, 0, len(source.ranges), self.workers, pin=self.tokenizer.device.type == "cuda") as batches,
+            Loader(
+                source, 0, len(source.ranges), workers=self.workers, timeout=_TIMEOUT,
+                pin=self.tokenizer.device.type == "cuda",
+            ) as batches,
             tqdm(total=total, desc="images", disable=self.quiet) as bar,
         ):
             for shard, parts in zip(shards, ranges, strict=True):
@@ -135,7 +143,7 @@ class Extraction:
         return [range(first, min(first + size, end)) for first in range(start, end, size)]
 
     def _encode(self, batch: ImageBatch, samples: int, bar: tqdm) -> dict[str, Tensor] | None:
-        """Latents and moments stay on the device: nothing waits for it before the shard is complete."""
+        """Encode a batch. Latents and moments stay on the device, so nothing waits before the shard is complete."""
         self._count(batch.left_out)
         bar.update(samples)
         if not len(batch.images):
@@ -150,7 +158,7 @@ class Extraction:
         return tensors
 
     def _whole(self, shard: int, encoded: list[dict[str, Tensor] | None]) -> tuple[dict[str, Tensor], Moments | None]:
-        """A shard's tensors on the host, and its moments."""
+        """Return a shard's tensors on the host, and its moments."""
         parts = [part for part in encoded if part is not None]
         if not parts:
             return {}, None
@@ -183,20 +191,7 @@ class Extraction:
 
 
 def shard_size(samples: int, batch_size: int) -> int:
-    """Images of one shard: whole batches, by the size of the data set alone."""
+    """Return the images of one shard: whole batches, which depend on the size of the data set alone."""
     low, high = _SHARD_IMAGES
     wanted = min(max(-(-samples // _SHARDS), low), high)
     return -(-wanted // batch_size) * batch_size
-
-
-@contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU, torch on one thread: how a product is shared among threads may change its last bits, and how many a
-    process has depends on the number of processes."""
-    threads = torch.get_num_threads()
-    try:
-        if device.type == "cpu":
-            torch.set_num_threads(1)
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -15,14 +15,14 @@ from megavtp.errors import UserError
 from megavtp.parallel.collectives import all_gather_object
 from megavtp.parallel.mesh import Mesh
 
-_MOST_CLASSES = 100_000  # more different values, or a larger number, are no classes, but names of samples
+_MOST_CLASSES = 100_000  # more values, or larger numbers, name samples rather than classes
 _KEYS_TOLD = 20
 
 
 @dataclass(frozen=True)
 class Labels:
-    """``key``: of the metadata; None = all labels are 0. ``names``: of the labels 0, 1, ...; None = the values of the
-    key are numbers, which are the labels."""
+    """How metadata become labels. ``key`` of the metadata names the class; if it is None, all labels are 0. ``names``
+    are those of the labels 0, 1, ...; if they are None, the values of the key are the labels."""
 
     key: str | None = None
     names: list[str] | None = None
@@ -40,7 +40,7 @@ class Labels:
 
 @dataclass
 class _Found:
-    """What one process saw."""
+    """The values of the key that one process saw."""
 
     names: set[str] = field(default_factory=set)
     numbers: bool = False
@@ -75,7 +75,7 @@ def find_labels(folder: ShardDataset, key: str | None, mesh: Mesh) -> Labels:
     lacking = sum(part.lacking for part in found)
     if lacking:
         first = next(part.first_lacking for part in found if part.lacking)
-        keys = Counter()
+        keys: Counter[str] = Counter()
         for part in found:
             keys += part.keys
         others = ", ".join(k for k, _ in keys.most_common(_KEYS_TOLD)) or "none"
@@ -96,13 +96,13 @@ def _scan(folder: ShardDataset, key: str, mesh: Mesh) -> _Found:
         try:
             meta = folder.meta(shard, row)
         except BadSample:
-            continue  # left out later
+            continue  # the extraction leaves it out
         found.see(meta, key, folder.name(shard, row))
     return found
 
 
 def _share(counts: Iterable[int], mesh: Mesh) -> Iterable[tuple[int, int]]:
-    """Neighbours to one process each: the same file is read by few."""
+    """Yield the (shard, row) of this process; they are neighbours, so that few processes read the same file."""
     return (
         (shard, row) for shard, count in enumerate(counts)
         for row in range(count * mesh.dp_rank // mesh.dp, count * (mesh.dp_rank + 1) // mesh.dp)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -16,18 +16,25 @@ from megavtp.errors import UserError
 from megavtp.json_file import Finite, Positive, parse_json
 from megavtp.latents.artifact import LatentStatistics
 
-_Dumped = tuple[Positive, Positive, list[Finite], list[Annotated[Finite, Field(ge=0)]]]
+
+class _Dumped(NamedTuple):
+    """The JSON list that ``Moments.dump`` writes."""
+
+    images: Positive
+    numbers: Positive
+    mean: list[Finite]
+    squares: list[Annotated[Finite, Field(ge=0)]]
 
 
 def channel_moments(latents: Tensor) -> Tensor:
-    """(b, C, h, w) -> (2, C) float64 on the same device: means, and sums of squared distances from them."""
+    """Return (2, C) float64 of (b, C, h, w), on its device: means, and sums of squared distances from them."""
     mean = latents.mean((0, 2, 3), dtype=torch.float64)
     return torch.stack([mean, (latents - mean[:, None, None]).square_().sum((0, 2, 3))])
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of ``count`` numbers in each channel, from ``images`` images: means, and sums of squared distances from them."""
+    """Means, and sums of squared distances from them, of ``count`` numbers in each channel, from ``images`` images."""
 
     images: int
     count: int
@@ -36,12 +43,12 @@ class Moments:
 
     @classmethod
     def of(cls, latents_shape: tuple[int, ...], values: Tensor) -> Moments:
-        """``values``: of ``channel_moments``, on the host; ``latents_shape``: (b, C, h, w)."""
+        """Make them from the result of ``channel_moments`` on the host; ``latents_shape`` is (b, C, h, w)."""
         images, _, height, width = latents_shape
         return cls(images, images * height * width, *values.numpy())
 
     def joined(self, other: Moments) -> Moments:
-        """Of both together. Adding up in another order may change the last bits."""
+        """Return the moments of both together. Another order of additions may change the last bits."""
         count = self.count + other.count
         apart = other.mean - self.mean
         return Moments(
@@ -50,17 +57,17 @@ class Moments:
         )
 
     def statistics(self) -> LatentStatistics:
-        """With the unbiased standard deviation, as LightningDiT's. UserError for a channel that never changes."""
+        """Return mean and unbiased standard deviation, as LightningDiT does. UserError if a channel never changes."""
         std = np.sqrt(self.squares / max(self.count - 1, 1))
         return LatentStatistics(tuple(self.mean.tolist()), tuple(std.tolist()), self.images)
 
     def dump(self) -> str:
-        """JSON that ``load`` turns into the same bits."""
+        """Write JSON that ``load`` turns into the same bits."""
         return json.dumps([self.images, self.count, self.mean.tolist(), self.squares.tolist()])
 
     @classmethod
     def load(cls, text: str, channels: int, where: str) -> Moments:
-        """The inverse of ``dump``. UserError if it is something else, or of another number of channels."""
+        """Invert ``dump``. UserError if the text is something else, or has another number of channels."""
         remedy = "remove that file, then start again"
         images, count, mean, squares = parse_json(text, _Dumped, where, remedy)
         if not len(mean) == len(squares) == channels:
@@ -69,7 +76,7 @@ class Moments:
 
 
 def join_all(parts: Iterable[Moments]) -> Moments:
-    """In the order given; there must be one."""
+    """Join at least one part, in the given order."""
     first, *others = parts
     for part in others:
         first = first.joined(part)

@@ -1,4 +1,4 @@
-"""What a tokenizer carries besides its weights: all that is needed to make, normalise and decode its latents.
+"""The facts of a tokenizer besides its weights, which making, normalising and decoding its latents need.
 
 ``visual_tokenizer.json`` lies in a converted tokenizer's folder, in a folder of latents that it made, and (as a
 mapping) in the checkpoint of a DiT trained on them. The fingerprint tells whether they belong together.
@@ -25,7 +25,6 @@ from megavtp.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 FILE = "visual_tokenizer.json"
 STATISTICS_FILE = "latents_stats.pt"  # LightningDiT's: {"mean", "std"}, each (1, C, 1, 1) float32
-_VERSION = 1
 _Pixels = Annotated[int, Field(gt=0, le=MAX_PIXELS)]
 _Channels = Annotated[int, Field(gt=0, le=MAX_WIDTH)]
 
@@ -39,9 +38,9 @@ class _StoredStatistics:
 
 @form
 class _Stored:
-    """``TokenizerArtifact.to_dict``: all of it must be there."""
+    """The form of ``TokenizerArtifact.to_dict``, of which all keys must be there."""
 
-    version: Literal[_VERSION]
+    version: Literal[1]
     fingerprint: str
     image_size: _Pixels
     patch_size: _Pixels
@@ -54,7 +53,7 @@ class _Stored:
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Mean and standard deviation of each latent channel over images and positions.
+    """The mean and standard deviation of each latent channel over images and positions.
 
     Attributes:
         images: how many images they were taken over; None = unknown (a file of another project).
@@ -75,17 +74,17 @@ class LatentStatistics:
             )
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """(x - mean) / std per channel, (..., C, h, w)."""
+        """Return (x - mean) / std per channel, (..., C, h, w)."""
         mean, std = self._tensors(latents)
         return (latents - mean) / std
 
     def denormalise(self, latents: Tensor) -> Tensor:
-        """x * std + mean per channel, (..., C, h, w)."""
+        """Return x * std + mean per channel, (..., C, h, w)."""
         mean, std = self._tensors(latents)
         return latents * std + mean
 
     def agree(self, other: LatentStatistics) -> bool:
-        """Whether both are the same in float32, to which ``latents_stats.pt`` rounds them."""
+        """Whether both are equal in float32, to which ``latents_stats.pt`` rounds them."""
         return all(
             torch.equal(torch.tensor(getattr(self, name)), torch.tensor(getattr(other, name)))
             for name in ("mean", "std")
@@ -100,35 +99,37 @@ class LatentStatistics:
 
     @classmethod
     def read(cls, path: str | Path) -> LatentStatistics:
-        """From LightningDiT's ``latents_stats.pt``. Raises UserError."""
+        """Read LightningDiT's ``latents_stats.pt``. Raises UserError."""
         remedy = "extract the latents again, which writes it"
         tree = read_torch_file(path, remedy)
-        tensors = [tree.get(name) for name in ("mean", "std")] if isinstance(tree, dict) else [None]
-        if not all(isinstance(t, Tensor) and t.dtype in FLOATS for t in tensors):
+        found = [tree.get(name) for name in ("mean", "std")] if isinstance(tree, dict) else []
+        tensors = [value for value in found if isinstance(value, Tensor) and value.dtype in FLOATS]
+        if len(tensors) < 2:
             raise UserError(f"{path} does not hold the floating point tensors mean and std; {remedy}")
         if wrong := [tuple(t.shape) for t in tensors if t.numel() != max(t.shape, default=1)]:
             raise UserError(f"{path}: mean and std are one number per channel, not of shape {wrong[0]}; {remedy}")
         try:
-            return cls(*(tuple(t.flatten().tolist()) for t in tensors))
+            mean, std = (tuple(t.flatten().tolist()) for t in tensors)
+            return cls(mean, std)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
     def write(self, path: str | Path) -> None:
-        """As LightningDiT's ``latents_stats.pt``, rounded to float32. Raises OSError."""
+        """Write LightningDiT's ``latents_stats.pt``, rounded to float32. Raises OSError."""
         shaped = {name: torch.tensor(getattr(self, name)).view(1, -1, 1, 1) for name in ("mean", "std")}
         write_torch_file(path, shaped)
 
 
 @dataclass(frozen=True)
 class TokenizerArtifact:
-    """Facts of a visual tokenizer.
+    """The facts of a visual tokenizer.
 
     Attributes:
         fingerprint: of the encoder (its weights and what else decides a latent); a fine-tuned decoder keeps it.
         image_size: pixels of the side it was trained on.
         patch_size: pixels per latent position.
         latent_channels: C of the latents (b, C, H / patch_size, W / patch_size).
-        pixel_mean, pixel_std: pixels in 0..1 minus mean, over std, go into the encoder.
+        pixel_mean, pixel_std: the encoder takes (pixels in 0..1 - mean) / std.
         captions: "clip", or the caption tokenizer's file name beside this one; None = no text encoder.
         statistics: of the latents; None until they have been extracted.
     """
@@ -143,12 +144,12 @@ class TokenizerArtifact:
     statistics: LatentStatistics | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return {"version": _VERSION, **asdict(self)}
+        """Return the facts as plain JSON types."""
+        return {"version": 1, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> TokenizerArtifact:
-        """The inverse of ``to_dict``; ``where`` names the source in errors."""
+        """Invert ``to_dict``; ``where`` names the source in errors."""
         remedy = "convert the tokenizer, or extract the latents, again"
         stored = check_form(dict(values), _Stored, where, remedy)
         found = stored.statistics
@@ -165,17 +166,17 @@ class TokenizerArtifact:
 
     @classmethod
     def read(cls, folder: str | Path) -> TokenizerArtifact:
-        """From ``folder/visual_tokenizer.json``. UserError when it is missing or damaged."""
+        """Read ``folder/visual_tokenizer.json``. UserError if it is missing or damaged."""
         path = Path(folder) / FILE
         remedy = "make it with tools/convert_checkpoint.py (a tokenizer) or tools/extract_latents.py (latents)"
         return cls.from_dict(read_json(path, dict[str, Any], remedy), str(path))
 
     def write(self, folder: str | Path) -> None:
-        """To ``folder/visual_tokenizer.json``, whole or not at all. Raises OSError."""
+        """Write ``folder/visual_tokenizer.json``, whole or not at all. Raises OSError."""
         write_json(Path(folder) / FILE, self.to_dict(), indent=2)
 
     def needed_statistics(self, where: str) -> LatentStatistics:
-        """The statistics; UserError when they have not been extracted."""
+        """Return the statistics; UserError if none have been extracted."""
         if self.statistics is None:
             raise UserError(
                 f"{where} has no latent statistics; run tools/extract_latents.py with this tokenizer and use its output"
@@ -186,7 +187,7 @@ class TokenizerArtifact:
 def check_same_tokenizer(
     one: TokenizerArtifact, where_one: str, other: TokenizerArtifact, where_other: str
 ) -> None:
-    """UserError unless both are of one encoder with the same input, and their statistics, if both have them, agree."""
+    """Raise UserError unless both have the same encoder and input, and their statistics, if both have them, agree."""
     for name, what in (
         ("fingerprint", "tokenizers"), ("pixel_mean", "pixel normalisations"), ("pixel_std", "pixel normalisations")
     ):

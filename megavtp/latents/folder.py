@@ -1,7 +1,7 @@
-"""A folder of latents: what a tokenizer made of a data set, in LightningDiT's shard format, with what it belongs to.
+"""A folder of latents, which a tokenizer made of a data set: LightningDiT's shards and the tokenizer's facts.
 
     FOLDER/
-      visual_tokenizer.json                  the tokenizer's facts: fingerprint, latent statistics (``data.artifact``)
+      visual_tokenizer.json                  the tokenizer's facts: fingerprint, statistics (``latents.artifact``)
       classes.json                           optional: a list of class names, in the order of their labels
       latents_rank00_shard000.safetensors    any names; they are read in sorted order
           latents        (n, C, h, w)  float   of the images, not normalised
@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megavtp.data.decode import BadSample
 from megavtp.data.files import refuse_remote
 from megavtp.errors import UserError
 from megavtp.json_file import read_json
@@ -35,13 +36,9 @@ _MAX_CLASSES = 1_000_000  # the DiT has a row for each class up to the highest l
 _REMEDY = "extract the latents again with tools/extract_latents.py"
 
 
-class BadLatent(Exception):
-    """A sample that cannot be used; the text says why."""
-
-
 @dataclass(frozen=True)
 class LatentSample:
-    """One image: its latents (C, h, w) as extracted, its label, and its caption feature (E,), None if there is none."""
+    """An image's latents (C, h, w) as extracted, its label, and its caption feature (E,) or None."""
 
     id: str
     latents: Tensor
@@ -50,7 +47,7 @@ class LatentSample:
 
 
 class LatentFolder:
-    """The latents in a folder, opened and checked.
+    """An opened and checked folder of latents.
 
     Attributes:
         artifact: the facts of the tokenizer that made them; statistics: of the latents.
@@ -90,7 +87,7 @@ class LatentFolder:
         self._open.clear()  # worker processes open their own
 
     def read(self, shard: int, row: int, flip: bool) -> LatentSample:
-        """One image's latents, with ``flip`` those of its mirror image. ``BadLatent`` if a number is not finite."""
+        """Read an image's latents; ``flip`` reads its mirror image's. ``BadSample`` if a number is not finite."""
         try:
             file = self._handle(shard)
             latents = file.get_slice("latents_flip" if flip else "latents")[row].float()
@@ -98,7 +95,7 @@ class LatentFolder:
         except SafetensorError as error:
             raise self._unreadable(shard, error) from None
         if not latents.isfinite().all() or (caption is not None and not caption.isfinite().all()):
-            raise BadLatent("a number in it is not finite")
+            raise BadSample("a number in it is not finite")
         return LatentSample(self.name(shard, row), latents, int(self._labels[shard][row]), caption)
 
     def name(self, shard: int, row: int) -> str:
@@ -116,7 +113,7 @@ class LatentFolder:
         return UserError(f"{self._paths[shard]}: cannot be read ({error}); {_REMEDY}")
 
     def _shapes(self, shard: int) -> dict[str, tuple[int, ...]]:
-        """Of every tensor, from the header alone; they fit each other when this returns."""
+        """Read the shapes of all tensors from the header, and check that they fit one another."""
         file, path = self._handle(shard), self._paths[shard]
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         if missing := {"latents", "labels"} - shapes.keys():

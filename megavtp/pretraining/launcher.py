@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megavtp.config.load import DEMO_CONFIG, load_config
-from megavtp.config.schema import Config
+from megavtp.config.load import load_config
+from megavtp.config.schema import DEMO_CONFIG, Config
 from megavtp.config.sizes import ResolvedConfig
 from megavtp.config.validate import validate
 from megavtp.data.sources.emoji import prepare_emoji
@@ -20,7 +20,7 @@ def _prepare(config: ResolvedConfig, recipe: Path, rank: int) -> None:
     """Draw the demo's data in its default folder. The user fills any other ``data.root``: a mistyped one must not
     become a run on emoji."""
     root = Path(config.data.root)
-    if recipe.resolve() != DEMO_CONFIG.resolve() or root != Path(load_config(recipe).data.root):
+    if recipe.resolve() != DEMO_CONFIG.resolve() or root != Path(load_config(recipe, Config).data.root):
         return
 
     def prepare() -> None:

@@ -61,8 +61,9 @@ class Launcher:
             raise UserError(f"name a recipe with --config: {self.recipe_help}")
         place = detect()
         world = processes_of_run(place.world)
-        config = load_config(arguments.config, arguments.overrides, arguments.deepspeed_config, self.settings)
-        config = self.validate(config, world)
+        config = self.validate(
+            load_config(path, self.settings, arguments.overrides, arguments.deepspeed_config), world
+        )
         check_replayed(arguments.replay, config.train.steps)
         if arguments.dry_run:
             if place.rank == 0:

@@ -21,11 +21,12 @@ from vtp_oracle import TINY
 
 from megavtp.checkpoint.formats.hf_vtp import EXPORTED, load_folder, official_name, save_folder
 from megavtp.checkpoint.formats.initial import read_initial
+from megavtp.data.decode import BadSample
 from megavtp.dit.config import DiTModelConfig
 from megavtp.dit.lightningdit import POSITIONS, read_lightningdit
 from megavtp.dit.model.build import build_dit
 from megavtp.errors import UserError
-from megavtp.latents.folder import BadLatent, LatentFolder
+from megavtp.latents.folder import LatentFolder
 from megavtp.models.build import build_vtp
 from megavtp.models.vtp import OBJECTIVES
 
@@ -181,7 +182,7 @@ class Latents:
         for row in range(folder.shard_counts[0]):
             try:
                 sample = folder.read(0, row, flip=False)
-            except BadLatent:
+            except BadSample:
                 assert not all(raw[name][row].isfinite().all() for name in raw.keys() & {"latents", "captions"})
             else:
                 assert_same(sample.latents, raw["latents"][row])

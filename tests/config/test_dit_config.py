@@ -30,7 +30,7 @@ LATENTS = {"latent_size": 16, "latent_channels": 64, "num_classes": 1000, "capti
 def check(tmp_path):
     path = tmp_path / "base.yaml"
     path.write_text(BASE)
-    return lambda world, *overrides: validate_dit(load_config(path, overrides, root=DiTConfig), world)
+    return lambda world, *overrides: validate_dit(load_config(path, DiTConfig, overrides), world)
 
 
 def test_there_is_a_recipe_for_the_published_models():
@@ -40,7 +40,7 @@ def test_there_is_a_recipe_for_the_published_models():
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(recipe):
     for world in (1, 2, 4):
-        config = validate_dit(load_config(recipe, root=DiTConfig), world)
+        config = validate_dit(load_config(recipe, DiTConfig), world)
     assert validate_dit(from_dict(to_dict(config), DiTConfig), world) == config
     header = recipe.read_text().split("seed:")[0]
     for line in ("expected result", "FLOPs", "memory", "hours", "hardware"):

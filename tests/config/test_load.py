@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from megavtp.config.load import from_dict, load_config, to_dict, to_yaml
-from megavtp.config.schema import Config
+from megavtp.config.schema import DEMO_CONFIG, Config
 from megavtp.config.typed import all_keys, hints
 from megavtp.errors import UserError
 
@@ -20,19 +20,19 @@ def recipe(tmp_path):
     return write
 
 
-def refused(match, *args, **kwargs):
+def refused(match, path, *args):
     with pytest.raises(UserError, match=match) as error:
-        load_config(*args, **kwargs)
+        load_config(path, Config, *args)
     assert "\n" not in str(error.value)
 
 
 def test_an_empty_file_is_all_defaults(recipe):
-    assert load_config(recipe("")) == Config()
-    assert load_config(recipe("model:\ntrain:  # all keys commented out\n")) == Config()
+    assert load_config(recipe(""), Config) == Config()
+    assert load_config(recipe("model:\ntrain:  # all keys commented out\n"), Config) == Config()
 
 
-def test_no_file_is_the_demo():
-    assert load_config(None).model.size == "tiny"
+def test_the_demo_is_small():
+    assert load_config(DEMO_CONFIG, Config).model.size == "tiny"
 
 
 def test_values_keep_their_types(recipe):
@@ -41,7 +41,7 @@ def test_values_keep_their_types(recipe):
         "model: {image_size: 128, text: {vocab_size: null}, vision: {layer_scale: 1.0e-5}}\n"
         "evaluation: {templates: ['{}', 'an icon of {}']}\n"
         "parallel: {zero_stage: 3}\n"
-    ))
+    ), Config)
     optimizer = config.train.optimizer
     assert (optimizer.lr, optimizer.betas, optimizer.lr_scale) == (1e-3, (0.9, 0.5), {"text": 2.0})
     assert isinstance(optimizer.weight_decay, float)
@@ -154,7 +154,7 @@ def test_anchors_and_merges_of_usual_size(recipe):
     config = load_config(recipe(
         "model: {vision: &tower {width: 64, depth: 2}, decoder: {<<: *tower, heads: 2}}\ntrain: {steps: &n 7}\n"
         "evaluation: {every: *n}"
-    ))
+    ), Config)
     assert (config.model.decoder.width, config.model.decoder.heads, config.evaluation.every) == (64, 2, 7)
 
 
@@ -169,7 +169,7 @@ def test_unreadable_files(recipe, tmp_path):
 
 def test_overrides_win_and_are_yaml(recipe):
     path = recipe("train: {steps: 10}\nobjectives:\n")
-    config = load_config(path, [
+    config = load_config(path, Config, [
         "train.steps=20", "train.optimizer.betas=[0.8, 0.9]", "train.optimizer.lr=3e-4", "model.text.vocab_size=null",
         "objectives.contrastive.weight=0", "train.optimizer.lr_scale.text=0.5", "train.steps=30",
         "deepspeed.zero_optimization.overlap_comm=true", "output_dir=runs/a=b", "--seed=4",
@@ -203,7 +203,7 @@ def test_bad_overrides(recipe, override, match):
 def test_a_deepspeed_file_is_merged_between_recipe_and_overrides(recipe):
     path = recipe("deepspeed: {steps_per_print: 1, zero_optimization: {overlap_comm: true, reduce_bucket_size: 5}}")
     extra = recipe(json.dumps({"zero_optimization": {"reduce_bucket_size": 6, "sub_group_size": 1e9}}), "ds.json")
-    config = load_config(path, ["deepspeed.steps_per_print=2"], extra)
+    config = load_config(path, Config, ["deepspeed.steps_per_print=2"], extra)
     assert config.deepspeed == {
         "steps_per_print": 2,
         "zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 6, "sub_group_size": 1e9},
@@ -224,10 +224,11 @@ def test_a_bad_deepspeed_file(recipe, text, match):
 
 
 def test_round_trips(recipe):
-    config = replace(load_config(None, ["train.optimizer.lr_scale.text=0.5"]), deepspeed={"aio": {"block_size": 1}})
-    assert from_dict(to_dict(config)) == config
-    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
-    assert load_config(recipe(to_yaml(config))) == config
+    config = load_config(DEMO_CONFIG, Config, ["train.optimizer.lr_scale.text=0.5"])
+    config = replace(config, deepspeed={"aio": {"block_size": 1}})
+    assert from_dict(to_dict(config), Config) == config
+    assert from_dict(json.loads(json.dumps(to_dict(config))), Config) == config
+    assert load_config(recipe(to_yaml(config)), Config) == config
 
 
 def test_every_key_of_the_schema_is_frozen_and_typed():

@@ -8,6 +8,7 @@ import torch
 from megavtp.config import precision
 from megavtp.config.load import load_config
 from megavtp.config.run import ParallelConfig
+from megavtp.config.schema import DEMO_CONFIG, Config
 from megavtp.config.validate import validate
 
 
@@ -43,5 +44,5 @@ def test_a_given_precision_stays(monkeypatch):
 @pytest.mark.parametrize("native", [True, False])
 def test_a_checked_config_knows_its_precision(monkeypatch, native):
     monkeypatch.setattr(precision, "_has_native_bfloat16", lambda: native)
-    config = validate(load_config(None, ["parallel.precision=auto"]), 2)
+    config = validate(load_config(DEMO_CONFIG, Config, ["parallel.precision=auto"]), 2)
     assert config.parallel.precision == ("bf16" if native else "fp32")

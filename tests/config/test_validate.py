@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from megavtp.config.load import load_config
+from megavtp.config.schema import Config
 from megavtp.config.share import PassShare
 from megavtp.config.sizes import ffn_hidden, resolve_model
 from megavtp.config.validate import share, validate, with_vocabulary
@@ -21,12 +22,12 @@ train: {steps: 10, batch_size: 32, optimizer: {warmup_steps: 2}}
 def check(tmp_path):
     path = tmp_path / "base.yaml"
     path.write_text(BASE)
-    return lambda world, *overrides: validate(load_config(path, overrides), world)
+    return lambda world, *overrides: validate(load_config(path, Config, overrides), world)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(recipe):
-    config = load_config(recipe)
+    config = load_config(recipe, Config)
     for dp in (1, 2, 4):
         validate(config, dp * config.parallel.tp * config.parallel.pp)
     header = recipe.read_text().split("seed:")[0]
@@ -40,7 +41,7 @@ def test_the_study_recipes_fit_clusters(world):
         recipe = next(p for p in RECIPES if p.stem == f"vtp_{size}")
         names = ("contrastive", "self_distillation", "reconstruction")
         overrides = [f"objectives.{name}.micro_batch=null" for name in names]
-        validate(load_config(recipe, overrides), world)
+        validate(load_config(recipe, Config, overrides), world)
 
 
 def test_sizes_are_those_of_the_released_models(check):

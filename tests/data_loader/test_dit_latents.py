@@ -13,13 +13,14 @@ from latent_folder import FINGERPRINT, artifact, random_latents, random_shard, w
 from safetensors.torch import save_file
 
 from megavtp.config.load import from_dict
+from megavtp.data.decode import BadSample
 from megavtp.data.loader import Loader
 from megavtp.dit.batch import LatentBatch, LatentStepDataset
 from megavtp.dit.config import DiTConfig
 from megavtp.dit.validate import validate_dit, with_latents
 from megavtp.errors import UserError
 from megavtp.latents.artifact import LatentStatistics, TokenizerArtifact
-from megavtp.latents.folder import BadLatent, LatentFolder
+from megavtp.latents.folder import LatentFolder
 
 
 def config_for(folder: LatentFolder, world: int = 1, **sections) -> DiTConfig:
@@ -123,21 +124,20 @@ def test_broken_samples_are_replaced_counted_and_bounded(tmp_path):
     shards[1]["latents"][3, 0, 0, 0] = float("nan")
     shards[1]["latents_flip"][3, 1, 0, 0] = float("inf")
     folder = LatentFolder(write_latents(tmp_path / "latents", shards))
-    with pytest.raises(BadLatent, match="not finite"):
+    with pytest.raises(BadSample, match="not finite"):
         folder.read(1, 3, False)
     batches = draws(folder, 3)
     bad = sum((batch.bad for batch in batches), [])
     assert bad == ["latents_rank00_shard001.safetensors/3: a number in it is not finite"]
     assert all(batch.latents.isfinite().all() for batch in batches)
-    config = config_for(folder, data={"max_bad_samples": 0})
-    with pytest.raises(UserError, match="1 bad samples"), Loader(LatentStepDataset(folder, config), 0, 3) as loader:
+    loader = Loader(LatentStepDataset(folder, config_for(folder)), 0, 3, max_bad_samples=0)
+    with pytest.raises(UserError, match="1 bad samples"):
         list(loader)
 
 
 def test_worker_processes_give_the_same(folder):
-    config = config_for(folder, data={"workers": 2})
-    dataset = LatentStepDataset(folder, config)
-    with Loader(dataset, 1, 4) as loader:
+    dataset = LatentStepDataset(folder, config_for(folder))
+    with Loader(dataset, 1, 4, workers=2) as loader:
         batches = list(loader)
     assert [batch.step for batch in batches] == [1, 2, 3]
     assert all(torch.equal(batch.noise, dataset[batch.step].noise) for batch in batches)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,7 +16,6 @@ import pytest
 import torch
 from loader_fakes import LengthTokenizer, MemoryDataset, small_config
 
-from megavtp.config.schema import ParallelConfig
 from megavtp.data import loader as loader_module
 from megavtp.data.batch import Batch, StepDataset
 from megavtp.data.loader import Loader
@@ -72,7 +70,7 @@ def test_bad_samples_are_named_once_and_limited(workers, caplog):
             list(loader)  # four epochs
     assert len(loader.bad_samples) == len(caplog.messages) == 4
     assert all("shard-000001/" in message for message in caplog.messages)
-    with Loader(make(dataset, max_bad_samples=2), 0, 10, workers=workers) as loader:
+    with Loader(make(dataset), 0, 10, workers=workers, max_bad_samples=2) as loader:
         with pytest.raises(UserError, match="3 bad samples, last: shard-000001/.*max_bad_samples=2"):
             list(loader)
 
@@ -154,11 +152,8 @@ class Hanging(MemoryDataset):
 @pytest.mark.timeout(60)
 def test_a_worker_that_hangs_is_an_error_that_names_it(monkeypatch):
     monkeypatch.setattr(loader_module, "_CLOSING", 1.0)
-    dataset = StepDataset(
-        Hanging(), LengthTokenizer(), replace(small_config(), parallel=ParallelConfig(timeout=0.5)), 0, 1
-    )
     start = time.monotonic()
-    with Loader(dataset, 0, 50, workers=2) as loader:
+    with Loader(make(Hanging()), 0, 50, workers=2, timeout=0.5) as loader:
         with pytest.raises(UserError, match=r"data worker \d \(pid \d+\) hangs: .* parallel.timeout") as error:
             list(loader)
         workers = workers_of(loader)

@@ -189,7 +189,7 @@ def test_run_checkpoint_brings_its_config_and_tokenizer(data, model_config, tmp_
     write_split(elsewhere / "test", 6, 5)
     model = build_vtp(model_config, objectives={"contrastive"}, seed=3)
     off = {"self_distillation": {"weight": 0}, "reconstruction": {"weight": 0}}
-    config = from_dict({"model": to_dict(model_config), "data": {"root": str(data)}, "objectives": off})
+    config = from_dict({"model": to_dict(model_config), "data": {"root": str(data)}, "objectives": off}, Config)
     store = CheckpointStore(tmp_path / "checkpoints", keep_last=1)
     weights = {f"model/{name}": parameter for name, parameter in model.named_parameters()}
     store.save(7, weights, {"config": to_dict(config)})

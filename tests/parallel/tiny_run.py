@@ -67,7 +67,7 @@ def merged(base: dict, extra: dict) -> dict:
 
 
 def tiny_config(extra: dict | None = None, world_size: int | None = None) -> Config:
-    return validate(from_dict(merged(BASE, extra or {})), world_size)
+    return validate(from_dict(merged(BASE, extra or {}), Config), world_size)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def test_the_best_plans_are_legal_fit_and_are_in_order(planner: Planner) -> None
     for plan in found.fitting:
         assert plan.memory <= GIB
         assert len(plan.ranks) == plan.config.parallel.pp
-        pasted = from_dict(merged(to_dict(CONFIG), yaml.safe_load(report.yaml_lines(plan))))
+        pasted = from_dict(merged(to_dict(CONFIG), yaml.safe_load(report.yaml_lines(plan))), Config)
         assert validate(pasted, 2).parallel == plan.config.parallel
     assert len(report.table(found.fitting).splitlines()) == 5
 

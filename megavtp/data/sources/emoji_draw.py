@@ -1,4 +1,4 @@
-"""Draw one emoji. No torch is imported here: the drawing processes start in a moment."""
+"""Draw one emoji. No torch is imported here, so that the drawing processes start quickly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Drawing:
     style: str
     svg: str
     size: int  # pixels of a side
-    share: float  # of the side that the drawing, with its own margin, takes
+    share: float  # of the side that the drawing with its own margin covers
     caption: str
 
     @property
@@ -26,7 +26,7 @@ class Drawing:
 
 
 def render(drawing: Drawing) -> NewSample | Skipped:
-    """A square PNG on white, with the caption and metadata of the emoji."""
+    """Draw a square PNG on white, with the caption and metadata of the emoji."""
     import resvg_py
 
     inner = round(drawing.size * drawing.share)
@@ -36,7 +36,8 @@ def render(drawing: Drawing) -> NewSample | Skipped:
         return Skipped("drawing not readable", f"{drawing.svg}: {error}")
     canvas = Image.new("RGB", (drawing.size, drawing.size), "white")
     with Image.open(io.BytesIO(png)) as picture:
-        canvas.paste(picture.convert("RGB"), [(drawing.size - side) // 2 for side in picture.size])
+        left, top = ((drawing.size - side) // 2 for side in picture.size)
+        canvas.paste(picture.convert("RGB"), (left, top))
     file = io.BytesIO()
     canvas.save(file, "PNG")
     emoji = drawing.emoji

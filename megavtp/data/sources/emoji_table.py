@@ -15,7 +15,7 @@ from pathlib import Path
 _TABLE = Path(__file__).with_name("emoji_table.txt")
 _SELECTOR, _JOINER = "FE0F", "200D"
 _TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
-# Man and woman sign, red, curly, white and no hair, facing right: always after a joiner.
+# These follow a joiner: man and woman sign; red, curly, white and no hair; facing right.
 _VARIANTS = {"2640", "2642", "1F9B0", "1F9B1", "1F9B3", "1F9B2", "27A1"}
 _NEUTRAL = {
     "1F468": "1F9D1", "1F469": "1F9D1",  # man, woman: person
@@ -27,7 +27,7 @@ _NEUTRAL = {
     "1F930": "1FAC4", "1FAC3": "1FAC4",  # pregnant woman, man: person
     "1F46C": "1F46B", "1F46D": "1F46B",  # men, women holding hands: woman and man holding hands
 }
-# Sequences that spell out who takes part (for skin tones or genders) of what is one emoji as well.
+# Sequences that name each person, for skin tones or genders, and the single emoji that shows the same.
 _SPELLED_OUT = {
     ("1F9D1", "1F384"): "1F385",  # Mx Claus
     ("1F9D1", "1F91D", "1F9D1"): "1F46B",  # people holding hands
@@ -43,7 +43,7 @@ _STOP_WORDS = {"a", "and", "in", "of", "on", "over", "s", "the", "with"}
 
 @dataclass(frozen=True)
 class Emoji:
-    """``code``: code points in hexadecimal, joined by "-", without the presentation selector (U+FE0F)."""
+    """An emoji. Its ``code`` joins hexadecimal code points by "-", without the presentation selector (U+FE0F)."""
 
     code: str
     name: str
@@ -52,12 +52,12 @@ class Emoji:
 
     @property
     def base(self) -> bool:
-        """Without a skin tone."""
+        """Whether the emoji has no skin tone."""
         return not _TONES & set(self.code.split("-"))
 
     @cached_property
     def concept(self) -> str:
-        """The code of what is shown, whatever the skin tone, gender, hair or direction."""
+        """Return the code of what is shown, whatever its skin tone, gender, hair or direction."""
         points = [p for p in self.code.split("-") if p not in _TONES | _VARIANTS | {_JOINER}]
         points = [_NEUTRAL.get(p, p) for p in points]
         if tuple(points) in _SPELLED_OUT:
@@ -68,13 +68,13 @@ class Emoji:
 
     @property
     def words(self) -> frozenset[str]:
-        """The words of the name that say something, lower case."""
+        """Return the meaningful words of the name in lower case."""
         return frozenset(re.findall(r"[^\W_]+", self.name.lower())) - _STOP_WORDS
 
 
 @lru_cache(maxsize=1)
 def emoji_table() -> tuple[Emoji, ...]:
-    """All 3,944 fully-qualified emoji, in Unicode's order."""
+    """Return all 3,944 fully-qualified emoji, in Unicode's order."""
     rows = []
     group = subgroup = ""
     for line in _TABLE.read_text(encoding="utf-8").splitlines():
@@ -89,7 +89,7 @@ def emoji_table() -> tuple[Emoji, ...]:
 
 
 def held_out_concepts(fraction: float, seed: int = 0) -> frozenset[str]:
-    """About ``fraction`` of all concepts, for testing; the same for the same arguments, everywhere.
+    """Choose about ``fraction`` of all concepts for testing; the same arguments give the same concepts everywhere.
 
     Only a concept whose every word also names a concept that stays can be held out: then "grinning cat" is a fair
     question to a model that has seen "cat" and "grinning face". Flags and keycaps are never held out (a country cannot
@@ -101,8 +101,8 @@ def held_out_concepts(fraction: float, seed: int = 0) -> frozenset[str]:
             members.setdefault(emoji.concept, []).append(emoji)
     words = {concept: frozenset().union(*(e.words for e in group)) for concept, group in members.items()}
     left = Counter(word for names in words.values() for word in names)
-    room = Counter(group[0].subgroup for group in members.values())
-    room = {subgroup: count / 4 for subgroup, count in room.items()}
+    sizes = Counter(group[0].subgroup for group in members.values())
+    room = {subgroup: count / 4 for subgroup, count in sizes.items()}
     wanted = round(fraction * len(members))
     held: set[str] = set()
     for concept in sorted(members, key=lambda c: hashlib.sha256(f"{seed}/{c}".encode()).digest()):

@@ -1,4 +1,4 @@
-"""Own images to shards: a folder of class folders, images with a .txt beside, or a table of paths and captions."""
+"""Shards from the user's images: class folders, images with a .txt beside them, or a table of paths and captions."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def prepare_images(
 
 
 def folder_entries(folder: Path) -> Iterator[Entry | Skipped]:
-    """All images below ``folder``, in sorted order. The caption is IMAGE.txt beside the image, else the name of the
-    folder the image is in, as words ("red_apple": "red apple"); for an image right in ``folder`` only the former."""
+    """Yield all images below ``folder``, sorted. The caption is IMAGE.txt beside the image, or else the name of the
+    subfolder that holds the image, as words ("red_apple" becomes "red apple")."""
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in _SUFFIXES or not path.is_file():
             continue
@@ -110,7 +110,7 @@ def _caption_beside(path: Path) -> str:
 
 
 def _with_text(entry: Entry | Skipped) -> Entry | Skipped:
-    """The entry if its caption and label can be stored."""
+    """Return the entry if its caption and label can be stored."""
     if isinstance(entry, Skipped):
         return entry
     if not entry.caption:
@@ -136,9 +136,9 @@ def _load(job: tuple[int, Entry], settings: _Settings) -> NewSample | Skipped:
 
 
 def _fit(data: bytes, settings: _Settings) -> tuple[bytes, str]:
-    """The bytes to store and their extension: as they are where that will do, else encoded anew."""
-    pixels = decode_image(data, settings.max_pixels)  # first: a damaged file shows only here
-    extension = _KEPT.get(open_image(data, settings.max_pixels).format)
+    """Return the bytes to store and their extension; an image is encoded again only where that is necessary."""
+    pixels = decode_image(data, settings.max_pixels)  # this comes first, as only decoding shows that a file is damaged
+    extension = _KEPT.get(open_image(data, settings.max_pixels).format or "")
     shorter = min(pixels.shape[1:])
     if extension and not 0 < settings.size < shorter:
         return data, extension

@@ -30,12 +30,12 @@ class Entry:
 
     @property
     def meta(self) -> dict[str, str]:
-        """What is stored of it besides image and caption."""
+        """Return the metadata that are stored with image and caption."""
         return {"source": self.path.name} | ({"label": self.label} if self.label else {})
 
 
 def read_table(path: Path) -> Iterator[Entry | Skipped]:
-    """The rows of a .csv, .tsv or .jsonl file with an image column (image, path, filepath, ...), a caption column
+    """Yield the rows of a .csv, .tsv or .jsonl file with an image column (image, path, filepath, ...), a caption column
     (caption, text, title) and perhaps a class column (label, class).
 
     Relative image paths start at the table's folder. Rows that make no sense are skipped. Raises ``UserError`` for
@@ -50,7 +50,7 @@ def read_table(path: Path) -> Iterator[Entry | Skipped]:
 
 
 def _csv_rows(path: Path, suffix: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line, row, or why it cannot be read)."""
+    """Yield line numbers with their rows, or with the reason why a row cannot be read."""
     csv.field_size_limit(MAX_TEXT)  # a quote that is never closed makes the rest of the file one field
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -65,6 +65,7 @@ def _csv_rows(path: Path, suffix: str) -> Iterator[tuple[int, dict[str, Any] | s
                     has = f"it has {', '.join(columns)}"
                     raise UserError(f"{path}: no column of {', '.join(wanted)} ({has}); rename one")
             while True:
+                row: dict[str, Any] | str
                 try:
                     row = next(reader)
                 except StopIteration:
@@ -79,7 +80,7 @@ def _csv_rows(path: Path, suffix: str) -> Iterator[tuple[int, dict[str, Any] | s
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """As ``_csv_rows``."""
+    """Yield the same as ``_csv_rows``."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -98,7 +99,7 @@ def _columns(names: Iterable[Any]) -> dict[str, Any]:
 
 
 def _entry(row: dict[str, Any], path: Path) -> Entry | str:
-    """The entry, or what is wrong with the row."""
+    """Return the entry, or what is wrong with the row."""
     columns = _columns(row)
     values = []
     for wanted in (_PATH_COLUMNS, _CAPTION_COLUMNS, _LABEL_COLUMNS):
