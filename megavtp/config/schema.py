@@ -128,9 +128,7 @@ class ReconstructionConfig:
     batch: int = 2048  # images of the global batch that get this objective
     micro_batch: int | None = None
     drop_path: float = 0.0
-    # The decoder alone is trained, on the latents of an encoder that stands still and that model.init_from gives: the
-    # paper's second stage, without its GAN. The other objectives must be off.
-    frozen_encoder: bool = False
+    frozen_encoder: bool = False  # marks the runs of launchers/train_decoder.py, which sets it; no setting of others
     # Some images are decoded from noisy latents, for a decoder that forgives a generator's errors; these teach the
     # decoder alone. In standard deviations of a channel in its image, at most; 0 = none (RAE, arXiv 2510.11690).
     latent_noise: float = 0.0
@@ -169,6 +167,9 @@ class AugmentConfig:
 @dataclass(frozen=True)
 class DataConfig:
     root: str = "data/emoji"  # folder with train/ and test/, each with shards and index.json
+    # Of tools/prepare_data.py ("emoji"): made into data.root at the first start, where it is the recipe's own and not
+    # there yet.
+    source: str | None = None
     captions: str = "auto"  # "auto" = root/captions.model, else "clip" (CLIP BPE) or a sentencepiece .model file
     streams: int = 64  # logical streams; every data-parallel size must divide it, it must divide every batch
     shuffle_block: int = 4096  # samples permuted together inside a stream

@@ -12,7 +12,6 @@ from megavtp.errors import UserError
 from megavtp.launch import ranks
 from megavtp.launch.meeting import meet
 from megavtp.launch.rendezvous import detect
-from megavtp.launch.two_on_a_cpu import start_two_on_a_cpu
 from megavtp.parallel.mesh import SINGLE, Mesh, build_mesh
 
 _ARRIVAL = 600.0  # seconds that the processes have to find each other
@@ -21,7 +20,6 @@ _ARRIVAL = 600.0  # seconds that the processes have to find each other
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Call ``main`` and exit, as ``cli.run`` does; under a launcher as ``ranks.run_ranks``: what stops one process
     stops all."""
-    start_two_on_a_cpu()
     try:
         alone = detect().world == 1
     except UserError:

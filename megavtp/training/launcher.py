@@ -15,7 +15,6 @@ from megavtp.errors import UserError
 from megavtp.launch import phase, ranks
 from megavtp.launch.arguments import launcher_parser
 from megavtp.launch.rendezvous import detect
-from megavtp.launch.two_on_a_cpu import processes_of_run, start_two_on_a_cpu
 from megavtp.training.recipe import Recipe
 from megavtp.training.replay import check_replayed
 from megavtp.training.run import run
@@ -32,7 +31,7 @@ class Launcher:
         validate: (configuration, processes) -> the same, checked, with its sizes. UserError.
         summary: (checked configuration, processes) -> the page of ``--dry-run``.
         recipe: (checked configuration, device) -> the recipe.
-        prepare: (checked configuration, YAML recipe, rank), called on every rank before the data are opened.
+        prepare: (checked configuration, rank), called on every rank before the data are opened.
     """
 
     name: str
@@ -44,31 +43,28 @@ class Launcher:
     summary: Callable[[Any, int], str]
     recipe: Callable[[Any, torch.device], Recipe]
     default: Path | None = None
-    prepare: Callable[[Any, Path, int], None] | None = None
+    prepare: Callable[[Any, int], None] | None = None
 
     def launch(self) -> NoReturn:
         """Entry point; never returns."""
-        start_two_on_a_cpu()
         ranks.run_ranks(self.main)
 
     def main(self) -> int:
         """What each rank does; returns the exit status."""
         parser = launcher_parser(self.name, self.description, self.recipe_help, self.example)
         arguments = parser.parse_intermixed_args(sys.argv[1:])
-        path = arguments.config or self.default
-        if path is None:
+        if (arguments.config or self.default) is None:
             raise UserError(f"name a recipe with --config: {self.recipe_help}")
         place = detect()
-        world = processes_of_run(place.world)
         config = load_config(arguments.config, arguments.overrides, arguments.deepspeed_config, self.settings)
-        config = self.validate(config, world)
+        config = self.validate(config, place.world)
         check_replayed(arguments.replay, config.train.steps)
         if arguments.dry_run:
             if place.rank == 0:
-                print(self.summary(config, world))
+                print(self.summary(config, place.world))
             return 0
         device = ranks.start(config.parallel.timeout)
         if self.prepare is not None:
             phase.enter("preparing data", slow=True)
-            self.prepare(config, path, place.rank)
+            self.prepare(config, place.rank)
         return run(self.recipe(config, device), arguments.replay)
