@@ -8,14 +8,11 @@ comma := ,
 STAMP := $(VENV)/.megavtp-$(subst $(comma),-,$(EXTRAS))
 CONSTRAINTS := -c constraints.txt
 DEMO := configs/demo/vtp_emoji.yaml
-# The decoder trained further, the encoder frozen, on pictures whose colours are as they are.
-DEMO_DECODER := output_dir=runs/demo/decoder model.init_from=runs/demo/checkpoints/latest \
-  objectives.reconstruction.frozen_encoder=true objectives.contrastive.weight=0 objectives.self_distillation.weight=0 \
-  data.augment.plain_color_jitter=0 data.augment.plain_grayscale=0 train.batch_size=64 train.steps=700 \
-  train.optimizer.lr=5e-4 train.optimizer.cooldown=0.5 telemetry.pictures_every=0 evaluation.at_end=false
+DEMO_DECODER := configs/demo/decoder_emoji.yaml
 DEMO_DIT := configs/demo/dit_emoji.yaml
-# One process for each GPU; two on a CPU.
-LAUNCH := $(BIN)/deepspeed
+# How many processes the launcher starts: one for each GPU, two on a CPU.
+PROCESSES ?= $(shell nvidia-smi -L 2> /dev/null | grep -q ^GPU || echo --num_accelerators 2)
+LAUNCH = $(BIN)/deepspeed $(PROCESSES)
 DRAW := --dit runs/demo_dit/checkpoints/latest --tokenizer runs/demo/tokenizer --method heun --steps 8 --shift 0.5 \
   --precision bf16
 
@@ -44,7 +41,7 @@ demo: demo-tokenizer demo-generation
 # A VTP, then its decoder by itself, and both as one tokenizer in the released models' form.
 demo-tokenizer: install
 	$(LAUNCH) launchers/pretrain.py --config $(DEMO) evaluation.at_end=false
-	$(LAUNCH) launchers/pretrain.py --config $(DEMO) $(DEMO_DECODER)
+	$(LAUNCH) launchers/train_decoder.py --config $(DEMO_DECODER)
 	rm -rf runs/demo/tokenizer
 	$(BIN)/python tools/convert_checkpoint.py --from runs/demo/checkpoints/latest \
 	  --decoder runs/demo/decoder/checkpoints/latest --to hf-vtp --out runs/demo/tokenizer

@@ -108,15 +108,20 @@ def _rank(
     (entry or pretrain)()
 
 
-def run(arguments: list[str], world: int, folder: Path, hook: Hook | None = None, timeout: float = 240) -> Ranks:
+def run(
+    arguments: list[str], world: int, folder: Path, hook: Hook | None = None, timeout: float = 240,
+    entry: Callable[[], None] | None = None,
+) -> Ranks:
     """A finished start; its statuses are in ``ranks.processes``."""
-    ranks = Ranks(arguments, world, folder, hook)
+    ranks = Ranks(arguments, world, folder, hook, entry)
     ranks.wait(timeout)
     return ranks
 
 
-def succeed(arguments: list[str], world: int, folder: Path, hook: Hook | None = None) -> None:
-    with Ranks(arguments, world, folder, hook) as ranks:
+def succeed(
+    arguments: list[str], world: int, folder: Path, hook: Hook | None = None, entry: Callable[[], None] | None = None
+) -> None:
+    with Ranks(arguments, world, folder, hook, entry) as ranks:
         statuses = ranks.wait()
         assert statuses == [0] * world, ranks.output
 
@@ -161,10 +166,10 @@ class Launched:
 
 
 def deepspeed(
-    processes: int | None, arguments: list[str], log: Path, script: Path = SCRIPT, **environment: str
+    processes: int, arguments: list[str], log: Path, script: Path = SCRIPT, **environment: str
 ) -> Launched:
-    """Under the deepspeed launcher; ``processes`` None leaves their number to it."""
-    told = [] if processes is None else ["--num_accelerators", str(processes)]
+    """Under the deepspeed launcher."""
+    told = ["--num_accelerators", str(processes)]
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port()), *told]
     return Launched([*runner, str(script), *arguments], log, **environment)
 

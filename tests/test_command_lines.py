@@ -11,6 +11,7 @@ from runpy import run_path
 import pytest
 
 from megavtp import options
+from megavtp.decoder.launcher import train_decoder
 from megavtp.dit.launcher import train_dit
 from megavtp.errors import UserError
 from megavtp.evaluation.distances import features
@@ -84,6 +85,10 @@ OTHERS = [
     ("tools/plan.py", "required: --gpus"),
     ("tools/evaluate.py --data set", "required: --checkpoint"),
     ("launchers/train_dit.py", "name a recipe with --config"),
+    ("launchers/train_decoder.py", "name a recipe with --config"),
+    ("launchers/train_decoder.py --config tiny.yaml --dry-run", "trains the pixel decoder alone: set objectives"),
+    (PRETRAIN + "objectives.reconstruction.frozen_encoder=true", "is trained by launchers/train_decoder.py"),
+    (PRETRAIN + "data.source=emojis", "data.source = emojis: no such source; choose one of emoji"),
     # what is to be read: missing, another kind, below a file, a name that no system takes
     (EVALUATE + "--data nowhere", "nowhere/test"),
     (EVALUATE + "--data file", "file"),
@@ -209,7 +214,8 @@ def world(tmp_path_factory, recipe):
 def run(words: list[str], monkeypatch, capsys) -> tuple[int, str]:
     """In this process: a new one would spend seconds on imports. Status, and what stands on stderr."""
     monkeypatch.setattr(sys, "argv", words)
-    entries = {"doctor.py": check.main, "pretrain.py": pretrain.__self__.main, "train_dit.py": train_dit.__self__.main}
+    launchers = {"pretrain.py": pretrain, "train_decoder.py": train_decoder, "train_dit.py": train_dit}
+    entries = {"doctor.py": check.main} | {name: launch.__self__.main for name, launch in launchers.items()}
     script = ROOT / words[0]
     try:
         status = entries[script.name]() if script.name in entries else run_path(str(script), run_name="__main__")

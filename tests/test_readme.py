@@ -14,10 +14,11 @@ import pytest
 
 from megavtp.config.load import load_config
 from megavtp.config.schema import DEMO_CONFIG, Config
-from megavtp.config.validate import validate
+from megavtp.decoder.validate import validate_decoder
 from megavtp.dit.config import DiTConfig
 from megavtp.dit.validate import validate_dit
 from megavtp.launch.arguments import launcher_parser
+from megavtp.pretraining.validate import validate_pretraining
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,7 +30,10 @@ LAUNCHER_FLAGS = {
 }
 HOSTFILE_PROCESSES = 64  # "8 nodes of 8 GPUs named in a hostfile"
 SLURM_TASKS = 16  # the job script's nodes x tasks
-LAUNCHERS = {"launchers/pretrain.py": (Config, validate), "launchers/train_dit.py": (DiTConfig, validate_dit)}
+LAUNCHERS = {
+    "launchers/pretrain.py": (Config, validate_pretraining), "launchers/train_decoder.py": (Config, validate_decoder),
+    "launchers/train_dit.py": (DiTConfig, validate_dit),
+}
 PLAIN = {"source .venv/bin/activate"}
 
 
@@ -86,7 +90,7 @@ def processes(launcher):
         return HOSTFILE_PROCESSES
     if "--nnodes" in flags:
         return int(flags["--nnodes"]) * int(flags["--nproc_per_node"])
-    return int(flags.get("--num_accelerators", flags.get("--num_gpus", 2)))
+    return int(flags.get("--num_accelerators", flags.get("--num_gpus", 1)))
 
 
 def check_launch(words):

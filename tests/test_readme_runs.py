@@ -35,17 +35,17 @@ _VTP_S = "deepspeed --num_gpus 1 launchers/pretrain.py --config configs/pretrain
 
 # Beginning of a command -> what is put at its end. The longest beginning that fits counts.
 SHORT = {
-    "deepspeed launchers/pretrain.py": _DEMO,
+    "deepspeed --num_accelerators 2 launchers/pretrain.py": _DEMO,
     "python tools/prepare_data.py images": "",
     "python tools/prepare_data.py check": "",
     f"{_VTP_S}--dry-run": "",
     _VTP_S: _SMALL,
-    "deepspeed --num_accelerators 2 launchers/pretrain.py": f"{_DEMO} output_dir=runs/two",
+    "deepspeed --num_accelerators 2 launchers/pretrain.py --dry-run": f"{_DEMO} output_dir=runs/two",
     "python tools/convert_checkpoint.py --from runs/demo": "",
-    "deepspeed tools/extract_latents.py": "--split test --no-flip",
-    "deepspeed launchers/train_dit.py": "train.steps=2 train.optimizer.warmup_steps=1 data.flip=0",
-    "deepspeed tools/sample.py": "--per-class 1 --steps 2",
-    "deepspeed tools/evaluate.py generation": "--samples 8 --reference-samples 16 --steps 2",
+    "deepspeed --num_accelerators 2 tools/extract_latents.py": "--split test --no-flip",
+    "deepspeed --num_accelerators 2 launchers/train_dit.py": "train.steps=2 train.optimizer.warmup_steps=1 data.flip=0",
+    "deepspeed --num_accelerators 2 tools/sample.py": "--per-class 1 --steps 2",
+    "deepspeed --num_accelerators 2 tools/evaluate.py generation": "--samples 8 --reference-samples 16 --steps 2",
     "python tools/evaluate.py --checkpoint": "--max-samples 16",
 }
 NOT_HERE = {

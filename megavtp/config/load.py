@@ -28,8 +28,8 @@ def load_config(
         overrides: ``a.b.c=value`` with the value in YAML; they are applied last.
         deepspeed_config: a JSON or YAML file whose keys are merged over the recipe's ``deepspeed`` section.
 
-    Only types and key names are checked here; the recipe's ``validate`` checks the rules between keys.
-    Raises UserError.
+    A ``data.source`` goes with the recipe's own ``data.root``: with another one it is None. Only types and key names
+    are checked here; the recipe's ``validate`` checks the rules between keys. Raises UserError.
     """
     raw = read_yaml(Path(path))
     if deepspeed_config is not None:
@@ -37,9 +37,18 @@ def load_config(
         if not isinstance(section, Mapping):
             raise UserError(f"{path}: deepspeed: expected a mapping of keys, got {section!r}")
         raw["deepspeed"] = merged(section, read_yaml(Path(deepspeed_config)))
+    own = str(_data(raw).get("root"))
     for override in overrides:
         _apply(raw, override, root)
+    if (data := _data(raw)).get("source") is not None and Path(str(data.get("root"))) != Path(own):
+        # Another data.root than the recipe's own is the user's to fill: a mistyped one must not be given other data.
+        raw["data"] = {**data, "source": None}
     return from_dict(raw, root)
+
+
+def _data(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    section = raw.get("data")
+    return section if isinstance(section, Mapping) else {}
 
 
 def from_dict(values: Mapping[str, Any], root: type[C]) -> C:

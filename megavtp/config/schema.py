@@ -132,9 +132,7 @@ class ReconstructionConfig:
     batch: int = 2048  # images of the global batch that get this objective
     micro_batch: int | None = None
     drop_path: float = 0.0
-    # Only the decoder is trained, on the latents of a frozen encoder that model.init_from gives: the paper's second
-    # stage without its GAN. The other objectives must be off.
-    frozen_encoder: bool = False
+    frozen_encoder: bool = False  # marks the runs of launchers/train_decoder.py, which sets it; no setting of others
     # Some images are decoded from noisy latents and train only the decoder, which learns to tolerate errors of a
     # generator (RAE, arXiv 2510.11690). The unit is a channel's standard deviation in its image, at most; 0 = no noise.
     latent_noise: float = 0.0
@@ -173,6 +171,9 @@ class AugmentConfig:
 @dataclass(frozen=True)
 class DataConfig:
     root: str = "data/emoji"  # folder with train/ and test/, each with shards and index.json
+    # Of tools/prepare_data.py ("emoji"): made into data.root at the first start, where it is the recipe's own and not
+    # there yet.
+    source: str | None = None
     captions: str = "auto"  # "auto" = root/captions.model, else "clip" (CLIP BPE) or a sentencepiece .model file
     streams: int = 64  # logical streams; every data-parallel size must divide it, it must divide every batch
     shuffle_block: int = 4096  # samples permuted together inside a stream

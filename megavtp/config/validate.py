@@ -43,7 +43,6 @@ def validate(config: Config, world_size: int | None) -> ResolvedConfig:
     check_numbers(resolved)
     _objectives(resolved)
     _model(resolved)
-    _frozen_encoder(resolved)
     _tensor_parallel(resolved)
     check_pipeline(resolved.parallel, resolved.model.vision.depth, "model.vision.depth", "encoder")
     _batches(resolved)
@@ -94,29 +93,6 @@ def _objectives(config: ResolvedConfig) -> None:
         "objectives.self_distillation.dino_weight, ibot_weight and koleo_weight are all 0: give one a weight above 0, "
         "or set objectives.self_distillation.weight=0",
     )
-
-
-def _frozen_encoder(config: ResolvedConfig) -> None:
-    o, key = config.objectives, "objectives.reconstruction.frozen_encoder"
-    if not o.reconstruction.frozen_encoder:
-        return
-    need(
-        o.contrastive.weight == 0 and o.self_distillation.weight == 0 and o.reconstruction.weight > 0,
-        f"{key} trains the pixel decoder alone: set objectives.contrastive.weight=0 and "
-        "objectives.self_distillation.weight=0, and a weight above 0 for objectives.reconstruction",
-    )
-    need(
-        config.model.init_from is not None,
-        f"{key} needs an encoder that has learnt something: name its checkpoint with model.init_from",
-    )
-    need(
-        o.reconstruction.drop_path == 0,
-        f"objectives.reconstruction.drop_path = {o.reconstruction.drop_path} drops paths of the encoder, which {key} "
-        "does not train: set it to 0",
-    )
-    # Only the decoder is trained, so a rank without a block of it would have nothing to train.
-    tower = "decoder, which alone is trained"
-    check_pipeline(config.parallel, config.model.decoder.depth, "model.decoder.depth", tower)
 
 
 def check_stored(config: Config) -> ResolvedConfig:

@@ -12,7 +12,6 @@ from megavtp.errors import UserError
 from megavtp.launch import ranks
 from megavtp.launch.meeting import meet
 from megavtp.launch.rendezvous import detect
-from megavtp.launch.two_on_a_cpu import start_two_on_a_cpu
 from megavtp.parallel.mesh import SINGLE, Mesh, build_mesh
 
 _ARRIVAL = 600.0  # seconds that the processes have to find each other
@@ -23,7 +22,6 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
 
     What stops one process then stops all.
     """
-    start_two_on_a_cpu()
     try:
         alone = detect().world == 1
     except UserError:

@@ -26,7 +26,7 @@ from megavtp.objectives.self_distillation import StudentOutput, TeacherBias, Tea
 from megavtp.objectives.siglip import siglip
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.passes import Pass
-from megavtp.parallel.pipeline import Runner, forward, forward_everywhere
+from megavtp.parallel.pipeline import Runner, forward
 from megavtp.parallel.sharding import Shard
 from megavtp.pixels import normalise
 from megavtp.training.schedules import linear_warmup
@@ -237,24 +237,24 @@ class ReconstructionPass(_PretrainingPass):
         self._last = None
         return super().prepare(run, batch)
 
-    def _images(self, micro: int) -> Tensor:
+    def device_images(self, micro: int) -> Tensor:
         if self._last is None or self._last[0] != micro:
             self._last = micro, self.pixels(self.images[self.rec_rows[self.rows(micro)]])
         return self._last[1]
 
-    def _meta_images(self) -> Tensor:
+    def meta_images(self) -> Tensor:
         return torch.empty((self.share.micro_batch, *self.images.shape[1:]), device="meta")
 
     def inputs(self, micro: int) -> dict[str, Any]:
-        return self._inputs(micro, self._images(micro))
+        return self._inputs(micro, self.device_images(micro))
 
     def later_inputs(self, micro: int) -> dict[str, Any]:
-        return self._inputs(micro, self._meta_images())
+        return self._inputs(micro, self.meta_images())
 
     def _inputs(self, micro: int, images: Tensor) -> dict[str, Any]:
-        return {"images": images, "drop": self.drop_plan(micro, [1]), "noise": self._noise(micro)}
+        return {"images": images, "drop": self.drop_plan(micro, [1]), "noise": self.noise(micro)}
 
-    def _noise(self, micro: int) -> LatentNoise | None:
+    def noise(self, micro: int) -> LatentNoise | None:
         if self.settings.latent_noise == 0:
             return None
         model, first = self.config.model, self.mesh.dp_rank * self.share.local
@@ -267,30 +267,8 @@ class ReconstructionPass(_PretrainingPass):
         return LatentNoise(self.to_device(noise.unit), self.to_device(noise.strength))
 
     def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
-        target = self._images(micro)
+        target = self.device_images(micro)
         return reconstruction_terms(outputs, target, self.perceptual, images_total_local=self.share.local)
-
-
-class DecoderPass(ReconstructionPass):
-    """Reconstruction behind a frozen encoder, whose latents are computed first, without a graph."""
-
-    mode = "decode"
-
-    def prepare(self, run: Runner, batch: Batch) -> int:
-        count = super().prepare(run, batch)
-        images = self._meta_images()
-        self._latents = forward_everywhere(
-            run, "encode", lambda micro, first: {"images": self._images(micro) if first else images}, count,
-            # What the decoder takes in.
-            lambda: run.activation_specs("reconstruction", self.mesh.chunks, images=images)[0],
-        )
-        return count
-
-    def inputs(self, micro: int) -> dict[str, Any]:
-        return {"latents": self._latents[micro], "noise": self._noise(micro)}
-
-    def later_inputs(self, micro: int) -> dict[str, Any]:
-        return {"latents": self._latents[micro].to("meta")}
 
 
 def build_passes(
@@ -304,6 +282,5 @@ def build_passes(
     if share.self_distillation:
         passes.append(SelfDistillationPass(config, share.self_distillation, mesh, device))
     if share.reconstruction:
-        kind = DecoderPass if config.objectives.reconstruction.frozen_encoder else ReconstructionPass
-        passes.append(kind(config, share.reconstruction, mesh, device, perceptual))
+        passes.append(ReconstructionPass(config, share.reconstruction, mesh, device, perceptual))
     return passes

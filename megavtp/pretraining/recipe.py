@@ -1,4 +1,4 @@
-"""Pre-training: the recipe of the three objectives, and of the decoder alone on a frozen encoder."""
+"""Pre-training: the recipe of the three objectives."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ class Pretraining(Recipe):
     """The three objectives that are on, over image-text pairs; the teacher follows the student."""
 
     config: ResolvedConfig
+    frozen_encoder = False  # another recipe's runs have it, and say so in their checkpoints
 
     def __init__(self, config: ResolvedConfig, device: torch.device):
         super().__init__(config, device)
@@ -70,7 +71,7 @@ class Pretraining(Recipe):
             refuse_hub_id(path.strip())
         return read_initial(
             config.model.init_from, config.model, frozenset(self.share.passes),
-            frozen_encoder=config.objectives.reconstruction.frozen_encoder,
+            frozen_encoder=self.frozen_encoder,
         )
 
     def build(self) -> None:
@@ -113,11 +114,11 @@ class Pretraining(Recipe):
     def check(self, checkpoint: Checkpoint) -> None:
         """Refuse a joint run's checkpoints in a run of the decoder alone, and the other way round."""
         then = flat_config(checkpoint).get("objectives.reconstruction.frozen_encoder", False)
-        if then != self.config.objectives.reconstruction.frozen_encoder:
+        if then != self.frozen_encoder:
+            launcher = "launchers/train_decoder.py" if then else "launchers/pretrain.py"
             raise UserError(
-                f"{checkpoint.path} is of a run with objectives.reconstruction.frozen_encoder={str(then).lower()}, "
-                "which this one does not go on from: set another output_dir, and name that checkpoint with "
-                "model.init_from"
+                f"{checkpoint.path} is of a run of {launcher}, which this one does not go on from: set another "
+                "output_dir, and name that checkpoint with model.init_from"
             )
 
     def notes(self) -> list[tuple[str, str]]:

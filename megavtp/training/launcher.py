@@ -16,7 +16,6 @@ from megavtp.errors import UserError
 from megavtp.launch import phase, ranks
 from megavtp.launch.arguments import launcher_parser
 from megavtp.launch.rendezvous import detect
-from megavtp.launch.two_on_a_cpu import processes_of_run, start_two_on_a_cpu
 from megavtp.training.recipe import Recipe
 from megavtp.training.replay import check_replayed
 from megavtp.training.run import run
@@ -33,7 +32,7 @@ class Launcher:
         validate: checks a configuration for a number of processes and completes its sizes. UserError.
         summary: makes the page of ``--dry-run`` from a checked configuration and the number of processes.
         recipe: makes the recipe from a checked configuration and a device.
-        prepare: (checked configuration, YAML recipe, rank) is called on every rank before the data are opened.
+        prepare: (checked configuration, rank) is called on every rank before the data are opened.
     """
 
     name: str
@@ -45,11 +44,10 @@ class Launcher:
     summary: Callable[[Any, int], str]
     recipe: Callable[[Any, torch.device], Recipe]
     default: Path | None = None
-    prepare: Callable[[Any, Path, int], None] | None = None
+    prepare: Callable[[Any, int], None] | None = None
 
     def launch(self) -> NoReturn:
         """Launch the run; this is the entry point and never returns."""
-        start_two_on_a_cpu()
         ranks.run_ranks(self.main)
 
     def main(self) -> int:
@@ -60,17 +58,16 @@ class Launcher:
         if path is None:
             raise UserError(f"name a recipe with --config: {self.recipe_help}")
         place = detect()
-        world = processes_of_run(place.world)
         config = self.validate(
-            load_config(path, self.settings, arguments.overrides, arguments.deepspeed_config), world
+            load_config(path, self.settings, arguments.overrides, arguments.deepspeed_config), place.world
         )
         check_replayed(arguments.replay, config.train.steps)
         if arguments.dry_run:
             if place.rank == 0:
-                print(self.summary(config, world))
+                print(self.summary(config, place.world))
             return 0
         device = ranks.start(config.parallel.timeout)
         if self.prepare is not None:
             phase.enter("preparing data", slow=True)
-            self.prepare(config, path, place.rank)
+            self.prepare(config, place.rank)
         return run(self.recipe(config, device), arguments.replay)

@@ -120,7 +120,6 @@ CROSS_RULES = [
      "perceptual_weights is given but objectives.reconstruction.perceptual is none"),
     (1, "objectives.contrastive.weight=0 objectives.self_distillation.weight=0 objectives.reconstruction.weight=0",
      "are all 0: give at least one a weight above 0"),
-    (1, "objectives.reconstruction.frozen_encoder=true", "frozen_encoder trains the pixel decoder alone: set"),
     (1, "objectives.contrastive.loss=siglip", "loss = siglip needs model.init_logit_bias: .*model.init_logit_bias=-10"),
     (1, "deepspeed.gradient_clipping=1", "deepspeed.gradient_clipping: is MegaVTP's to set.*train.optimizer.clip_grad"),
     (1, "deepspeed.bf16.enabled=true", "deepspeed.bf16: .*parallel.precision"),
@@ -141,22 +140,6 @@ def test_a_broken_rule_names_its_keys(check, world, overrides, match):
     with pytest.raises(UserError, match=match) as error:
         check(world, *parts)
     assert "\n" not in str(error.value)
-
-
-def test_a_frozen_encoder(check):
-    alone = [
-        "objectives.reconstruction.frozen_encoder=true", "objectives.contrastive.weight=0",
-        "objectives.self_distillation.weight=0",
-    ]
-    with pytest.raises(UserError, match="frozen_encoder needs an encoder that has learnt something: .*model.init_from"):
-        check(1, *alone)
-    alone.append("model.init_from=runs/vtp")
-    assert check(1, *alone).objectives.reconstruction.frozen_encoder
-    with pytest.raises(UserError, match="objectives.reconstruction.drop_path = 0.1 drops paths of the encoder"):
-        check(1, *alone, "objectives.reconstruction.drop_path=0.1")
-    check(2, *alone, "parallel.pp=2", "model.decoder.depth=2")
-    with pytest.raises(UserError, match="but model.decoder.depth = 1: every stage needs a block of the decoder"):
-        check(2, *alone, "parallel.pp=2", "model.decoder.depth=1")
 
 
 def test_interleaving_needs_virtual_stages(check):

@@ -14,7 +14,8 @@ from megavtp import cli
 pytestmark = pytest.mark.timeout(120)
 CHECKPOINT = ["--tokenizer", "t", "--out", "o"]
 SCRIPTS = {
-    "launchers/pretrain.py": [], "launchers/train_dit.py": [], "launchers/doctor.py": [],
+    "launchers/pretrain.py": [], "launchers/train_decoder.py": [], "launchers/train_dit.py": [],
+    "launchers/doctor.py": [],
     "tools/convert_checkpoint.py": ["--from", "a", "--to", "native", "--out", "o"],
     "tools/evaluate.py": ["--checkpoint", "c", "--data", "d"], "tools/extract_latents.py": ["--data", "d", *CHECKPOINT],
     "tools/plan.py": ["--gpus", "8"], "tools/prepare_data.py": ["index", "d"],

@@ -17,6 +17,7 @@ from megavtp.config.schema import Config
 from megavtp.config.share import share
 from megavtp.config.validate import validate
 from megavtp.data.batch import Batch, StepDataset
+from megavtp.decoder.passes import DecoderPass
 from megavtp.models.vtp import VTP
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import SINGLE, Mesh
@@ -187,7 +188,10 @@ def passes_of(config: Config, mesh: Mesh) -> list[Pass]:
     """The passes; where the config wants a perceptual distance, the mean square serves as one."""
     wanted = config.objectives.reconstruction.perceptual != "none"
     distance = (lambda a, b: (a - b).square().mean((1, 2, 3))) if wanted else None
-    return build_passes(config, share(config, mesh.dp), mesh, torch.device("cpu"), distance)
+    shares, device = share(config, mesh.dp), torch.device("cpu")
+    if config.objectives.reconstruction.frozen_encoder:
+        return [DecoderPass(config, shares.reconstruction, mesh, device, distance)]
+    return build_passes(config, shares, mesh, device, distance)
 
 
 def data_of(config: Config, mesh: Mesh) -> Callable[[int], Batch]:

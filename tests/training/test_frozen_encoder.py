@@ -16,8 +16,13 @@ from vtp_oracle import TINY
 import megavtp
 from megavtp.checkpoint.formats.convert import write_native
 from megavtp.checkpoint.formats.vtp_source import open_vtp
-from megavtp.config.schema import Config, DataConfig
+from megavtp.checkpoint.reading import open_checkpoint
+from megavtp.config.load import load_config
+from megavtp.config.schema import DEMO_CONFIG, Config, DataConfig
 from megavtp.conversion import convert
+from megavtp.decoder.launcher import train_decoder
+from megavtp.decoder.recipe import DecoderTraining
+from megavtp.decoder.validate import validate_decoder
 from megavtp.errors import UserError
 from megavtp.models.build import build_vtp
 from megavtp.objectives.reconstruction import reconstruction_terms
@@ -25,6 +30,7 @@ from megavtp.parallel.mesh import SINGLE
 from megavtp.parallel.passes import execute
 from megavtp.pixels import normalise
 from megavtp.planning.flops import flops_per_step
+from megavtp.pretraining.recipe import Pretraining
 
 FROZEN = {
     "model": {"init_from": "not read here"},
@@ -43,7 +49,7 @@ LAYOUTS = [
 DEEPER = {**FROZEN, "model": {**FROZEN["model"], "decoder": {"depth": 4}}}  # interleaved: four stages
 LAUNCHED = [
     "model.init_from={}/checkpoints/latest", "objectives.contrastive.weight=0", "objectives.self_distillation.weight=0",
-    "objectives.reconstruction.frozen_encoder=true", "train.checkpoint_every=0",
+    "train.checkpoint_every=0",
 ]
 
 
@@ -95,6 +101,32 @@ def test_a_frozen_encoder_costs_its_forward():
     assert joint / 3 < frozen < joint
 
 
+def test_rules():
+    def check(world, *overrides):
+        return validate_decoder(load_config(DEMO_CONFIG, Config, overrides), world)
+
+    alone = ["objectives.contrastive.weight=0", "objectives.self_distillation.weight=0"]
+    with pytest.raises(UserError, match="trains the pixel decoder alone: set objectives.contrastive.weight=0"):
+        check(1)
+    with pytest.raises(UserError, match="needs an encoder that has learnt something: .*model.init_from"):
+        check(1, *alone)
+    alone.append("model.init_from=runs/vtp")
+    assert check(1, *alone).objectives.reconstruction.frozen_encoder
+    assert check(1, *alone, "objectives.reconstruction.frozen_encoder=true") == check(1, *alone)  # as old files say it
+    with pytest.raises(UserError, match="objectives.reconstruction.drop_path = 0.1 drops paths of the encoder"):
+        check(1, *alone, "objectives.reconstruction.drop_path=0.1")
+    check(2, *alone, "parallel.pp=2", "model.decoder.depth=2")
+    with pytest.raises(UserError, match="but model.decoder.depth = 1: every stage needs a block of the decoder"):
+        check(2, *alone, "parallel.pp=2", "model.decoder.depth=1")
+
+
+def test_the_demonstration_continues_its_own_model():
+    first, second = load_config(DEMO_CONFIG, Config), load_config(DEMO_CONFIG.with_name("decoder_emoji.yaml"), Config)
+    assert replace(second.model, init_from=None) == first.model
+    assert second.objectives.reconstruction == first.objectives.reconstruction
+    assert validate_decoder(second, 2).model.init_from == f"{first.output_dir}/checkpoints/latest"
+
+
 @pytest.mark.timeout(600)
 def test_second_stage(recipe, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
@@ -103,11 +135,15 @@ def test_second_stage(recipe, tmp_path):
         "--config", recipe, f"output_dir={second}", "model.rope_dtype=bfloat16",
         *(argument.format(first) for argument in LAUNCHED),
     ]
-    succeed([*arguments, "train.steps=3", "parallel.zero_stage=3"], 2, tmp_path)
+    succeed([*arguments, "train.steps=3", "parallel.zero_stage=3"], 2, tmp_path, entry=train_decoder)
     assert sorted(steps_done(second)) == [1, 2, 3]
     # Goes on from its own checkpoint, on another layout.
-    succeed([*arguments, "train.steps=4", "parallel.tp=2"], 2, tmp_path)
+    succeed([*arguments, "train.steps=4", "parallel.tp=2"], 2, tmp_path, entry=train_decoder)
     assert [event["step"] for event in events(second, "resumed")] == [3] and sorted(steps_done(second)) == [1, 2, 3, 4]
+    with open_checkpoint(second / "checkpoints/latest") as checkpoint:
+        DecoderTraining.check(DecoderTraining, checkpoint)
+        with pytest.raises(UserError, match="is of a run of launchers/train_decoder.py, which this one"):
+            Pretraining.check(Pretraining, checkpoint)
     before, after = (open_vtp(folder / "checkpoints/latest").tensors for folder in (first, second))
     for name, tensor in after.items():
         assert name.startswith(("trunk.", "pixel_decoder.")), name
@@ -136,10 +172,10 @@ def test_second_stage(recipe, tmp_path):
     # What a run cannot go on from: an encoder with a bottleneck that nothing trained, and another stage's checkpoint.
     for source, output, why in (
         (other, tmp_path / "new", "does not give trunk.feature_bottleneck.weight"),
-        (second, first, "is of a run with objectives.reconstruction.frozen_encoder=false"),
+        (second, first, "is of a run of launchers/pretrain.py"),
     ):
         arguments = [f"output_dir={output}", *(argument.format(source) for argument in LAUNCHED)]
-        ranks = run(["--config", recipe, "model.rope_dtype=bfloat16", *arguments], 1, tmp_path)
+        ranks = run(["--config", recipe, "model.rope_dtype=bfloat16", *arguments], 1, tmp_path, entry=train_decoder)
         assert ranks.processes[0].exitcode == 2 and len(ranks.errors) == 1 and why in ranks.errors[0], ranks.output
 
 

@@ -1,81 +1,43 @@
-"""How many processes a start without arguments becomes, and what --dry-run prints."""
+"""What a start without arguments trains on, and what --dry-run prints."""
 
 from __future__ import annotations
 
-import re
-import sys
-
-import psutil
-import pytest
 from launched import deepspeed, run, steps_done, succeed
 
-from megavtp.errors import UserError
-from megavtp.launch import two_on_a_cpu
-from megavtp.training import launcher
-
-LAUNCH = ["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=eyI", "launchers/pretrain.py"]
-RUNNER = ["python", "/bin/deepspeed"]
-
-
-class Parent:
-    def __init__(self, command):
-        self.command = command
-
-    def cmdline(self):
-        if self.command is None:
-            raise psutil.AccessDenied()
-        return self.command
+from megavtp.config.load import load_config
+from megavtp.config.schema import DEMO_CONFIG, Config
+from megavtp.config.validate import validate
+from megavtp.data.sources import named
+from megavtp.pretraining.source import make_source
 
 
-@pytest.fixture
-def decide(monkeypatch):
-    """The decision for the commands above this process, its arguments and its environment."""
+def test_a_recipe_makes_its_data_at_the_first_start_only(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(named.SOURCES, "emoji", lambda root: (made.append(str(root)), root.mkdir(parents=True)))
 
-    def ask(*parents, arguments=(), world="1", gpu=False, launched=True):
-        environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": world, "CROSS_SIZE": "1"}
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value) if launched else monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr(sys, "argv", ["launchers/pretrain.py", "--local_rank=0", *arguments])
-        monkeypatch.setattr(two_on_a_cpu.torch.cuda, "is_available", lambda: gpu)
-        process = type("Process", (), {"parents": lambda self: [Parent(command) for command in parents]})
-        monkeypatch.setattr(two_on_a_cpu.psutil, "Process", process)
-        return two_on_a_cpu.alone_on_a_cpu_without_being_told()
+    def start(recipe, *overrides):
+        made.clear()
+        make_source(validate(load_config(recipe, Config, overrides), 1), 0)
+        return list(made)
 
-    return ask
-
-
-def test_two_processes_unless_told_otherwise(decide):
-    assert decide(LAUNCH, [*RUNNER, "launchers/pretrain.py"])
-    assert decide(LAUNCH, [*RUNNER, "launchers/pretrain.py", "train.steps=3"], arguments=["train.steps=3"])
-    assert decide(LAUNCH, None)  # another user's process
-    for told in (["--num_accelerators", "1"], ["--num_gpus=1"], ["--include", "localhost:0"], ["--hostfile", "hosts"]):
-        assert not decide(LAUNCH, [*RUNNER, *told, "launchers/pretrain.py"]), told
-    assert not decide(LAUNCH, RUNNER, world="2")
-    assert not decide(LAUNCH, RUNNER, gpu=True)
-    assert not decide(LAUNCH, RUNNER, arguments=["--device=cpu"])
-    assert not decide(["bash"], launched=False)
+    assert start(None) == ["data/emoji"]
+    assert start(None) == []
+    # A mistyped data.root is no order for emoji, also not in what the run would write down of itself.
+    assert start(None, "data.root=data/emojis") == []
+    assert load_config(DEMO_CONFIG, Config, ["data.root=data/emojis"]).data.source is None
+    assert load_config(DEMO_CONFIG, Config, ["data.root=data/emoji/"]).data.source == "emoji"
+    (tmp_path / "own.yaml").write_text("data: {root: mine, source: emoji}\n")
+    assert start(tmp_path / "own.yaml") == ["mine"]
+    (tmp_path / "none.yaml").write_text("data: {root: other}\n")
+    assert start(tmp_path / "none.yaml") == [] and not (tmp_path / "other").exists()
+    assert load_config(DEMO_CONFIG.with_name("decoder_emoji.yaml"), Config).data.source == "emoji"
 
 
-def test_the_deepspeed_launcher_alone_becomes_two_processes(recipe, tmp_path):
-    command = ["--config", recipe, f"output_dir={tmp_path / 'run'}", "train.steps=2"]
-    with deepspeed(None, command, tmp_path / "log") as launched:
-        launched.wait_until_gone(240)
-        assert launched.process.returncode == 0, launched.output
-    assert "dist_world_size=2" in launched.output
-    ports = re.findall(r"--master_port=(\d+)", launched.output)
-    assert len(ports) == 2 and ports[0] == ports[1]  # of the first start and of its own
-    assert sorted(steps_done(tmp_path / "run")) == [1, 2]
-
-
-def test_a_dry_run_is_of_the_processes_that_a_run_would_have(recipe, tmp_path, monkeypatch):
-    command = ["--config", recipe, "--dry-run"]
-    with deepspeed(None, command, tmp_path / "log") as launched:
+def test_a_dry_run_is_of_the_processes_it_was_started_with(recipe, tmp_path):
+    with deepspeed(1, ["--config", recipe, "--dry-run"], tmp_path / "log") as launched:
         launched.wait_until_gone(120)
-    assert "layout     2 processes" in launched.output and "Traceback" not in launched.output, launched.output
-    monkeypatch.setattr(two_on_a_cpu, "alone_on_a_cpu_without_being_told", lambda: True)  # as it was there
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *command, "data.streams=1"])
-    with pytest.raises(UserError, match="data.streams = 1 is not"):
-        launcher._main()
+    assert "layout     1 process =" in launched.output and "Traceback" not in launched.output, launched.output
 
 
 def test_dry_run_without_a_recipe_describes_the_demo(tmp_path, monkeypatch):

@@ -65,8 +65,8 @@ def _with_decoder(source: VTPSource, other: VTPSource) -> VTPSource:
     """Return ``source`` with the pixel decoder of ``other``."""
     if other.artifact.fingerprint != source.artifact.fingerprint:
         raise UserError(
-            f"--decoder {other.path} was trained on another encoder than that of {source.path}; name a run that began "
-            "from it, with objectives.reconstruction.frozen_encoder=true"
+            f"--decoder {other.path} was trained on another encoder than that of {source.path}; name a run of "
+            "launchers/train_decoder.py that began from it"
         )
     decoder = {name: tensor for name, tensor in other.tensors.items() if name.startswith(_DECODER)}
     if not decoder:

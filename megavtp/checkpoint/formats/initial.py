@@ -56,8 +56,8 @@ def read_initial(
     drawn = [name for name in shapes if _tower(name) == "trunk" and name not in tensors and name not in NOT_READ]
     if frozen_encoder and drawn:
         raise UserError(
-            f"{spec} does not give {', '.join(drawn)}, which would keep random values under "
-            "objectives.reconstruction.frozen_encoder; name a checkpoint that has all of it with model.init_from"
+            f"{spec} does not give {', '.join(drawn)}, which would keep random values in a "
+            "frozen encoder; name a checkpoint that has all of it with model.init_from"
         )
     if rest := sorted({_tower(name) for name in shapes if name not in tensors and _tower(name) != "teacher"}):
         notes.append(f"drawn anew, at least in part: {', '.join(rest)}")

@@ -1,0 +1,20 @@
+"""What `launchers/train_decoder.py` starts."""
+
+from __future__ import annotations
+
+from megavtp.config.schema import Config
+from megavtp.decoder.recipe import DecoderTraining
+from megavtp.decoder.validate import validate_decoder
+from megavtp.planning.summary import layout_summary
+from megavtp.pretraining.source import make_source
+from megavtp.training.launcher import Launcher
+
+DECODER = Launcher(
+    name="train_decoder.py", description="Train the pixel decoder of a tokenizer further; its encoder stays frozen.",
+    example="deepspeed --num_gpus 8 launchers/train_decoder.py --config configs/pretrain/vtp_l.yaml "
+    "output_dir=runs/vtp_l_decoder model.init_from=runs/vtp_l/checkpoints/latest objectives.contrastive.weight=0 "
+    "objectives.self_distillation.weight=0",
+    recipe_help="recipe (YAML), such as configs/demo/decoder_emoji.yaml, or that of the joint run",
+    settings=Config, validate=validate_decoder, summary=layout_summary, recipe=DecoderTraining, prepare=make_source,
+)
+train_decoder = DECODER.launch

@@ -1,0 +1,31 @@
+"""Reconstruction as it trains the decoder alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megavtp.data.batch import Batch
+from megavtp.parallel.pipeline import Runner, forward_everywhere
+from megavtp.pretraining.passes import ReconstructionPass
+
+
+class DecoderPass(ReconstructionPass):
+    """Reconstruction behind a frozen encoder, whose latents are made first, without graph."""
+
+    mode = "decode"
+
+    def prepare(self, run: Runner, batch: Batch) -> int:
+        count = super().prepare(run, batch)
+        images = self.meta_images()
+        self._latents = forward_everywhere(
+            run, "encode", lambda micro, first: {"images": self.device_images(micro) if first else images}, count,
+            # What the decoder takes in.
+            lambda: run.activation_specs("reconstruction", self.mesh.chunks, images=images)[0],
+        )
+        return count
+
+    def inputs(self, micro: int) -> dict[str, Any]:
+        return {"latents": self._latents[micro], "noise": self.noise(micro)}
+
+    def later_inputs(self, micro: int) -> dict[str, Any]:
+        return {"latents": self._latents[micro].to("meta")}

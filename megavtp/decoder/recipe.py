@@ -1,0 +1,17 @@
+"""The recipe of the second stage: reconstruction alone, which moves the decoder alone."""
+
+from __future__ import annotations
+
+from megavtp.decoder.passes import DecoderPass
+from megavtp.parallel.passes import Pass
+from megavtp.pretraining.recipe import Pretraining
+
+
+class DecoderTraining(Pretraining):
+    """The pixel decoder on the latents of a frozen encoder, over pre-training's data."""
+
+    frozen_encoder = True
+
+    def passes(self) -> list[Pass]:
+        assert self.share.reconstruction is not None
+        return [DecoderPass(self.config, self.share.reconstruction, self.mesh, self.device, self.perceptual)]

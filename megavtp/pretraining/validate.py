@@ -1,0 +1,20 @@
+"""The rules of pre-training's launcher."""
+
+from __future__ import annotations
+
+from megavtp.config.ranges import need
+from megavtp.config.schema import Config
+from megavtp.config.sizes import ResolvedConfig
+from megavtp.config.validate import validate
+from megavtp.data.sources.named import check_source
+
+
+def validate_pretraining(config: Config, world_size: int | None) -> ResolvedConfig:
+    """As ``validate``; and the run is not one of the decoder alone. UserError."""
+    need(
+        not config.objectives.reconstruction.frozen_encoder,
+        "objectives.reconstruction.frozen_encoder = true: the decoder alone is trained by launchers/train_decoder.py; "
+        "start that with the same arguments",
+    )
+    check_source(config.data.source)
+    return validate(config, world_size)
