@@ -21,10 +21,10 @@ def test_a_recipe_makes_its_data_at_the_first_start_only(tmp_path, monkeypatch):
         make_source(validate(load_config(recipe, Config, overrides), 1), 0)
         return list(made)
 
-    assert start(None) == ["data/emoji"]
-    assert start(None) == []
+    assert start(DEMO_CONFIG) == ["data/emoji"]
+    assert start(DEMO_CONFIG) == []
     # A mistyped data.root is no order for emoji, also not in what the run would write down of itself.
-    assert start(None, "data.root=data/emojis") == []
+    assert start(DEMO_CONFIG, "data.root=data/emojis") == []
     assert load_config(DEMO_CONFIG, Config, ["data.root=data/emojis"]).data.source is None
     assert load_config(DEMO_CONFIG, Config, ["data.root=data/emoji/"]).data.source == "emoji"
     (tmp_path / "own.yaml").write_text("data: {root: mine, source: emoji}\n")
