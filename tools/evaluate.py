@@ -41,7 +41,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=BATCH, help="images at a time (default: the run's evaluation.batch_size)")
     parser.add_argument("--device", default="auto", help="of a single process: auto, cpu, cuda or cuda:N")
     parser.add_argument("--frechet", action="store_true", help="also FD-EfficientNet of the reconstructions")
-    parser.add_argument("--inception", type=place, help="file of FID's Inception weights: also rFID, not that")
+    parser.add_argument("--inception", type=place, help="FID's Inception weights: rFID in place of FD-EfficientNet")
     parser.add_argument("--out", type=new_file(), help="write all metrics to this JSON file")
     parser.add_argument("--pictures", type=new_file(), help="write inputs and reconstructions to this PNG file")
     return parser.parse_args(arguments)

@@ -42,9 +42,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 def main() -> int:
     options, overrides = parse()
     from megavtp.config.load import load_config
-    from megavtp.config.ranges import need
     from megavtp.config.run import ParallelConfig
     from megavtp.config.schema import DEMO_CONFIG, Config
+    from megavtp.config.share import share
     from megavtp.config.validate import validate, with_vocabulary
     from megavtp.planning import report
     from megavtp.planning.devices import find_device
@@ -60,11 +60,8 @@ def main() -> int:
     given = recipe.parallel
     alone = ParallelConfig(precision=given.precision, attention=given.attention, timeout=given.timeout)
     config = validate(replace(recipe, parallel=alone), None)
-    need(
-        not config.objectives.reconstruction.frozen_encoder,
-        "objectives.reconstruction.frozen_encoder: the planner does not know a frozen encoder; plan with "
-        "frozen_encoder=false, which gives an upper bound",
-    )
+    if set(share(config, 1).passes) == {"reconstruction"} and config.model.init_from is not None:
+        print("encoder     planned as trained; of a run of launchers/train_decoder.py this is an upper bound")
     if config.model.text.vocab_size is None:
         config = with_vocabulary(config, CLIP_VOCABULARY)
         print(f"vocabulary  taken as CLIP's {CLIP_VOCABULARY:,}; set model.text.vocab_size for your tokenizer's")

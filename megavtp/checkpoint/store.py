@@ -101,13 +101,15 @@ class CheckpointStore:
     def tidy(self, newest: Path) -> None:
         """Clean up after a run that was killed. Writer 0 of the run that continues from the checkpoint ``newest`` calls
         this before its first save."""
-        newest = newest.with_name(newest.name.split(".")[0])  # an interrupted replacement gets its old name back
+        plain = newest.with_name(newest.name.split(".")[0])
         try:
-            self._clean(None)
-            self._prune(newest)
+            if newest != plain and plain.exists():
+                self._delete(plain)  # it is damaged: ``newest`` was about to be replaced by it
+            self._clean(None)  # this gives an interrupted replacement its old name back
+            self._prune(plain)
         except OSError as error:
             self._untidy(error)
-        self._point_latest(newest)
+        self._point_latest(plain)
 
     def _write(
         self, partial: Path, step: int, tensors: dict[str, Tensor], meta_text: str, writer: int, writers: int

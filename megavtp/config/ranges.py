@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megavtp.config.schema import AugmentConfig, Config, SelfDistillationConfig
+from megavtp.config.schema import AugmentConfig, Config, EvaluationConfig, SelfDistillationConfig
 from megavtp.config.sizes import TOWERS
 from megavtp.errors import UserError
 
@@ -86,6 +86,12 @@ def check_run(config: Any, towers: Sequence[str]) -> None:
     need(peak is None or peak > 0, f"telemetry.peak_tflops = {peak}: must be above 0, or null")
 
 
+def check_evaluation(evaluation: EvaluationConfig) -> None:
+    """Check each number of the evaluation by itself."""
+    within(evaluation, "evaluation", 1, INF, "batch_size", "max_samples", "knn")
+    within(evaluation, "evaluation", 0, INF, "every")
+
+
 def check_numbers(config: Config) -> None:
     """Check each number of a pre-training run by itself."""
     check_run(config, TOWERS)
@@ -93,8 +99,7 @@ def check_numbers(config: Config) -> None:
     within(data, "data", 1, INF, "max_pixels")
     within(config.telemetry, "telemetry", 1, INF, "pictures")
     within(config.telemetry, "telemetry", 0, INF, "pictures_every")
-    within(config.evaluation, "evaluation", 1, INF, "batch_size", "max_samples", "knn")
-    within(config.evaluation, "evaluation", 0, INF, "every")
+    check_evaluation(config.evaluation)
     for name in ("contrastive", "self_distillation", "reconstruction"):
         objective, prefix = getattr(o, name), f"objectives.{name}"
         within(objective, prefix, 0, INF, "weight")

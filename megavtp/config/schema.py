@@ -132,7 +132,7 @@ class ReconstructionConfig:
     batch: int = 2048  # images of the global batch that get this objective
     micro_batch: int | None = None
     drop_path: float = 0.0
-    frozen_encoder: bool = False  # marks the runs of launchers/train_decoder.py, which sets it; no setting of others
+    frozen_encoder: bool = False  # set by launchers/train_decoder.py, not by users
     # Some images are decoded from noisy latents and train only the decoder, which learns to tolerate errors of a
     # generator (RAE, arXiv 2510.11690). The unit is a channel's standard deviation in its image, at most; 0 = no noise.
     latent_noise: float = 0.0
@@ -171,8 +171,8 @@ class AugmentConfig:
 @dataclass(frozen=True)
 class DataConfig:
     root: str = "data/emoji"  # folder with train/ and test/, each with shards and index.json
-    # Of tools/prepare_data.py ("emoji"): made into data.root at the first start, where it is the recipe's own and not
-    # there yet.
+    # A data set ("emoji") that the first start makes in data.root if nothing is there; another data.root than the
+    # recipe's own is the user's to fill.
     source: str | None = None
     captions: str = "auto"  # "auto" = root/captions.model, else "clip" (CLIP BPE) or a sentencepiece .model file
     streams: int = 64  # logical streams; every data-parallel size must divide it, it must divide every batch

@@ -12,6 +12,7 @@ from megavtp.config.ranges import (
     MAX_PIXELS,
     MAX_ROWS,
     MAX_WIDTH,
+    check_evaluation,
     check_numbers,
     divides,
     need,
@@ -96,11 +97,11 @@ def _objectives(config: ResolvedConfig) -> None:
 
 
 def check_stored(config: Config) -> ResolvedConfig:
-    """Check each number of a checkpoint's ``config``, but not the rules of a run, and fill the model's sizes.
+    """Check what is built and evaluated from a checkpoint's ``config``, not the rules of a run; fill the model's sizes.
 
     Raises UserError.
     """
-    check_numbers(config)
+    check_evaluation(config.evaluation)
     return narrowed(config, ResolvedConfig, model=check_model(config.model))
 
 

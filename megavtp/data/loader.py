@@ -153,11 +153,17 @@ class Loader(Generic[B]):
                     raise UserError(self._ended()) from error
                 if not str(error).startswith("DataLoader timed out"):
                     raise
+            pinning = getattr(steps, "_pin_memory_thread", None)
+            if pinning is not None and not pinning.is_alive():  # torch does not look where it is given a timeout
+                raise UserError(
+                    "the thread that copies batches to page-locked memory ended, its last words are above; too many "
+                    "open files (ulimit -n) and too little memory are the usual reasons"
+                )
             if (waited := time.monotonic() - start) > patience:
                 number = self._delivered % len(self._workers)  # they take turns
                 raise UserError(
                     f"data worker {number} (pid {self._workers[number].pid}) hangs: its batch has not come for "
-                    f"{waited:.0f} s; look at the storage it reads from, or raise parallel.timeout"
+                    f"{waited:.0f} s; look at the storage it reads from; a run's limit is parallel.timeout"
                 )
 
     def _ended(self) -> str:

@@ -10,8 +10,6 @@ from megavtp.pretraining.recipe import Pretraining
 class DecoderTraining(Pretraining):
     """The pixel decoder on the latents of a frozen encoder, over pre-training's data."""
 
-    frozen_encoder = True
-
     def passes(self) -> list[Pass]:
         assert self.share.reconstruction is not None
         return [DecoderPass(self.config, self.share.reconstruction, self.mesh, self.device, self.perceptual)]

@@ -129,7 +129,7 @@ def run_ranks(main: Callable[[], int | None]) -> NoReturn:
     """Run a launcher's ``main`` on this rank and exit with its status.
 
     0: finished. ``STOPPED``: the state is saved, and the run can be started again. 2: an error of the user's, told in
-    one line. 1: a bug, or other ranks have failed, are lost or hang.
+    one line. 3: a replay found something. 130: Ctrl-C. 1: a bug, or other ranks have failed, are lost or hang.
 
     Before the ranks are joined every rank finds the same error, so rank 0 reports it for all. Afterwards the
     rank that raises does, and the others are told and end within seconds. ``watchdog`` covers ranks that cannot.

@@ -44,7 +44,8 @@ class StopSignal:
         self._raised = False
         self._pending: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
         self._next_watch = 0.0
-        self._previous = {name: signal.signal(name, self._handle) for name in (signal.SIGINT, *stop_signals())}
+        interrupt = [] if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else [signal.SIGINT]  # as ``cli.guard``
+        self._previous = {name: signal.signal(name, self._handle) for name in (*interrupt, *stop_signals())}
 
     def _handle(self, signum, frame) -> None:
         self._raise(signal.Signals(signum).name)

@@ -19,7 +19,9 @@ SILENCE_AFTER_LOSS = 5.0  # the same limit, once a rank has noticed that a conne
 _MUTE = 3.0  # seconds; a rank that hangs and is silent for longer is stuck as a whole, not just its main thread
 LOST = "no sign of life: killed (out of memory?), crashed, stuck in C code, or the machine is lost"
 # Code in these files waits for other ranks.
-_COLLECTIVE = ("/torch/distributed/", "/deepspeed/comm/", "megavtp/parallel/collectives.py")
+_COLLECTIVE = (
+    "/torch/distributed/", "/deepspeed/comm/", "megavtp/parallel/collectives.py", "megavtp/parallel/messages.py",
+)
 _OURS = str(Path(__file__).resolve().parents[1])
 
 

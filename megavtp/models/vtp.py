@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -100,12 +100,6 @@ class VTP(nn.Module):
             self.trunk.feature_bottleneck.requires_grad_(False)
         if frozen_encoder:
             self.trunk.requires_grad_(False)
-        # Each mode maps to its legs: the towers that the pass goes through one after another.
-        self._routes: dict[str, tuple[Leg, ...]] = {
-            "contrastive": (self._contrast,), "teacher": (self._teach,), "student": (self._study,),
-            "reconstruction": (self._encode, self._decode), "encode": (self._encode,), "decode": (self._decode,),
-            "encode_image": (self._embed_image,), "encode_text": (self._embed_text,), "features": (self._features,),
-        }
 
     def _add_contrastive_head(self) -> None:
         width = feature_width(self.config)
@@ -127,21 +121,21 @@ class VTP(nn.Module):
         with self.precision():
             if stage is not None:
                 leg, chunk = divmod(stage, self.mesh.chunks)
-                result = self._routes[mode][leg](chunk, activations, **inputs)
+                result = self._ROUTES[mode][leg](self, chunk, activations, **inputs)
                 return (result,) if self._ends(chunk) and leg + 1 < self.legs(mode) else result
-            for run_leg in self._routes[mode]:
-                result = run_leg(None, activations, **inputs)
+            for run_leg in self._ROUTES[mode]:
+                result = run_leg(self, None, activations, **inputs)
                 activations = (result,)
             return result
 
     def legs(self, mode: str) -> int:
         """Count the towers that the pass goes through one after another; each has one stage per chunk."""
-        return len(self._routes[mode])
+        return len(self._ROUTES[mode])
 
     def activation_specs(self, mode: str, stage: int, **inputs: Any) -> list[ActivationSpec]:
         """Give shape and dtype of each tensor that enters ``stage`` > 0 of a pass with such inputs (shapes suffice)."""
         leg, chunk = divmod(stage, self.mesh.chunks)
-        if self._routes[mode][leg] == self._decode:
+        if self._ROUTES[mode][leg] is VTP._decode:
             latents = self._latent_shape(**inputs)
             if chunk == 0:
                 bottleneck = self.config.bottleneck != self.config.vision.width
@@ -313,6 +307,13 @@ class VTP(nn.Module):
         # Indexing the packed tokens, class tokens included, avoids a copy of all patches.
         rows = patch_rows + torch.div(patch_rows, patches, rounding_mode="floor") + 1
         return self._wide(trunk, tokens.flatten(0, 1).index_select(0, rows))
+
+    # Mode -> its legs: the towers that a pass goes through one after another.
+    _ROUTES: ClassVar[dict[str, tuple[Leg, ...]]] = {
+        "contrastive": (_contrast,), "teacher": (_teach,), "student": (_study,),
+        "reconstruction": (_encode, _decode), "encode": (_encode,), "decode": (_decode,),
+        "encode_image": (_embed_image,), "encode_text": (_embed_text,), "features": (_features,),
+    }
 
     # Teacher
 

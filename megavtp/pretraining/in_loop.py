@@ -11,7 +11,7 @@ from torch import Tensor
 from megavtp.config.sizes import ResolvedConfig
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.loader import EvalDataset
-from megavtp.data.shards import open_dataset, split_folder
+from megavtp.data.shards import open_dataset, split_folder, split_folders
 from megavtp.evaluation import VTPEvaluated, evaluate, format_table, write_metrics
 from megavtp.models.lpips import PERCEPTUAL_NETS
 from megavtp.models.vtp import VTP
@@ -19,7 +19,7 @@ from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import Mesh
 from megavtp.pixels import normalise, to_uint8
 from megavtp.training.pictures import loss_curves, reconstruction_grid
-from megavtp.training.telemetry import Telemetry
+from megavtp.training.telemetry import METRICS_FILE, Telemetry
 
 
 class InLoopEvaluation:
@@ -36,7 +36,7 @@ class InLoopEvaluation:
         self.tokenizer, self.telemetry = tokenizer, telemetry
         self.output_dir = Path(config.output_dir)
         self.train_set = self._samples("train", config.evaluation.max_samples)
-        has_test = (Path(config.data.root) / "test").is_dir()
+        has_test = "test" in split_folders(Path(config.data.root))
         self.test_set = self._samples("test", config.evaluation.max_samples) if has_test else None
         net = PERCEPTUAL_NETS.get(config.objectives.reconstruction.perceptual)
         self.perceptual = {} if perceptual is None else {f"lpips_{net}": perceptual}
@@ -86,4 +86,4 @@ class InLoopEvaluation:
         if self.config.evaluation.at_end:
             self.metrics(step)
         if self.mesh.rank == 0:
-            loss_curves(self.output_dir / "metrics.jsonl", self.output_dir / "loss_curves.png")
+            loss_curves(self.output_dir / METRICS_FILE, self.output_dir / "loss_curves.png")

@@ -46,7 +46,6 @@ class Pretraining(Recipe):
     """The three objectives that are on, over image-text pairs; the teacher follows the student."""
 
     config: ResolvedConfig
-    frozen_encoder = False  # another recipe's runs have it, and say so in their checkpoints
 
     def __init__(self, config: ResolvedConfig, device: torch.device):
         super().__init__(config, device)
@@ -71,7 +70,7 @@ class Pretraining(Recipe):
             refuse_hub_id(path.strip())
         return read_initial(
             config.model.init_from, config.model, frozenset(self.share.passes),
-            frozen_encoder=self.frozen_encoder,
+            frozen_encoder=config.objectives.reconstruction.frozen_encoder,
         )
 
     def build(self) -> None:
@@ -114,7 +113,7 @@ class Pretraining(Recipe):
     def check(self, checkpoint: Checkpoint) -> None:
         """Refuse a joint run's checkpoints in a run of the decoder alone, and the other way round."""
         then = flat_config(checkpoint).get("objectives.reconstruction.frozen_encoder", False)
-        if then != self.frozen_encoder:
+        if then != self.config.objectives.reconstruction.frozen_encoder:
             launcher = "launchers/train_decoder.py" if then else "launchers/pretrain.py"
             raise UserError(
                 f"{checkpoint.path} is of a run of {launcher}, which this one does not go on from: set another "
@@ -125,17 +124,16 @@ class Pretraining(Recipe):
         return [("initial_weights", note) for note in self._notes]
 
     def hooks(self, telemetry: Telemetry) -> list[tuple[int, Hook]]:
-        evaluation = self._evaluation(telemetry)
+        self._evaluation = InLoopEvaluation(
+            self.config, self.engine, self.mesh, self.tokenizer, self.perceptual, telemetry
+        )
         return [
-            (self.config.telemetry.pictures_every, evaluation.pictures),
-            (self.config.evaluation.every, evaluation.metrics),
+            (self.config.telemetry.pictures_every, self._evaluation.pictures),
+            (self.config.evaluation.every, self._evaluation.metrics),
         ]
 
     def finish(self, telemetry: Telemetry) -> None:
-        self._evaluation(telemetry).finish(self.config.train.steps)
-
-    def _evaluation(self, telemetry: Telemetry) -> InLoopEvaluation:
-        return InLoopEvaluation(self.config, self.engine, self.mesh, self.tokenizer, self.perceptual, telemetry)
+        self._evaluation.finish(self.config.train.steps)
 
 
 def build_perceptual(config: ResolvedConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:

@@ -67,7 +67,7 @@ class Launcher:
                 print(self.summary(config, place.world))
             return 0
         device = ranks.start(config.parallel.timeout)
-        if self.prepare is not None:
+        if self.prepare is not None and arguments.replay is None:  # a replay writes nothing
             phase.enter("preparing data", slow=True)
             self.prepare(config, place.rank)
         return run(self.recipe(config, device), arguments.replay)

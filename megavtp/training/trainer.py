@@ -17,7 +17,7 @@ from megavtp.data.loader import Loader
 from megavtp.errors import UserError
 from megavtp.launch import phase
 from megavtp.launch.stop_signal import StopSignal
-from megavtp.parallel.collectives import all_gather_object, broadcast_object, together
+from megavtp.parallel.collectives import all_gather_object, broadcast_object
 from megavtp.parallel.engine import StepResult
 from megavtp.training import state
 from megavtp.training.recipe import Recipe
@@ -54,11 +54,11 @@ class Trainer:
             return 0
         with open_checkpoint(found, verify="sizes") as checkpoint:  # rank 0 has checked the hashes
             self.recipe.check(checkpoint)
-            # All ranks have read it when the first one goes on: tidying up may rename it.
-            step = together(lambda: state.load(checkpoint, self.engine, self.passes))
+            step = state.load(checkpoint, self.engine, self.passes)
             changed = state.changed_keys(checkpoint, self.config, self.recipe.decides_data)
         if changed:
             self.telemetry.event("data_changed", step=step, keys=changed)
+        all_gather_object(None)  # all ranks have read it when the first one goes on: tidying up may rename it
         if self.engine.mesh.rank == 0 and last is None:
             self.store.tidy(found)
         self.telemetry.event("resumed", step=step, checkpoint=found.name)

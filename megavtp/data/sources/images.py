@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from megavtp.data.decode import BadSample, decode_image, open_image
+from megavtp.data.decode import BadSample, decode_image, open_image, to_rgb
 from megavtp.data.files import refuse_remote
 from megavtp.data.new_sample import NewSample, Skipped
 from megavtp.data.report import SkipReport
@@ -142,7 +142,7 @@ def _fit(data: bytes, settings: _Settings) -> tuple[bytes, str]:
     shorter = min(pixels.shape[1:])
     if extension and not 0 < settings.size < shorter:
         return data, extension
-    rgb = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    rgb = to_rgb(open_image(data, settings.max_pixels))  # by Pillow: the stored bytes depend on no optional package
     if 0 < settings.size < shorter:
         scale = settings.size / shorter
         rgb = rgb.resize([max(1, round(side * scale)) for side in rgb.size], Image.Resampling.BICUBIC)
