@@ -46,7 +46,7 @@ def draw(step: int, count: int, generator: torch.Generator) -> LatentBatch:
     data = MEANS[labels].view(-1, 1, 1, 1) + STDS[labels].view(-1, 1, 1, 1) * data
     noise = torch.randn(count, *SHAPE, generator=generator)
     times = torch.sigmoid(torch.randn(count, generator=generator))
-    return LatentBatch(step, [], torch.arange(count), data, noise, times, labels, [])
+    return LatentBatch(step, [], torch.arange(count), data, noise, times, labels)
 
 
 def best_velocity(points: Tensor, times: Tensor, labels: Tensor) -> Tensor:
