@@ -4,6 +4,7 @@ the tokenizer that it came from."""
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from megavtp.checkpoint.formats.convert import write_native
 from megavtp.checkpoint.formats.vtp_source import open_vtp
 from megavtp.checkpoint.reading import open_checkpoint
 from megavtp.config.load import load_config
-from megavtp.config.schema import DEMO_CONFIG, Config, DataConfig
+from megavtp.config.schema import DEMO_CONFIG, Config, DataConfig, ObjectivesConfig, ReconstructionConfig
 from megavtp.conversion import convert
 from megavtp.decoder.launcher import train_decoder
 from megavtp.decoder.recipe import DecoderTraining
@@ -128,6 +129,12 @@ def test_the_demonstration_continues_its_own_model():
 
 
 @pytest.mark.timeout(600)
+def _of_stage(frozen):
+    """A recipe, as far as ``check`` looks at it."""
+    reconstruction = ReconstructionConfig(frozen_encoder=frozen)
+    return SimpleNamespace(config=Config(objectives=ObjectivesConfig(reconstruction=reconstruction)))
+
+
 def test_second_stage(recipe, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     succeed(["--config", recipe, f"output_dir={first}", "train.steps=2", "model.rope_dtype=bfloat16"], 1, tmp_path)
@@ -141,9 +148,9 @@ def test_second_stage(recipe, tmp_path):
     succeed([*arguments, "train.steps=4", "parallel.tp=2"], 2, tmp_path, entry=train_decoder)
     assert [event["step"] for event in events(second, "resumed")] == [3] and sorted(steps_done(second)) == [1, 2, 3, 4]
     with open_checkpoint(second / "checkpoints/latest") as checkpoint:
-        DecoderTraining.check(DecoderTraining, checkpoint)
+        DecoderTraining.check(_of_stage(frozen=True), checkpoint)
         with pytest.raises(UserError, match="is of a run of launchers/train_decoder.py, which this one"):
-            Pretraining.check(Pretraining, checkpoint)
+            Pretraining.check(_of_stage(frozen=False), checkpoint)
     before, after = (open_vtp(folder / "checkpoints/latest").tensors for folder in (first, second))
     for name, tensor in after.items():
         assert name.startswith(("trunk.", "pixel_decoder.")), name
