@@ -58,6 +58,19 @@ class LoggingConfig:
     peak_tflops: float | None = None  # of one device, for MFU; None = known devices' own in bf16, else no MFU
 
 
+class ReadingConfig(Protocol):
+    """How a loader reads, whatever the data are."""
+
+    @property
+    def workers(self) -> int: ...
+
+    @property
+    def prefetch(self) -> int: ...
+
+    @property
+    def max_bad_samples(self) -> int: ...
+
+
 class RunConfig(Protocol):
     """What the trainer reads of a configuration, whatever the recipe."""
 

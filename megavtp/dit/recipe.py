@@ -50,11 +50,7 @@ class DiTTraining(Recipe):
 
     def loader(self, start: int) -> Loader:
         dataset = LatentStepDataset(self.folder, self.config, self.mesh.dp_rank, self.mesh.dp)
-        data = self.config.data
-        return Loader(
-            dataset, start, self.config.train.steps, workers=data.workers, prefetch=data.prefetch,
-            max_bad_samples=data.max_bad_samples, timeout=self.config.parallel.timeout, pin=self.device.type == "cuda",
-        )
+        return self.loader_of(dataset, start, self.config.data)
 
     def flops_per_step(self) -> float:
         return dit_flops_per_step(self.config)["total"]

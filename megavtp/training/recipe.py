@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from megavtp.checkpoint.store import Checkpoint
-from megavtp.config.run import RunConfig
-from megavtp.data.loader import Loader
+from megavtp.config.run import ReadingConfig, RunConfig
+from megavtp.data.loader import B, Loader, StepSource
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import build_mesh
 from megavtp.parallel.passes import Pass
@@ -51,6 +51,14 @@ class Recipe(ABC):
     @abstractmethod
     def loader(self, start: int) -> Loader:
         """Return the loader of this rank's share of the steps from ``start`` on."""
+
+    def loader_of(self, source: StepSource[B], start: int, reading: ReadingConfig) -> Loader[B]:
+        """Make the loader of this rank's steps from ``start`` on, which ``source`` prepares."""
+        return Loader(
+            source, start, self.config.train.steps, workers=reading.workers, prefetch=reading.prefetch,
+            max_bad_samples=reading.max_bad_samples, timeout=self.config.parallel.timeout,
+            pin=self.device.type == "cuda",
+        )
 
     @abstractmethod
     def flops_per_step(self) -> float:
