@@ -102,7 +102,7 @@ def measure(options: argparse.Namespace, case: dict) -> dict:
     for _ in range(2 + options.steps):
         start = time.perf_counter()
         train_step(
-            engine, passes, batch, lr_of=lambda group: 1e-4, averaged=model.teacher_pairs(), follow=0.01
+            engine, passes, batch, lr_of=lambda group: 1e-4, averaged=model.averaged(), follow=0.01
         )
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -27,6 +27,11 @@ def denormalise(image: Tensor, mean: Channels = IMAGENET_MEAN, std: Channels = I
     return _per_channel(image, list(zip(std, mean)))
 
 
+def from_unit(image: Tensor, mean: Channels = IMAGENET_MEAN, std: Channels = IMAGENET_STD) -> Tensor:
+    """Normalise floats (..., 3, H, W) with black at 0 and white at 1: the inverse of ``denormalise``."""
+    return _per_channel(image, [(1 / s, -m / s) for m, s in zip(mean, std)])
+
+
 def to_uint8(image: Tensor) -> Tensor:
     """Convert normalised floats (..., 3, H, W) to uint8 in 0..255, rounded and clamped."""
     return denormalise(image.float()).mul(255).round_().clamp_(0, 255).to(torch.uint8)

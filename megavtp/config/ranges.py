@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megavtp.config.schema import AugmentConfig, Config, EvaluationConfig, SelfDistillationConfig
+from megavtp.config.schema import AdversarialConfig, AugmentConfig, Config, EvaluationConfig, SelfDistillationConfig
 from megavtp.config.sizes import TOWERS
 from megavtp.errors import UserError
 
@@ -111,6 +111,12 @@ def check_numbers(config: Config) -> None:
     within(o.reconstruction, "objectives.reconstruction", 0, INF, "l1_weight", "perceptual_weight", "latent_noise")
     within(o.reconstruction, "objectives.reconstruction", 0, 1, "latent_noise_share")
     within(o.reconstruction, "objectives.reconstruction", 1, INF, "batch")
+    within(o.reconstruction, "objectives.reconstruction", 0, 1, "decoder_momentum")
+    need(
+        o.reconstruction.decoder_momentum < 1,
+        "objectives.reconstruction.decoder_momentum = 1: must be below 1, or the average would never move",
+    )
+    _adversarial(o.adversarial)
     _self_distillation(o.self_distillation)
     _augment(data.augment)
     need(config.model.init_std > 0, f"model.init_std = {config.model.init_std}: must be above 0")
@@ -129,6 +135,14 @@ def _self_distillation(ssl: SelfDistillationConfig) -> None:
     ordered(ssl, prefix, "mask_ratio")
     for name in ("student_temperature", "teacher_temperature", "teacher_temperature_start"):
         need(getattr(ssl, name) > 0, f"{prefix}.{name} = {getattr(ssl, name)}: must be above 0")
+
+
+def _adversarial(adversarial: AdversarialConfig) -> None:
+    prefix = "objectives.adversarial"
+    within(adversarial, prefix, 0, INF, "weight", "brightness", "saturation", "contrast")
+    within(adversarial, prefix, 0, 1, "discriminator_start", "start", "translation")
+    if adversarial.features_size is not None:
+        within(adversarial, prefix, 1, MAX_PIXELS, "features_size")
 
 
 def _augment(augment: AugmentConfig) -> None:

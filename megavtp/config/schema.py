@@ -137,6 +137,8 @@ class ReconstructionConfig:
     # generator (RAE, arXiv 2510.11690). The unit is a channel's standard deviation in its image, at most; 0 = no noise.
     latent_noise: float = 0.0
     latent_noise_share: float = 0.5  # of the images
+    # Of the average of the decoder that launchers/train_decoder.py keeps and conversion takes; 0 = none.
+    decoder_momentum: float = 0.0
     l1_weight: float = 1.0
     perceptual: Literal["none", "lpips-vgg", "lpips-alex"] = "lpips-vgg"
     perceptual_weight: float = 1.0
@@ -144,10 +146,32 @@ class ReconstructionConfig:
 
 
 @dataclass(frozen=True)
+class AdversarialConfig:
+    """The adversarial term of launchers/train_decoder.py. The starts are fractions of train.steps."""
+
+    weight: float = 0.0  # beside the terms of the reconstruction, times the adaptive weight; 0 switches it off
+    adaptive: bool = True  # its gradient at the decoder's last layer is brought to the size of the other terms'
+    # What the discriminator reads: "own" = the frozen encoder's features; "pixels" = the pixels themselves, with a small
+    # convolutional network; "timm:NAME" = the features of that ViT of the timm library, with features_weights.
+    features: str = "own"
+    features_weights: str | None = None  # the file of a timm ViT's weights (.safetensors, .pth)
+    features_size: int | None = None  # pixels that pictures are resized to; None = model.image_size, the timm ViT's own
+    discriminator_start: float = 0.375  # from here on the discriminator learns
+    start: float = 0.5  # from here on the decoder learns from it
+    # Both pictures are augmented alike (DiffAugment, arXiv 2006.10738), in units of the side, of half the range between
+    # black and white, and of the colourfulness and contrast that a picture has.
+    translation: float = 0.125
+    brightness: float = 0.5
+    saturation: float = 1.0
+    contrast: float = 0.5
+
+
+@dataclass(frozen=True)
 class ObjectivesConfig:
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     self_distillation: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
 
 
 @dataclass(frozen=True)

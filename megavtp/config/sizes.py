@@ -17,7 +17,7 @@ from megavtp.config.schema import Config, DecoderConfig, ModelConfig, Size, Text
 
 Shape = tuple[int, int, int]  # width, depth, heads
 
-TOWERS = ("vision", "text", "decoder", "dino_head")  # learning rates and gradient norms are per tower
+TOWERS = ("vision", "text", "decoder", "dino_head", "discriminator")  # learning rates and gradient norms are per tower
 GLOBAL_CROPS = 2  # of each image in self-distillation; DINO's cross-view term compares the two
 DECODER_MLP_RATIO = 4.0  # the official config has no key for it
 

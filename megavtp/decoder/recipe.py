@@ -1,15 +1,94 @@
-"""The recipe of the second stage: reconstruction alone, which moves the decoder alone."""
+"""The recipe of the second stage: reconstruction alone, with an adversarial term if asked for, moves the decoder."""
 
 from __future__ import annotations
 
-from megavtp.decoder.passes import DecoderPass
+from functools import partial
+from typing import Any
+
+import torch
+
+from megavtp.checkpoint.store import Checkpoint
+from megavtp.config.precision import compute_dtype
+from megavtp.config.sizes import ResolvedConfig
+from megavtp.decoder.adversary import Adversary
+from megavtp.decoder.passes import AdversarialDecoderPass, DecoderPass, DiscriminatorPass
+from megavtp.models.discriminator import Discriminator
+from megavtp.models.feature_networks import TIMM, FeatureNetwork, OwnFeatures, PixelFeatures, TimmFeatures
+from megavtp.models.second_stage import SecondStageVTP
+from megavtp.nn.block import Block
+from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.passes import Pass
-from megavtp.pretraining.recipe import Pretraining
+from megavtp.pretraining.recipe import Pretraining, build_engine, build_model
+
+_TRUNK = "trunk."
 
 
 class DecoderTraining(Pretraining):
     """The pixel decoder on the latents of a frozen encoder, over pre-training's data."""
 
+    features: FeatureNetwork | None = None
+
+    def open(self) -> None:
+        super().open()
+        if self.config.objectives.adversarial.weight > 0:
+            self.features = build_features(self.config, self.device)
+        if isinstance(self.features, OwnFeatures) and self._initial:
+            own = {name: self._initial[f"{_TRUNK}{name}"] for name in self.features.names()}
+            self.features.load(own, self.device)
+
+    def build(self) -> None:
+        self.model = build_model(
+            self.config, self.share, self.mesh, self.device, self._initial, model_kind(self.config, self.features)
+        )
+        self.engine = build_engine(self.model, self.config, self.mesh, (Block, Discriminator))
+        self._initial = {}
+
     def passes(self) -> list[Pass]:
-        assert self.share.reconstruction is not None
-        return [DecoderPass(self.config, self.share.reconstruction, self.mesh, self.device, self.perceptual)]
+        return build_passes(self.config, self.share, self.mesh, self.device, self.perceptual, self.features)
+
+    def follow(self, step: int) -> float:
+        return 1 - self.config.objectives.reconstruction.decoder_momentum
+
+    def is_frozen(self, step: int, group: dict[str, Any]) -> bool:
+        """The discriminator is frozen until it starts."""
+        start = round(self.config.objectives.adversarial.discriminator_start * self.config.train.steps)
+        return group["tower"] == "discriminator" and step < start
+
+    def resumed(self, checkpoint: Checkpoint) -> None:
+        """The discriminator's features are those of the encoder that the checkpoint has."""
+        if isinstance(self.features, OwnFeatures):
+            own = {name: checkpoint.tensor(f"model/{_TRUNK}{name}") for name in self.features.names()}
+            self.features.load(own, self.device)
+
+
+def build_features(config: ResolvedConfig, device: torch.device) -> FeatureNetwork:
+    """Make the network that the discriminator reads; the tokenizer's own has no weights yet. Raises UserError."""
+    settings, dtype = config.objectives.adversarial, compute_dtype(config.parallel.precision)
+    if settings.features == "own":
+        return OwnFeatures(config.model, settings.features_size, dtype, config.parallel.attention)
+    if settings.features == "pixels":
+        return PixelFeatures()
+    name = settings.features.removeprefix(TIMM)
+    return TimmFeatures(name, settings.features_weights, settings.features_size, dtype).to(device)
+
+
+def model_kind(config: ResolvedConfig, features: FeatureNetwork | None) -> Any:
+    """Return what makes the model, for ``build_vtp``."""
+    return partial(
+        SecondStageVTP, widths=None if features is None else features.widths,
+        average=config.objectives.reconstruction.decoder_momentum > 0,
+    )
+
+
+def build_passes(
+    config: ResolvedConfig, shares: Any, mesh: Mesh, device: torch.device, perceptual: Any,
+    features: FeatureNetwork | None,
+) -> list[Pass]:
+    """Make the decoder's pass and, with ``features``, the discriminator's, which follows it."""
+    share = shares.reconstruction
+    assert share is not None, "the decoder's rules ask for reconstruction"
+    if features is None:
+        return [DecoderPass(config, share, mesh, device, perceptual)]
+    adversary = Adversary(config, features, mesh, device)
+    decoder = AdversarialDecoderPass(config, share, mesh, device, perceptual, adversary)
+    return [decoder, DiscriminatorPass(decoder)]

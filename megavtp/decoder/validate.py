@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megavtp.config.layout import check_pipeline
-from megavtp.config.ranges import need
+from megavtp.config.ranges import divides, need
 from megavtp.config.schema import Config
 from megavtp.config.sizes import ResolvedConfig
 from megavtp.config.validate import validate
 from megavtp.data.sources.named import check_source
+from megavtp.models.feature_networks import TIMM
 
 _LAUNCHER = "launchers/train_decoder.py"
 
@@ -32,9 +33,41 @@ def validate_decoder(config: Config, world_size: int | None) -> ResolvedConfig:
         f"{_LAUNCHER} does not train: set it to 0",
     )
     check_source(config.data.source)
+    if o.adversarial.weight > 0:
+        _adversarial(config)
     marked = replace(o, reconstruction=replace(o.reconstruction, frozen_encoder=True))
     resolved = validate(replace(config, objectives=marked), world_size)
     # Else a rank would have nothing to train.
     tower = "decoder, which alone is trained"
     check_pipeline(resolved.parallel, resolved.model.decoder.depth, "model.decoder.depth", tower)
     return resolved
+
+
+def _adversarial(config: Config) -> None:
+    a, model, prefix = config.objectives.adversarial, config.model, "objectives.adversarial"
+    is_timm = a.features.startswith(TIMM) and a.features != TIMM
+    need(
+        a.features in ("own", "pixels") or is_timm,
+        f"{prefix}.features = {a.features}: must be own, pixels, or {TIMM}NAME with the name of a ViT of timm",
+    )
+    need(
+        is_timm == (a.features_weights is not None),
+        f"{prefix}.features_weights is the file of a timm ViT's weights: "
+        + (f"name it for features = {a.features}" if is_timm else f"leave it out with features = {a.features}"),
+    )
+    need(
+        a.start >= a.discriminator_start,
+        f"{prefix}.start = {a.start} is before {prefix}.discriminator_start = {a.discriminator_start}: a discriminator "
+        "that has not learnt anything teaches nothing",
+    )
+    if a.features == "pixels":
+        need(a.features_size is None, f"{prefix}.features_size is not for features = pixels, which resizes nothing")
+        need(model.image_size >= 16, f"{prefix}.features = pixels needs model.image_size >= 16: use another network")
+    if a.features == "own":
+        size = a.features_size or model.image_size
+        crop = "choose a size in whole patches"
+        divides(model.patch_size, size, "model.patch_size", f"{prefix}.features_size", crop)
+        need(
+            (size // model.patch_size) ** 2 >= 4,
+            f"{prefix}.features = own needs at least four patches, not those of {size} px: enlarge features_size",
+        )

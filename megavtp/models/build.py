@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +19,29 @@ from megavtp.nn.block import Recompute
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.sharding import mark, shard_of
 
+M = TypeVar("M", bound=VTP)
+
 
 def build_vtp(
     config: ResolvedModel, mesh: Mesh = SINGLE, *, objectives: AbstractSet[str] = OBJECTIVES, seed: int = 0,
     device: torch.device | str = "cpu", recompute: Recompute = "none", attention: Kernel = "auto",
     max_scale: float = 100.0, compute_dtype: torch.dtype = torch.float32, frozen_encoder: bool = False,
-) -> VTP:
+    kind: Callable[..., M] = VTP,
+) -> M:
     """Build an initialised model in float32 on ``device``; its whole weights are the same for every ``mesh``.
+
+    ``kind`` makes it, with the same arguments as ``VTP``.
 
     Memory is filled with NaN before the initial values and checked after, so that no uninitialised parameter can hide.
     """
     with torch.device("meta"):
-        model = VTP(
+        model = kind(
             config, mesh, objectives=objectives, recompute=recompute, attention=attention, max_scale=max_scale,
             compute_dtype=compute_dtype, frozen_encoder=frozen_encoder,
         )
     with realised(model, device):
         initialise(model, config, mesh, seed)
-        if "self_distillation" in objectives:
-            model.start_teacher()
+        model.start_averages()
     return model
 
 
@@ -65,5 +70,5 @@ def load_full(model: VTP, tensors: Mapping[str, Tensor]) -> None:
     has_teacher = any(name.startswith("teacher.") for name in tensors)
     names = [name for name, _ in model.named_parameters() if has_teacher or not name.startswith("teacher.")]
     load_whole(model, tensors, model.mesh, names)
-    if "self_distillation" in model.objectives and not has_teacher:
-        model.start_teacher()
+    if not has_teacher:
+        model.start_averages()

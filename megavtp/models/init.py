@@ -21,6 +21,8 @@ from megavtp.nn.seeded import named_generator
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.sharding import cut, shard_of, whole_shape
 
+AVERAGES = ("teacher.", "averaged_decoder.")  # these start as copies
+
 Fill = Callable[[Tensor, torch.Generator], Tensor]
 
 
@@ -36,6 +38,11 @@ def _uniform(fan_in: int) -> Fill:
     """Torch's default for linears and convolutions."""
     bound = 1 / math.sqrt(fan_in)
     return lambda t, g: t.uniform_(-bound, bound, generator=g)
+
+
+def _uniform_by_shape() -> Fill:
+    """Torch's default, for a weight whose inputs are all of its dimensions but the first."""
+    return lambda t, g: _uniform(t[0].numel())(t, g)
 
 
 def _trunc_normal(std: float) -> Fill:
@@ -67,15 +74,16 @@ def _rules(config: ResolvedModel) -> list[tuple[str, Fill]]:
         (r"logit_bias", constant(config.init_logit_bias or 0.0)),
         (r"dino_head\.last_layer\.weight_g", constant(1.0)),
         (r"dino_head\.last_layer\.weight_v", _uniform(config.dino_head.bottleneck)),
+        (r"discriminator\..*\.weight", _uniform_by_shape()),
         (r".*\.bias", constant(0.0)),
         (r"(trunk|pixel_decoder|dino_head)\..*\.weight", _trunc_normal(config.init_std)),
     ]
 
 
 def initialise(model: nn.Module, config: ResolvedModel, mesh: Mesh, seed: int) -> None:
-    """Fill the RoPE buffers of a VTP (or of a part with the same names) and every parameter but the teacher's."""
-    student = ((name, p) for name, p in model.named_parameters() if not name.startswith("teacher."))
-    fill_parameters(student, _rules(config), mesh, seed)
+    """Fill the RoPE buffers of a VTP (or of a part with the same names) and every parameter that is no average."""
+    trained = ((name, p) for name, p in model.named_parameters() if not name.startswith(AVERAGES))
+    fill_parameters(trained, _rules(config), mesh, seed)
     for module in model.modules():
         if isinstance(module, AxialRope):
             module.reset_periods()

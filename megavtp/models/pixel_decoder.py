@@ -44,9 +44,14 @@ class PixelDecoder(nn.Module):
             self.norm = norm(width)
             self.proj_out = nn.Conv2d(width, 3 * config.patch_size**2, 1)
 
-    def forward(self, latents: Tensor, chunk: int | None = None, x: Tensor | None = None) -> Tensor:
+    def forward(
+        self, latents: Tensor, chunk: int | None = None, x: Tensor | None = None, with_head_input: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return images; with ``chunk``, run one chunk of the tower. The first takes latents, a later one packed tokens
-        ``x`` (T, width) and only the shape of the latents; all but the last return packed tokens."""
+        ``x`` (T, width) and only the shape of the latents; all but the last return packed tokens.
+
+        ``with_head_input``: beside the images, return what the last layer reads (b, width, h, w), without gradient.
+        """
         part = self.stripe.part(chunk)
         batch, _, rows, columns = latents.shape
         if part.first:
@@ -61,4 +66,5 @@ class PixelDecoder(nn.Module):
         if not part.last:
             return x
         x = self.norm(x).unflatten(0, (batch, rows, columns)).permute(0, 3, 1, 2)
-        return F.pixel_shuffle(self.proj_out(x), self.patch)
+        images = F.pixel_shuffle(self.proj_out(x), self.patch)
+        return (images, x.detach()) if with_head_input else images

@@ -135,7 +135,7 @@ class VTP(nn.Module):
     def activation_specs(self, mode: str, stage: int, **inputs: Any) -> list[ActivationSpec]:
         """Give shape and dtype of each tensor that enters ``stage`` > 0 of a pass with such inputs (shapes suffice)."""
         leg, chunk = divmod(stage, self.mesh.chunks)
-        if self._ROUTES[mode][leg] is VTP._decode:
+        if self._ROUTES[mode][leg] in self._DECODING:
             latents = self._latent_shape(**inputs)
             if chunk == 0:
                 bottleneck = self.config.bottleneck != self.config.vision.width
@@ -243,10 +243,12 @@ class VTP(nn.Module):
     def _decode(
         self, chunk: int | None, activations: Sequence[Tensor], latents: Tensor | None = None,
         images: Tensor | None = None, drop: DropPlan | None = None, noise: LatentNoise | None = None,
+        decoder: PixelDecoder | None = None, with_head_input: bool = False,
     ) -> Tensor | tuple[Tensor, ...]:
         """Decode latents to images (b, 3, H, W), normalised as the encoder's input; ``noise`` is added to them first.
 
-        The latents are given, or the previous leg has just encoded them from ``images``.
+        The latents are given, or the previous leg has just encoded them from ``images``. For ``with_head_input`` see
+        ``PixelDecoder``.
         """
         if chunk:
             latents, x = torch.empty(self._latent_shape(images, latents), device="meta"), activations[0]
@@ -254,7 +256,7 @@ class VTP(nn.Module):
             latents, x = activations[0] if activations else latents, None
             if latents is not None and noise is not None:
                 latents = noise.add(latents)
-        x = self.pixel_decoder(latents, chunk, x)
+        x = (decoder or self.pixel_decoder)(latents, chunk, x, with_head_input)
         return x if self._ends(chunk) else (x,)
 
     def _embed_image(
@@ -315,17 +317,21 @@ class VTP(nn.Module):
         "encode_image": (_embed_image,), "encode_text": (_embed_text,), "features": (_features,),
     }
 
+    _DECODING: ClassVar[frozenset[Leg]] = frozenset({_decode})  # the legs that run through a pixel decoder
+
     # Teacher
 
-    def teacher_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Pair (teacher, student) parameters, always in the same order."""
+    def averaged(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Pair the parameters of an average (the teacher's) with the trained ones, always in the same order."""
+        if "self_distillation" not in self.objectives:
+            return []
         return [(self.get_parameter(f"teacher.{name}"), student) for name, student in self._distilled()]
 
-    def start_teacher(self) -> None:
-        """Make the teacher a copy of the student."""
+    def start_averages(self) -> None:
+        """Make every average a copy of what it follows."""
         with torch.no_grad():
-            for teacher, student in self.teacher_pairs():
-                teacher.copy_(student)
+            for average, trained in self.averaged():
+                average.copy_(trained)
 
     def _distilled(self) -> Iterator[tuple[str, nn.Parameter]]:
         for tower in ("trunk", "dino_head"):

@@ -31,6 +31,7 @@ class Pass(ABC):
         over_batch: whether it has terms over the whole batch (``global_terms``).
         term_names: filled in by the first execution.
         state_shard: how the tensors of ``state`` are cut over tensor-parallel ranks; None if they are whole.
+        on_last_stage: it goes through no tower but one that is whole on the last pipeline rank, which runs it alone.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Pass(ABC):
     over_batch: bool = False
     term_names: tuple[str, ...] | None = None
     state_shard: Shard | None = None
+    on_last_stage: bool = False
 
     @abstractmethod
     def prepare(self, run: Runner, batch: Any) -> int:
@@ -60,7 +62,8 @@ class Pass(ABC):
     def global_inputs(self, outputs: Any) -> tuple[list[Tensor], list[Tensor]]:
         """Return what the terms over the whole batch are computed from: (per-sample rows, shared values).
 
-        Rows (m, ...) of all micro-batches are concatenated along dim 0; shared values are the same in each.
+        Rows (m, ...) of all micro-batches are concatenated along dim 0; shared values are the same in each. The terms
+        may read rows without gradient.
         """
         return [], []
 
@@ -114,7 +117,11 @@ def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
             total += objective.weighted(whole)
         return _not_finite_with(terms.values(), reduce(torch.add, total) * objective.weight)
 
-    train(run, objective.mode, inputs, count, loss)
+    if not objective.on_last_stage:
+        train(run, objective.mode, inputs, count, loss)
+    elif run.mesh.is_last_stage:
+        for micro in range(count):
+            run.backward(loss(run(objective.mode, **objective.inputs(micro)), micro))
     return {f"{objective.name}/{name}": value for name, value in _on_all_stages(objective, run, terms).items()}
 
 
@@ -142,15 +149,16 @@ def _on_all_stages(objective: Pass, run: Runner, terms: dict[str, Tensor]) -> di
 
 @dataclass(frozen=True)
 class _Seeds:
-    """Gradients of the whole-batch terms by the row tensors, per micro-batch, and by the shared values."""
+    """Gradients of the whole-batch terms by the row tensors, per micro-batch, and by the shared values; a row tensor
+    that the terms read without gradient has None."""
 
-    rows: list[tuple[Tensor, ...]]
+    rows: list[tuple[Tensor, ...] | None]
     shared: tuple[Tensor, ...]
 
     def surrogates(self, over_batch: tuple[list[Tensor], list[Tensor]], micro: int) -> list[Tensor]:
         """Return scalars whose gradient is that of the whole-batch terms through this micro-batch."""
         rows, shared = over_batch
-        scalars = [(row * by_micro[micro]).sum() for row, by_micro in zip(rows, self.rows)]
+        scalars = [(row * by_micro[micro]).sum() for row, by_micro in zip(rows, self.rows) if by_micro is not None]
         if micro == 0:  # a value that every micro-batch shares takes its gradient once
             scalars += [(value * gradient).sum() for value, gradient in zip(shared, self.shared)]
         return scalars
@@ -163,6 +171,8 @@ def _first_pass(objective: Pass, outputs: list[Any]) -> tuple[_Seeds, dict[str, 
     rows = [torch.cat(parts).requires_grad_() for parts in zip(*(rows for rows, _ in collected))]
     shared = [value.detach().requires_grad_() for value in collected[0][1]]
     terms = objective.global_terms(rows, shared)
-    gradients = torch.autograd.grad(reduce(torch.add, objective.weighted(terms)), rows + shared)
-    seeds = _Seeds([g.split(sizes) for g in gradients[: len(rows)]], gradients[len(rows) :])
+    total = reduce(torch.add, objective.weighted(terms))
+    gradients = torch.autograd.grad(total, rows + shared, allow_unused=True)
+    by_rows = [None if g is None else g.split(sizes) for g in gradients[: len(rows)]]
+    seeds = _Seeds(by_rows, gradients[len(rows) :])
     return seeds, {name: value.detach() for name, value in terms.items()}

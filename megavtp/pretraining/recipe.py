@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megavtp.checkpoint.formats.initial import fill, read_initial
 from megavtp.checkpoint.reading import has_checkpoints
@@ -23,7 +23,7 @@ from megavtp.data.files import refuse_hub_id
 from megavtp.data.loader import Loader
 from megavtp.data.shards import open_dataset, split_folder
 from megavtp.errors import UserError
-from megavtp.models.build import build_vtp
+from megavtp.models.build import M, build_vtp
 from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS
 from megavtp.models.lpips_weights import load_lpips_weights
 from megavtp.models.vtp import VTP
@@ -94,7 +94,7 @@ class Pretraining(Recipe):
         return decides_samples(key) or key == "model.image_size" or batches_and_masks is not None
 
     def averaged(self) -> Pairs:
-        return self.model.teacher_pairs() if self.share.self_distillation else []
+        return self.model.averaged()
 
     def follow(self, step: int) -> float:
         settings = self.config.objectives.self_distillation
@@ -143,14 +143,14 @@ def build_perceptual(config: ResolvedConfig, device: torch.device) -> Callable[[
 
 def build_model(
     config: ResolvedConfig, shares: Share, mesh: Mesh, device: torch.device,
-    initial: Mapping[str, Tensor] = MappingProxyType({}),
-) -> VTP:
-    """Build the model of the objectives that are on; its teacher is a copy of the student.
+    initial: Mapping[str, Tensor] = MappingProxyType({}), kind: Callable[..., M] = VTP,
+) -> M:
+    """Build the model of the objectives that are on; its averages are copies of what they follow.
 
-    ``initial`` has whole tensors that replace drawn values.
+    ``initial`` has whole tensors that replace drawn values. ``kind`` makes the model, see ``build_vtp``.
     """
     model = build_vtp(
-        config.model, mesh, objectives=frozenset(shares.passes), seed=config.seed,
+        config.model, mesh, kind=kind, objectives=frozenset(shares.passes), seed=config.seed,
         recompute=config.parallel.recompute, attention=config.parallel.attention,
         max_scale=config.objectives.contrastive.max_scale,
         compute_dtype=compute_dtype(config.parallel.precision),
@@ -161,10 +161,12 @@ def build_model(
     return model
 
 
-def build_engine(model: VTP, config: ResolvedConfig, mesh: Mesh) -> Engine:
+def build_engine(
+    model: VTP, config: ResolvedConfig, mesh: Mesh, leaf_classes: tuple[type[nn.Module], ...] = (Block,)
+) -> Engine:
     """Build the engine around a model, with its optimizer."""
     optimizer = build_optimizer(
         model.named_parameters(), config.train.optimizer, zero_stage=config.parallel.zero_stage,
         max_logit_scale=model.max_logit_scale,
     )
-    return Engine.of_run(model, optimizer, mesh, config, leaf_classes=(Block,))
+    return Engine.of_run(model, optimizer, mesh, config, leaf_classes)

@@ -11,7 +11,10 @@ from torch import nn
 
 from megavtp.config.run import OptimizerConfig
 
-_TOWER_OF = {"trunk": "vision", "visual_proj": "vision", "pixel_decoder": "decoder", "dino_head": "dino_head"}
+_TOWER_OF = {
+    "trunk": "vision", "visual_proj": "vision", "pixel_decoder": "decoder", "dino_head": "dino_head",
+    "discriminator": "discriminator",
+}
 
 
 def tower_of(name: str) -> str:

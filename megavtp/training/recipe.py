@@ -85,6 +85,9 @@ class Recipe(ABC):
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise a UserError unless a run of this recipe can go on from the checkpoint."""
 
+    def resumed(self, checkpoint: Checkpoint) -> None:
+        """Take from a checkpoint that the run goes on from what neither the engine nor a pass keeps."""
+
     def facts(self) -> Mapping[str, Any]:
         """Return the JSON that is saved with every checkpoint."""
         return {}

@@ -55,6 +55,7 @@ class Trainer:
         with open_checkpoint(found, verify="sizes") as checkpoint:  # rank 0 has checked the hashes
             self.recipe.check(checkpoint)
             step = state.load(checkpoint, self.engine, self.passes)
+            self.recipe.resumed(checkpoint)
             changed = state.changed_keys(checkpoint, self.config, self.recipe.decides_data)
         if changed:
             self.telemetry.event("data_changed", step=step, keys=changed)

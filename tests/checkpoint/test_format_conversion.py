@@ -56,7 +56,7 @@ def trained(tmp_path_factory):
     model_config = replace(TINY, text=replace(TINY.text, vocab_size=vocabulary))
     model = build_vtp(model_config, seed=3)
     with torch.no_grad():  # a teacher that has moved on
-        for teacher, _ in model.teacher_pairs():
+        for teacher, _ in model.averaged():
             teacher.mul_(0.5)
     config = Config(model=model_config, data=DataConfig(root=str(folder)))
     write_native(folder / "step", 5, {f"model/{n}": p.detach() for n, p in model.named_parameters()}, config)

@@ -80,7 +80,7 @@ def test_timm_dinov3_gives_the_same_tokens(name):
     cases = load_file(DATA / f"{name}_cases.safetensors")
     (tokens,) = model.trunk([cases["images"]])
     assert torch.allclose(tokens, cases["out"], atol=1e-5, rtol=1e-5)
-    for teacher, student in model.teacher_pairs():
+    for teacher, student in model.averaged():
         assert torch.equal(teacher, student)
     assert any("trunk" in note for note in notes)
 
@@ -162,7 +162,7 @@ def test_a_tokenizer_as_the_start_of_training(tmp_path):
         after = dict(model.named_parameters())
         assert all(torch.equal(after[name], tensor) for name, tensor in tensors.items())
         assert all(torch.equal(after[n], before[n]) for n in before if n.startswith("dino_head."))
-        assert all(torch.equal(teacher, student) for teacher, student in model.teacher_pairs())
+        assert all(torch.equal(teacher, student) for teacher, student in model.averaged())
         assert any("drawn anew" in note and "dino_head" in note for note in notes)
     tensors, notes = read_initial(str(source), TINY, {"reconstruction"})
     assert any("the objective that needs it is off" in note and "text" in note for note in notes)
@@ -180,7 +180,7 @@ def test_every_rank_takes_its_part():
             if name in tensors:
                 assert torch.equal(parameter, cut(tensors[name], shard_of(parameter), tp_rank, 2)), name
                 seen.add(name)
-        assert all(torch.equal(teacher, student) for teacher, student in model.teacher_pairs())
+        assert all(torch.equal(teacher, student) for teacher, student in model.averaged())
     assert seen == tensors.keys()
 
 

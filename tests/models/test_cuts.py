@@ -34,7 +34,7 @@ def test_ranks_hold_the_model_once(pp, virtual_stages, objectives):
         for name, value in own.items():
             assert torch.equal(value, whole[name]) and value.requires_grad == whole[name].requires_grad, name
     if "self_distillation" in objectives:
-        pairs = [pair for model in ranks_of(pp, virtual_stages) for pair in model.teacher_pairs()]
+        pairs = [pair for model in ranks_of(pp, virtual_stages) for pair in model.averaged()]
         assert all(torch.equal(teacher, student) for teacher, student in pairs)
         assert len(pairs) == sum(name.startswith("teacher.") for name in whole)
 

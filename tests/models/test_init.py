@@ -57,7 +57,7 @@ def test_dino_head(model):
 
 
 def test_teacher_starts_as_the_student(model):
-    pairs = model.teacher_pairs()
+    pairs = model.averaged()
     assert len(pairs) == len(list(model.trunk.parameters())) + len(list(model.dino_head.parameters()))
     for teacher, student in pairs:
         assert torch.equal(teacher, student) and teacher is not student

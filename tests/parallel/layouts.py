@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 
 import torch
-from tiny_run import Outcome, build_engine, data_of, learning_rate, merged, passes_of, reference, tiny_config
+from tiny_run import Outcome, build_engine, data_of, follow, learning_rate, merged, passes_of, reference, tiny_config
 
 from megavtp.config.schema import Config, VisionConfig
 from megavtp.parallel.collectives import all_gather_object, all_reduce
@@ -187,15 +187,12 @@ class Run(Outcome):
         for step in range(first, self.config.train.steps if end is None else end):
             found, result = train_step(
                 self.engine, self.passes, self.data(step), lr_of=learning_rate(self.config, step),
-                averaged=self._pairs(), follow=1 - self.config.objectives.self_distillation.teacher_momentum,
+                averaged=self.model.averaged(), follow=follow(self.config),
             )
             values = torch.stack([value.float() for value in found.values()])
             self.terms.append(dict(zip(found, (all_reduce(values, self.mesh, "dp") / self.mesh.dp).tolist())))
             self.norms.append({"all": float(result.grad_norm)} | {k: float(v) for k, v in result.tower_norms.items()})
         return self
-
-    def _pairs(self) -> list:
-        return self.model.teacher_pairs() if "self_distillation" in self.model.objectives else []
 
     def outcome(self) -> Outcome:
         """Terms, norms and weights, without the engine; a collective call."""

@@ -17,11 +17,16 @@ from megavtp.config.schema import Config
 from megavtp.config.share import share
 from megavtp.config.validate import validate
 from megavtp.data.batch import Batch, StepDataset
-from megavtp.decoder.passes import DecoderPass
+from megavtp.decoder import passes as decoder_passes
+from megavtp.decoder.recipe import build_features, build_passes as build_decoder_passes, model_kind
+from megavtp.models.discriminator import Discriminator
+from megavtp.models.feature_networks import FeatureNetwork, OwnFeatures
 from megavtp.models.vtp import VTP
+from megavtp.nn.block import Block
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.passes import Pass, execute
+from megavtp.pixels import denormalise
 from megavtp.pretraining import recipe
 from megavtp.pretraining.passes import build_passes
 from megavtp.training.optimizer import build_optimizer, tower_of
@@ -60,6 +65,10 @@ BASE = {
         "optimizer": {"lr": 0.005, "warmup_steps": 1, "eps": 1e-2, "clip_grad": 0.5, "lr_scale": {"decoder": 0.5}},
     },
 }
+
+
+# A pixel on the edge between two 8-bit values would jump with the last bit of float32.
+decoder_passes.to_uint8 = lambda images: denormalise(images.float()).clamp(0, 1) * 255
 
 
 def merged(base: dict, extra: dict) -> dict:
@@ -144,9 +153,25 @@ class PlainRunner:
 
 
 def build_model(config: Config, mesh: Mesh) -> VTP:
-    model = recipe.build_model(config, share(config, mesh.dp), mesh, torch.device("cpu"))
+    cpu, kind = torch.device("cpu"), VTP
+    if config.objectives.reconstruction.frozen_encoder:
+        kind = model_kind(config, _features(config))
+    model = recipe.build_model(config, share(config, mesh.dp), mesh, cpu, kind=kind)
     _condition(model, _keeps_apart(config))
     return model
+
+
+def _features(config: Config) -> FeatureNetwork | None:
+    return build_features(config, torch.device("cpu")) if config.objectives.adversarial.weight else None
+
+
+def _filled_features(config: Config) -> FeatureNetwork | None:
+    """The discriminator's features, of the encoder that every layout starts with."""
+    features = _features(config)
+    if isinstance(features, OwnFeatures):
+        trunk = build_model(plain_layout(config), SINGLE).trunk
+        features.load(dict(trunk.named_parameters()), torch.device("cpu"))
+    return features
 
 
 def _keeps_apart(config: Config) -> bool:
@@ -181,7 +206,7 @@ def optimizer_of(model: VTP, config: Config) -> torch.optim.Optimizer:
 
 def build_engine(config: Config, mesh: Mesh) -> tuple[Engine, VTP]:
     model = build_model(config, mesh)
-    return recipe.build_engine(model, config, mesh), model
+    return recipe.build_engine(model, config, mesh, (Block, Discriminator)), model
 
 
 def passes_of(config: Config, mesh: Mesh) -> list[Pass]:
@@ -190,7 +215,7 @@ def passes_of(config: Config, mesh: Mesh) -> list[Pass]:
     distance = (lambda a, b: (a - b).square().mean((1, 2, 3))) if wanted else None
     shares, device = share(config, mesh.dp), torch.device("cpu")
     if config.objectives.reconstruction.frozen_encoder:
-        return [DecoderPass(config, shares.reconstruction, mesh, device, distance)]
+        return build_decoder_passes(config, shares, mesh, device, distance, _filled_features(config))
     return build_passes(config, shares, mesh, device, distance)
 
 
@@ -211,8 +236,22 @@ _BATCHES: dict[str, dict[int, Batch]] = {}
 
 
 def learning_rate(config: Config, step: int) -> Callable[[dict], float]:
-    frozen = step < config.objectives.self_distillation.freeze_last_layer * config.train.steps
-    return lambda group: 0.0 if frozen and group["prototypes"] else config.train.optimizer.lr * group["lr_scale"]
+    """Step -> group -> its rate, with what is frozen at first."""
+    o, steps = config.objectives, config.train.steps
+    prototypes = step < o.self_distillation.freeze_last_layer * steps
+    discriminator = step < round(o.adversarial.discriminator_start * steps)
+
+    def rate(group: dict) -> float:
+        is_frozen = (prototypes and group["prototypes"]) or (discriminator and group["tower"] == "discriminator")
+        return 0.0 if is_frozen else config.train.optimizer.lr * group["lr_scale"]
+
+    return rate
+
+
+def follow(config: Config) -> float:
+    """How far an average moves in a step."""
+    o = config.objectives
+    return 1 - (o.reconstruction.decoder_momentum if o.reconstruction.frozen_encoder else o.self_distillation.teacher_momentum)
 
 
 @dataclass
@@ -239,8 +278,8 @@ def reference(config: Config) -> Outcome:
         terms.append({name: float(value) for name, value in found.items()})
         norms.append(runner.step())
         with torch.no_grad():
-            for teacher, student in model.teacher_pairs() if "self_distillation" in model.objectives else []:
-                teacher.lerp_(student, 1 - config.objectives.self_distillation.teacher_momentum)
+            for teacher, student in model.averaged():
+                teacher.lerp_(student, follow(config))
     return Outcome(terms, norms, {name: p.detach().clone() for name, p in model.named_parameters()})
 
 

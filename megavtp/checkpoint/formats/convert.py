@@ -51,7 +51,7 @@ def convert_tokenizer(
         artifact = replace(artifact, statistics=_statistics(statistics, artifact.latent_channels))
     with new_path(out) as folder:
         if to == "hf-vtp":
-            save_folder(folder, source.config.model, source.tensors, source.released)
+            save_folder(folder, source.config.model, source.tokenizer_tensors, source.released)
             notes = _left_out(source)
         else:
             notes = _save_native(folder, source)
@@ -68,7 +68,7 @@ def _with_decoder(source: VTPSource, other: VTPSource) -> VTPSource:
             f"--decoder {other.path} was trained on another encoder than that of {source.path}; name a run of "
             "launchers/train_decoder.py that began from it"
         )
-    decoder = {name: tensor for name, tensor in other.tensors.items() if name.startswith(_DECODER)}
+    decoder = {name: tensor for name, tensor in other.tokenizer_tensors.items() if name.startswith(_DECODER)}
     if not decoder:
         raise UserError(f"--decoder {other.path} has no pixel decoder; name a run with the reconstruction objective")
     rest = {name: tensor for name, tensor in source.tensors.items() if not name.startswith(_DECODER)}

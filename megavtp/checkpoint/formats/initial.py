@@ -67,8 +67,8 @@ def read_initial(
 def fill(model: VTP, tensors: Mapping[str, Tensor]) -> None:
     """Fill what this rank holds of the model; a teacher that ``tensors`` lacks becomes a copy of the student."""
     copy_whole(dict(model.named_parameters()), tensors, model.mesh)
-    if "self_distillation" in model.objectives and not any(name.startswith("teacher.") for name in tensors):
-        model.start_teacher()
+    if not any(name.startswith("teacher.") for name in tensors):
+        model.start_averages()
 
 
 def _whole_shapes(config: ResolvedModel, objectives: AbstractSet[str]) -> dict[str, list[int]]:

@@ -35,7 +35,8 @@ from megavtp.models.vtp import VTP
 from megavtp.nn.rope import DTYPES, AxialRope, rope_periods
 
 CAPTION_FILES = ("captions.model", "captions.txt.gz")  # beside the weights: sentencepiece, or CLIP's merges
-TRAINING_ONLY = ("teacher.", "dino_head.")  # the released format has no place for these
+# The released format has no place for these.
+TRAINING_ONLY = ("teacher.", "dino_head.", "discriminator.", "averaged_decoder.")
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,11 @@ class VTPSource:
 
     @property
     def tokenizer_tensors(self) -> dict[str, Tensor]:
-        """The tensors without those that only training needs."""
-        return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(TRAINING_ONLY)}
+        """The tensors without those that only training needs; the decoder is its average, where the run kept one."""
+        kept = {name: tensor for name, tensor in self.tensors.items() if not name.startswith(TRAINING_ONLY)}
+        average = "averaged_decoder."
+        averaged = {name: tensor for name, tensor in self.tensors.items() if name.startswith(average)}
+        return kept | {f"pixel_decoder.{name.removeprefix(average)}": tensor for name, tensor in averaged.items()}
 
 
 def open_vtp(path: str | Path, form: str | None = None) -> VTPSource:

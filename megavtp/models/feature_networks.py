@@ -1,0 +1,138 @@
+"""The frozen networks whose features a discriminator reads. Pictures (b, 3, H, W) come in with black at -1, white at 1.
+
+``widths`` are the channels of each output (b, N, C); None is an output that is the picture itself. The networks are
+whole on every rank that uses them, as the perceptual network is: no group of ranks has to wait for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megavtp.config.sizes import ResolvedModel
+from megavtp.data.weights_file import read_weights_file
+from megavtp.errors import UserError
+from megavtp.models.fitting import check
+from megavtp.models.vision_encoder import VisionEncoder
+from megavtp.nn.attention_kernels import Kernel
+from megavtp.nn.precision import computing_in
+from megavtp.nn.rope import AxialRope
+from megavtp.pixels import from_unit
+
+TIMM = "timm:"
+_REMEDY = "objectives.adversarial.features_weights takes the weights of the timm ViT that features names"
+
+
+class FeatureNetwork(Protocol):
+    """A function of pictures that is differentiable and never trained."""
+
+    widths: Sequence[int | None]
+
+    def __call__(self, pictures: Tensor) -> list[Tensor]: ...
+
+
+class PixelFeatures:
+    """The pictures themselves."""
+
+    widths: Sequence[int | None] = (None,)
+
+    def __call__(self, pictures: Tensor) -> list[Tensor]:
+        return [pictures]
+
+
+def quarters(depth: int) -> list[int]:
+    """Return the blocks at which a quarter of a network's depth is done, two, three and all: 2, 5, 8, 11 of 12."""
+    return sorted({-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)})
+
+
+class OwnFeatures(nn.Module):
+    """The tokenizer's own frozen encoder: its patch tokens at each quarter of its depth, and after its last norm."""
+
+    def __init__(
+        self, config: ResolvedModel, size: int | None, compute_dtype: torch.dtype, attention: Kernel = "auto"
+    ):
+        super().__init__()
+        self.size, self.compute_dtype = size or config.image_size, compute_dtype
+        with torch.device("meta"):
+            self.trunk = VisionEncoder(config, attention=attention).requires_grad_(False)
+        self.taps = quarters(config.vision.depth)
+        self.widths: Sequence[int | None] = [config.vision.width] * (len(self.taps) + 1)
+
+    def names(self) -> list[str]:
+        """Name the tensors that ``load`` needs."""
+        return [name for name, _ in self.trunk.named_parameters()]
+
+    def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Fill the network with the encoder's whole tensors, by their names in it."""
+        self.trunk.to_empty(device=device)
+        for module in self.trunk.modules():
+            if isinstance(module, AxialRope):
+                module.reset_periods()
+        with torch.no_grad():
+            for name, parameter in self.trunk.named_parameters():
+                parameter.copy_(tensors[name])
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        images = from_unit(_resized(pictures, self.size) / 2 + 0.5)
+        with computing_in(self.compute_dtype, images.device):
+            inner: Any = self.trunk([images], layers=self.taps, normalise=False)
+            tokens = [sizes[0] for sizes in inner]
+            return [x[:, 1:] for x in (*tokens, self.trunk.norm(tokens[-1]))]
+
+
+class TimmFeatures(nn.Module):
+    """A ViT of the timm library, such as DINO's (``vit_small_patch8_224.dino``), read in the same places."""
+
+    def __init__(self, name: str, weights: str | None, size: int | None, compute_dtype: torch.dtype):
+        """Raise UserError if timm is absent or knows no such ViT, or if the weights do not fit it."""
+        super().__init__()
+        self.compute_dtype = compute_dtype
+        model = _timm_vit(name)
+        if weights is None:
+            raise UserError(f"objectives.adversarial.features = {TIMM}{name} needs the file of its weights: {_REMEDY}")
+        state = read_weights_file(Path(weights), "no weights", _REMEDY)
+        own = model.state_dict()
+        found = {key: value for key, value in state.items() if not key.startswith("head.")}
+        check(found, {key: list(value.shape) for key, value in own.items()}, f"{weights} ({name})")
+        model.load_state_dict(found)
+        self.model = model.eval().requires_grad_(False)
+        settings = model.pretrained_cfg
+        self.mean, self.std = settings["mean"], settings["std"]
+        self.size = size or settings["input_size"][-1]
+        self.taps = quarters(len(model.blocks))
+        self.widths: Sequence[int | None] = [model.embed_dim] * (len(self.taps) + 1)
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        images = from_unit(_resized(pictures, self.size) / 2 + 0.5, self.mean, self.std)
+        with computing_in(self.compute_dtype, images.device):
+            tokens = self.model.forward_intermediates(
+                images, indices=self.taps, output_fmt="NLC", intermediates_only=True
+            )
+            return [*tokens, self.model.norm(tokens[-1])]
+
+
+def _timm_vit(name: str) -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(
+            f"objectives.adversarial.features = {TIMM}{name} needs the timm library ({error}): pip install timm"
+        ) from None
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"{name.split('_')[0]}*")[:3]) or "see timm.list_models()"
+        raise UserError(f"objectives.adversarial.features = {TIMM}{name}: timm has no such model ({near})")
+    model = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
+    if not (hasattr(model, "blocks") and hasattr(model, "forward_intermediates") and hasattr(model, "norm")):
+        raise UserError(f"objectives.adversarial.features = {TIMM}{name} is no ViT: name one, such as timm:vit_small_...")
+    return model
+
+
+def _resized(pictures: Tensor, size: int) -> Tensor:
+    if size == pictures.shape[-1]:
+        return pictures
+    return F.interpolate(pictures, (size, size), mode="bicubic", antialias=True, align_corners=False)
