@@ -88,6 +88,8 @@ OTHERS = [
     ("launchers/train_decoder.py", "name a recipe with --config"),
     ("launchers/train_decoder.py --config tiny.yaml --dry-run", "trains the pixel decoder alone: set objectives"),
     (PRETRAIN + "objectives.reconstruction.frozen_encoder=true", "is trained by launchers/train_decoder.py"),
+    (PRETRAIN + "objectives.adversarial.weight=1", "are of the decoder's own training"),
+    (PRETRAIN + "objectives.reconstruction.decoder_momentum=0.9", "are of the decoder's own training"),
     (PRETRAIN + "data.source=emojis", "data.source = emojis: no such source; choose one of emoji"),
     # what is to be read: missing, another kind, below a file, a name that no system takes
     (EVALUATE + "--data nowhere", "nowhere/test"),

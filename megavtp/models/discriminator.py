@@ -25,7 +25,7 @@ from megavtp.nn.seeded import named_generator
 Directions = Mapping[str, tuple[Tensor, Tensor]]
 """Left and right singular vector of each convolution, by the name of its weight in the discriminator."""
 
-_KERNEL = 9  # tokens that a head's second convolution sees
+TOKENS_SEEN = 9  # by a head's second convolution
 _PIXEL_WIDTHS = (64, 128, 256)
 
 
@@ -53,14 +53,14 @@ class TokenHead(nn.Module):
         super().__init__()
         self.mix = SpectralConv(channels, channels, 1)
         self.norm_mix = nn.InstanceNorm1d(channels, affine=True)
-        self.neighbours = SpectralConv(channels, channels, _KERNEL)
+        self.neighbours = SpectralConv(channels, channels, TOKENS_SEEN)
         self.norm_neighbours = nn.InstanceNorm1d(channels, affine=True)
         self.answer = SpectralConv(channels, 1, 1)
 
     def forward(self, tokens: Tensor, directions: Directions, prefix: str) -> Tensor:
         x = tokens.transpose(1, 2)
         x = F.leaky_relu(self.norm_mix(self.mix(x, directions[f"{prefix}.mix.weight"])), 0.2)
-        ring = F.pad(x, (_KERNEL // 2, _KERNEL // 2), mode="circular")
+        ring = F.pad(x, (TOKENS_SEEN // 2, TOKENS_SEEN // 2), mode="circular")
         y = self.norm_neighbours(self.neighbours(ring, directions[f"{prefix}.neighbours.weight"]))
         x = (x + F.leaky_relu(y, 0.2)) / math.sqrt(2)
         return self.answer(x, directions[f"{prefix}.answer.weight"]).flatten(1)

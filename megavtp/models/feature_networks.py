@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megavtp.config.schema import AdversarialConfig
 from megavtp.config.sizes import ResolvedModel
 from megavtp.data.weights_file import read_weights_file
 from megavtp.errors import UserError
@@ -48,6 +49,13 @@ class PixelFeatures:
 def quarters(depth: int) -> list[int]:
     """Return the blocks at which a quarter of a network's depth is done, two, three and all: 2, 5, 8, 11 of 12."""
     return sorted({-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)})
+
+
+def known_widths(settings: AdversarialConfig, model: ResolvedModel) -> Sequence[int | None] | None:
+    """Return the widths of a discriminator's features without building them; None if it is off, or reads a timm ViT."""
+    if settings.weight > 0 and settings.features == "own":
+        return [model.vision.width] * (len(quarters(model.vision.depth)) + 1)
+    return PixelFeatures.widths if settings.weight > 0 and settings.features == "pixels" else None
 
 
 class OwnFeatures(nn.Module):

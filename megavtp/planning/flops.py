@@ -19,6 +19,8 @@ from megavtp.config.sizes import (
     feature_width,
     ffn_hidden,
 )
+from megavtp.models.discriminator import TOKENS_SEEN
+from megavtp.models.feature_networks import quarters
 from megavtp.models.lpips import NETS, PERCEPTUAL_NETS
 
 _RGB = 3
@@ -127,7 +129,23 @@ def _reconstruction(config: ResolvedConfig) -> float:
     encoder = vision_flops(model, size, 1 - settings.drop_path)
     encoder += 2 * patches_of(model, size) * model.vision.width * model.bottleneck
     encoder *= 1 if settings.frozen_encoder else 3
-    return encoder + 3 * (decoder_flops(model, size) + perceptual_flops(settings.perceptual, size))
+    decoder = 3 * (decoder_flops(model, size) + perceptual_flops(settings.perceptual, size))
+    return encoder + decoder + adversarial_flops(config)
+
+
+def adversarial_flops(config: ResolvedConfig) -> float:
+    """Count what the discriminator adds for an image once both sides learn; a timm ViT's own cost is not known here.
+
+    The features see the decoded image with a gradient (2 forwards) and, for the discriminator, both images without one;
+    the heads pass a gradient on for the decoder (2) and learn from both images (3 each).
+    """
+    settings, model = config.objectives.adversarial, config.model
+    if settings.weight == 0 or settings.features != "own":
+        return 0.0
+    size, width = settings.features_size or model.image_size, model.vision.width
+    heads = len(quarters(model.vision.depth)) + 1
+    head = 2 * patches_of(model, size) * width * width * (1 + TOKENS_SEEN)
+    return 4 * vision_flops(model, size) + 8 * heads * head
 
 
 def expected_masked_patches(config: ResolvedConfig) -> float:

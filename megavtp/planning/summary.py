@@ -10,31 +10,38 @@ import torch
 from megavtp.config.run import OptimizerConfig, ParallelConfig
 from megavtp.config.share import share
 from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig, contrastive_size
-from megavtp.models.vtp import VTP
+from megavtp.models.feature_networks import known_widths
+from megavtp.models.second_stage import SecondStageVTP
 
-_PARTS = ("frozen_encoder", "vision", "text", "decoder", "dino_head", "teacher")
-_PART_OF = {"trunk": "vision", "pixel_decoder": "decoder", "dino_head": "dino_head", "teacher": "teacher"}
+_PARTS = ("frozen_encoder", "vision", "text", "decoder", "averaged_decoder", "dino_head", "discriminator", "teacher")
+_PART_OF = {
+    "trunk": "vision", "pixel_decoder": "decoder", "averaged_decoder": "averaged_decoder", "dino_head": "dino_head",
+    "discriminator": "discriminator", "teacher": "teacher",
+}
+_UNTRAINED = ("teacher", "frozen_encoder", "averaged_decoder")
 
 
 def parameter_counts(config: ResolvedConfig) -> dict[str, int]:
-    """Count the parameters of each tower that a valid ``config`` trains, of the EMA teacher, of a frozen encoder.
+    """Count the parameters of each tower that a valid ``config`` trains, of the averages, of a frozen encoder.
 
     They are those of the model itself, on the meta device. ``text`` includes the projections into the shared space and
-    the temperature. A vocabulary that the tokenizer decides counts as empty.
+    the temperature. A vocabulary that the tokenizer decides counts as empty; a discriminator on a ViT of timm is not
+    counted.
     """
     text = replace(config.model.text, vocab_size=config.model.text.vocab_size or 0)
     frozen_encoder = config.objectives.reconstruction.frozen_encoder
     with torch.device("meta"):
-        model = VTP(
+        model = SecondStageVTP(
             replace(config.model, text=text), objectives=frozenset(share(config, 1).passes),
-            frozen_encoder=frozen_encoder,
+            frozen_encoder=frozen_encoder, widths=known_widths(config.objectives.adversarial, config.model),
+            average=config.objectives.reconstruction.decoder_momentum > 0,
         )
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         part = _PART_OF.get(name.split(".")[0], "text")
         if part == "vision" and frozen_encoder:
             part = "frozen_encoder"
-        if parameter.requires_grad or part in ("teacher", "frozen_encoder"):
+        if parameter.requires_grad or part in _UNTRAINED:
             counts[part] += parameter.numel()
     return {part: counts[part] for part in _PARTS if part in counts}
 
@@ -45,7 +52,7 @@ def state_bytes(config: ResolvedConfig, dp: int) -> int:
     All are float32. ZeRO 1 and 2 keep a second, partitioned copy of the weights.
     """
     counts = parameter_counts(config)
-    untrained = counts.pop("teacher", 0) + counts.pop("frozen_encoder", 0)
+    untrained = sum(counts.pop(part, 0) for part in _UNTRAINED)
     return bytes_of_state(sum(counts.values()), untrained, config.parallel, dp)
 
 
@@ -97,6 +104,13 @@ def layout_summary(config: ResolvedConfig, world_size: int) -> str:
             f"  {name:<18} weight {objective.weight:g}: {one.batch} images, {one.local} on a rank in "
             f"{one.micro_batches} micro-batch{'es' if one.micro_batches > 1 else ''} of {one.micro_batch}; "
             f"{_tokens(config, name)}"
+        )
+    adversarial = config.objectives.adversarial
+    if adversarial.weight > 0:
+        first, second = (round(at * train.steps) for at in (adversarial.discriminator_start, adversarial.start))
+        lines.append(
+            f"  adversarial        weight {adversarial.weight:g}: on features {adversarial.features}, learns from step "
+            f"{first + 1}, teaches from step {second + 1}"
         )
     lines += [
         f"schedule   {train.steps} steps = {train.steps * train.batch_size:,} samples, seed {config.seed}",

@@ -7,9 +7,12 @@ from megavtp.config.schema import Config
 from megavtp.config.share import PassShare
 from megavtp.config.sizes import ffn_hidden, resolve_model
 from megavtp.config.validate import share, validate, with_vocabulary
+from megavtp.decoder.validate import validate_decoder
 from megavtp.errors import UserError
 
-RECIPES = sorted((Path(__file__).parents[2] / "configs").rglob("vtp_*.yaml"))
+CONFIGS = Path(__file__).parents[2] / "configs"
+DECODER_RECIPES = sorted([*CONFIGS.glob("decoder/*.yaml"), *CONFIGS.glob("demo/decoder_*.yaml")])
+RECIPES = sorted(path for path in CONFIGS.rglob("vtp_*.yaml") if path not in DECODER_RECIPES)
 BASE = """
 model: {size: tiny, image_size: 64, text: {vocab_size: 512}, dino_head: {prototypes: 64, hidden: 32, bottleneck: 8}}
 objectives: {self_distillation: {batch: 16}, reconstruction: {batch: 8}}
@@ -30,6 +33,24 @@ def test_shipped_recipes_are_valid(recipe):
     config = load_config(recipe, Config)
     for dp in (1, 2, 4):
         validate(config, dp * config.parallel.tp * config.parallel.pp)
+    check_header(recipe)
+
+
+@pytest.mark.parametrize("recipe", DECODER_RECIPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_shipped_recipes_of_the_decoder_are_valid(recipe):
+    config = load_config(recipe, Config)
+    for dp in (1, 2, 8):
+        validate_decoder(config, dp)
+    check_header(recipe)
+    first = CONFIGS / "pretrain" / recipe.name
+    if first.exists():  # it goes on from what that one has trained, where that one leaves it
+        before = load_config(first, Config)
+        assert config.model.init_from == f"{before.output_dir}/checkpoints/latest"
+        for tower in ("vision", "decoder", "text"):
+            assert getattr(config.model, tower) == getattr(before.model, tower)
+
+
+def check_header(recipe):
     header = recipe.read_text().split("seed:")[0]
     for line in ("expected result", "FLOPs", "memory", "hours", "hardware"):
         assert f"# {line}" in header

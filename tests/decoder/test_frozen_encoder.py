@@ -116,6 +116,21 @@ def test_rules():
     assert check(1, *alone, "objectives.reconstruction.frozen_encoder=true") == check(1, *alone)  # as old files say it
     with pytest.raises(UserError, match="objectives.reconstruction.drop_path = 0.1 drops paths of the encoder"):
         check(1, *alone, "objectives.reconstruction.drop_path=0.1")
+    for key, why in (
+        ("features=vit", "must be own, pixels, or timm:NAME"), ("features=timm", "must be own, pixels, or timm:NAME"),
+        ("features=timm:vit_small_patch8_224", "is the file of a timm ViT's weights: name it"),
+        ("features_weights=file", "leave it out with features = own"), ("start=0.2", "is before"),
+        ("discriminator_start=2", "discriminator_start = 2.0: must be between 0 and 1"),
+        ("features_size=40", "objectives.adversarial.features_size = 40 is not a multiple of model.patch_size"),
+        ("features_size=16", "needs at least four patches"),
+    ):
+        with pytest.raises(UserError, match=why):
+            check(1, *alone, "objectives.adversarial.weight=1", f"objectives.adversarial.{key}")
+    with pytest.raises(UserError, match="decoder_momentum = 1: must be below 1"):
+        check(1, *alone, "objectives.reconstruction.decoder_momentum=1")
+    with pytest.raises(UserError, match="features_size is not for features = pixels"):
+        adversarial = ("weight=1", "features=pixels", "features_size=32")
+        check(1, *alone, *(f"objectives.adversarial.{key}" for key in adversarial))
     check(2, *alone, "parallel.pp=2", "model.decoder.depth=2")
     with pytest.raises(UserError, match="but model.decoder.depth = 1: every stage needs a block of the decoder"):
         check(2, *alone, "parallel.pp=2", "model.decoder.depth=1")

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import pytest
 from distributed import run_ranks
-from layouts import cells, pairwise, run_cells, verdict
+from layouts import SECOND_STAGE, cells, pairwise, run_cells, verdict
+from tiny_run import merged
 
-STAGE = {
-    "model": {"init_from": "not read here", "decoder": {"depth": 4}},
-    "objectives": {
-        "contrastive": {"weight": 0.0}, "self_distillation": {"weight": 0.0},
-        "reconstruction": {"frozen_encoder": True, "decoder_momentum": 0.9},
-        "adversarial": {"weight": 0.75, "discriminator_start": 0.0, "start": 0.34},
-    },
-    "train": {"steps": 3},
-}
+STAGE = merged(SECOND_STAGE, {"train": {"steps": 3}})
 
 
 def check(cells, world, extra=STAGE):

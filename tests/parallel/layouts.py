@@ -35,6 +35,16 @@ BASIC = {
     "train": {"steps": 4}, "objectives": {"reconstruction": {"l1_weight": 1.0}},
 }
 
+# The decoder's second stage, in which the discriminator learns from the first step and teaches from the second.
+SECOND_STAGE = {
+    "model": {"init_from": "not read here", "decoder": {"depth": 4}},
+    "objectives": {
+        "contrastive": {"weight": 0.0}, "self_distillation": {"weight": 0.0},
+        "reconstruction": {"frozen_encoder": True, "decoder_momentum": 0.9},
+        "adversarial": {"weight": 0.75, "discriminator_start": 0.0, "start": 0.26},
+    },
+}
+
 
 @dataclass(frozen=True)
 class Cell:

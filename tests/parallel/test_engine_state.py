@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from distributed import run_ranks
-from layouts import Cell, Run, differences
+from layouts import SECOND_STAGE, Cell, Run, differences
 from tiny_run import Outcome, merged, reference
 
 from megavtp.checkpoint.store import CheckpointStore, find_latest, open_checkpoint
@@ -20,16 +21,25 @@ CHAIN = [
     Cell(tp=2, pp=2, zero=3, sequence_parallel=True), Cell(pp=2, dp=2, zero=1, schedule="interleaved_1f1b"),
     Cell(pp=4, zero=3, recompute="full"), Cell(dp=4, zero=2), Cell(zero=0),
 ]
+SECOND_CHAIN = [
+    Cell(zero=0), Cell(tp=2, zero=1), Cell(pp=2, zero=3, micro_batches=2), Cell(dp=2, zero=2), Cell(zero=0),
+]
 STEPS, SAVED = 4, 2  # in all, and before the first checkpoint
+STAGES = {  # what is set, the layouts, the kinds of state, and a sample of the last
+    "pre-training": (SETTINGS, CHAIN, "center", "center/cls", "model/teacher."),
+    "second stage": (
+        SECOND_STAGE, SECOND_CHAIN, "direction", "direction/heads.1.mix.weight", "model/averaged_decoder.",
+    ),
+}
 
 
-def settings() -> dict:
-    return merged(SETTINGS, {"train": {"steps": STEPS}})
+def settings(stage: str) -> dict:
+    return merged(STAGES[stage][0], {"train": {"steps": STEPS}})
 
 
-def _link(rank: int, layout: Cell, source: Path | None, target: Path) -> Outcome | None:
+def _link(rank: int, stage: str, layout: Cell, source: Path | None, target: Path) -> Outcome | None:
     """Take the state over from ``source`` (or train for it), hand it on to ``target``, then train to the end."""
-    config = layout.config(settings())
+    config = layout.config(settings(stage))
     run = Run(config=config)
     if source is None:
         run.train(0, SAVED)
@@ -46,25 +56,35 @@ def _link(rank: int, layout: Cell, source: Path | None, target: Path) -> Outcome
     return outcome if rank == 0 else None
 
 
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Outcome], list[Path]]:
-    links, folders = [], [tmp_path_factory.mktemp(f"link{number}") for number in range(len(CHAIN))]
-    for number, layout in enumerate(CHAIN):
+@dataclass(frozen=True)
+class Chain:
+    stage: str
+    links: list[Outcome]
+    folders: list[Path]
+    uninterrupted: Outcome
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    stage, layouts = request.param, STAGES[request.param][1]
+    links, folders = [], [tmp_path_factory.mktemp(f"link{number}") for number in range(len(layouts))]
+    for number, layout in enumerate(layouts):
         source = folders[number - 1] if number else None
-        links.append(run_ranks(layout.world, _link, layout, source, folders[number])[0])
-    return links, folders
+        links.append(run_ranks(layout.world, _link, stage, layout, source, folders[number])[0])
+    whole = reference(layouts[0].plain_config(settings(stage)))
+    return Chain(stage, links, folders, Outcome(whole.terms[SAVED:], whole.norms[SAVED:], whole.weights))
 
 
 @pytest.mark.timeout(300)
-def test_state_is_bit_equal_on_every_layout(chain: tuple) -> None:
-    """Weights, teacher, moments, centres and Adam's step count, in each checkpoint of the chain."""
-    with open_checkpoint(find_latest(chain[1][0])) as first:
-        kinds = {name.split("/")[0] for name in first.names}
-        assert kinds == {"model", "exp_avg", "exp_avg_sq", "center"}
-        assert any(name.startswith("model/teacher.") for name in first.names)
-        assert all(first.tensor(f"center/{name}").abs().max() > 0 for name in ("cls", "patches"))
+def test_state_is_bit_equal_on_every_layout(chain: Chain) -> None:
+    """Weights, averages, moments, what the passes carry and Adam's step count, in each checkpoint of the chain."""
+    _, layouts, kind, carried, average = STAGES[chain.stage]
+    with open_checkpoint(find_latest(chain.folders[0])) as first:
+        assert {name.split("/")[0] for name in first.names} == {"model", "exp_avg", "exp_avg_sq", kind}
+        assert any(name.startswith(average) for name in first.names)
+        assert first.tensor(carried).abs().max() > 0
         assert sum(first.tensor(name).abs().sum() > 0 for name in first.names if name.startswith("exp_avg_sq/")) > 10
-        for layout, folder in zip(CHAIN[1:], chain[1][1:], strict=True):
+        for layout, folder in zip(layouts[1:], chain.folders[1:], strict=True):
             with open_checkpoint(find_latest(folder)) as other:
                 assert other.names == first.names and other.step == first.step == SAVED
                 assert other.meta["optimizer_steps"] == first.meta["optimizer_steps"] == SAVED
@@ -73,14 +93,8 @@ def test_state_is_bit_equal_on_every_layout(chain: tuple) -> None:
                     assert torch.equal(other.tensor(name), first.tensor(name)), (layout, name)
 
 
-@pytest.mark.parametrize("number", range(len(CHAIN)), ids=lambda n: f"link{n}")
-def test_training_goes_on_on_every_layout(number: int, chain: tuple, uninterrupted: Outcome) -> None:
+def test_training_goes_on_on_every_layout(chain: Chain) -> None:
     """Each layout of the chain trains to the end as one process does that was never interrupted."""
-    found = differences(chain[0][number], uninterrupted)
-    assert found.exact, f"{CHAIN[number]}: {found}"
-
-
-@pytest.fixture(scope="module")
-def uninterrupted() -> Outcome:
-    whole = reference(CHAIN[0].plain_config(settings()))
-    return Outcome(whole.terms[SAVED:], whole.norms[SAVED:], whole.weights)
+    for layout, link in zip(STAGES[chain.stage][1], chain.links, strict=True):
+        found = differences(link, chain.uninterrupted)
+        assert found.exact, f"{layout}: {found}"
