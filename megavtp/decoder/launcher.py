@@ -11,10 +11,9 @@ from megavtp.training.launcher import Launcher
 
 DECODER = Launcher(
     name="train_decoder.py", description="Train the pixel decoder of a tokenizer further; its encoder stays frozen.",
-    example="deepspeed --num_gpus 8 launchers/train_decoder.py --config configs/pretrain/vtp_l.yaml "
-    "output_dir=runs/vtp_l_decoder model.init_from=runs/vtp_l/checkpoints/latest objectives.contrastive.weight=0 "
-    "objectives.self_distillation.weight=0",
-    recipe_help="recipe (YAML), such as configs/demo/decoder_emoji.yaml, or that of the joint run",
+    example="deepspeed --num_gpus 8 launchers/train_decoder.py --config configs/decoder/vtp_l.yaml "
+    "model.init_from=runs/vtp_l/checkpoints/latest",
+    recipe_help="recipe (YAML), such as configs/decoder/vtp_l.yaml or configs/demo/decoder_emoji.yaml",
     settings=Config, validate=validate_decoder, summary=layout_summary, recipe=DecoderTraining, prepare=make_source,
 )
 train_decoder = DECODER.launch
