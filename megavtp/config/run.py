@@ -35,7 +35,8 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # parameters of two or more dimensions only
     clip_grad: float = 1.0  # global norm; 0 = off
-    lr_scale: dict[str, float] = field(default_factory=dict)  # per tower: vision, text, decoder, dino_head, discriminator
+    # Per tower: vision, text, decoder, dino_head, discriminator.
+    lr_scale: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ class AdversarialConfig:
 
     weight: float = 0.0  # beside the terms of the reconstruction, times the adaptive weight; 0 switches it off
     adaptive: bool = True  # its gradient at the decoder's last layer is brought to the size of the other terms'
-    # What the discriminator reads: "own" = the frozen encoder's features; "pixels" = the pixels themselves, with a small
+    # What the discriminator reads: "own" = the frozen encoder's features; "pixels" = the picture itself, with a small
     # convolutional network; "timm:NAME" = the features of that ViT of the timm library, with features_weights.
     features: str = "own"
     features_weights: str | None = None  # the file of a timm ViT's weights (.safetensors, .pth)

@@ -56,7 +56,8 @@ class AdversarialDecoderPass(DecoderPass):
     ):
         super().__init__(config, share, mesh, device, perceptual)
         self.adversary = adversary
-        self.term_weights |= {"adversarial": config.objectives.adversarial.weight, "adaptive_weight": 0.0}
+        own = {"adversarial": config.objectives.adversarial.weight, "adaptive_weight": 0.0}
+        self.term_weights = {**self.term_weights, **own}
 
     def prepare(self, run: Runner, batch: Batch) -> int:
         self.adversary.begin(run, batch.step)
@@ -113,11 +114,11 @@ class AdversarialDecoderPass(DecoderPass):
         whole = {name: torch.cat(parts) for name, parts in gradients.items()}
         reconstruction = sum(self.term_weights[name] * whole[name] for name in whole if name != "adversarial")
         assert isinstance(reconstruction, Tensor)
-        at_last_layer = [
+        reconstructing, persuading = (
             last_layer_gradient(gradient, head_input, self.config.model.patch_size)
             for gradient in (reconstruction, whole["adversarial"])
-        ]
-        weight = adaptive_weight(*at_last_layer, self.mesh)
+        )
+        weight = adaptive_weight(reconstructing, persuading, self.mesh)
         whole["adversarial"] *= weight
         found = {name: _WithGradient.apply(values[name], images, gradient) for name, gradient in whole.items()}
         return {**found, "adaptive_weight": weight}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +18,13 @@ from megavtp.nn.block import Recompute
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.sharding import mark, shard_of
 
-M = TypeVar("M", bound=VTP)
-
 
 def build_vtp(
     config: ResolvedModel, mesh: Mesh = SINGLE, *, objectives: AbstractSet[str] = OBJECTIVES, seed: int = 0,
     device: torch.device | str = "cpu", recompute: Recompute = "none", attention: Kernel = "auto",
     max_scale: float = 100.0, compute_dtype: torch.dtype = torch.float32, frozen_encoder: bool = False,
-    kind: Callable[..., M] = VTP,
-) -> M:
+    kind: Callable[..., VTP] = VTP,
+) -> VTP:
     """Build an initialised model in float32 on ``device``; its whole weights are the same for every ``mesh``.
 
     ``kind`` makes it, with the same arguments as ``VTP``.

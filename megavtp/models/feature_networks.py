@@ -136,7 +136,7 @@ def _timm_vit(name: str) -> Any:
         raise UserError(f"objectives.adversarial.features = {TIMM}{name}: timm has no such model ({near})")
     model = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
     if not (hasattr(model, "blocks") and hasattr(model, "forward_intermediates") and hasattr(model, "norm")):
-        raise UserError(f"objectives.adversarial.features = {TIMM}{name} is no ViT: name one, such as timm:vit_small_...")
+        raise UserError(f"objectives.adversarial.features = {TIMM}{name} is no ViT: name one (timm:vit_...)")
     return model
 
 

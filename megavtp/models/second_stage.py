@@ -36,8 +36,9 @@ class SecondStageVTP(VTP):
         if average:
             cuts = tower_cuts(config, self.objectives, mesh.chunks)["pixel_decoder"]
             stripe = Stripe(cuts, mesh.pp, mesh.pp_rank)
-            self.averaged_decoder = PixelDecoder(config, mesh, stripe=stripe, attention=options.get("attention", "auto"))
-            self.averaged_decoder.requires_grad_(False)
+            attention = options.get("attention", "auto")
+            decoder = PixelDecoder(config, mesh, stripe=stripe, attention=attention)
+            self.averaged_decoder = decoder.requires_grad_(False)
         if widths is not None and mesh.is_last_stage:
             self.discriminator = Discriminator(widths)
 

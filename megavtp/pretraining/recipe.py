@@ -23,7 +23,7 @@ from megavtp.data.files import refuse_hub_id
 from megavtp.data.loader import Loader
 from megavtp.data.shards import open_dataset, split_folder
 from megavtp.errors import UserError
-from megavtp.models.build import M, build_vtp
+from megavtp.models.build import build_vtp
 from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS
 from megavtp.models.lpips_weights import load_lpips_weights
 from megavtp.models.vtp import VTP
@@ -143,8 +143,8 @@ def build_perceptual(config: ResolvedConfig, device: torch.device) -> Callable[[
 
 def build_model(
     config: ResolvedConfig, shares: Share, mesh: Mesh, device: torch.device,
-    initial: Mapping[str, Tensor] = MappingProxyType({}), kind: Callable[..., M] = VTP,
-) -> M:
+    initial: Mapping[str, Tensor] = MappingProxyType({}), kind: Callable[..., VTP] = VTP,
+) -> VTP:
     """Build the model of the objectives that are on; its averages are copies of what they follow.
 
     ``initial`` has whole tensors that replace drawn values. ``kind`` makes the model, see ``build_vtp``.

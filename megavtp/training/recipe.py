@@ -87,6 +87,7 @@ class Recipe(ABC):
 
     def resumed(self, checkpoint: Checkpoint) -> None:
         """Take from a checkpoint that the run goes on from what neither the engine nor a pass keeps."""
+        return
 
     def facts(self) -> Mapping[str, Any]:
         """Return the JSON that is saved with every checkpoint."""

@@ -17,7 +17,9 @@ def check(cells, world, extra=STAGE):
     assert rows and all(good for _, good in rows), "\n".join(row for row, _ in rows)
 
 
-SETTINGS = {"schedule": ("1f1b",), "recompute": ("none",), "precision": ("fp32",), "sequence_parallel": (False,), "off": ("",)}
+SETTINGS = {
+    "schedule": ("1f1b",), "recompute": ("none",), "precision": ("fp32",), "sequence_parallel": (False,), "off": ("",),
+}
 EVERY = cells(tp=(1, 2), pp=(1, 2), dp=(1, 2), micro_batches=(1, 2), **SETTINGS)
 LAYOUTS = pairwise([cell for cell in EVERY if cell.world <= 4])
 

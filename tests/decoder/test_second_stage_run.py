@@ -1,4 +1,5 @@
-"""Runs of the second stage with its discriminator: they resume bit for bit, and their averaged decoder goes into the tokenizer."""
+"""Runs of the second stage with its discriminator resume bit for bit, and their averaged decoder goes into the
+tokenizer."""
 
 from __future__ import annotations
 

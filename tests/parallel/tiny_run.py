@@ -18,7 +18,8 @@ from megavtp.config.share import share
 from megavtp.config.validate import validate
 from megavtp.data.batch import Batch, StepDataset
 from megavtp.decoder import passes as decoder_passes
-from megavtp.decoder.recipe import build_features, build_passes as build_decoder_passes, model_kind
+from megavtp.decoder.recipe import build_features, model_kind
+from megavtp.decoder.recipe import build_passes as build_decoder_passes
 from megavtp.models.discriminator import Discriminator
 from megavtp.models.feature_networks import FeatureNetwork, OwnFeatures
 from megavtp.models.vtp import VTP
@@ -251,7 +252,8 @@ def learning_rate(config: Config, step: int) -> Callable[[dict], float]:
 def follow(config: Config) -> float:
     """How far an average moves in a step."""
     o = config.objectives
-    return 1 - (o.reconstruction.decoder_momentum if o.reconstruction.frozen_encoder else o.self_distillation.teacher_momentum)
+    second = o.reconstruction.frozen_encoder
+    return 1 - (o.reconstruction.decoder_momentum if second else o.self_distillation.teacher_momentum)
 
 
 @dataclass
