@@ -7,6 +7,7 @@ whole on every rank that uses them, as the perceptual network is: no group of ra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -127,15 +128,19 @@ class TimmFeatures(nn.Module):
 def _timm_vit(name: str) -> Any:
     try:
         import timm
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # the last is a torchvision that is not for this torch
         raise UserError(
             f"objectives.adversarial.features = {TIMM}{name} needs the timm library ({error}): pip install timm"
         ) from None
     if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"{name.split('_')[0]}*")[:3]) or "see timm.list_models()"
-        raise UserError(f"objectives.adversarial.features = {TIMM}{name}: timm has no such model ({near})")
-    model = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
-    if not (hasattr(model, "blocks") and hasattr(model, "forward_intermediates") and hasattr(model, "norm")):
+        near = get_close_matches(name, timm.list_models())
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() has the names"
+        raise UserError(f"objectives.adversarial.features = {TIMM}{name}: timm has no such model; {hint}")
+    try:
+        model = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
+    except TypeError:  # of a network without patches
+        model = None
+    if not all(hasattr(model, part) for part in ("blocks", "norm", "forward_intermediates")):
         raise UserError(f"objectives.adversarial.features = {TIMM}{name} is no ViT: name one (timm:vit_...)")
     return model
 
