@@ -11,7 +11,6 @@ from megavtp.errors import UserError
 from megavtp.nn.attention_kernels import Kernel, Segments, attend, check_kernel
 from megavtp.nn.norms import RMSNorm, rms_norm
 from megavtp.nn.rope import RotaryTable, rotate
-from megavtp.nn.split import share
 from megavtp.parallel.collectives import copy_to_tp
 from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megavtp.parallel.mesh import SINGLE, Mesh
@@ -48,7 +47,7 @@ class Attention(nn.Module):
             raise UserError(f"width {width} is not a multiple of heads {heads}; change one of them")
         check_kernel(kernel)
         self.mesh = mesh
-        self.local_heads = share(heads, mesh, "the number of attention heads")
+        self.local_heads = mesh.tp_part(heads, "the number of attention heads")
         self.head_dim = width // heads
         self.causal, self.kernel, self.rotation = causal, kernel, rotation
         self.qkv = ColumnParallelLinear(width, 3 * width, mesh=mesh, parts=3)

@@ -29,7 +29,7 @@ from megavtp.nn.attention_kernels import Segments
 from megavtp.nn.drop_path import BranchDrop, add_branch
 from megavtp.nn.rope import RotaryTable
 from megavtp.parallel.layers import to_compute_dtype
-from megavtp.parallel.sequence import TokenCut
+from megavtp.parallel.sequence import TokenCut, on_own_rows
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -43,7 +43,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
-        return x * (self.gamma if cut is None else cut.share(self.gamma))
+        return x * on_own_rows(self.gamma, cut)
 
 
 class TwoHalves(Protocol):

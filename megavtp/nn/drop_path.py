@@ -8,7 +8,7 @@ micro-batch split and every recomputation sees the same choice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -103,7 +103,7 @@ def add_branch(
     if cut is None:
         y = branch(x.index_select(0, tokens), kept_segments, None)
         return x.index_add(0, tokens, y.to(x.dtype) * scales)
-    y = branch(x, kept_segments, cut.keeping(tokens))
+    y = branch(x, kept_segments, replace(cut, kept=tokens))
     scales = cut.own_rows(scales.new_zeros(cut.total, 1).index_copy_(0, tokens, scales))
     return x + y.to(x.dtype) * scales  # what is dropped has scale 0
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megavtp.parallel.sequence import TokenCut
+from megavtp.parallel.sequence import TokenCut, on_own_rows
 
 
 @cache
@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
-        return rms_norm(x, self.weight if cut is None else cut.share(self.weight), self.eps)
+        return rms_norm(x, on_own_rows(self.weight, cut), self.eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -66,7 +66,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
-        weight, bias = (p if cut is None else cut.share(p) for p in (self.weight, self.bias))
+        weight, bias = on_own_rows(self.weight, cut), on_own_rows(self.bias, cut)
         if (fused := _fused(x, weight)) is not None:
             return fused.fused_layer_norm_affine(x, weight, bias, (self.width,), self.eps)
         return F.layer_norm(x, (self.width,), weight, bias, self.eps)
