@@ -52,21 +52,21 @@ class TokenCut:
         return -(-self.length // self.mesh.tp)
 
     def split(self, x: Tensor) -> Tensor:
-        """(T, ...), the same on every rank -> own rows (n, ...); the gradient is gathered."""
+        """Return own rows (n, ...) of x (T, ...), which is the same on every rank; the gradient is gathered."""
         return with_gradient(x, self.own_rows, self.all_tokens)
 
     def join(self, x: Tensor) -> Tensor:
-        """Own rows (n, D) -> all tokens (T, D). What follows must be the same on every rank, as each keeps its own rows
-        of the gradient."""
+        """Return all tokens (T, D) from own rows (n, D). What follows must be the same on every rank, as each keeps its
+        own rows of the gradient."""
         return with_gradient(x, self.all_tokens, self.own_rows)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Own rows (n, D) -> the kept tokens of all ranks (k, D); the gradient is summed over ranks and scattered."""
+        """Return the kept tokens of all ranks (k, D) from own rows (n, D); the gradient is summed and scattered."""
         return with_gradient(x, self._kept_tokens, self._sum_rows)
 
     def reduce(self, x: Tensor) -> Tensor:
-        """Each rank's summand for the kept tokens (k, D) -> own rows of the sum (n, D), 0 where a token is not kept;
-        the gradient is gathered."""
+        """Sum each rank's x (k, D) for the kept tokens, and return own rows of the sum (n, D), 0 where a token is not
+        kept; the gradient is gathered."""
         return with_gradient(x, self._sum_rows, self._kept_tokens)
 
     def own_rows(self, x: Tensor) -> Tensor:
