@@ -10,10 +10,9 @@ from megavtp.config.sizes import ResolvedText, known
 from megavtp.errors import UserError
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Kernel
-from megavtp.nn.block import Block, Recompute
+from megavtp.nn.block import Block, Recompute, run_blocks
 from megavtp.nn.feed_forward import MLP, quick_gelu
 from megavtp.nn.norms import LayerNorm
-from megavtp.nn.stack import run_blocks
 from megavtp.parallel.layers import RowParallelLinear, VocabParallelEmbedding
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.striping import Stripe, whole
