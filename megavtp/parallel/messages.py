@@ -121,4 +121,4 @@ def broadcast_last_stage(x: Tensor, mesh: Mesh) -> Tensor:
 
 def broadcast_last_stage_object(value: Any, mesh: Mesh) -> Any:
     """Return the last pipeline rank's ``value`` (small, picklable) on all ranks."""
-    return value if mesh.pp == 1 else broadcast_object(value, mesh.pp_group, mesh.pp - 1)
+    return value if mesh.pp_group is None else broadcast_object(value, mesh.pp_group, mesh.pp - 1)
