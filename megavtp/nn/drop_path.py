@@ -81,11 +81,9 @@ def _global_choice(
     return [[draw(size) for size in sizes] for _ in range(2 * depth)]
 
 
-Branch = Callable[[Tensor, Segments, TokenCut | None], Tensor]
-
-
 def add_branch(
-    x: Tensor, branch: Branch, segments: Segments, drop: BranchDrop | None, cut: TokenCut | None = None
+    x: Tensor, branch: Callable[[Tensor, Segments, TokenCut | None], Tensor], segments: Segments,
+    drop: BranchDrop | None, cut: TokenCut | None = None,
 ) -> Tensor:
     """Compute x + branch(x), (T, width), with the branch on the sequences that ``drop`` keeps, scaled; None keeps all.
 

@@ -48,15 +48,11 @@ def sinkhorn_bias(
                 higher = torch.maximum(peak, logits.amax(0))
                 total = total * (peak - higher).exp() + (logits - higher).exp_().sum(0)
                 peak = higher
-            bias = -_logsumexp_over_dp(peak, total, mesh)
+            highest = all_reduce(peak, mesh, "dp", "max")  # a rank without rows has the peak -inf
+            total = all_reduce(total * (peak - highest).exp(), mesh, "dp")
+            # minus log sum_rows exp(logit), over all ranks; without any row the total is NaN (-inf - -inf)
+            bias = -torch.where(total > 0, highest + total.log(), 0.0)
         return bias
-
-
-def _logsumexp_over_dp(peak: Tensor, total: Tensor, mesh: Mesh) -> Tensor:
-    """Return log sum_ranks total * exp(peak), each (K_local,); 0 without any row. A rank without rows has peak -inf."""
-    highest = all_reduce(peak, mesh, "dp", "max")
-    total = all_reduce(total * (peak - highest).exp(), mesh, "dp")
-    return torch.where(total > 0, highest + total.log(), 0.0)  # without any row total is NaN (-inf - -inf)
 
 
 def center_bias(center: Tensor, temperature: float) -> Tensor:
