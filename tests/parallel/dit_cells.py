@@ -20,6 +20,7 @@ from megavtp.dit.validate import flow_share, validate_dit
 from megavtp.latents.folder import LatentFolder
 from megavtp.models.init import constant, fill_parameters, normal
 from megavtp.parallel.collectives import all_gather_object, all_reduce
+from megavtp.parallel.engine_state import MOMENTS
 from megavtp.parallel.mesh import SINGLE, build_mesh
 from megavtp.training.step import train_step
 
@@ -132,8 +133,9 @@ class CellRun:
         self.model = build_model(config, self.mesh, torch.device("cpu"))
         self.engine = build_engine(self.model, config, self.mesh)
         weights = {f"model/{name}": tensor for name, tensor in valued(config).state_dict().items()}
-        nothing = lambda name: torch.zeros_like(weights[f"model/{name.partition('/')[2]}"])  # noqa: E731
-        self.engine.load(lambda name: weights.get(name) if name in weights else nothing(name), 0)
+        for name, tensor in list(weights.items()):
+            weights |= {f"{moment}/{name.removeprefix('model/')}": torch.zeros_like(tensor) for moment in MOMENTS}
+        self.engine.load(weights.__getitem__, 0)
         self.data = LatentStepDataset(self.folder, config, self.mesh.dp_rank, self.mesh.dp)
         self.flow = FlowMatchingPass(config, flow_share(config, self.mesh.dp), torch.device("cpu"))
         self.outcome = Outcome([], [], {})
