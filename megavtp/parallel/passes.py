@@ -140,8 +140,10 @@ def _terms_everywhere(objective: Pass, run: Runner, terms: dict[str, Tensor]) ->
 
 
 class _Seeds(NamedTuple):
-    """The gradients of the whole-batch terms by the row tensors, per micro-batch, and by the shared values. A row tensor
-    that the terms read without gradient has None."""
+    """The gradients of the whole-batch terms by the row tensors, per micro-batch, and by the shared values.
+
+    A row tensor that the terms read without gradient has None.
+    """
 
     rows: list[tuple[Tensor, ...] | None]
     shared: tuple[Tensor, ...]
