@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megavtp.config.ranges import MAX_DEPTH
 from megavtp.data.weights_file import read_weights_file
-from megavtp.dit.config import CompleteDiT, CompleteDiTConfig, DiTConfig
+from megavtp.dit.checkpoint import WholeDiT
+from megavtp.dit.config import CompleteDiT, DiTConfig, complete_config
 from megavtp.dit.lightningdit_config import (
     REMEDY,
     Parts,
@@ -24,13 +25,11 @@ from megavtp.dit.lightningdit_config import (
     settings_to_state,
     stated_settings,
 )
-from megavtp.dit.model.positions import pair_tables, sine_positions
-from megavtp.dit.validate import validate_dit
+from megavtp.dit.model.positions import POSITIONS, position_tables
+from megavtp.dit.validate import check_dit_model
 from megavtp.errors import UserError
-from megavtp.latents.artifact import TokenizerArtifact
 from megavtp.models.fitting import check, faults
 
-POSITIONS = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
 _WRAPPED = "module."  # DistributedDataParallel puts this before every key
 _SAME = 1e-5  # tolerance of a position table: the official one has another order of the same operations
 # LightningDiT averages pos_embed along with the weights, though it never changes: every float32 update shrinks it a
@@ -39,30 +38,7 @@ _SHRUNK = 1e-3
 _NOT_IN_SHAPES = ("depth", "heads", "num_classes")  # a file that lacks blocks or rows shows other values
 
 
-@dataclass(frozen=True)
-class LightningDiT:
-    """A DiT that was read from either format.
-
-    Attributes:
-        weights, average: trained parameters and their moving average, by LightningDiT's keys without prefixes; they
-            have no position tables.
-        step: the number in the file's name, else 0.
-        notes: messages for the user.
-        artifact, run, facts: the tokenizer of the latents, the whole configuration and further facts; a ``.pt`` has
-            none of these.
-    """
-
-    config: CompleteDiT
-    weights: dict[str, Tensor]
-    average: dict[str, Tensor]
-    step: int
-    notes: list[str]
-    artifact: TokenizerArtifact | None = None
-    run: CompleteDiTConfig | None = None
-    facts: dict[str, Any] | None = None
-
-
-def read_lightningdit(path: str | Path) -> LightningDiT:
+def read_lightningdit(path: str | Path) -> WholeDiT:
     """Read a checkpoint or a plain state dict, ``.pt`` or ``.safetensors``; keys may begin with ``module.``.
 
     Raises:
@@ -75,7 +51,7 @@ def read_lightningdit(path: str | Path) -> LightningDiT:
     parts, stated, notes = _parts(tree, path), stated_settings(tree), []
     config = infer_config(parts, stated, path)
     _check(parts, config, stated, path)
-    table = _positions(config)["pos_embed"]
+    table = position_tables(config)["pos_embed"]
     off = max(float((state["pos_embed"] - table).abs().max()) for state in parts.values())
     if off > _SAME:
         notes.append(
@@ -89,22 +65,23 @@ def read_lightningdit(path: str | Path) -> LightningDiT:
         parts = {"model": only, "ema": only}
         notes.append(f"{path} has only one set of weights: it serves as the trained and as the averaged one")
     weights, average = ({k: v.float() for k, v in parts[p].items() if k not in POSITIONS} for p in ("model", "ema"))
-    return LightningDiT(config, weights, average, int(path.stem) if path.stem.isdecimal() else 0, notes)
+    step = int(path.stem) if path.stem.isdecimal() else 0
+    run = complete_config(DiTConfig(model=config))
+    return WholeDiT(run, step, weights=weights, average=average, notes=notes)
 
 
-def lightningdit_tree(
-    config: CompleteDiT, weights: Mapping[str, Tensor], average: Mapping[str, Tensor], *, module_prefix: bool = False
-) -> dict[str, Any]:
+def lightningdit_tree(dit: WholeDiT, *, module_prefix: bool = False) -> dict[str, Any]:
     """Return what ``torch.save`` writes, position tables included. UserError for what the format cannot express.
 
     With ``module_prefix``, "module." precedes the keys of the trained weights, as LightningDiT's training needs it to
     resume.
     """
+    config = dit.config.model
     if config.condition != "class":
         raise UserError(f"model.condition={config.condition} has no LightningDiT form: only class-conditioned ones do")
-    tables, shapes = _positions(config), dit_shapes(config)
+    tables, shapes = position_tables(config), dit_shapes(config)
     parts = {}
-    for part, state in (("model", weights), ("ema", average)):
+    for part, state in (("model", dit.weights), ("ema", dit.average)):
         whole = {**tables, **state}
         check(whole, shapes, f"the DiT ({part})")
         before = _WRAPPED if module_prefix and part == "model" else ""
@@ -135,32 +112,19 @@ def _check(parts: Parts, config: CompleteDiT, stated: Mapping[str, int], path: P
         if value != getattr(config, name)
     ]
     if not found:
-        found = _invalid(config) or [
-            f"({part}) {fault}" for part, state in parts.items() for fault in _other_positions(state, config)
-        ]
+        try:
+            check_dit_model(config)
+            found = [f"({part}) {fault}" for part, state in parts.items() for fault in _other_positions(state, config)]
+        except UserError as error:  # sizes that fit one another make no valid DiT
+            found = [str(error)]
     if found:
         raise UserError(f"{path} does not fit its model config: {'; '.join(found)}; use a file that is whole")
-
-
-def _invalid(config: CompleteDiT) -> list[str]:
-    """Tell why sizes that fit one another make no valid DiT."""
-    try:
-        validate_dit(DiTConfig(model=config), None)
-    except UserError as error:
-        return [str(error)]
-    return []
-
-
-def _positions(config: CompleteDiT) -> dict[str, Tensor]:
-    side = config.latent_size // config.patch_size
-    tables = pair_tables(config.width // config.heads, side)
-    return dict(zip(POSITIONS, (sine_positions(config.width, side)[None], *tables)))
 
 
 def _other_positions(state: Mapping[str, Tensor], config: CompleteDiT) -> list[str]:
     return [
         f"{name} is not the fixed position table of its sizes, and this DiT has no other"
-        for name, expected in _positions(config).items()
+        for name, expected in position_tables(config).items()
         if not torch.allclose(state[name].float(), expected, rtol=_SHRUNK if name == "pos_embed" else 0, atol=_SAME)
     ]
 

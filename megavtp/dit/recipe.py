@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from megavtp.checkpoint.kind import FACTS
 from megavtp.checkpoint.store import Checkpoint
 from megavtp.config.precision import compute_dtype
 from megavtp.data.loader import Loader
 from megavtp.dit.batch import LatentStepDataset
-from megavtp.dit.config import CompleteDiT, CompleteDiTConfig, ResolvedDiTConfig
+from megavtp.dit.checkpoint import stored_facts
+from megavtp.dit.config import CompleteDiTConfig
 from megavtp.dit.flops import dit_flops_per_step
 from megavtp.dit.model.average import AveragedDiT, build_averaged_dit
 from megavtp.dit.model.block import DiTBlock
@@ -39,7 +39,7 @@ class DiTTraining(Recipe):
 
     def open(self) -> None:
         self.folder = LatentFolder(self.config.data.root)
-        self.config = with_sizes_of(self.folder, self.config)
+        self.config = with_latents(self.config, self.folder)
 
     def build(self) -> None:
         self.model = build_model(self.config, self.mesh, self.device)
@@ -70,40 +70,22 @@ class DiTTraining(Recipe):
         check_goes_on(checkpoint, self.config.model, self.folder)
 
     def facts(self) -> Mapping[str, Any]:
-        return facts_of(self.folder)
+        return stored_facts(self.folder.artifact, self.folder.classes)
 
     def notes(self) -> list[tuple[str, str]]:
-        note = untrained_classes(self.config.model, self.folder)
-        return [] if note is None else [("untrained_classes", note)]
+        model, folder = self.config.model, self.folder
+        if model.condition != "class" or model.num_classes == folder.num_classes:
+            return []
+        return [(
+            "untrained_classes",
+            f"model.num_classes = {model.num_classes}, but the labels in {folder.folder} are of {folder.num_classes}: "
+            "the others learn nothing; model.num_classes=null takes those that are there",
+        )]
 
     def finish(self, telemetry: Telemetry) -> None:
         if self.mesh.rank == 0:
             output = Path(self.config.output_dir)
             loss_curves(output / METRICS_FILE, output / "loss_curves.png")
-
-
-def with_sizes_of(folder: LatentFolder, config: ResolvedDiTConfig) -> CompleteDiTConfig:
-    """Return ``config`` with the sizes that the latents decide."""
-    channels, size, _ = folder.shape
-    return with_latents(
-        config, latent_size=size, latent_channels=channels, num_classes=folder.num_classes,
-        caption_width=folder.caption_width, has_flips=folder.has_flips,
-    )
-
-
-def untrained_classes(model: CompleteDiT, folder: LatentFolder) -> str | None:
-    """Return a note if the model has room for more classes than the latents have."""
-    if model.condition != "class" or model.num_classes == folder.num_classes:
-        return None
-    return (
-        f"model.num_classes = {model.num_classes}, but the labels in {folder.folder} are of {folder.num_classes}: the "
-        "others learn nothing; model.num_classes=null takes those that are there"
-    )
-
-
-def facts_of(folder: LatentFolder) -> dict:
-    """Return what a checkpoint states besides its weights: which latents they are for."""
-    return {FACTS: {"visual_tokenizer": folder.artifact.to_dict(), "classes": folder.classes}}
 
 
 def build_model(config: CompleteDiTConfig, mesh: Mesh, device: torch.device) -> AveragedDiT:

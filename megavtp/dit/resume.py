@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from megavtp.checkpoint.store import Checkpoint
-from megavtp.dit.checkpoint import artifact_of, classes_of, dit_config
+from megavtp.dit.checkpoint import read_facts
 from megavtp.dit.config import CompleteDiT, DiTModelConfig
 from megavtp.errors import UserError
 from megavtp.latents.artifact import check_same_tokenizer
@@ -24,21 +24,19 @@ def check_goes_on(checkpoint: Checkpoint, model: CompleteDiT, folder: LatentFold
             classes, or as another model.
     """
     where, latents = str(checkpoint.path), str(folder.folder)
-    trained_on = artifact_of(checkpoint)
-    if trained_on is not None:
-        check_same_tokenizer(trained_on, where, folder.artifact, latents)
-    before = dit_config(checkpoint).model
+    before = read_facts(checkpoint)
+    if before.artifact is not None:
+        check_same_tokenizer(before.artifact, where, folder.artifact, latents)
     for name in _IDENTITY:
-        own, trained = getattr(model, name), getattr(before, name)
+        own, trained = getattr(model, name), getattr(before.config.model, name)
         if own != trained:
             raise UserError(
                 f"{where} has model.{name} = {trained}, this run {own}: set model.{name}={trained}, or another "
                 "output_dir"
             )
-    classes = classes_of(checkpoint)
-    if model.condition == "class" and classes is not None and classes != folder.classes:
+    if model.condition == "class" and before.classes is not None and before.classes != folder.classes:
         raise UserError(
-            f"{where} was trained on other classes ({_some(classes)}) than those of {latents} "
+            f"{where} was trained on other classes ({_some(before.classes)}) than those of {latents} "
             f"({_some(folder.classes)}): extract the latents with the same --label, or set another output_dir"
         )
 

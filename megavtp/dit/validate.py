@@ -18,6 +18,7 @@ from megavtp.dit.config import (
     resolve_dit,
     swiglu_hidden,
 )
+from megavtp.latents.folder import LatentFolder
 
 TOWER = "dit"  # the only tower, by which learning rates and gradient norms go
 _MAX_SIDE = 512  # positions of a latent map's side: 8192 pixels in patches of 16
@@ -45,34 +46,32 @@ def validate_dit(config: DiTConfig, world_size: int | None) -> ResolvedDiTConfig
     return resolved
 
 
-def with_latents(
-    config: ResolvedDiTConfig, *, latent_size: int, latent_channels: int, num_classes: int, caption_width: int | None,
-    has_flips: bool,
-) -> CompleteDiTConfig:
-    """Return ``config`` with the sizes of the latents in ``data.root``; keys that are given must agree with them.
+def with_latents(config: ResolvedDiTConfig, folder: LatentFolder) -> CompleteDiTConfig:
+    """Return ``config`` with the sizes of the latents in ``folder``; keys that are given must agree with them.
 
     More classes than the latents have may be given: these may be a part of a data set.
     """
     model = config.model
-    found: dict[str, int | None] = {"latent_size": latent_size, "latent_channels": latent_channels}
+    channels, size, _ = folder.shape
+    found: dict[str, int | None] = {"latent_size": size, "latent_channels": channels}
     if model.condition == "caption":
         need(
-            caption_width is not None,
+            folder.caption_width is not None,
             f"model.condition = caption, but the latents in data.root = {config.data.root} have no captions: extract "
             "them with captions, or set model.condition=class",
         )
-        found["caption_width"] = caption_width
+        found["caption_width"] = folder.caption_width
     else:
-        found["num_classes"] = max(num_classes, model.num_classes or 0)
-    for key, size in found.items():
+        found["num_classes"] = max(folder.num_classes, model.num_classes or 0)
+    for key, of_latents in found.items():
         given = getattr(model, key)
         need(
-            given in (None, size),
-            f"model.{key} = {given}, but the latents in data.root = {config.data.root} have {size}: set "
+            given in (None, of_latents),
+            f"model.{key} = {given}, but the latents in data.root = {config.data.root} have {of_latents}: set "
             f"model.{key}=null, which takes theirs, or another data.root",
         )
     need(
-        has_flips or config.data.flip == 0,
+        folder.has_flips or config.data.flip == 0,
         f"data.flip = {config.data.flip}, but data.root = {config.data.root} has no latents of mirrored images: "
         "extract them, or set data.flip=0",
     )

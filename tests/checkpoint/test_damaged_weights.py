@@ -23,8 +23,9 @@ from megavtp.checkpoint.formats.hf_vtp import EXPORTED, load_folder, official_na
 from megavtp.checkpoint.formats.initial import read_initial
 from megavtp.data.decode import BadSample
 from megavtp.dit.config import DiTModelConfig
-from megavtp.dit.lightningdit import POSITIONS, read_lightningdit
+from megavtp.dit.lightningdit import read_lightningdit
 from megavtp.dit.model.build import build_dit
+from megavtp.dit.model.positions import POSITIONS
 from megavtp.errors import UserError
 from megavtp.latents.folder import LatentFolder
 from megavtp.models.build import build_vtp

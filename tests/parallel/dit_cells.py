@@ -15,8 +15,8 @@ from megavtp.dit.config import DiTConfig
 from megavtp.dit.flow_matching import flow_matching_terms, straight_path
 from megavtp.dit.model.average import AveragedDiT, build_averaged_dit
 from megavtp.dit.passes import FlowMatchingPass
-from megavtp.dit.recipe import build_engine, build_model, with_sizes_of
-from megavtp.dit.validate import flow_share, validate_dit
+from megavtp.dit.recipe import build_engine, build_model
+from megavtp.dit.validate import flow_share, validate_dit, with_latents
 from megavtp.latents.folder import LatentFolder
 from megavtp.models.init import constant, fill_parameters, normal
 from megavtp.parallel.collectives import all_gather_object, all_reduce
@@ -126,7 +126,7 @@ class CellRun:
 
     def __init__(self, config: DiTConfig):
         self.folder = LatentFolder(config.data.root)
-        self.config = config = with_sizes_of(self.folder, config)
+        self.config = config = with_latents(config, self.folder)
         p = config.parallel
         self.mesh = build_mesh(p.tp, p.pp, p.virtual_stages, p.sequence_parallel)
         self.model = build_model(config, self.mesh, torch.device("cpu"))
@@ -158,7 +158,7 @@ class CellRun:
 def plain(config: DiTConfig, steps: int) -> Outcome:
     """By torch alone on one process, the whole batch at once."""
     folder = LatentFolder(config.data.root)
-    config = with_sizes_of(folder, replace(config, parallel=replace(config.parallel, recompute="none")))
+    config = with_latents(replace(config, parallel=replace(config.parallel, recompute="none")), folder)
     model = valued(config)
     data, settings = LatentStepDataset(folder, config), config.train.optimizer
     groups = [

@@ -12,8 +12,7 @@ from dit_cells import Cell, CellRun, Outcome, cells, plain
 from latent_folder import FINGERPRINT, random_latents
 
 from megavtp.checkpoint.store import CheckpointStore, open_checkpoint
-from megavtp.dit import recipe
-from megavtp.dit.checkpoint import load_dit
+from megavtp.dit.checkpoint import load_dit, stored_facts
 from megavtp.parallel.collectives import all_gather_object
 from megavtp.training import state
 
@@ -96,7 +95,8 @@ def _chain(rank: int, root: Path, folder: Path, first: int, links: list[Cell]) -
                 assert state.load(checkpoint, run.engine, [run.flow]) == step
         outcomes.append(run.train(step, step + 1))
         store = CheckpointStore(folder, len(CHAIN), run_token=f"chain{step}")
-        state.save(store, run.engine, [run.flow], run.config, step + 1, recipe.facts_of(run.folder))
+        facts = stored_facts(run.folder.artifact, run.folder.classes)
+        state.save(store, run.engine, [run.flow], run.config, step + 1, facts)
         store.wait()
         all_gather_object(None)  # published by rank 0, and so by all
         run.engine.close()

@@ -15,11 +15,10 @@ from megavtp.config.sizes import known
 from megavtp.dit.config import CompleteDiT
 from megavtp.dit.model.block import DiTBlock, FinalLayer
 from megavtp.dit.model.embed import CaptionEmbed, ClassEmbed, LatentEmbed, TimeEmbed
-from megavtp.dit.model.positions import pair_tables, sine_positions
+from megavtp.dit.model.positions import position_tables
 from megavtp.errors import UserError
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute, run_block
-from megavtp.nn.rope import RotaryTable
 from megavtp.parallel.collectives import copy_to_tp
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.sequence import TokenCut
@@ -36,17 +35,8 @@ class PairRope(nn.Module):
 
     def __init__(self, head_dim: int, side: int):
         super().__init__()
-        self.head_dim, self.side = head_dim, side
-        self.register_buffer("freqs_cos", torch.empty(side * side, head_dim))
-        self.register_buffer("freqs_sin", torch.empty(side * side, head_dim))
-
-    def reset(self) -> None:
-        """Fill the buffers; needed after a build on the meta device."""
-        for buffer, values in zip(self.table(), pair_tables(self.head_dim, self.side)):
-            buffer.copy_(values)
-
-    def table(self) -> RotaryTable:
-        return self.freqs_cos, self.freqs_sin
+        for name in ("freqs_cos", "freqs_sin"):
+            self.register_buffer(name, torch.empty(side * side, head_dim))
 
 
 class DiT(nn.Module):
@@ -92,10 +82,10 @@ class DiT(nn.Module):
 
     def reset_positions(self) -> None:
         """Fill the buffers; needed after a build on the meta device."""
+        tables = position_tables(self.config)
         with torch.no_grad():
-            self.feat_rope.reset()
-            if self.stripe.first:
-                self.pos_embed.copy_(sine_positions(self.config.width, self.side))
+            for name, buffer in self.named_buffers():
+                buffer.copy_(tables[name])
 
     def forward(
         self, x: Tensor | None, t: Tensor | None, y: Tensor | None, chunk: int | None = None, *activations: Tensor
@@ -136,7 +126,8 @@ class DiT(nn.Module):
         this function; input and output are whole, and the same on each rank."""
         if not indices:
             return tokens
-        samples, table, cut = len(tokens), self.feat_rope.table(), None
+        table = self.feat_rope.freqs_cos, self.feat_rope.freqs_sin
+        samples, cut = len(tokens), None
         if self.mesh.sequence_parallel:
             cut = TokenCut(self.mesh, tokens.shape[0] * tokens.shape[1], sequences=samples)
             tokens = cut.split(tokens.flatten(0, 1)).unflatten(0, (samples, -1))

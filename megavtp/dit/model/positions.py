@@ -8,7 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megavtp.dit.config import CompleteDiT
 from megavtp.nn.rope import RotaryTable
+
+POSITIONS = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
+
+
+def position_tables(config: CompleteDiT) -> dict[str, Tensor]:
+    """Return the fixed positions of a DiT by the names of its buffers."""
+    side = config.latent_size // config.patch_size
+    tables = pair_tables(config.width // config.heads, side)
+    return dict(zip(POSITIONS, (sine_positions(config.width, side)[None], *tables)))
 
 
 def sine_positions(width: int, side: int) -> Tensor:
