@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
 from megavtp.cli import guard  # noqa: E402
-from megavtp.dit.sampling.options import add_sampling_options, place_of_samples  # noqa: E402
+from megavtp.dit.sampling.options import add_sampling_options, place_of_samples, settings_of  # noqa: E402
 from megavtp.options import BATCH, IMAGES, Options, place  # noqa: E402
 
 
@@ -40,9 +40,9 @@ def parse() -> argparse.Namespace:
 def main(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from megavtp.config.precision import compute_dtype
-    from megavtp.dit.sampling.command import names_of, samples_of, settings_of
     from megavtp.dit.sampling.output import open_output
     from megavtp.dit.sampling.sampler import all_images, open_sampler
+    from megavtp.dit.sampling.samples import names_of, samples_of
     from megavtp.launch.tool import choose_device, join_others
 
     device, mesh = join_others(options.device, choose_device)

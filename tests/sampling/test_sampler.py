@@ -9,9 +9,16 @@ from sampling_fakes import NAMES, STATISTICS, TOKENIZER, tokenizer_facts, write_
 
 from megavtp.data.randomness import generator
 from megavtp.dit.checkpoint import load_dit
-from megavtp.dit.sampling.command import names_of, samples_of
 from megavtp.dit.sampling.sampler import GeneratedImages, all_images, open_sampler
-from megavtp.dit.sampling.samples import Sample, SampleNoise, each, in_proportion, parse_classes
+from megavtp.dit.sampling.samples import (
+    Sample,
+    SampleNoise,
+    each,
+    in_proportion,
+    names_of,
+    parse_classes,
+    samples_of,
+)
 from megavtp.dit.sampling.settings import SamplingSettings
 from megavtp.errors import UserError
 from megavtp.evaluation.generation.samples import samples_like

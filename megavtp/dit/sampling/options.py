@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megavtp.dit.sampling.settings import METHODS
+from megavtp.dit.sampling.settings import METHODS, SamplingSettings
 from megavtp.options import SEED, new_file, new_path, real, whole
 
 
@@ -26,7 +26,7 @@ def _interval(text: str) -> tuple[float, float]:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Add the options that ``command.settings_of`` reads, ``--weights`` and ``--precision``."""
+    """Add the options that ``settings_of`` reads, ``--weights`` and ``--precision``."""
     add, strength = parser.add_argument, real(0, 1e6)
     add("--method", choices=METHODS, default="euler", help="(default: euler)")
     add("--steps", type=whole(1, 1_000_000), help="of the method (default: 250); LightningDiT's num_steps - 1")
@@ -38,3 +38,11 @@ def add_sampling_options(parser: argparse.ArgumentParser | argparse._ArgumentGro
     add("--seed", type=SEED, default=0, help="of all that is drawn (default: 0)")
     add("--weights", choices=("average", "trained"), default="average", help="(default: average)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the DiT (default: fp32)")
+
+
+def settings_of(options: argparse.Namespace) -> SamplingSettings:
+    """Return the settings that the options of ``add_sampling_options`` ask for."""
+    return SamplingSettings(
+        options.method, options.steps, options.shift, options.guidance, options.interval,
+        options.guided_channels, options.diffusion, seed=options.seed,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -62,9 +63,7 @@ class Sampler:
         self.shape = (channels, config.latent_size, config.latent_size)
         self.size = config.latent_size * tokenizer.artifact.patch_size
         self.device = tokenizer.device
-        self.field = GuidedField(
-            dit.model, settings.guidance, settings.interval, settings.guided_channels, dtype
-        )
+        self.field = GuidedField(dit.model, settings.guidance, settings.interval, settings.guided_channels, dtype)
 
     @torch.no_grad()
     def latents(self, samples: Sequence[Sample]) -> Tensor:
@@ -142,12 +141,10 @@ def all_images(
 
     This is a collective call: each batch of the result joins one of every process.
     """
-    batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
-    for start in tqdm(range(0, len(batches), mesh.dp), "sampling", disable=quiet, unit="batch"):
-        turn = batches[start : start + mesh.dp]
+    batches = GeneratedImages(sampler, samples, quiet).batches(batch_size, mesh.dp_rank, mesh.dp)
+    for start in range(0, len(samples), batch_size * mesh.dp):
         own = torch.zeros(batch_size, 3, sampler.size, sampler.size, dtype=torch.uint8, device=sampler.device)
-        if mesh.dp_rank < len(turn):
-            own[: len(turn[mesh.dp_rank])] = sampler.images(turn[mesh.dp_rank])
+        for _, images in islice(batches, 1):  # none at the end, if fewer batches than processes are left
+            own[: len(images)] = images
         # Only the very last batch may be short, so padding is at the end.
-        yield all_gather(own, mesh, "dp")[: sum(map(len, turn))].cpu()
-
+        yield all_gather(own, mesh, "dp")[: len(samples) - start].cpu()

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megavtp.config.sizes import known
 from megavtp.data.randomness import generator
+from megavtp.dit.checkpoint import StoredDiT
 from megavtp.errors import UserError
 
 
@@ -41,6 +43,30 @@ def in_proportion(weights: Sequence[float], count: int) -> list[Sample]:
     return [Sample(label, index) for label, number in enumerate(counts.tolist()) for index in range(number)]
 
 
+def samples_of(dit: StoredDiT, classes: str | None, captions: list[str] | None, per_class: int) -> list[Sample]:
+    """Return the samples that the options of ``tools/sample.py`` ask for. UserError if they do not fit the DiT."""
+    model = dit.config.model
+    if model.condition == "caption":
+        if captions is None or classes is not None:
+            raise UserError('this DiT is conditioned on captions: give --caption "..." and no --classes')
+        return each(captions, per_class)
+    num_classes = known(model.num_classes, "model.num_classes")
+    if classes is None or captions is not None:
+        raise UserError(
+            f"this DiT is conditioned on classes: give --classes, some of 0 to {num_classes - 1} or all, and no "
+            "--caption"
+        )
+    if classes.strip() == "all":
+        return each(range(dit.trained_classes), per_class)
+    return each(parse_classes(classes, num_classes, dit.classes), per_class)
+
+
+def names_of(dit: StoredDiT, samples: Sequence[Sample]) -> list[str]:
+    """Return what a sheet writes beside each sample."""
+    conditions = [sample.condition for sample in samples]
+    return [value if isinstance(value, str) else dit.class_name(value) for value in conditions]
+
+
 def parse_classes(text: str, num_classes: int, names: Sequence[str] | None) -> list[int]:
     """Parse labels such as "3,7" or "Flags,Symbols". UserError for one that the DiT does not know."""
     return [_label(part.strip(), num_classes, names) for part in text.split(",")]
@@ -64,9 +90,7 @@ def _label(part: str, num_classes: int, names: Sequence[str] | None) -> int:
 
 
 def _list(names: Sequence[str] | None) -> str:
-    if not names:
-        return ""
-    return ": " + ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return ": " + ", ".join(names[:20]) + ", ..." * (len(names) > 20) if names else ""
 
 
 class SampleNoise:

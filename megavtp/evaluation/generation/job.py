@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megavtp.config.precision import compute_dtype
-from megavtp.dit.sampling.command import settings_of
+from megavtp.dit.sampling.options import settings_of
 from megavtp.dit.sampling.sampler import GeneratedImages, open_sampler
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.features import load_network
