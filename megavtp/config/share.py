@@ -19,6 +19,10 @@ class PassShare:
     def micro_batches(self) -> int:
         return self.local // self.micro_batch
 
+    def rows(self, micro: int) -> slice:
+        """Return the rows of this rank's share that are in a micro-batch."""
+        return slice(micro * self.micro_batch, (micro + 1) * self.micro_batch)
+
 
 @dataclass(frozen=True)
 class Share:

@@ -84,13 +84,14 @@ def resolve_model(model: ModelConfig) -> ResolvedModel:
     """Fill each tower's width, depth and heads that are None from ``model.size``. Idempotent."""
     return narrowed(
         model, ResolvedModel,
-        vision=_fill(model.vision, ResolvedVision, VISION[model.size]),
-        text=_fill(model.text, ResolvedText, TEXT[model.size]),
-        decoder=_fill(model.decoder, ResolvedDecoder, DECODER[model.size]),
+        vision=filled(model.vision, ResolvedVision, VISION[model.size]),
+        text=filled(model.text, ResolvedText, TEXT[model.size]),
+        decoder=filled(model.decoder, ResolvedDecoder, DECODER[model.size]),
     )
 
 
-def _fill(tower: Any, kind: type[R], shape: Shape) -> R:
+def filled(tower: Any, kind: type[R], shape: Shape) -> R:
+    """Return ``tower`` as a ``kind`` whose width, depth and heads, where they are None, are those of ``shape``."""
     sizes = dict(zip(("width", "depth", "heads"), shape))
     return narrowed(tower, kind, **{name: sizes[name] for name in sizes if getattr(tower, name) is None})
 

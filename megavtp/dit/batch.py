@@ -32,24 +32,6 @@ class LatentBatch(LoadedBatch):
     conditions: Tensor  # labels (b,) int64 or caption features (b, E) float32, some dropped
 
 
-@dataclass(frozen=True)
-class Draw:
-    """The random choices for one sample, which are functions of (seed, step, position) and of the settings."""
-
-    flip: bool
-    drop: bool
-    time: float
-    noise: np.ndarray
-
-    @classmethod
-    def of(cls, config: CompleteDiTConfig, step: int, position: int, shape: tuple[int, ...]) -> Draw:
-        rng, settings = generator(config.seed, "flow", step, position), config.flow_matching
-        flip, drop = rng.random(2)
-        time = 1 / (1 + np.exp(-(settings.time_mu + settings.time_sigma * rng.standard_normal())))
-        noise = rng.standard_normal(shape, dtype=np.float32)
-        return cls(flip < config.data.flip, drop < settings.condition_dropout, time, noise)
-
-
 class LatentStepDataset(torch.utils.data.Dataset):
     """``self[step]`` is the share of data-parallel rank ``dp_rank`` of ``dp_size`` in that step.
 
@@ -67,18 +49,26 @@ class LatentStepDataset(torch.utils.data.Dataset):
     def __getitem__(self, step: int) -> LatentBatch:
         place = step_positions(step, self.config.train.batch_size, self.config.data.streams, self.dp_rank, self.dp_size)
         bad: list[str] = []
-        draws = [Draw.of(self.config, step, position, self.folder.shape) for position in place.positions.tolist()]
+        draws = [self._draw(step, position) for position in place.positions.tolist()]
+        flips, drops, times, noise = zip(*draws)
         samples = [
-            self._sample(stream, index, draw.flip, bad)
-            for stream, index, draw in zip(place.streams.tolist(), place.indices.tolist(), draws)
+            self._sample(stream, index, flip, bad)
+            for stream, index, flip in zip(place.streams.tolist(), place.indices.tolist(), flips)
         ]
         return LatentBatch(
             step=step, ids=[sample.id for sample in samples], positions=torch.from_numpy(place.positions),
             latents=self.folder.statistics.normalise(torch.stack([sample.latents for sample in samples])),
-            noise=torch.from_numpy(np.stack([draw.noise for draw in draws])),
-            times=torch.tensor([draw.time for draw in draws], dtype=torch.float32),
-            conditions=self._conditions(samples, torch.tensor([draw.drop for draw in draws])), bad=bad,
+            noise=torch.from_numpy(np.stack(noise)), times=torch.tensor(times, dtype=torch.float32),
+            conditions=self._conditions(samples, torch.tensor(drops)), bad=bad,
         )
+
+    def _draw(self, step: int, position: int) -> tuple[bool, bool, float, np.ndarray]:
+        """Draw for one sample whether it is mirrored, whether its condition is dropped, its time and its noise."""
+        rng, settings = generator(self.config.seed, "flow", step, position), self.config.flow_matching
+        flip, drop = rng.random(2)
+        time = 1 / (1 + np.exp(-(settings.time_mu + settings.time_sigma * rng.standard_normal())))
+        noise = rng.standard_normal(self.folder.shape, dtype=np.float32)
+        return flip < self.config.data.flip, drop < settings.condition_dropout, time, noise
 
     def _conditions(self, samples: list[LatentSample], drop: Tensor) -> Tensor:
         model = self.config.model

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megavtp.config.run import LoggingConfig, ParallelConfig, TrainConfig
-from megavtp.config.sizes import narrowed
+from megavtp.config.sizes import Shape, filled, known, narrowed
 
 DiTSize = Literal["tiny", "b", "l", "xl", "1p0b", "1p6b"]
 Condition = Literal["class", "caption"]
 
 # Width, depth, heads of LightningDiT's models; tiny is for a demonstration on a CPU.
-SIZES: dict[DiTSize, tuple[int, int, int]] = {
+SIZES: dict[DiTSize, Shape] = {
     "tiny": (192, 8, 3), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16), "1p0b": (1536, 24, 24),
     "1p6b": (1792, 28, 28),
 }
@@ -105,16 +105,14 @@ class CompleteDiTConfig(ResolvedDiTConfig):
 
 def resolve_dit(model: DiTModelConfig) -> ResolvedDiT:
     """Fill the width, depth and heads that are None from ``model.size``. Idempotent."""
-    sizes = dict(zip(("width", "depth", "heads"), SIZES[model.size]))
-    kind = CompleteDiT if isinstance(model, CompleteDiT) else ResolvedDiT
-    return narrowed(model, kind, **{name: size for name, size in sizes.items() if getattr(model, name) is None})
+    return filled(model, CompleteDiT if isinstance(model, CompleteDiT) else ResolvedDiT, SIZES[model.size])
 
 
 def complete_dit(model: DiTModelConfig) -> CompleteDiT:
     """Return the model as one whose sizes are all known; ValueError if those of the latents are not."""
-    if model.latent_size is None or model.latent_channels is None:
-        raise ValueError("model.latent_size and model.latent_channels are still open; with_latents fills them")
-    return narrowed(resolve_dit(model), CompleteDiT)
+    for name in ("latent_size", "latent_channels"):
+        known(getattr(model, name), f"model.{name}")
+    return filled(model, CompleteDiT, SIZES[model.size])
 
 
 def complete_config(config: DiTConfig) -> CompleteDiTConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,11 +25,11 @@ class FlowMatchingPass(Pass):
 
     def __init__(self, config: CompleteDiTConfig, share: PassShare, device: torch.device):
         self.share, self.device = share, device
-        self._last: tuple[int, Tensor, Tensor] | None = None  # the latest micro-batch, its points and velocities
         self.term_weights = {"cosine": config.flow_matching.cosine_weight}
 
     def prepare(self, run: Runner, batch: LatentBatch) -> int:
-        self.batch, self._last = batch, None
+        self.batch = batch
+        self._path = lru_cache(1)(self._path_of)  # a rank that is first and last stage computes it once
         return self.share.micro_batches
 
     def inputs(self, micro: int) -> dict[str, Any]:
@@ -37,22 +38,16 @@ class FlowMatchingPass(Pass):
 
     def later_inputs(self, micro: int) -> dict[str, Any]:
         tensors = {"x": self.batch.latents, "t": self.batch.times, "y": self.batch.conditions}
-        return {name: self._rows(tensor, micro).to("meta") for name, tensor in tensors.items()}
+        return {name: tensor[self.share.rows(micro)].to("meta") for name, tensor in tensors.items()}
 
     def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
         _, target = self._path(micro)
         return flow_matching_terms(outputs, target, samples_total_local=self.share.local)
 
-    def _path(self, micro: int) -> tuple[Tensor, Tensor]:
-        """Return a micro-batch's points and velocities; a rank that is first and last stage computes them once."""
-        if self._last is None or self._last[0] != micro:
-            batch = self.batch
-            made = straight_path(*(self._take(x, micro) for x in (batch.latents, batch.noise, batch.times)))
-            self._last = micro, *made
-        return self._last[1:]
-
-    def _rows(self, x: Tensor, micro: int) -> Tensor:
-        return x[micro * self.share.micro_batch : (micro + 1) * self.share.micro_batch]
+    def _path_of(self, micro: int) -> tuple[Tensor, Tensor]:
+        """Return a micro-batch's points and velocities."""
+        batch = self.batch
+        return straight_path(*(self._take(x, micro) for x in (batch.latents, batch.noise, batch.times)))
 
     def _take(self, x: Tensor, micro: int) -> Tensor:
-        return self._rows(x, micro).to(self.device, non_blocking=True)
+        return x[self.share.rows(micro)].to(self.device, non_blocking=True)
