@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megavtp.config import deepspeed_keys
-from megavtp.config.layout import check_pipeline, check_sequence_parallel, data_parallel_size
+from megavtp.config.layout import (
+    check_micro_batch,
+    check_pipeline,
+    check_rotary,
+    check_streams,
+    check_tensor_parallel,
+    data_parallel_size,
+)
 from megavtp.config.precision import with_precision
 from megavtp.config.ranges import (
     MAX_DEPTH,
@@ -153,12 +160,7 @@ def _tower(model: ResolvedModel, name: str) -> None:
     within(tower, prefix, 1, MAX_DEPTH, "depth")
     divides(tower.heads, tower.width, f"{prefix}.heads", f"{prefix}.width", "change one of them")
     if name != "text":
-        head = tower.width // tower.heads
-        need(
-            head % 4 == 0,
-            f"{prefix}.width = {tower.width} over {prefix}.heads = {tower.heads} gives heads of {head} channels: the "
-            "rotary position embedding needs a multiple of 4",
-        )
+        check_rotary(tower, prefix)
     if hasattr(tower, "mlp_ratio"):
         hidden = tower.mlp_ratio * tower.width
         need(
@@ -168,8 +170,7 @@ def _tower(model: ResolvedModel, name: str) -> None:
 
 
 def _tensor_parallel(config: ResolvedConfig) -> None:
-    model, tp = config.model, config.parallel.tp
-    use = "use a tp that divides it"
+    model = config.model
     sizes = {
         "model.vision.heads": model.vision.heads,
         "model.vision's feed-forward width": ffn_hidden(model.vision.ffn, model.vision.width, model.vision.mlp_ratio),
@@ -189,29 +190,22 @@ def _tensor_parallel(config: ResolvedConfig) -> None:
     if config.objectives.self_distillation.weight > 0:
         sizes["model.dino_head.prototypes"] = model.dino_head.prototypes
         sizes["model.dino_head.hidden"] = model.dino_head.hidden
-    for key, size in sizes.items():
-        divides(tp, size, "parallel.tp", key, use)
-    check_sequence_parallel(config.parallel)
+    check_tensor_parallel(config.parallel, sizes)
 
 
 def _batches(config: ResolvedConfig) -> None:
-    """Every batch is an equal slice of every logical stream, whatever the layout."""
-    data, batch, o = config.data, config.train.batch_size, config.objectives
-    remedy = "every batch is an equal slice of every stream; change one of them"
-    divides(data.streams, batch, "data.streams", "train.batch_size", remedy)
+    streams, batch = config.data.streams, config.train.batch_size
+    check_streams(streams, batch, "train.batch_size")
     for name in ("self_distillation", "reconstruction"):
-        objective = getattr(o, name)
+        objective = getattr(config.objectives, name)
         if objective.weight == 0:
             continue
         key = f"objectives.{name}.batch"
         need(objective.batch <= batch, f"{key} = {objective.batch} exceeds train.batch_size = {batch}: lower it")
-        divides(data.streams, objective.batch, "data.streams", key, remedy)
+        check_streams(streams, objective.batch, key)
 
 
 def _layout(config: ResolvedConfig, world_size: int) -> None:
     dp = data_parallel_size(config, world_size)
     for name, part in share(config, dp).passes.items():
-        divides(
-            part.micro_batch, part.local, f"objectives.{name}.micro_batch", f"a rank's share of the {name} batch",
-            f"the share is {part.batch} / {dp} data-parallel ranks; use a micro-batch that divides it",
-        )
+        check_micro_batch(part, f"objectives.{name}", f"the {name} batch", dp)

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from megavtp.config import deepspeed_keys
-from megavtp.config.layout import check_pipeline, check_sequence_parallel, data_parallel_size
+from megavtp.config.layout import (
+    check_micro_batch,
+    check_pipeline,
+    check_rotary,
+    check_streams,
+    check_tensor_parallel,
+    data_parallel_size,
+)
 from megavtp.config.precision import with_precision
 from megavtp.config.ranges import INF, MAX_DEPTH, MAX_ROWS, MAX_WIDTH, check_run, divides, need, within
 from megavtp.config.share import PassShare
@@ -34,15 +41,17 @@ def validate_dit(config: DiTConfig, world_size: int | None) -> ResolvedDiTConfig
     )
     check_run(resolved, (TOWER,))
     _numbers(resolved)
-    _tensor_parallel(resolved)
-    check_pipeline(resolved.parallel, resolved.model.depth, "model.depth", "DiT")
-    divides(
-        resolved.data.streams, resolved.train.batch_size, "data.streams", "train.batch_size",
-        "every batch is an equal slice of every stream; change one of them",
-    )
+    model = resolved.model
+    check_tensor_parallel(resolved.parallel, {
+        "model.heads": model.heads, "model.width": model.width,
+        "the feed-forward width of model.width": swiglu_hidden(model.width),
+    })
+    check_pipeline(resolved.parallel, model.depth, "model.depth", "DiT")
+    check_streams(resolved.data.streams, resolved.train.batch_size, "train.batch_size")
     deepspeed_keys.check(resolved.deepspeed, resolved.parallel.zero_stage)
     if world_size is not None:
-        _layout(resolved, world_size)
+        dp = data_parallel_size(resolved, world_size)
+        check_micro_batch(flow_share(resolved, dp), "flow_matching", "the batch", dp)
     return resolved
 
 
@@ -116,12 +125,7 @@ def check_dit_model(given: DiTModelConfig) -> ResolvedDiT:
         if getattr(model, name) is not None:
             within(model, "model", 1, high, name)
     divides(model.heads, model.width, "model.heads", "model.width", "change one of them")
-    head = model.width // model.heads
-    need(
-        head % 4 == 0,
-        f"model.width = {model.width} over model.heads = {model.heads} gives heads of {head} channels: the rotary "
-        "position embedding needs a multiple of 4",
-    )
+    check_rotary(model, "model")
     if model.latent_size is not None:
         divides(
             model.patch_size, model.latent_size, "model.patch_size", "model.latent_size", "choose a patch that divides"
@@ -135,23 +139,3 @@ def check_dit_model(given: DiTModelConfig) -> ResolvedDiT:
         f"model.caption_width = {model.caption_width} is given, but model.condition = class: remove one of them",
     )
     return model
-
-
-def _tensor_parallel(config: ResolvedDiTConfig) -> None:
-    model, tp = config.model, config.parallel.tp
-    sizes = {
-        "model.heads": model.heads, "model.width": model.width,
-        "the feed-forward width of model.width": swiglu_hidden(model.width),
-    }
-    for key, size in sizes.items():
-        divides(tp, size, "parallel.tp", key, "use a tp that divides it")
-    check_sequence_parallel(config.parallel)
-
-
-def _layout(config: ResolvedDiTConfig, world_size: int) -> None:
-    dp = data_parallel_size(config, world_size)
-    part = flow_share(config, dp)
-    divides(
-        part.micro_batch, part.local, "flow_matching.micro_batch", "a rank's share of the batch",
-        f"the share is {part.batch} / {dp} data-parallel ranks; use a micro-batch that divides it",
-    )
