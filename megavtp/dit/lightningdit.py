@@ -48,10 +48,11 @@ def read_lightningdit(path: str | Path) -> WholeDiT:
     """
     path = Path(path)
     tree = read_weights_file(path, "not a checkpoint", REMEDY)
-    parts, stated, notes = _parts(tree, path), stated_settings(tree), []
+    parts, stated = _parts(tree, path), stated_settings(tree)
     config = infer_config(parts, stated, path)
     _check(parts, config, stated, path)
     table = position_tables(config)["pos_embed"]
+    notes = []
     off = max(float((state["pos_embed"] - table).abs().max()) for state in parts.values())
     if off > _SAME:
         notes.append(
@@ -90,16 +91,19 @@ def lightningdit_tree(dit: WholeDiT, *, module_prefix: bool = False) -> dict[str
 
 
 def _parts(tree: Mapping[str, Any], path: Path) -> Parts:
-    """Return one or both sets of weights. UserError if something else is in their place, which must not be ignored."""
-    given = [name for name in ("model", "ema") if name in tree]
-    for name in given:
-        if not _is_state(tree[name]):
-            raise UserError(f"{path}: its {name!r} is no state dict of tensors; use a file that is whole")
-    if given:
-        return {name: _plain(tree[name]) for name in given}
-    if not _is_state(tree):
-        raise UserError(f"{path} holds neither model nor ema nor a state dict; {REMEDY}")
-    return {"ema": _plain(tree)}
+    """Return one or both sets of weights, without the prefixes of wrappers. UserError if something else is in their
+    place, which must not be ignored."""
+    parts: dict[str, Any] = {name: tree[name] for name in ("model", "ema") if name in tree} or {"ema": tree}
+    for part, state in parts.items():
+        items = state.items() if isinstance(state, dict) else ()
+        if not items or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
+            if state is tree:
+                raise UserError(f"{path} holds neither model nor ema nor a state dict; {REMEDY}")
+            raise UserError(f"{path}: its {part!r} is no state dict of tensors; use a file that is whole")
+        while all(name.startswith(_WRAPPED) for name in state):
+            state = {name.removeprefix(_WRAPPED): tensor for name, tensor in state.items()}
+        parts[part] = state
+    return parts
 
 
 def _check(parts: Parts, config: CompleteDiT, stated: Mapping[str, int], path: Path) -> None:
@@ -127,16 +131,3 @@ def _other_positions(state: Mapping[str, Tensor], config: CompleteDiT) -> list[s
         for name, expected in position_tables(config).items()
         if not torch.allclose(state[name].float(), expected, rtol=_SHRUNK if name == "pos_embed" else 0, atol=_SAME)
     ]
-
-
-def _is_state(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
-    )
-
-
-def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes of wrappers, if all keys have them."""
-    while all(name.startswith(_WRAPPED) for name in state):
-        state = {name.removeprefix(_WRAPPED): tensor for name, tensor in state.items()}
-    return dict(state)

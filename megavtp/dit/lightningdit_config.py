@@ -50,7 +50,8 @@ def infer_config(parts: Parts, stated: Mapping[str, int], path: Path) -> Complet
     """
     shapes = {name: shape for name, rank in _TELLING.items() if (shape := _shape(parts, name, rank)) is not None}
     names = set().union(*parts.values())
-    depth, qk_norm = len(_blocks(names)), any(name.endswith(".attn.q_norm.weight") for name in names)
+    depth = len({match[1] for name in names if (match := re.match(r"blocks\.(\d+)\.", name))})
+    qk_norm = _has(names, ".attn.q_norm.weight")
     if not shapes or not depth:
         raise UserError(f"{path} is no LightningDiT: it lacks {', '.join(_TELLING)} or blocks; {REMEDY}")
     if depth > MAX_DEPTH:
@@ -61,9 +62,8 @@ def infer_config(parts: Parts, stated: Mapping[str, int], path: Path) -> Complet
         raise UserError(f"{path} does not show its sizes: {wrong}; use a file that is whole")
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
     heads = max(width // shapes["feat_rope.freqs_cos"][1], 1)
-    known_sizes: list[DiTSize] = [name for name, size in SIZES.items() if size == (width, depth, heads)]
     return complete_dit(DiTModelConfig(
-        size=known_sizes[0] if known_sizes else "xl", width=width, depth=depth, heads=heads, patch_size=patch,
+        size=_size(width, depth, heads) or "xl", width=width, depth=depth, heads=heads, patch_size=patch,
         qk_norm=qk_norm, latent_size=math.isqrt(shapes["pos_embed"][1]) * patch, latent_channels=channels,
         num_classes=shapes["y_embedder.embedding_table.weight"][0] - 1,
     ))
@@ -88,9 +88,8 @@ def stated_settings(tree: Mapping[str, Any]) -> dict[str, int]:
 
 def settings_to_state(config: CompleteDiT) -> dict[str, Any]:
     """Return the arguments of LightningDiT's constructor."""
-    shape = (config.width, config.depth, config.heads)
-    size = next((_NAMES[name] for name, known in SIZES.items() if known == shape and name in _NAMES), None)
-    named = {"model_type": f"LightningDiT-{size}/{config.patch_size}"} if size else {}
+    size = _size(config.width, config.depth, config.heads)
+    named = {"model_type": f"LightningDiT-{_NAMES[size]}/{config.patch_size}"} if size in _NAMES else {}
     return {
         **named, "input_size": config.latent_size, "patch_size": config.patch_size,
         "in_channels": config.latent_channels, "hidden_size": config.width, "depth": config.depth,
@@ -105,22 +104,25 @@ def _shape(parts: Parts, name: str, rank: int) -> tuple[int, ...] | None:
     return next((tuple(shape) for shape in found if len(shape) == rank and 0 not in shape), None)
 
 
-def _blocks(names: set[str]) -> set[str]:
-    return {match[1] for name in names if (match := re.match(r"blocks\.(\d+)\.", name))}
+def _has(names: set[str], ending: str) -> bool:
+    return any(name.endswith(ending) for name in names)
+
+
+def _size(width: int, depth: int, heads: int) -> DiTSize | None:
+    return next((size for size, shape in SIZES.items() if shape == (width, depth, heads)), None)
 
 
 def _refuse_variants(
     parts: Parts, names: set[str], shapes: Mapping[str, tuple[int, ...]], stated: Mapping[str, int], path: Path
 ) -> None:
-    has = lambda ending: any(name.endswith(ending) for name in names)  # noqa: E731
     width, channels, patch, _ = shapes.get("x_embedder.proj.weight", (0, 0, 0, 0))
     out = shapes.get("final_layer.linear.weight", (0,))[0]
     rows = shapes.get("y_embedder.embedding_table.weight", (0,))[0]
     modulation = _shape(parts, "blocks.0.adaLN_modulation.1.weight", 2) or (0,)
     variants = {
-        "use_rope=false": not has(".freqs_cos"),
-        "use_rmsnorm=false": not has(".norm1.weight"),
-        "use_swiglu=false": has(".mlp.fc1.weight"),
+        "use_rope=false": not _has(names, ".freqs_cos"),
+        "use_rmsnorm=false": not _has(names, ".norm1.weight"),
+        "use_swiglu=false": _has(names, ".mlp.fc1.weight"),
         "wo_shift=true": width > 0 and modulation[0] == 4 * width,
         "learn_sigma=true": out > 0 and out == 2 * patch * patch * channels,
         "class_dropout_prob=0": rows > 0 and rows == stated.get("num_classes"),  # there is no row for "no class"

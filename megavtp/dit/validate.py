@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from megavtp.config import deepspeed_keys
 from megavtp.config.layout import (
     check_micro_batch,
@@ -62,7 +65,7 @@ def with_latents(config: ResolvedDiTConfig, folder: LatentFolder) -> CompleteDiT
     """
     model = config.model
     channels, size, _ = folder.shape
-    found: dict[str, int | None] = {"latent_size": size, "latent_channels": channels}
+    found: dict[str, Any] = {"latent_size": size, "latent_channels": channels}
     if model.condition == "caption":
         need(
             folder.caption_width is not None,
@@ -84,8 +87,7 @@ def with_latents(config: ResolvedDiTConfig, folder: LatentFolder) -> CompleteDiT
         f"data.flip = {config.data.flip}, but data.root = {config.data.root} has no latents of mirrored images: "
         "extract them, or set data.flip=0",
     )
-    sized = check_dit_model(narrowed(model, type(model), **found))
-    return complete_config(narrowed(config, type(config), model=sized))
+    return complete_config(replace(config, model=check_dit_model(replace(model, **found))))
 
 
 def flow_share(config: DiTConfig, dp: int) -> PassShare:
@@ -130,12 +132,10 @@ def check_dit_model(given: DiTModelConfig) -> ResolvedDiT:
         divides(
             model.patch_size, model.latent_size, "model.patch_size", "model.latent_size", "choose a patch that divides"
         )
+    condition = model.condition
+    other = "num_classes" if condition == "caption" else "caption_width"
     need(
-        model.condition == "class" or model.num_classes is None,
-        f"model.num_classes = {model.num_classes} is given, but model.condition = caption: remove one of them",
-    )
-    need(
-        model.condition == "caption" or model.caption_width is None,
-        f"model.caption_width = {model.caption_width} is given, but model.condition = class: remove one of them",
+        getattr(model, other) is None,
+        f"model.{other} = {getattr(model, other)} is given, but model.condition = {condition}: remove one of them",
     )
     return model

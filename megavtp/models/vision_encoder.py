@@ -28,12 +28,12 @@ from megavtp.parallel.striping import Stripe, whole
 
 
 class PatchEmbed(nn.Module):
-    """Embeds images (b, 3, H, W) as patches (b, N, D) in row-major order."""
+    """Embeds images (b, channels, H, W) as patches (b, N, D) in row-major order."""
 
-    def __init__(self, patch: int, width: int):
+    def __init__(self, patch: int, width: int, channels: int = 3):
         super().__init__()
         self.patch = patch
-        self.proj = nn.Conv2d(3, width, patch, patch)
+        self.proj = nn.Conv2d(channels, width, patch, patch)
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from megavtp.config.sizes import known
 from megavtp.dit.config import CompleteDiT
 from megavtp.dit.model.block import DiTBlock, FinalLayer
-from megavtp.dit.model.embed import CaptionEmbed, ClassEmbed, LatentEmbed, TimeEmbed
+from megavtp.dit.model.embed import CaptionEmbed, ClassEmbed, TimeEmbed
 from megavtp.dit.model.positions import position_tables
 from megavtp.errors import UserError
+from megavtp.models.vision_encoder import PatchEmbed
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute, run_block
 from megavtp.parallel.collectives import copy_to_tp
@@ -65,7 +66,7 @@ class DiT(nn.Module):
         self.side = config.latent_size // patch
         if self.stripe.first:
             self.register_buffer("pos_embed", torch.empty(1, self.side**2, width))
-            self.x_embedder = LatentEmbed(channels, width, patch)
+            self.x_embedder = PatchEmbed(patch, width, channels)
             self.t_embedder = TimeEmbed(width, mesh)
             self.y_embedder: ClassEmbed | CaptionEmbed
             if config.condition == "class":
