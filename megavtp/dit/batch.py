@@ -6,6 +6,7 @@ Letters: b samples of the share, C channels, h = w positions, E caption features
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from megavtp.data.order import SampleOrder, step_positions
 from megavtp.data.randomness import generator
 from megavtp.dit.config import CompleteDiTConfig
 from megavtp.latents.folder import LatentFolder, LatentSample
+
+_REMEDY = "extract them again with tools/extract_latents.py"
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class LatentStepDataset(torch.utils.data.Dataset):
         draws = [self._draw(step, position) for position in place.positions.tolist()]
         flips, drops, times, noise = zip(*draws)
         samples = [
-            self._sample(stream, index, flip, bad)
+            self.order.read(stream, index, partial(self.folder.read, flip=flip), self.folder, bad, _REMEDY)
             for stream, index, flip in zip(place.streams.tolist(), place.indices.tolist(), flips)
         ]
         return LatentBatch(
@@ -77,10 +80,3 @@ class LatentStepDataset(torch.utils.data.Dataset):
             return torch.tensor([sample.label for sample in samples]).masked_fill(drop, none)
         captions = [sample.caption for sample in samples if sample.caption is not None]
         return torch.stack(captions).masked_fill(drop[:, None], 0.0)
-
-    def _sample(self, stream: int, index: int, flip: bool, bad: list[str]) -> LatentSample:
-        """Return the stream's ``index``-th sample, or one in its place."""
-        return self.order.read(
-            stream, index, lambda shard, row: self.folder.read(shard, row, flip), self.folder, bad,
-            "extract them again with tools/extract_latents.py",
-        )

@@ -1,8 +1,8 @@
-"""This reads the DiT of a native checkpoint, without engine or optimizer."""
+"""This reads the DiT of a native checkpoint, without engine or optimizer, and tells whether a run can continue it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,20 @@ from torch import Tensor
 from megavtp.checkpoint.kind import FACTS, is_dit
 from megavtp.checkpoint.store import Checkpoint, open_checkpoint
 from megavtp.config.sizes import known
-from megavtp.dit.config import CompleteDiT, CompleteDiTConfig, DiTConfig, complete_config
+from megavtp.dit.config import CompleteDiT, CompleteDiTConfig, DiTConfig, DiTModelConfig, complete_config
 from megavtp.dit.model.build import build_dit, load_full_dit
 from megavtp.dit.model.model import DiT
 from megavtp.dit.validate import check_dit_model
 from megavtp.errors import UserError
 from megavtp.json_file import form
-from megavtp.latents.artifact import TokenizerArtifact
+from megavtp.latents.artifact import TokenizerArtifact, check_same_tokenizer
+from megavtp.latents.folder import LatentFolder
 from megavtp.models.fitting import check
 
 AVERAGE, TRAINED = "model/ema.", "model/dit."  # prefixes of LightningDiT's keys
+# With other values the same weights would mean something else, or some would be left out. Only the name of the size may
+# change, and the side of the latents, as positions are not learnt.
+_IDENTITY = tuple(f.name for f in fields(DiTModelConfig) if f.name not in ("size", "latent_size"))
 
 
 @form
@@ -124,3 +128,32 @@ def load_dit(path: str | Path, device: torch.device | str = "cpu", *, average: b
         model = build_dit(config.model, device=device, attention=config.parallel.attention)
         load_full_dit(model, tensors)
         return StoredDiT(**vars(facts), model=model.eval())
+
+
+def check_goes_on(checkpoint: Checkpoint, model: CompleteDiT, folder: LatentFolder) -> None:
+    """Compare a run's ``model`` and latents with those that the checkpoint was trained with.
+
+    Raises:
+        UserError: it was trained on another tokenizer's latents, on latents normalised by other statistics, on other
+            classes, or as another model.
+    """
+    where, latents = str(checkpoint.path), str(folder.folder)
+    before = read_facts(checkpoint)
+    if before.artifact is not None:
+        check_same_tokenizer(before.artifact, where, folder.artifact, latents)
+    for name in _IDENTITY:
+        own, trained = getattr(model, name), getattr(before.config.model, name)
+        if own != trained:
+            raise UserError(
+                f"{where} has model.{name} = {trained}, this run {own}: set model.{name}={trained}, or another "
+                "output_dir"
+            )
+    if model.condition == "class" and before.classes is not None and before.classes != folder.classes:
+        raise UserError(
+            f"{where} was trained on other classes ({_some(before.classes)}) than those of {latents} "
+            f"({_some(folder.classes)}): extract the latents with the same --label, or set another output_dir"
+        )
+
+
+def _some(names: list[str] | None) -> str:
+    return "numbers without names" if names is None else ", ".join(names[:5]) + ", ..." * (len(names) > 5)

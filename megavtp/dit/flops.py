@@ -1,9 +1,9 @@
-"""This counts the floating-point operations of a DiT and of its training step, as ``planning.flops`` does."""
+"""This counts the floating-point operations of a DiT, as ``planning.flops`` does."""
 
 from __future__ import annotations
 
 from megavtp.config.sizes import known
-from megavtp.dit.config import TIME_FREQUENCIES, CompleteDiT, CompleteDiTConfig, swiglu_hidden
+from megavtp.dit.config import TIME_FREQUENCIES, CompleteDiT, swiglu_hidden
 from megavtp.planning.flops import transformer_flops
 
 
@@ -17,8 +17,3 @@ def dit_flops(model: CompleteDiT) -> float:
         embeddings += 2 * (known(model.caption_width, "model.caption_width") + width) * width
     blocks = transformer_flops(tokens, width, model.depth, swiglu_hidden(width), gated=True)
     return ends + adaptive + embeddings + blocks
-
-
-def dit_flops_per_step(config: CompleteDiTConfig) -> dict[str, float]:
-    """Count the model FLOPs of one optimizer step over all devices."""
-    return {"total": 3.0 * config.train.batch_size * dit_flops(config.model)}

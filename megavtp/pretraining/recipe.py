@@ -130,6 +130,7 @@ class Pretraining(Recipe):
 
     def finish(self, telemetry: Telemetry) -> None:
         self._evaluation.finish(self.config.train.steps)
+        super().finish(telemetry)
 
 
 def build_perceptual(config: ResolvedConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
