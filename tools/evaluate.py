@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
 from megavtp.cli import guard  # noqa: E402
-from megavtp.dit.sampling.options import add_sampling_options  # noqa: E402
+from megavtp.dit.sampling.settings import add_sampling_options  # noqa: E402
 from megavtp.options import BATCH, IMAGES, PIXELS, Options, new_file, place, place_name  # noqa: E402
 
 GENERATION = """Distances of generated images to a reference: gFID, KID, precision and recall with the weights of

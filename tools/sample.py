@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
 from megavtp.cli import guard  # noqa: E402
-from megavtp.dit.sampling.options import add_sampling_options, place_of_samples, settings_of  # noqa: E402
+from megavtp.dit.sampling.settings import add_sampling_options, place_of_samples, settings_of  # noqa: E402
 from megavtp.options import BATCH, IMAGES, Options, place  # noqa: E402
 
 

@@ -19,8 +19,7 @@ from megavtp.checkpoint.formats.hf_vtp import save_folder
 from megavtp.conversion import convert
 from megavtp.dit.checkpoint import load_dit
 from megavtp.dit.config import complete_dit
-from megavtp.dit.lightningdit import read_lightningdit
-from megavtp.dit.lightningdit_config import dit_shapes
+from megavtp.dit.lightningdit import dit_shapes, read_lightningdit
 from megavtp.dit.model.positions import POSITIONS
 from megavtp.errors import UserError
 from megavtp.latents.artifact import FILE, LatentStatistics, TokenizerArtifact, check_same_tokenizer

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from megavtp.config.precision import compute_dtype
-from megavtp.dit.sampling.options import settings_of
 from megavtp.dit.sampling.sampler import GeneratedImages, open_sampler
+from megavtp.dit.sampling.settings import settings_of
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.features import load_network
 from megavtp.evaluation.distances.image_sources import ImageSource, open_images
