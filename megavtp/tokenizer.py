@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -63,7 +64,6 @@ class Tokenizer:
         self.device = torch.device(device)
         self.model = build_tokenizer(source, self.device, dtype)
         self._captions_at = source.captions
-        self._captions: CaptionTokenizer | None = None
 
     @torch.no_grad()
     def encode(self, images: Tensor, normalised: bool = False) -> Tensor:
@@ -104,20 +104,18 @@ class Tokenizer:
         tokens = self._ids(texts) if isinstance(texts, Tensor) else self.captions.encode(list(texts))
         return self.model("encode_text", tokens=tokens.to(self.device))
 
-    @property
+    @cached_property
     def captions(self) -> CaptionTokenizer:
         """Open the caption tokenizer on first use. UserError if it is missing or belongs to another model."""
         self._need("contrastive", "text encoder")
-        if self._captions is None:
-            text = self.model.config.text
-            found = load_captions(str(self._captions_at), self.path, text.context_length)
-            if found.vocab_size != text.vocab_size:
-                raise UserError(
-                    f"the caption tokenizer {self._captions_at} has {found.vocab_size} ids, the model "
-                    f"{text.vocab_size}: put the one it was trained with into {self.path} as captions.model"
-                )
-            self._captions = found
-        return self._captions
+        text = self.model.config.text
+        found = load_captions(str(self._captions_at), self.path, text.context_length)
+        if found.vocab_size != text.vocab_size:
+            raise UserError(
+                f"the caption tokenizer {self._captions_at} has {found.vocab_size} ids, the model {text.vocab_size}: "
+                f"put the one it was trained with into {self.path} as captions.model"
+            )
+        return found
 
     @property
     def statistics(self) -> LatentStatistics:

@@ -13,14 +13,14 @@ from megavtp.checkpoint.kind import FACTS, is_dit
 from megavtp.checkpoint.store import Checkpoint, open_checkpoint
 from megavtp.config.sizes import known
 from megavtp.dit.config import CompleteDiT, CompleteDiTConfig, DiTConfig, DiTModelConfig, complete_config
-from megavtp.dit.model.build import build_dit, load_full_dit
+from megavtp.dit.model.build import build_dit
 from megavtp.dit.model.model import DiT
 from megavtp.dit.validate import check_dit_model
 from megavtp.errors import UserError
 from megavtp.json_file import form
 from megavtp.latents.artifact import TokenizerArtifact, check_same_tokenizer
 from megavtp.latents.folder import LatentFolder
-from megavtp.models.fitting import check
+from megavtp.models.fitting import check, load_whole
 
 AVERAGE, TRAINED = "model/ema.", "model/dit."  # prefixes of LightningDiT's keys
 # With other values the same weights would mean something else, or some would be left out. Only the name of the size may
@@ -126,7 +126,7 @@ def load_dit(path: str | Path, device: torch.device | str = "cpu", *, average: b
         if classes is not None and room is not None and len(classes) > room:
             raise UserError(f"{checkpoint.path} names more classes than its DiT has; use another checkpoint")
         model = build_dit(config.model, device=device, attention=config.parallel.attention)
-        load_full_dit(model, tensors)
+        load_whole(model, tensors, model.mesh, tensors)
         return StoredDiT(**vars(facts), model=model.eval())
 
 

@@ -39,7 +39,9 @@ def convert_dit(
         if dit.artifact is None:
             notes.append("which tokenizer it belongs to is not known: name its folder with --tokenizer to state it")
         with new_path(out) as folder:
-            _save_native_dit(folder, dit)
+            sets = {TRAINED: dit.weights, AVERAGE: dit.average}
+            tensors = {prefix + name: tensor for prefix, state in sets.items() for name, tensor in state.items()}
+            write_native(folder, dit.step, tensors, dit.config, stored_facts(dit.artifact, dit.classes))
         return [*notes, WEIGHTS_ONLY]
     tree = lightningdit_tree(dit, module_prefix=module_prefix)
     with new_path(out) as new:
@@ -56,11 +58,3 @@ def _read_native_dit(path: Path) -> WholeDiT:
         facts = read_facts(checkpoint)
         weights, average = (dit_tensors(checkpoint, facts.config.model, prefix) for prefix in (TRAINED, AVERAGE))
         return WholeDiT(**vars(facts), weights=weights, average=average, notes=[])
-
-
-def _save_native_dit(folder: Path, dit: WholeDiT) -> None:
-    tensors = {
-        f"{prefix}{name}": tensor
-        for prefix, state in ((TRAINED, dit.weights), (AVERAGE, dit.average)) for name, tensor in state.items()
-    }
-    write_native(folder, dit.step, tensors, dit.config, stored_facts(dit.artifact, dit.classes))

@@ -13,7 +13,8 @@ from megavtp.config.load import from_dict
 from megavtp.dit.batch import LatentStepDataset
 from megavtp.dit.config import DiTConfig
 from megavtp.dit.flow_matching import flow_matching_terms, straight_path
-from megavtp.dit.model.average import AveragedDiT, build_averaged_dit
+from megavtp.dit.model.average import AveragedDiT
+from megavtp.dit.model.build import build_averaged_dit
 from megavtp.dit.recipe import DiTTraining
 from megavtp.dit.validate import validate_dit, with_latents
 from megavtp.latents.folder import LatentFolder

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megavtp.dit.config import CompleteDiT, DiTModelConfig, ResolvedDiT, complete_dit, swiglu_hidden
-from megavtp.dit.model.build import initialise_dit
+from megavtp.dit.config import CompleteDiT, ResolvedDiT, swiglu_hidden
 from megavtp.dit.model.model import Activations, DiT
-from megavtp.models.build import realised
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute
 from megavtp.nn.precision import computing_in
@@ -78,19 +76,3 @@ def dit_cuts(config: ResolvedDiT, chunks: int) -> tuple[range, ...]:
     block = 4 * config.width + 3 * swiglu_hidden(config.width)
     ends = config.patch_size**2 * (config.latent_channels or 0) / block
     return cut_tower([1.0] * config.depth, chunks, first=ends, last=ends)
-
-
-def build_averaged_dit(
-    config: DiTModelConfig, mesh: Mesh = SINGLE, *, seed: int = 0, device: torch.device | str = "cpu",
-    recompute: Recompute = "none", attention: Kernel = "auto", compute_dtype: torch.dtype = torch.float32,
-) -> AveragedDiT:
-    """Build both in float32 on ``device``, initialised; the whole weights are the same for every ``mesh``."""
-    with torch.device("meta"):
-        model = AveragedDiT(
-            complete_dit(config), mesh, recompute=recompute, attention=attention, compute_dtype=compute_dtype
-        )
-    with realised(model, device):
-        initialise_dit(model.dit, mesh, seed)
-        model.ema.reset_positions()
-        model.start_average()
-    return model

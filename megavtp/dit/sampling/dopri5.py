@@ -48,7 +48,10 @@ def dopri5(field: Field, x: Tensor, y: Tensor, rtol: float, atol: float) -> Tens
         x, slope = torch.where(taken, ahead, x), torch.where(taken, last_slope, slope)
         reached = step >= 1 - now  # this is exact, however the sum is rounded
         now = torch.where(accepted, torch.where(reached, 1.0, now + step), now)
-        step = step * _coarse((_SAFETY * ratio.clamp_min(1e-10) ** -0.2).clamp(_SHRINK, _GROW))
+        factor = (_SAFETY * ratio.clamp_min(1e-10) ** -0.2).clamp(_SHRINK, _GROW)
+        # Rounded down to a quarter power of 2: the error is a difference of nearly equal numbers, whose rounding would
+        # else change all steps, and through them the solution.
+        step = step * torch.exp2(torch.floor(4 * torch.log2(factor)) / 4)
         left = now < 1
         if not bool((step[left] > _SMALLEST).all()):  # this is also false for NaN
             raise UserError("dopri5 gets nowhere: the DiT's velocities are not finite, or the tolerances too small")
@@ -72,12 +75,6 @@ def _try(
     allowed = atol + rtol * torch.maximum(x.abs(), ahead.abs())
     ratio = (error / allowed).square().flatten(1).mean(1).sqrt()
     return ahead, slopes[-1], ratio.double().cpu()
-
-
-def _coarse(factor: Tensor) -> Tensor:
-    """Round down to a quarter power of 2: the error is a difference of nearly equal numbers, whose rounding would else
-    change all steps, and through them the solution."""
-    return torch.exp2(torch.floor(4 * torch.log2(factor)) / 4)
 
 
 def _mix(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
