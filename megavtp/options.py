@@ -132,9 +132,7 @@ def _try_to_write(folder: Path, text: str) -> None:
         with tempfile.TemporaryFile(dir=nearest) as file:
             file.write(b"x")
     except OSError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text} cannot be written ({error.strerror}); choose another place"
-        ) from None
+        raise argparse.ArgumentTypeError(f"{text} cannot be written ({error.strerror}); choose another place") from None
 
 
 # Types of options that several tools have.

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megavtp.config import deepspeed_keys
-from megavtp.config.layout import (
-    check_micro_batch,
-    check_pipeline,
-    check_rotary,
-    check_streams,
-    check_tensor_parallel,
-    data_parallel_size,
-)
+from megavtp.config import deepspeed_keys, layout
 from megavtp.config.precision import with_precision
 from megavtp.config.ranges import (
     MAX_DEPTH,
@@ -52,7 +44,7 @@ def validate(config: Config, world_size: int | None) -> ResolvedConfig:
     _objectives(resolved)
     _model(resolved)
     _tensor_parallel(resolved)
-    check_pipeline(resolved.parallel, resolved.model.vision.depth, "model.vision.depth", "encoder")
+    layout.check_pipeline(resolved.parallel, resolved.model.vision.depth, "model.vision.depth", "encoder")
     _batches(resolved)
     deepspeed_keys.check(resolved.deepspeed, resolved.parallel.zero_stage)
     if world_size is not None:
@@ -160,7 +152,7 @@ def _tower(model: ResolvedModel, name: str) -> None:
     within(tower, prefix, 1, MAX_DEPTH, "depth")
     divides(tower.heads, tower.width, f"{prefix}.heads", f"{prefix}.width", "change one of them")
     if name != "text":
-        check_rotary(tower, prefix)
+        layout.check_rotary(tower, prefix)
     if hasattr(tower, "mlp_ratio"):
         hidden = tower.mlp_ratio * tower.width
         need(
@@ -190,22 +182,22 @@ def _tensor_parallel(config: ResolvedConfig) -> None:
     if config.objectives.self_distillation.weight > 0:
         sizes["model.dino_head.prototypes"] = model.dino_head.prototypes
         sizes["model.dino_head.hidden"] = model.dino_head.hidden
-    check_tensor_parallel(config.parallel, sizes)
+    layout.check_tensor_parallel(config.parallel, sizes)
 
 
 def _batches(config: ResolvedConfig) -> None:
     streams, batch = config.data.streams, config.train.batch_size
-    check_streams(streams, batch, "train.batch_size")
+    layout.check_streams(streams, batch, "train.batch_size")
     for name in ("self_distillation", "reconstruction"):
         objective = getattr(config.objectives, name)
         if objective.weight == 0:
             continue
         key = f"objectives.{name}.batch"
         need(objective.batch <= batch, f"{key} = {objective.batch} exceeds train.batch_size = {batch}: lower it")
-        check_streams(streams, objective.batch, key)
+        layout.check_streams(streams, objective.batch, key)
 
 
 def _layout(config: ResolvedConfig, world_size: int) -> None:
-    dp = data_parallel_size(config, world_size)
+    dp = layout.data_parallel_size(config, world_size)
     for name, part in share(config, dp).passes.items():
-        check_micro_batch(part, f"objectives.{name}", f"the {name} batch", dp)
+        layout.check_micro_batch(part, f"objectives.{name}", f"the {name} batch", dp)

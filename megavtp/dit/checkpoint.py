@@ -107,8 +107,8 @@ def dit_tensors(checkpoint: Checkpoint, config: CompleteDiT, prefix: str) -> dic
     names = [name for name in checkpoint.names if name.startswith(prefix)]
     tensors = {name.removeprefix(prefix): checkpoint.tensor(name) for name in names}
     with torch.device("meta"):
-        model = DiT(config)
-    check(tensors, {name: list(p.shape) for name, p in model.named_parameters()}, str(checkpoint.path))
+        shapes = {name: parameter.shape for name, parameter in DiT(config).named_parameters()}
+    check(tensors, shapes, str(checkpoint.path))
     return tensors
 
 

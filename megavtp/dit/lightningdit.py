@@ -127,21 +127,18 @@ def _check(parts: _Parts, config: CompleteDiT, stated: Mapping[str, int], path: 
         if value != getattr(config, name)
     ]
     if not found:
+        drift = {"pos_embed": _SHRUNK}
         try:
             check_dit_model(config)
-            found = [f"({part}) {fault}" for part, state in parts.items() for fault in _other_positions(state, config)]
+            found = [
+                f"({part}) {name} is not the fixed position table of its sizes, and this DiT has no other"
+                for part, state in parts.items() for name, table in position_tables(config).items()
+                if not torch.allclose(state[name].float(), table, rtol=drift.get(name, 0), atol=_SAME)
+            ]
         except UserError as error:  # sizes that fit one another make no valid DiT
             found = [str(error)]
     if found:
         raise UserError(f"{path} does not fit its model config: {'; '.join(found)}; use a file that is whole")
-
-
-def _other_positions(state: Mapping[str, Tensor], config: CompleteDiT) -> list[str]:
-    return [
-        f"{name} is not the fixed position table of its sizes, and this DiT has no other"
-        for name, expected in position_tables(config).items()
-        if not torch.allclose(state[name].float(), expected, rtol=_SHRUNK if name == "pos_embed" else 0, atol=_SAME)
-    ]
 
 
 def dit_shapes(config: CompleteDiT) -> dict[str, list[int]]:
@@ -165,24 +162,36 @@ def _infer_config(parts: _Parts, stated: Mapping[str, int], path: Path) -> Compl
         raise UserError(f"{path} is no LightningDiT: it lacks {', '.join(_TELLING)} or blocks; {_REMEDY}")
     if depth > MAX_DEPTH:
         raise UserError(f"{path} has {depth} blocks, which no LightningDiT has; {_REMEDY}")
-    _refuse_variants(parts, names, shapes, stated, path)
+    width, channels, patch, _ = shapes.get("x_embedder.proj.weight", (0, 0, 0, 0))
+    out = shapes.get("final_layer.linear.weight", (0,))[0]
+    rows = shapes.get("y_embedder.embedding_table.weight", (0,))[0]
+    modulation = _shape(parts, "blocks.0.adaLN_modulation.1.weight", 2) or (0,)
+    variants = {
+        "use_rope=false": not _has(names, ".freqs_cos"),
+        "use_rmsnorm=false": not _has(names, ".norm1.weight"),
+        "use_swiglu=false": _has(names, ".mlp.fc1.weight"),
+        "wo_shift=true": width > 0 and modulation[0] == 4 * width,
+        "learn_sigma=true": out > 0 and out == 2 * patch * patch * channels,
+        "class_dropout_prob=0": rows > 0 and rows == stated.get("num_classes"),  # there is no row for "no class"
+    }
+    if unsupported := [name for name, found in variants.items() if found]:
+        raise UserError(f"{path} was made with {', '.join(unsupported)}, which this DiT does not have")
     if len(shapes) < len(_TELLING):
         wrong = _faults_without_sizes(parts, depth, qk_norm)
         raise UserError(f"{path} does not show its sizes: {wrong}; use a file that is whole")
-    width, channels, patch, _ = shapes["x_embedder.proj.weight"]
     heads = max(width // shapes["feat_rope.freqs_cos"][1], 1)
     return complete_dit(DiTModelConfig(
         size=_size(width, depth, heads) or "xl", width=width, depth=depth, heads=heads, patch_size=patch,
         qk_norm=qk_norm, latent_size=math.isqrt(shapes["pos_embed"][1]) * patch, latent_channels=channels,
-        num_classes=shapes["y_embedder.embedding_table.weight"][0] - 1,
+        num_classes=rows - 1,
     ))
 
 
 def _stated_settings(tree: Mapping[str, Any]) -> dict[str, int]:
     """Return what the ``config`` of a checkpoint says of its model, by our names; empty if it has none."""
     config = tree.get("config")
-    config = config if isinstance(config, dict) else {}
-    sections = {name: part for name, part in config.items() if isinstance(part, dict)}
+    named = config.items() if isinstance(config, dict) else ()
+    sections = {name: part for name, part in named if isinstance(part, dict)}
     found: dict[str, int] = {}
     kind = re.fullmatch(r"LightningDiT-(\w+)/(\d{1,4})", str(sections.get("model", {}).get("model_type")))
     size = next((size for size, name in _NAMES.items() if kind and name == kind[1]), None)
@@ -219,25 +228,6 @@ def _has(names: set[str], ending: str) -> bool:
 
 def _size(width: int, depth: int, heads: int) -> DiTSize | None:
     return next((size for size, shape in SIZES.items() if shape == (width, depth, heads)), None)
-
-
-def _refuse_variants(
-    parts: _Parts, names: set[str], shapes: Mapping[str, tuple[int, ...]], stated: Mapping[str, int], path: Path
-) -> None:
-    width, channels, patch, _ = shapes.get("x_embedder.proj.weight", (0, 0, 0, 0))
-    out = shapes.get("final_layer.linear.weight", (0,))[0]
-    rows = shapes.get("y_embedder.embedding_table.weight", (0,))[0]
-    modulation = _shape(parts, "blocks.0.adaLN_modulation.1.weight", 2) or (0,)
-    variants = {
-        "use_rope=false": not _has(names, ".freqs_cos"),
-        "use_rmsnorm=false": not _has(names, ".norm1.weight"),
-        "use_swiglu=false": _has(names, ".mlp.fc1.weight"),
-        "wo_shift=true": width > 0 and modulation[0] == 4 * width,
-        "learn_sigma=true": out > 0 and out == 2 * patch * patch * channels,
-        "class_dropout_prob=0": rows > 0 and rows == stated.get("num_classes"),  # there is no row for "no class"
-    }
-    if unsupported := [name for name, found in variants.items() if found]:
-        raise UserError(f"{path} was made with {', '.join(unsupported)}, which this DiT does not have")
 
 
 def _faults_without_sizes(parts: _Parts, depth: int, qk_norm: bool) -> str:

@@ -11,10 +11,10 @@ from megavtp.data.loader import Loader
 from megavtp.dit.batch import LatentStepDataset
 from megavtp.dit.checkpoint import check_goes_on, stored_facts
 from megavtp.dit.config import CompleteDiTConfig
-from megavtp.dit.flops import dit_flops
 from megavtp.dit.flow_matching import FlowMatchingPass
 from megavtp.dit.model.block import DiTBlock
 from megavtp.dit.model.build import build_averaged_dit
+from megavtp.dit.summary import dit_flops
 from megavtp.dit.validate import TOWER, flow_share, with_latents
 from megavtp.latents.folder import LatentFolder
 from megavtp.parallel.engine import Engine

@@ -1,4 +1,4 @@
-"""This describes a DiT's run in a page of text, without taking memory or reading data."""
+"""This counts a DiT's weights and operations, and describes its run, without taking memory or reading data."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import warnings
 
 import torch
 
-from megavtp.config.sizes import narrowed
-from megavtp.dit.config import CompleteDiT, ResolvedDiT, ResolvedDiTConfig
+from megavtp.config.sizes import known, narrowed
+from megavtp.dit.config import TIME_FREQUENCIES, CompleteDiT, ResolvedDiT, ResolvedDiTConfig, swiglu_hidden
 from megavtp.dit.model.model import DiT
 from megavtp.dit.validate import flow_share
+from megavtp.planning.flops import transformer_flops
 from megavtp.planning.summary import bytes_of_state, layout_lines, on_a_rank, run_lines
 
 
@@ -23,6 +24,18 @@ def dit_parameters(model: ResolvedDiT) -> int:
         warnings.simplefilter("ignore")  # torch warns of a tensor without elements
         dit = DiT(narrowed(model, CompleteDiT, **sizes))
     return sum(parameter.numel() for parameter in dit.parameters())
+
+
+def dit_flops(model: CompleteDiT) -> float:
+    """Count the floating-point operations of a forward pass of one latent map, as ``planning.flops`` does."""
+    width, tokens = model.width, (model.latent_size // model.patch_size) ** 2
+    ends = 2 * 2 * tokens * model.patch_size**2 * model.latent_channels * width  # embedding and last layer
+    adaptive = 2 * (6 * model.depth + 2) * width**2  # once per sample
+    embeddings = 2 * (TIME_FREQUENCIES + width) * width
+    if model.condition == "caption":
+        embeddings += 2 * (known(model.caption_width, "model.caption_width") + width) * width
+    blocks = transformer_flops(tokens, width, model.depth, swiglu_hidden(width), gated=True)
+    return ends + adaptive + embeddings + blocks
 
 
 def _shown(size: int | None) -> str:

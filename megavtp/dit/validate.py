@@ -5,15 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from megavtp.config import deepspeed_keys
-from megavtp.config.layout import (
-    check_micro_batch,
-    check_pipeline,
-    check_rotary,
-    check_streams,
-    check_tensor_parallel,
-    data_parallel_size,
-)
+from megavtp.config import deepspeed_keys, layout
 from megavtp.config.precision import with_precision
 from megavtp.config.ranges import INF, MAX_DEPTH, MAX_ROWS, MAX_WIDTH, check_run, divides, need, within
 from megavtp.config.share import PassShare
@@ -45,16 +37,16 @@ def validate_dit(config: DiTConfig, world_size: int | None) -> ResolvedDiTConfig
     check_run(resolved, (TOWER,))
     _numbers(resolved)
     model = resolved.model
-    check_tensor_parallel(resolved.parallel, {
+    layout.check_tensor_parallel(resolved.parallel, {
         "model.heads": model.heads, "model.width": model.width,
         "the feed-forward width of model.width": swiglu_hidden(model.width),
     })
-    check_pipeline(resolved.parallel, model.depth, "model.depth", "DiT")
-    check_streams(resolved.data.streams, resolved.train.batch_size, "train.batch_size")
+    layout.check_pipeline(resolved.parallel, model.depth, "model.depth", "DiT")
+    layout.check_streams(resolved.data.streams, resolved.train.batch_size, "train.batch_size")
     deepspeed_keys.check(resolved.deepspeed, resolved.parallel.zero_stage)
     if world_size is not None:
-        dp = data_parallel_size(resolved, world_size)
-        check_micro_batch(flow_share(resolved, dp), "flow_matching", "the batch", dp)
+        dp = layout.data_parallel_size(resolved, world_size)
+        layout.check_micro_batch(flow_share(resolved, dp), "flow_matching", "the batch", dp)
     return resolved
 
 
@@ -120,14 +112,12 @@ def check_dit_model(given: DiTModelConfig) -> ResolvedDiT:
     within(model, "model", 1, MAX_WIDTH, "width", "heads")
     within(model, "model", 1, MAX_DEPTH, "depth")
     within(model, "model", 1, _MAX_SIDE, "patch_size")
-    for name, high in (
-        ("latent_size", _MAX_SIDE), ("latent_channels", MAX_WIDTH), ("num_classes", MAX_ROWS),
-        ("caption_width", MAX_WIDTH),
-    ):
+    most = {"latent_size": _MAX_SIDE, "latent_channels": MAX_WIDTH, "caption_width": MAX_WIDTH, "num_classes": MAX_ROWS}
+    for name, high in most.items():
         if getattr(model, name) is not None:
             within(model, "model", 1, high, name)
     divides(model.heads, model.width, "model.heads", "model.width", "change one of them")
-    check_rotary(model, "model")
+    layout.check_rotary(model, "model")
     if model.latent_size is not None:
         divides(
             model.patch_size, model.latent_size, "model.patch_size", "model.latent_size", "choose a patch that divides"

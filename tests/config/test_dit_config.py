@@ -11,10 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from megavtp.config.load import from_dict, load_config, to_dict
 from megavtp.config.share import PassShare
 from megavtp.dit.config import SIZES, DiTConfig, DiTModelConfig, resolve_dit
-from megavtp.dit.flops import dit_flops
 from megavtp.dit.model.build import build_dit
 from megavtp.dit.model.model import DiT
-from megavtp.dit.summary import dit_parameters, dit_summary
+from megavtp.dit.summary import dit_flops, dit_parameters, dit_summary
 from megavtp.dit.validate import flow_share, validate_dit, with_latents
 from megavtp.errors import UserError
 

@@ -21,7 +21,7 @@ from megavtp.config.schema import EvaluationConfig
 from megavtp.data.index import build_index
 from megavtp.dit.checkpoint import load_dit
 from megavtp.dit.sampling.sampler import open_sampler
-from megavtp.dit.sampling.samples import Sample, SampleNoise
+from megavtp.dit.sampling.samples import Sample, sample_noise
 from megavtp.dit.sampling.settings import SamplingSettings
 from megavtp.errors import UserError
 from megavtp.evaluation import evaluate
@@ -297,7 +297,7 @@ def test_tool_with_a_dit(dit, shards, tmp_path, pools, monkeypatch, capsys):
     assert list(compare) == ["blurred 8 px", "blurred 16 px", "untrained", "noise"]
     assert compare["blurred 8 px"]["samples"] == 10
     blank = untrained(sampler)
-    assert torch.equal(blank.latents(samples), SampleNoise(0, samples, sampler.shape, "cpu")())
+    assert torch.equal(blank.latents(samples), sample_noise(0, samples, sampler.shape, "cpu")())
     assert "untrained" in capsys.readouterr().out
     assert run_tool(monkeypatch, *options, "--label", "captions") == 2
     assert "the value None of 12 samples" in capsys.readouterr().err

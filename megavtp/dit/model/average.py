@@ -21,11 +21,8 @@ class AveragedDiT(nn.Module):
     """``dit`` learns, ``ema`` follows it. ``forward(mode, ...)`` is the only entry, as sharding engines hook the root
     module's forward.
 
-    Under pipeline parallelism both hold this rank's chunks only.
-
-    Args:
-        config: the model, with the size that its condition needs.
-        compute_dtype: dtype of the matrix products (autocast); parameters stay float32.
+    Under pipeline parallelism both hold this rank's chunks only. Matrix products are in ``compute_dtype`` (autocast),
+    parameters stay float32.
     """
 
     def __init__(

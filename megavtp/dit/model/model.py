@@ -49,8 +49,7 @@ class DiT(nn.Module):
         config: the model, with the size that its condition needs.
         mesh: tensor-parallel layout.
         stripe: the blocks on this rank; None = all.
-        recompute: what blocks recompute in the backward pass, see ``nn.block``.
-        attention: kernel choice, see ``nn.attention_kernels``.
+        recompute, attention: see ``nn.block`` and ``nn.attention_kernels``.
     """
 
     pos_embed: Tensor

@@ -12,11 +12,10 @@ from tqdm import tqdm
 
 from megavtp.config.sizes import known
 from megavtp.dit.checkpoint import StoredDiT, load_dit
-from megavtp.dit.sampling.dopri5 import dopri5
-from megavtp.dit.sampling.guidance import GuidedField
-from megavtp.dit.sampling.samples import Sample, SampleNoise
+from megavtp.dit.sampling.guidance import guided_field
+from megavtp.dit.sampling.samples import Sample, sample_noise
 from megavtp.dit.sampling.settings import SamplingSettings
-from megavtp.dit.sampling.solvers import euler, euler_maruyama, heun
+from megavtp.dit.sampling.solvers import dopri5, euler, euler_maruyama, heun
 from megavtp.errors import UserError
 from megavtp.parallel.collectives import all_gather
 from megavtp.parallel.mesh import SINGLE, Mesh
@@ -63,12 +62,12 @@ class Sampler:
         self.shape = (channels, config.latent_size, config.latent_size)
         self.size = config.latent_size * tokenizer.artifact.patch_size
         self.device = tokenizer.device
-        self.field = GuidedField(dit.model, settings.guidance, settings.interval, settings.guided_channels, dtype)
+        self.field = guided_field(dit.model, settings.guidance, settings.interval, settings.guided_channels, dtype)
 
     @torch.no_grad()
     def latents(self, samples: Sequence[Sample]) -> Tensor:
         """Draw normalised latents (b, C, h, w), float32 on the device."""
-        noise = SampleNoise(self.settings.seed, samples, self.shape, self.device)
+        noise = sample_noise(self.settings.seed, samples, self.shape, self.device)
         x, y, settings = noise(), self._conditions(samples), self.settings
         if settings.method == "dopri5":
             return dopri5(self.field, x, y, settings.rtol, settings.atol)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,17 +93,17 @@ def _list(names: Sequence[str] | None) -> str:
     return ": " + ", ".join(names[:20]) + ", ..." * (len(names) > 20) if names else ""
 
 
-class SampleNoise:
-    """Draws unit normal values for a batch, new ones at each call.
+def sample_noise(
+    seed: int, samples: Sequence[Sample], shape: tuple[int, ...], device: torch.device | str
+) -> Callable[[], Tensor]:
+    """Return a function that draws unit normal values (b, *shape), float32 on the device, new ones at each call.
 
     A sample's sequence of draws depends on (seed, condition, index) alone, not on the batch, the process or the device.
     """
+    generators = [generator(seed, "sample", sample.condition, sample.index) for sample in samples]
 
-    def __init__(self, seed: int, samples: Sequence[Sample], shape: tuple[int, ...], device: torch.device | str):
-        self.shape, self.device = shape, device
-        self._generators = [generator(seed, "sample", sample.condition, sample.index) for sample in samples]
+    def draw() -> Tensor:
+        draws = [g.standard_normal(shape, dtype=np.float32) for g in generators]
+        return torch.from_numpy(np.stack(draws)).to(device, non_blocking=True)
 
-    def __call__(self) -> Tensor:
-        """Draw (b, *shape) float32 on the device."""
-        draws = [g.standard_normal(self.shape, dtype=np.float32) for g in self._generators]
-        return torch.from_numpy(np.stack(draws)).to(self.device, non_blocking=True)
+    return draw

@@ -16,6 +16,7 @@ from megavtp.options import SEED, new_file, new_path, real, whole
 Method = Literal["euler", "heun", "dopri5", "sde"]
 METHODS: tuple[str, ...] = get_args(Method)
 _STEPS = 250
+_INTERVAL = "give two times from 0 (noise) to 1 (data), such as 0.1,1"
 
 
 @dataclass(frozen=True)
@@ -50,22 +51,17 @@ class SamplingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        low, high = self.interval
-        adaptive = self.method == "dopri5"
+        steps, shift, (low, high), channels = self.steps, self.shift, self.interval, self.guided_channels
         rules = {
             f"method {self.method}: choose one of {', '.join(METHODS)}": self.method in METHODS,
-            f"steps {self.steps}: must be at least 1": self.steps is None or self.steps >= 1,
-            "dopri5 chooses its steps by the tolerances: leave steps and shift out": not adaptive or (
-                self.steps is None and self.shift == 1
+            f"steps {steps}: must be at least 1": steps is None or steps >= 1,
+            "dopri5 chooses its steps by the tolerances: leave steps and shift out": (
+                self.method != "dopri5" or (steps is None and shift == 1)
             ),
-            f"shift {self.shift:g}: must be above 0; 1 leaves the times as they are": self.shift > 0,
+            f"shift {shift:g}: must be above 0; 1 leaves the times as they are": shift > 0,
             f"guidance {self.guidance:g}: must be at least 0; 1 is none": self.guidance >= 0,
-            f"interval {low:g},{high:g}: give two times from 0 (noise) to 1 (data), such as 0.1,1": (
-                0 <= low <= high <= 1
-            ),
-            f"guided channels {self.guided_channels}: must be at least 1": (
-                self.guided_channels is None or self.guided_channels >= 1
-            ),
+            f"interval {low:g},{high:g}: {_INTERVAL}": 0 <= low <= high <= 1,
+            f"guided channels {channels}: must be at least 1": channels is None or channels >= 1,
             f"diffusion {self.diffusion:g}: must be at least 0": self.diffusion >= 0,
             f"rtol {self.rtol:g}, atol {self.atol:g}: must be above 0": self.rtol > 0 and self.atol > 0,
         }
@@ -91,7 +87,7 @@ def _interval(text: str) -> tuple[float, float]:
     except (ValueError, argparse.ArgumentTypeError):
         low, high = 1, 0
     if low > high:
-        raise argparse.ArgumentTypeError(f"give two times from 0 (noise) to 1 (data), such as 0.1,1, not {text[:40]!r}")
+        raise argparse.ArgumentTypeError(f"{_INTERVAL}, not {text[:40]!r}")
     return low, high
 
 
