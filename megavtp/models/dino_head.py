@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavtp.config.schema import DinoHeadConfig
-from megavtp.nn.split import share
 from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.sharding import Shard, mark
@@ -18,7 +17,7 @@ class Prototypes(nn.Module):
 
     def __init__(self, bottleneck: int, prototypes: int, mesh: Mesh):
         super().__init__()
-        local = share(prototypes, mesh, "model.dino_head.prototypes")
+        local = mesh.tp_part(prototypes, "model.dino_head.prototypes")
         self.weight_g = nn.Parameter(torch.empty(local, 1))
         self.weight_v = nn.Parameter(torch.empty(local, bottleneck))
         mark(self.weight_g, Shard(0))
@@ -33,10 +32,10 @@ def _mlp(sizes: list[int], mesh: Mesh) -> nn.Sequential:
     layers: list[nn.Module] = []
     for index, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
         if index % 2 == 0 and index + 2 < len(sizes):
-            share(fan_out, mesh, "model.dino_head.hidden")
+            mesh.tp_part(fan_out, "model.dino_head.hidden")
             layers.append(ColumnParallelLinear(fan_in, fan_out, mesh=mesh))
         else:
-            share(fan_in, mesh, "the DINO head's input or hidden width")
+            mesh.tp_part(fan_in, "the DINO head's input or hidden width")
             layers.append(RowParallelLinear(fan_in, fan_out, mesh=mesh, input_is_parallel=index % 2 == 1))
         layers.append(nn.GELU())
     return nn.Sequential(*layers[:-1])

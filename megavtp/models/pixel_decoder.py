@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from megavtp.config.sizes import DECODER_MLP_RATIO, ResolvedModel
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Kernel
-from megavtp.nn.block import Block, Recompute
+from megavtp.nn.block import Block, Recompute, run_blocks
 from megavtp.nn.feed_forward import feed_forward
 from megavtp.nn.norms import NORMS
 from megavtp.nn.rope import AxialRope
-from megavtp.nn.stack import run_blocks
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.striping import Stripe, whole
 

@@ -15,13 +15,11 @@ from megavtp.config.sizes import ResolvedModel
 from megavtp.errors import UserError
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Kernel, Segments
-from megavtp.nn.block import Block, Recompute
+from megavtp.nn.block import Block, Recompute, run_blocks
 from megavtp.nn.drop_path import DropPlan
 from megavtp.nn.feed_forward import feed_forward
 from megavtp.nn.norms import NORMS
 from megavtp.nn.rope import AxialRope
-from megavtp.nn.split import share
-from megavtp.nn.stack import run_blocks
 from megavtp.parallel.layers import RowParallelLinear
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.striping import Stripe, whole
@@ -73,7 +71,7 @@ class VisionEncoder(nn.Module):
         if stripe.last:
             self.norm = norm(width)
         if stripe.last and config.bottleneck != width:
-            share(width, mesh, "the encoder width")
+            mesh.tp_part(width, "the encoder width")
             self.feature_bottleneck = RowParallelLinear(
                 width, config.bottleneck, bias=False, mesh=mesh, input_is_parallel=False
             )

@@ -27,7 +27,6 @@ from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute
 from megavtp.nn.drop_path import DropPlan
 from megavtp.nn.precision import computing_in
-from megavtp.nn.split import share
 from megavtp.parallel.layers import RowParallelLinear
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.striping import ActivationSpec, Stripe
@@ -103,7 +102,7 @@ class VTP(nn.Module):
 
     def _add_contrastive_head(self) -> None:
         width = feature_width(self.config)
-        share(width, self.mesh, "the width of the contrastive image feature")
+        self.mesh.tp_part(width, "the width of the contrastive image feature")
         self.visual_proj = RowParallelLinear(
             width, self.config.text.width, bias=False, mesh=self.mesh, input_is_parallel=False
         )

@@ -54,7 +54,7 @@ def self_distillation_loss(
     local_crops = student.local_cls.shape[0] // images
     cross_entropy = partial(
         prototype_cross_entropy, student_temperature=config.student_temperature,
-        teacher_temperature=teacher_temperature, chunk=config.chunk, mesh=mesh,
+        teacher_temperature=teacher_temperature, rows_at_once=config.chunk, mesh=mesh,
     )
     terms = {}
     if config.dino_weight:

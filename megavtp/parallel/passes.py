@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import reduce
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,24 +21,15 @@ class Pass(ABC):
 
     Loss terms are local values whose mean over data-parallel ranks is the global term, summed over micro-batches.
     Under pipeline parallelism every rank prepares and gives inputs, but only the last one has outputs and terms.
-
-    Attributes:
-        name: prefix of its terms.
-        mode: which forward of the model it calls, and so which route through the towers.
-        weight: the objective's weight in the total loss.
-        term_weights: weights of its terms inside the objective; 1 where none is given.
-        over_batch: whether it has terms over the whole batch (``global_terms``).
-        term_names: filled in by the first execution.
-        state_shard: how the tensors of ``state`` are cut over tensor-parallel ranks; None if they are whole.
     """
 
-    name: str
-    mode: str
-    weight: float
-    term_weights: Mapping[str, float] = MappingProxyType({})
-    over_batch: bool = False
-    term_names: tuple[str, ...] | None = None
-    state_shard: Shard | None = None
+    name: str  # prefix of its terms
+    mode: str  # which forward of the model it calls, and so which route through the towers
+    weight: float  # in the total loss
+    term_weights: Mapping[str, float] = MappingProxyType({})  # inside the objective; 1 where none is given
+    over_batch: bool = False  # whether it has terms over the whole batch (``global_terms``)
+    term_names: tuple[str, ...] | None = None  # filled in by the first execution
+    state_shard: Shard | None = None  # how tensors of ``state`` are cut over tensor-parallel ranks
 
     @abstractmethod
     def prepare(self, run: Runner, batch: Any) -> int:
@@ -93,9 +83,12 @@ def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
     forward is seeded with these. Random choices are inputs, so both forwards agree.
     """
     count = objective.prepare(run, batch)
-    inputs = lambda micro, first: objective.inputs(micro) if first else objective.later_inputs(micro)  # noqa: E731
     terms: dict[str, Tensor] = {}
     seeds: _Seeds | None = None
+
+    def inputs(micro: int, first: bool) -> dict[str, Any]:
+        return objective.inputs(micro) if first else objective.later_inputs(micro)
+
     if count > 1 and objective.over_batch:
         outputs = forward(run, objective.mode, inputs, count)
         if outputs:  # on the last pipeline rank
@@ -115,7 +108,7 @@ def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
         return _not_finite_with(terms.values(), reduce(torch.add, total) * objective.weight)
 
     train(run, objective.mode, inputs, count, loss)
-    return {f"{objective.name}/{name}": value for name, value in _on_all_stages(objective, run, terms).items()}
+    return {f"{objective.name}/{name}": value for name, value in _terms_everywhere(objective, run, terms).items()}
 
 
 def _not_finite_with(terms: Iterable[Tensor], loss: Tensor) -> Tensor:
@@ -128,7 +121,7 @@ def _not_finite_with(terms: Iterable[Tensor], loss: Tensor) -> Tensor:
     return loss * torch.where(finite, 1.0, torch.nan)
 
 
-def _on_all_stages(objective: Pass, run: Runner, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+def _terms_everywhere(objective: Pass, run: Runner, terms: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give every pipeline rank the last one's terms as float32, without waiting for the device."""
     if run.mesh.pp == 1:
         return terms
@@ -140,9 +133,8 @@ def _on_all_stages(objective: Pass, run: Runner, terms: dict[str, Tensor]) -> di
     return dict(zip(objective.term_names, broadcast_last_stage(values, run.mesh).unbind()))
 
 
-@dataclass(frozen=True)
-class _Seeds:
-    """Gradients of the whole-batch terms by the row tensors, per micro-batch, and by the shared values."""
+class _Seeds(NamedTuple):
+    """The gradients of the whole-batch terms by the row tensors, per micro-batch, and by the shared values."""
 
     rows: list[tuple[Tensor, ...]]
     shared: tuple[Tensor, ...]

@@ -73,13 +73,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Stripe:
-    """How one tower is cut, and what of it one pipeline rank holds.
+    """How one tower is cut, and what of it one pipeline rank holds."""
 
-    Attributes:
-        chunks: block numbers of each chunk; ``pp`` divides their number.
-    """
-
-    chunks: tuple[range, ...]
+    chunks: tuple[range, ...]  # block numbers of each chunk; ``pp`` divides the number of chunks
     pp: int = 1
     rank: int = 0
 

@@ -25,15 +25,13 @@ from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig, contrastive_size,
 from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS, weight_shapes
 from megavtp.models.vtp import VTP
 from megavtp.nn.attention_kernels import Segments
-from megavtp.nn.block import Recompute
+from megavtp.nn.block import Recompute, run_blocks
 from megavtp.nn.drop_path import BranchDrop, DropPlan
-from megavtp.nn.stack import run_blocks
 from megavtp.objectives.centering import KEEP_ELEMENTS, sinkhorn_bias
-from megavtp.objectives.contrastive import info_nce
+from megavtp.objectives.contrastive import info_nce, siglip
 from megavtp.objectives.koleo import koleo
 from megavtp.objectives.reconstruction import reconstruction_terms
 from megavtp.objectives.self_distillation import StudentOutput, TeacherBias, TeacherOutput, self_distillation_loss
-from megavtp.objectives.siglip import siglip
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.rehearsal import Rehearsed, rehearsal, rehearse
 from megavtp.parallel.traffic import Transfer
@@ -382,7 +380,7 @@ class Rehearsals:
             def forward() -> list[Tensor]:
                 return [
                     sinkhorn_bias(
-                        [group], prototypes, 0.07, iterations=settings.sinkhorn_iterations, chunk=settings.chunk,
+                        [group], prototypes, 0.07, iterations=settings.sinkhorn_iterations, rows_at_once=settings.chunk,
                         mesh=mesh,
                     )
                     for group in groups

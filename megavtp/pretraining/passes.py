@@ -19,11 +19,10 @@ from megavtp.data.batch import Batch, masked_rows
 from megavtp.models.latent_noise import LatentNoise, draw_latent_noise
 from megavtp.nn.drop_path import DropPlan, draw_drop_plan
 from megavtp.objectives.centering import center_bias, sinkhorn_bias, update_center
-from megavtp.objectives.contrastive import info_nce
+from megavtp.objectives.contrastive import info_nce, siglip
 from megavtp.objectives.koleo import koleo
 from megavtp.objectives.reconstruction import reconstruction_terms
 from megavtp.objectives.self_distillation import StudentOutput, TeacherBias, TeacherOutput, self_distillation_loss
-from megavtp.objectives.siglip import siglip
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.passes import Pass
 from megavtp.parallel.pipeline import Runner, forward
@@ -173,7 +172,7 @@ class SelfDistillationPass(_PretrainingPass):
             if self.settings.centering == "sinkhorn":
                 biases[name] = sinkhorn_bias(
                     features, prototypes, self.temperature, iterations=self.settings.sinkhorn_iterations,
-                    chunk=self.settings.chunk, mesh=self.mesh,
+                    rows_at_once=self.settings.chunk, mesh=self.mesh,
                 )
             else:
                 biases[name] = center_bias(self.centers[name], self.temperature)

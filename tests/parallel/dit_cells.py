@@ -20,6 +20,7 @@ from megavtp.dit.validate import validate_dit, with_latents
 from megavtp.latents.folder import LatentFolder
 from megavtp.models.init import constant, fill_parameters, normal
 from megavtp.parallel.collectives import all_gather_object, all_reduce
+from megavtp.parallel.engine_state import MOMENTS
 from megavtp.parallel.mesh import SINGLE
 from megavtp.training.step import train_step
 
@@ -130,8 +131,9 @@ class CellRun:
         recipe.build()
         self.config, self.mesh, self.engine = recipe.config, recipe.mesh, recipe.engine
         weights = {f"model/{name}": tensor for name, tensor in valued(self.config).state_dict().items()}
-        nothing = lambda name: torch.zeros_like(weights[f"model/{name.partition('/')[2]}"])  # noqa: E731
-        self.engine.load(lambda name: weights.get(name) if name in weights else nothing(name), 0)
+        for name, tensor in list(weights.items()):
+            weights |= {f"{moment}/{name.removeprefix('model/')}": torch.zeros_like(tensor) for moment in MOMENTS}
+        self.engine.load(weights.__getitem__, 0)
         self.data = LatentStepDataset(recipe.folder, self.config, self.mesh.dp_rank, self.mesh.dp)
         self.passes = recipe.passes()
         self.outcome = Outcome([], [], {})

@@ -37,8 +37,8 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(root) -> dict[str, Outcome]:
-    config = lambda condition: Cell(1, 1, 1, 0, condition=condition).config(root)  # noqa: E731
-    return {condition: plain(config(condition), SHORT) for condition in ("class", "caption")}
+    cells = [Cell(1, 1, 1, 0, condition=condition) for condition in ("class", "caption")]
+    return {cell.condition: plain(cell.config(root), SHORT) for cell in cells}
 
 
 def test_the_reference_moves_everything(expected):

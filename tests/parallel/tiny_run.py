@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megavtp.config.load import from_dict
+from megavtp.config.load import from_dict, merged
 from megavtp.config.run import ParallelConfig
 from megavtp.config.schema import Config
 from megavtp.config.share import share
@@ -60,11 +60,6 @@ BASE = {
         "optimizer": {"lr": 0.005, "warmup_steps": 1, "eps": 1e-2, "clip_grad": 0.5, "lr_scale": {"decoder": 0.5}},
     },
 }
-
-
-def merged(base: dict, extra: dict) -> dict:
-    both = lambda k: isinstance(base.get(k), dict) and isinstance(extra[k], dict)  # noqa: E731
-    return {**base, **{k: merged(base[k], extra[k]) if both(k) else extra[k] for k in extra}}
 
 
 def tiny_config(extra: dict | None = None, world_size: int | None = None) -> Config:

@@ -18,11 +18,10 @@ from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute, branch
 from megavtp.nn.norms import RMSNorm
 from megavtp.nn.rope import RotaryTable
-from megavtp.nn.split import share
 from megavtp.parallel.collectives import gather_from_tp
 from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megavtp.parallel.mesh import Mesh
-from megavtp.parallel.sequence import TokenCut
+from megavtp.parallel.sequence import TokenCut, on_own_rows
 
 NORM_EPS = 1e-6
 
@@ -33,7 +32,7 @@ class FusedSwiGLU(nn.Module):
     def __init__(self, width: int, mesh: Mesh):
         super().__init__()
         hidden = swiglu_hidden(width)
-        share(hidden, mesh, "the feed-forward hidden width")
+        mesh.tp_part(hidden, "the feed-forward hidden width")
         self.w12 = ColumnParallelLinear(width, 2 * hidden, mesh=mesh, parts=2)
         self.w3 = RowParallelLinear(hidden, width, mesh=mesh)
 
@@ -55,7 +54,7 @@ class Modulation(nn.Module):
 
     def __init__(self, width: int, parts: int, mesh: Mesh):
         super().__init__()
-        share(width, mesh, "the width of the DiT")
+        mesh.tp_part(width, "the width of the DiT")
         self.mesh, self.parts = mesh, parts
         # The name is the linear's place in LightningDiT's pair of SiLU and linear.
         self.add_module("1", ColumnParallelLinear(width, parts * width, mesh=mesh, parts=parts, copy_input=False))
@@ -64,7 +63,7 @@ class Modulation(nn.Module):
         """Return the tensors; ``cut`` is given under sequence parallelism, where each rank modulates its own tokens."""
         own = self.get_submodule("1")(condition).unflatten(-1, (self.parts, 1, -1))
         whole = gather_from_tp(own, self.mesh)
-        return (whole if cut is None else cut.share(whole)).unbind(1)
+        return on_own_rows(whole, cut).unbind(1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
