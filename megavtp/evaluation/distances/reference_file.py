@@ -12,7 +12,7 @@ import torch
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.frechet import FeatureStatistics
 from megavtp.evaluation.distances.network import INCEPTION
-from megavtp.evaluation.distances.npz_images import NPZ_ERRORS
+from megavtp.evaluation.distances.npz_images import npz_errors
 
 _REMEDY = "give a reference of the same network, or its images"
 
@@ -23,15 +23,12 @@ def read_statistics(path: str | Path, network: str, dims: int) -> FeatureStatist
     In a file that does not name the network, as ADM's, they are of Inception's features. Nothing is unpickled.
     ``UserError`` if the file is damaged, or its statistics are another network's.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if not {"mu", "sigma"} <= set(arrays.files):
-                return None
-            made_by = str(arrays["network"]) if "network" in arrays.files else INCEPTION
-            count = int(arrays["count"]) if "count" in arrays.files else None
-            mean, covariance = (np.asarray(arrays[name], dtype=np.float64) for name in ("mu", "sigma"))
-    except (*NPZ_ERRORS, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no whole .npz file of plain arrays ({error}); copy or write it again") from None
+    with npz_errors(path, "no whole .npz file of plain arrays"), np.load(path, allow_pickle=False) as arrays:
+        if not {"mu", "sigma"} <= set(arrays.files):
+            return None
+        made_by = str(arrays["network"]) if "network" in arrays.files else INCEPTION
+        count = int(arrays["count"]) if "count" in arrays.files else None
+        mean, covariance = (np.asarray(arrays[name], dtype=np.float64) for name in ("mu", "sigma"))
     if made_by != network:
         raise UserError(f"{path} holds statistics of {made_by} features, these images' are {network}'s; {_REMEDY}")
     if mean.shape != (dims,) or covariance.shape != (dims, dims):
