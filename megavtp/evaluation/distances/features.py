@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from megavtp.evaluation.distances.efficientnet import load_efficientnet
 from megavtp.evaluation.distances.frechet import FeatureMoments, FeatureStatistics
-from megavtp.evaluation.distances.image_sources import ImageSource, NumberedImages
+from megavtp.evaluation.distances.image_sources import ImageSource
 from megavtp.evaluation.distances.inception import Inception
 from megavtp.evaluation.distances.network import FeatureNetwork
 from megavtp.evaluation.gathering import gather_rows
@@ -46,28 +45,23 @@ def summarise(
     all ranks if one cannot read its share or there are fewer than two images.
     """
     stride = -(-len(source) // MAX_KEPT)
+    # The first rank shows a progress bar if it runs in a terminal, which None finds out.
+    hidden = True if mesh.rank or not title else None
 
     def own_share() -> tuple[FeatureMoments, Tensor, Tensor]:
         moments = FeatureMoments(network.dims, device)
         numbers, kept = [torch.empty(0, dtype=torch.long)], [torch.empty(0, network.dims, device=device)]
-        for index, images in _shown(source, batch_size, mesh, title):
-            features = network(images.to(device, non_blocking=True))
-            moments.update(features)
-            keep = index.cpu() % stride == 0
-            numbers.append(index.cpu()[keep])
-            kept.append(features[keep.to(device)])
+        with tqdm(total=len(source), desc=title, unit="img", disable=hidden) as bar:
+            for index, images in source.batches(batch_size, mesh.dp_rank, mesh.dp):
+                features = network(images.to(device, non_blocking=True))
+                moments.update(features)
+                keep = index % stride == 0
+                numbers.append(index[keep])
+                kept.append(features[keep.to(device)])
+                bar.update(min(len(index) * mesh.dp, len(source) - bar.n))
         return moments, torch.cat(numbers), torch.cat(kept)
 
     moments, numbers, kept = together(own_share)
     statistics = moments.statistics(mesh)
     order = torch.argsort(gather_rows(numbers, mesh, device))
     return FeatureSummary(statistics, gather_rows(kept, mesh, device)[order].to(device))
-
-
-def _shown(source: ImageSource, batch_size: int, mesh: Mesh, title: str) -> Iterator[NumberedImages]:
-    """Give this rank's batches; the first rank shows a progress bar if it runs in a terminal."""
-    hidden = True if mesh.rank or not title else None
-    with tqdm(total=len(source), desc=title, unit="img", disable=hidden) as bar:
-        for index, images in source.batches(batch_size, mesh.dp_rank, mesh.dp):
-            yield index, images
-            bar.update(min(len(index) * mesh.dp, len(source) - bar.n))

@@ -50,20 +50,14 @@ class FeatureMoments:
         self.count = 0
         self._mean = torch.zeros(dims, dtype=torch.float64, device=device)
         self._scatter = torch.zeros(dims, dims, dtype=torch.float64, device=device)
-        self._waiting: list[Tensor] = []
-        self._rows_waiting = 0
+        self._waiting = torch.empty(0, dims, device=device)
 
     def update(self, features: Tensor) -> None:
         """Add ``features`` (b, d) on the moments' device."""
-        self._waiting.append(features.detach())
-        self._rows_waiting += len(features)
-        if self._rows_waiting >= _ROWS:
-            *blocks, rest = torch.cat(self._waiting).split(_ROWS)
-            if len(rest) == _ROWS:
-                blocks, rest = [*blocks, rest], rest[:0]
-            for block in blocks:
-                self._fold(block)
-            self._waiting, self._rows_waiting = [rest.clone()], len(rest)
+        self._waiting = torch.cat([self._waiting, features.detach()])
+        while len(self._waiting) >= _ROWS:
+            self._fold(self._waiting[:_ROWS])
+            self._waiting = self._waiting[_ROWS:]
 
     def _fold(self, rows: Tensor) -> None:
         rows = rows.double()
@@ -81,9 +75,9 @@ class FeatureMoments:
 
         ``UserError`` for fewer than two rows in all, which have no covariance.
         """
-        if self._rows_waiting:
-            self._fold(torch.cat(self._waiting))
-            self._waiting, self._rows_waiting = [], 0
+        if len(self._waiting):
+            self._fold(self._waiting)
+            self._waiting = self._waiting[:0]
         count = int(all_reduce(torch.tensor(self.count, device=self._mean.device), mesh, "dp"))
         if count < 2:
             raise UserError(f"{count} image{'s' * (count != 1)} cannot give a covariance: use 2 or more, say 10,000")

@@ -23,7 +23,17 @@ class Inception(FeatureNetwork):
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu"):
         """Raises ``UserError`` if the file is not these weights, or torch-fidelity is missing."""
-        _check(Path(path))
+        try:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            reason = error.strerror
+            raise UserError(f"--inception {path} cannot be read: {reason}; give the file of the weights") from None
+        if digest != SHA256:
+            raise UserError(
+                f"--inception {path} is not the Inception network of FID (its SHA-256 differs), and is not opened: "
+                "give weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release"
+            )
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except Exception as error:  # its torchvision may be missing, or made for another torch
@@ -38,16 +48,3 @@ class Inception(FeatureNetwork):
 
     def _features(self, images: Tensor) -> Tensor:
         return self._network(images)[0]
-
-
-def _check(path: Path) -> None:
-    try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"--inception {path} cannot be read: {error.strerror}; give the file of the weights") from None
-    if digest != SHA256:
-        raise UserError(
-            f"--inception {path} is not the Inception network of FID (its SHA-256 differs), and is not opened: give "
-            "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release"
-        )

@@ -14,7 +14,7 @@ from megavtp.evaluation.distances.features import FeatureSummary, summarise
 from megavtp.evaluation.distances.frechet import FeatureStatistics, few_samples_warning, frechet_distance
 from megavtp.evaluation.distances.image_sources import ImageSource, open_images
 from megavtp.evaluation.distances.kid import kernel_distance
-from megavtp.evaluation.distances.network import INCEPTION, FeatureNetwork, MetricKind, metric_name
+from megavtp.evaluation.distances.network import INCEPTION, FeatureNetwork, metric_name
 from megavtp.evaluation.distances.npz_images import holds_images
 from megavtp.evaluation.distances.precision_recall import precision_recall
 from megavtp.evaluation.distances.reference_file import read_statistics
@@ -42,14 +42,14 @@ def open_reference(path: str | Path, network: FeatureNetwork, size: int, limit: 
         return Reference(open_images(path, size, limit))
     images = open_images(path, size, limit) if holds_images(path) else None
     try:
-        statistics, note = read_statistics(path, network.name, network.dims), ""
+        statistics = read_statistics(path, network.name, network.dims)
     except UserError as error:
         if images is None:
             raise
-        statistics, note = None, f"the statistics in the reference are not used: {error}"
+        return Reference(images, notes=(f"the statistics in the reference are not used: {error}",))
     if images is None and statistics is None:
         raise UserError(f"{path} holds neither images (arr_0) nor statistics (mu and sigma); name another reference")
-    return Reference(images, statistics, (note,) if note else ())
+    return Reference(images, statistics)
 
 
 @dataclass(frozen=True)
@@ -83,18 +83,18 @@ def measure_generation(
     summary = partial(summarise, network=network, batch_size=batch_size, mesh=mesh, device=device)
     made = summary(samples, title="samples")
     real = None if reference.images is None else summary(reference.images, title="reference")
-    statistics = reference.statistics if real is None or reference.statistics is not None else real.statistics
+    statistics = reference.statistics if real is None else reference.statistics or real.statistics
     assert statistics is not None, "a reference without images has statistics"
     statistics = FeatureStatistics(statistics.mean.to(device), statistics.covariance.to(device), statistics.count)
-    others = {name: summary(source, title=name) for name, source in (compare or {}).items()}
+    compare = compare or {}
+    others = [summary(source, title=name) for name, source in compare.items()]
 
-    def measured() -> tuple[dict[str, float], dict[str, str], dict[str, dict[str, float]]]:
-        metrics, skipped = _distances(made, real, statistics, network.name, seed)
-        compared = {name: _distances(other, real, statistics, network.name, seed)[0] for name, other in others.items()}
-        return metrics, skipped, compared
+    def measured() -> list[tuple[dict[str, float], dict[str, str]]]:
+        return [_distances(one, real, statistics, network.name, seed) for one in (made, *others)]
 
     # The eigenvalues take seconds, so one rank computes them rather than all ranks of a machine at once.
-    metrics, skipped, compared = broadcast_object(together(lambda: measured() if mesh.rank == 0 else None))
+    (metrics, skipped), *further = broadcast_object(together(lambda: measured() if mesh.rank == 0 else None))
+    compared = {name: found for name, (found, _) in zip(compare, further)}
     notes = list(reference.notes)
     name = metric_name("frechet", network.name, "generation")
     for what, of in (("samples", made.statistics), ("reference images", statistics)):
@@ -108,20 +108,16 @@ def measure_generation(
 def _distances(
     made: FeatureSummary, real: FeatureSummary | None, reference: FeatureStatistics, network: str, seed: int
 ) -> tuple[dict[str, float], dict[str, str]]:
+    key = partial(metric_name, network=network, of="generation")
     counts = {"samples": made.statistics.count, "reference_samples": reference.count}
     metrics = {name: float(count) for name, count in counts.items() if count is not None}
-
-    def key(kind: MetricKind) -> str:
-        return metric_name(kind, network, "generation")
-
     metrics[key("frechet")] = frechet_distance(made.statistics, reference)
-    skipped: dict[str, str] = {}
+    others = (key("kernel"), key("precision"), key("recall"))
     if real is None:
-        reason = "the reference holds statistics, but no images"
-        return metrics, {key("kernel"): reason, key("precision"): reason, key("recall"): reason}
+        return metrics, dict.fromkeys(others, "the reference holds statistics, but no images")
     metrics[key("kernel")], metrics[key("kernel_std")] = kernel_distance(made.features, real.features, seed=seed)
     try:
         metrics[key("precision")], metrics[key("recall")] = precision_recall(real.features, made.features)
     except UserError as error:
-        skipped = {key("precision"): str(error), key("recall"): str(error)}
-    return metrics, skipped
+        return metrics, dict.fromkeys(others[1:], str(error))
+    return metrics, {}
