@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megavtp.evaluation.ranking import row_blocks
-from megavtp.evaluation.tokenizer.labels import blind_accuracy, first_seen_ids, read_labels
+from megavtp.evaluation.tokenizer.labels import blind_accuracy, first_seen_ids, label_values, read_labels
 
 _TEMPERATURE = 0.07  # of the votes, as in DINO
 
@@ -62,13 +62,12 @@ def knn_accuracy(
         predicted = knn_predict(queries, queries, ids, len(labels.names), k, group, group)
     else:
         bank, bank_meta = train
-        rows = [i for i, m in enumerate(bank_meta) if isinstance(m.get(field), str | int) and m[field] != ""]
+        rows, values = label_values(bank_meta, field)
         if not rows:
             return {}
-        names, _ = first_seen_ids(labels.names + [str(bank_meta[i][field]) for i in rows])
-        bank_ids = names[len(labels.names) :].to(device)  # test classes keep their ids, and others follow
-        classes = int(names.max()) + 1
-        predicted = knn_predict(queries, bank[torch.tensor(rows, device=device)], bank_ids, classes, k)
+        all_ids = first_seen_ids(labels.names + values)  # test classes keep their ids, and others follow
+        bank_ids = all_ids[len(labels.names) :].to(device)
+        predicted = knn_predict(queries, bank[torch.tensor(rows, device=device)], bank_ids, int(all_ids.max()) + 1, k)
     return {
         f"knn/{field}_top1": (predicted == ids).double().mean().item(),
         f"chance/knn/{field}_top1": blind_accuracy(labels.ids, 1),

@@ -9,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megavtp.data.captions import CaptionTokenizer
 from megavtp.errors import UserError
 from megavtp.evaluation.ranking import match_rank, recall
-from megavtp.evaluation.tokenizer.interface import CaptionEncoder, Evaluated
+from megavtp.evaluation.tokenizer.interface import VTPEvaluated
 from megavtp.evaluation.tokenizer.labels import blind_accuracy, read_labels, readable
 from megavtp.parallel.collectives import all_gather
 from megavtp.parallel.mesh import Mesh
 
 
 def class_embeddings(
-    model: Evaluated, tokenizer: CaptionEncoder, names: Sequence[str], templates: Sequence[str], *,
+    model: VTPEvaluated, tokenizer: CaptionTokenizer, names: Sequence[str], templates: Sequence[str], *,
     batch_size: int, mesh: Mesh, device: torch.device,
 ) -> Tensor:
     """Return the classes' text features (C, E), normalised per template, averaged, and normalised again.
@@ -39,7 +40,7 @@ def class_embeddings(
 
 
 def zero_shot(
-    model: Evaluated, tokenizer: CaptionEncoder, images: Tensor, meta: Sequence[dict[str, Any]], field: str,
+    model: VTPEvaluated, tokenizer: CaptionTokenizer, images: Tensor, meta: Sequence[dict[str, Any]], field: str,
     templates: Sequence[str], *, batch_size: int, mesh: Mesh, device: torch.device,
 ) -> dict[str, float]:
     """Compute top-1 and top-5 accuracy on the label ``field`` over the classes that occur, at least two, else none.
