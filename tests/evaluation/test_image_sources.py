@@ -12,8 +12,7 @@ from PIL import Image
 from megavtp.data.augment import center_crop
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.image_sources import open_images
-from megavtp.evaluation.distances.npz_images import holds_images
-from megavtp.evaluation.distances.reference_file import read_statistics
+from megavtp.evaluation.distances.npz_file import holds_images, read_statistics
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), dtype=np.uint8)
 

@@ -12,8 +12,7 @@ from tqdm import tqdm
 from megavtp.evaluation.distances.efficientnet import load_efficientnet
 from megavtp.evaluation.distances.frechet import FeatureMoments, FeatureStatistics
 from megavtp.evaluation.distances.image_sources import ImageSource
-from megavtp.evaluation.distances.inception import Inception
-from megavtp.evaluation.distances.network import FeatureNetwork
+from megavtp.evaluation.distances.network import FeatureNetwork, Inception
 from megavtp.evaluation.gathering import gather_rows
 from megavtp.parallel.collectives import together
 from megavtp.parallel.mesh import Mesh

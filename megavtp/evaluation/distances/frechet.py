@@ -33,11 +33,6 @@ class FeatureStatistics:
     covariance: Tensor
     count: int | None
 
-    @property
-    def too_few(self) -> bool:
-        """Whether the covariance is singular because there are no more samples than dimensions."""
-        return self.count is not None and self.count <= len(self.mean)
-
 
 class FeatureMoments:
     """The mean and scatter matrix of a stream of feature vectors, in float64.
@@ -113,9 +108,11 @@ def _factor(covariance: Tensor) -> Tensor:
     return vectors * torch.where(values > noise, values, 0.0).sqrt()
 
 
-def few_samples_warning(name: str, what: str, statistics: FeatureStatistics) -> str:
-    """Word the warning for ``too_few`` of ``what`` (such as "samples") in the metric ``name``."""
+def few_samples_warning(name: str, what: str, statistics: FeatureStatistics) -> str | None:
+    """Word a warning if the covariance of ``what`` (such as "samples") is singular as they are too few."""
     dims = len(statistics.mean)
+    if statistics.count is None or statistics.count > dims:
+        return None
     return (
         f"{name}: {statistics.count} {what} are too few for a covariance of {dims} dimensions (it is singular), and "
         f"the distance is biased upward; use more than {dims}, and compare only numbers from equally many"

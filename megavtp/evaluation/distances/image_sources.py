@@ -20,7 +20,7 @@ from megavtp.data.files import refuse_remote
 from megavtp.data.loader import EvalDataset
 from megavtp.data.shards import open_dataset, split_folders
 from megavtp.errors import UserError
-from megavtp.evaluation.distances.npz_images import NpzArray
+from megavtp.evaluation.distances.npz_file import NpzArray
 from megavtp.evaluation.tokenizer.interface import NoCaptions
 
 logger = logging.getLogger(__name__)

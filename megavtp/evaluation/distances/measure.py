@@ -15,9 +15,8 @@ from megavtp.evaluation.distances.frechet import FeatureStatistics, few_samples_
 from megavtp.evaluation.distances.image_sources import ImageSource, open_images
 from megavtp.evaluation.distances.kid import kernel_distance
 from megavtp.evaluation.distances.network import INCEPTION, FeatureNetwork, metric_name
-from megavtp.evaluation.distances.npz_images import holds_images
+from megavtp.evaluation.distances.npz_file import holds_images, read_statistics
 from megavtp.evaluation.distances.precision_recall import precision_recall
-from megavtp.evaluation.distances.reference_file import read_statistics
 from megavtp.parallel.collectives import broadcast_object, together
 from megavtp.parallel.mesh import SINGLE, Mesh
 
@@ -98,8 +97,8 @@ def measure_generation(
     notes = list(reference.notes)
     name = metric_name("frechet", network.name, "generation")
     for what, of in (("samples", made.statistics), ("reference images", statistics)):
-        if of.too_few:
-            notes.append(few_samples_warning(name, what, of))
+        if warning := few_samples_warning(name, what, of):
+            notes.append(warning)
     if network.name != INCEPTION:
         notes.append(f"{name} is a distance of {network.title} features, no FID: do not compare it with published FID")
     return GenerationResult(metrics, statistics, compared, skipped, tuple(notes))

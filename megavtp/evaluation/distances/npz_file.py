@@ -6,8 +6,8 @@ Images are in ``arr_0``, uint8 (n, H, W, 3), which is read row by row: numpy wou
 
 from __future__ import annotations
 
+import io
 import math
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -22,6 +22,7 @@ from torch import Tensor
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.frechet import FeatureStatistics
 from megavtp.evaluation.distances.network import INCEPTION
+from megavtp.evaluation.report import write_file
 
 _MEMBER = "arr_0.npy"
 _MAX_ROW_BYTES = 3 * 64_000_000
@@ -117,20 +118,13 @@ def read_statistics(path: str | Path, network: str, dims: int) -> FeatureStatist
 
 def write_statistics(path: str | Path, statistics: FeatureStatistics, network: str) -> None:
     """Write a file for ``read_statistics``, ADM's and other FID scripts, and rename it into place when complete."""
-    path = Path(path)
-    if path.suffix != ".npz":
+    if Path(path).suffix != ".npz":
         raise UserError(f"{path}: statistics go into an .npz file; name one")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.npz")
     arrays: dict[str, Any] = {
         "mu": statistics.mean.cpu().numpy(), "sigma": statistics.covariance.cpu().numpy(), "network": network,
     }
     if statistics.count is not None:  # None would be pickled, which no reader allows
         arrays["count"] = statistics.count
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(partial, **arrays)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; name another file") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    write_file(path, file.getvalue())

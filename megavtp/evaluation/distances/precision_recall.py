@@ -29,24 +29,16 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
 
 def _covered(points: Tensor, members: Tensor, k: int) -> float:
     """Return the share of ``points`` in the manifold of ``members``."""
-    reach = _reach(members, k)
-    slack = _ROUNDING * torch.maximum(_squares(points).max(), _squares(members).max())
-    inside = [
-        (_distances(points[rows], members) <= reach + slack).any(1)
-        for rows in row_blocks(len(points), len(members))
-    ]
-    return float(torch.cat(inside).double().mean())
-
-
-def _reach(members: Tensor, k: int) -> Tensor:
-    """Return the squared distance (n,) of each member to its k-th nearest other."""
-    reach = torch.empty(len(members), dtype=members.dtype, device=members.device)
+    reach = torch.empty(len(members), dtype=members.dtype, device=members.device)  # squared, to the k-th nearest other
     for rows in row_blocks(len(members), len(members)):
         distances = _distances(members[rows], members)
-        own = torch.arange(len(members), device=members.device)[rows]
-        distances[torch.arange(len(own), device=own.device), own] = -math.inf  # a member is nearest to itself
+        distances.diagonal(rows.start).fill_(-math.inf)  # a member is nearest to itself
         reach[rows] = distances.kthvalue(k + 1, dim=1).values
-    return reach
+    reach += _ROUNDING * torch.maximum(_squares(points).max(), _squares(members).max())
+    inside = [
+        (_distances(points[rows], members) <= reach).any(1) for rows in row_blocks(len(points), len(members))
+    ]
+    return float(torch.cat(inside).double().mean())
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:

@@ -15,12 +15,11 @@ from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.loader import EvalDataset
 from megavtp.evaluation.distances.frechet import few_samples_warning, frechet_distance, statistics_of
 from megavtp.evaluation.distances.network import FeatureNetwork, metric_name
+from megavtp.evaluation.tokenizer.classification import knn_accuracy, zero_shot
 from megavtp.evaluation.tokenizer.collect import Probe, Table, collect
 from megavtp.evaluation.tokenizer.interface import Perceptual, VTPEvaluated
-from megavtp.evaluation.tokenizer.knn import knn_accuracy
 from megavtp.evaluation.tokenizer.reconstruction import flat_psnr, psnr, ssim
 from megavtp.evaluation.tokenizer.retrieval import caption_retrieval, cross_style_retrieval
-from megavtp.evaluation.tokenizer.zero_shot import zero_shot
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.pixels import denormalise, normalise
 
@@ -89,8 +88,8 @@ def _frechet(table: Table, network: FeatureNetwork, device: torch.device, skippe
         skipped[name] = "one image has no covariance"
         return {}
     real, shown = (statistics_of(table.columns[column].to(device)) for column in (_REAL, _SHOWN))
-    if real.too_few:
-        logger.warning("%s", few_samples_warning(name, "images", real))
+    if warning := few_samples_warning(name, "images", real):
+        logger.warning("%s", warning)
     return {name: frechet_distance(shown, real)}
 
 
