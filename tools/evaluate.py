@@ -47,9 +47,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def parse_generation(arguments: list[str]) -> argparse.Namespace:
-    parser = Options(
-        "evaluate.py generation", description=GENERATION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    shown_as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = Options("evaluate.py generation", description=GENERATION, formatter_class=shown_as_it_is)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--samples-from", type=place, help="folder of images, or .npz of ADM's form")
     source.add_argument("--dit", type=place, help="checkpoint of a DiT, which draws the samples")
@@ -76,7 +75,7 @@ def parse_generation(arguments: list[str]) -> argparse.Namespace:
 
 def checkpoint(options: argparse.Namespace) -> None:
     from megavtp.evaluation import format_table, write_metrics
-    from megavtp.evaluation.distances.features import load_network
+    from megavtp.evaluation.distances.measure import load_network
     from megavtp.evaluation.tokenizer.checkpoint import CheckpointEvaluation
     from megavtp.launch.tool import join_others
     from megavtp.parallel.collectives import together

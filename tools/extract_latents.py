@@ -48,9 +48,7 @@ def main(options: argparse.Namespace) -> None:
     from megavtp.parallel.collectives import together
     from megavtp.tokenizer import load_tokenizer
 
-    settings = ExtractionSettings(
-        options.label, options.flip, options.captions, options.batch_size, options.precision
-    )
+    settings = ExtractionSettings(options.label, options.flip, options.captions, options.batch_size, options.precision)
     device, mesh = join_others(options.device)
     tokenizer = load_tokenizer(options.tokenizer, device, compute_dtype(options.precision))
     workers = options.workers if options.workers is not None else 4 if device.type == "cuda" else 0

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from megavtp.errors import UserError
 from megavtp.evaluation.distances import efficientnet
 from megavtp.evaluation.distances.efficientnet import EfficientNetLite0, load_efficientnet, weight_shapes
-from megavtp.evaluation.distances.features import load_network
+from megavtp.evaluation.distances.measure import load_network
 from megavtp.evaluation.distances.network import Inception, metric_name
 
 FOLDER = Path(__file__).parents[1] / "data" / "efficientnet"

@@ -7,7 +7,7 @@ from distributed import run_ranks
 from dit_oracle import stored
 
 from megavtp.errors import UserError
-from megavtp.evaluation.distances.frechet import (
+from megavtp.evaluation.distances.feature_sets import (
     FeatureMoments,
     FeatureStatistics,
     few_samples_warning,

@@ -94,18 +94,15 @@ class EfficientNetLite0(FeatureNetwork):
         for shortcut, convs in self._blocks:
             begin = x
             for conv, weight, bias in convs:
-                x = F.conv2d(_pad(x, conv), weight, bias, conv.stride, groups=conv.outputs if conv.depthwise else 1)
+                # TensorFlow's "same" padding of a square: an odd pixel goes to the right and below.
+                short = max((-(-x.shape[-1] // conv.stride) - 1) * conv.stride + conv.kernel - x.shape[-1], 0)
+                x = F.pad(x, [short // 2, short - short // 2] * 2) if short else x
+                x = F.conv2d(x, weight, bias, conv.stride, groups=conv.outputs if conv.depthwise else 1)
                 if conv.relu:
                     x = x.clamp_(0, 6)
             if shortcut:
                 x = x + begin
         return x.mean((2, 3))
-
-
-def _pad(x: Tensor, conv: _Conv) -> Tensor:
-    """Apply TensorFlow's "same" padding to a square input; an odd pixel goes to the right and below."""
-    short = max((-(-x.shape[-1] // conv.stride) - 1) * conv.stride + conv.kernel - x.shape[-1], 0)
-    return F.pad(x, [short // 2, short - short // 2] * 2) if short else x
 
 
 def _without_norm(conv: _Conv, weights: Mapping[str, Tensor], device: torch.device | str) -> tuple[Tensor, Tensor]:

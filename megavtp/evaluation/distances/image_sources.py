@@ -47,13 +47,9 @@ class ImageSource(Protocol):
 def open_images(path: str | Path, size: int | None = None, limit: int | None = None) -> ImageSource:
     """Open the images at ``path``: an .npz file with ``arr_0``, a folder of shards, or of images and sub-folders.
 
-    Args:
-        size: images are cropped to the middle square and resized to this, as ADM does. With None they must already be
-            square and of one size, which shards are not.
-        limit: the most images, spread evenly over the source; None = all.
-
-    Raises:
-        UserError: there is nothing usable, or the sizes differ and ``size`` is None.
+    They are at most ``limit`` images (None = all), spread evenly over the source, cropped to the middle square and
+    resized to ``size``, as ADM does. With None they must already be square and of one size, which shards are not.
+    ``UserError`` if there is nothing usable, or the sizes differ and ``size`` is None.
     """
     path = refuse_remote(path)
     if not path.exists():

@@ -1,24 +1,83 @@
-"""Generated images are measured against a reference: gFID or FD-EfficientNet, kernel distance, precision, recall."""
+"""Generated images are measured against a reference: gFID or FD-EfficientNet, kernel distance, precision, recall.
+
+The first needs streamed moments of all images' features, the others the features themselves of a part.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from megavtp.errors import UserError
-from megavtp.evaluation.distances.features import FeatureSummary, summarise
-from megavtp.evaluation.distances.frechet import FeatureStatistics, few_samples_warning, frechet_distance
+from megavtp.evaluation.distances.efficientnet import load_efficientnet
+from megavtp.evaluation.distances.feature_sets import (
+    FeatureMoments,
+    FeatureStatistics,
+    few_samples_warning,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
 from megavtp.evaluation.distances.image_sources import ImageSource, open_images
-from megavtp.evaluation.distances.kid import kernel_distance
-from megavtp.evaluation.distances.network import INCEPTION, FeatureNetwork, metric_name
+from megavtp.evaluation.distances.network import INCEPTION, FeatureNetwork, Inception, metric_name
 from megavtp.evaluation.distances.npz_file import holds_images, read_statistics
-from megavtp.evaluation.distances.precision_recall import precision_recall
+from megavtp.evaluation.gathering import gather_rows
 from megavtp.parallel.collectives import broadcast_object, together
 from megavtp.parallel.mesh import SINGLE, Mesh
+
+# Features kept for the kernel distance and for precision and recall, whose work grows with the square of this. The
+# papers use as many; those of Inception take 410 MB.
+MAX_KEPT = 50_000
+
+
+def load_network(inception: str | Path | None, device: torch.device | str) -> FeatureNetwork:
+    """Load FID's Inception if its weights are given, else EfficientNet-Lite0. Raises ``UserError``."""
+    return load_efficientnet(device) if inception is None else Inception(inception, device)
+
+
+@dataclass(frozen=True)
+class FeatureSummary:
+    """Has ``statistics`` of all images, and ``features`` (n, d), float32, of at most ``MAX_KEPT`` of them, in order."""
+
+    statistics: FeatureStatistics
+    features: Tensor
+
+
+def summarise(
+    source: ImageSource, network: FeatureNetwork, *, batch_size: int, mesh: Mesh, device: torch.device, title: str = ""
+) -> FeatureSummary:
+    """Run ``network`` over all images of ``source`` in a collective call, with the same result on every rank.
+
+    Which features are kept depends on the images' numbers alone, not on batch size or process count. ``UserError`` on
+    all ranks if one cannot read its share or there are fewer than two images.
+    """
+    stride = -(-len(source) // MAX_KEPT)
+    # The first rank shows a progress bar if it runs in a terminal, which None finds out.
+    hidden = True if mesh.rank or not title else None
+
+    def own_share() -> tuple[FeatureMoments, Tensor, Tensor]:
+        moments = FeatureMoments(network.dims, device)
+        numbers, kept = [torch.empty(0, dtype=torch.long)], [torch.empty(0, network.dims, device=device)]
+        with tqdm(total=len(source), desc=title, unit="img", disable=hidden) as bar:
+            for index, images in source.batches(batch_size, mesh.dp_rank, mesh.dp):
+                features = network(images.to(device, non_blocking=True))
+                moments.update(features)
+                keep = index % stride == 0
+                numbers.append(index[keep])
+                kept.append(features[keep.to(device)])
+                bar.update(min(len(index) * mesh.dp, len(source) - bar.n))
+        return moments, torch.cat(numbers), torch.cat(kept)
+
+    moments, numbers, kept = together(own_share)
+    statistics = moments.statistics(mesh)
+    order = torch.argsort(gather_rows(numbers, mesh, device))
+    return FeatureSummary(statistics, gather_rows(kept, mesh, device)[order].to(device))
 
 
 @dataclass(frozen=True)
@@ -60,9 +119,9 @@ class GenerationResult:
 
     metrics: dict[str, float]
     reference: FeatureStatistics
-    compare: dict[str, dict[str, float]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    compare: dict[str, dict[str, float]]
+    skipped: dict[str, str]
+    notes: list[str]
 
 
 def measure_generation(
@@ -71,12 +130,8 @@ def measure_generation(
 ) -> GenerationResult:
     """Measure all distances that the reference allows in a collective call, with the same result on every rank.
 
-    Args:
-        seed: draws the kernel distance's subsets.
-        compare: other images by name, which are measured against the same reference.
-
-    Raises:
-        UserError: samples or reference have fewer than two images.
+    ``seed`` draws the kernel distance's subsets. ``compare`` has other images by name, which are measured against the
+    same reference. Raises ``UserError`` if samples or reference have fewer than two images.
     """
     device = torch.device(device)
     summary = partial(summarise, network=network, batch_size=batch_size, mesh=mesh, device=device)
@@ -87,12 +142,10 @@ def measure_generation(
     statistics = FeatureStatistics(statistics.mean.to(device), statistics.covariance.to(device), statistics.count)
     compare = compare or {}
     others = [summary(source, title=name) for name, source in compare.items()]
-
-    def measured() -> list[tuple[dict[str, float], dict[str, str]]]:
-        return [_distances(one, real, statistics, network.name, seed) for one in (made, *others)]
-
     # The eigenvalues take seconds, so one rank computes them rather than all ranks of a machine at once.
-    (metrics, skipped), *further = broadcast_object(together(lambda: measured() if mesh.rank == 0 else None))
+    sets = [made, *others] if mesh.rank == 0 else []
+    distances = partial(_distances, real=real, reference=statistics, network=network.name, seed=seed)
+    (metrics, skipped), *further = broadcast_object(together(lambda: [distances(images) for images in sets]))
     compared = {name: found for name, (found, _) in zip(compare, further)}
     notes = list(reference.notes)
     name = metric_name("frechet", network.name, "generation")
@@ -101,7 +154,7 @@ def measure_generation(
             notes.append(warning)
     if network.name != INCEPTION:
         notes.append(f"{name} is a distance of {network.title} features, no FID: do not compare it with published FID")
-    return GenerationResult(metrics, statistics, compared, skipped, tuple(notes))
+    return GenerationResult(metrics, statistics, compared, skipped, notes)
 
 
 def _distances(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megavtp.errors import UserError
-from megavtp.evaluation.distances.frechet import FeatureStatistics
+from megavtp.evaluation.distances.feature_sets import FeatureStatistics
 from megavtp.evaluation.distances.network import INCEPTION
 from megavtp.evaluation.report import write_file
 

@@ -11,9 +11,14 @@ from megavtp.config.precision import compute_dtype
 from megavtp.dit.sampling.command import settings_of
 from megavtp.dit.sampling.sampler import GeneratedImages, open_sampler
 from megavtp.errors import UserError
-from megavtp.evaluation.distances.features import load_network
 from megavtp.evaluation.distances.image_sources import ImageSource, open_images
-from megavtp.evaluation.distances.measure import GenerationResult, Reference, measure_generation, open_reference
+from megavtp.evaluation.distances.measure import (
+    GenerationResult,
+    Reference,
+    load_network,
+    measure_generation,
+    open_reference,
+)
 from megavtp.evaluation.distances.network import FeatureNetwork
 from megavtp.evaluation.distances.npz_file import write_statistics
 from megavtp.evaluation.generation.samples import samples_like

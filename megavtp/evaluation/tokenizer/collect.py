@@ -35,9 +35,6 @@ class Table:
     meta: list[dict[str, Any]]
     columns: dict[str, Tensor]
 
-    def __len__(self) -> int:
-        return len(self.captions)
-
 
 def collect(
     dataset: EvalDataset, probe: Probe, *, batch_size: int, mesh: Mesh, device: torch.device, quiet: bool = True

@@ -12,8 +12,6 @@ from torch import Tensor
 from megavtp.evaluation.ranking import chance_recall, match_rank, recall
 from megavtp.evaluation.tokenizer.labels import first_seen_ids, read_labels
 
-_KS = (1, 5, 10)
-
 
 def caption_retrieval(images: Tensor, texts: Tensor, captions: Sequence[str]) -> dict[str, float]:
     """Compute recall at 1, 5 and 10 from image to text and from text to image, with the levels of a random order.
@@ -26,7 +24,7 @@ def caption_retrieval(images: Tensor, texts: Tensor, captions: Sequence[str]) ->
     caption_id, texts = caption_id.to(images.device), texts[first.to(images.device)]
     text_id = torch.arange(len(first), device=images.device)
     one, images_of_text = torch.ones_like(caption_id), torch.bincount(caption_id)
-    return _recalls(_KS, {
+    return _recalls((1, 5, 10), {
         "retrieval/image_to_text": (match_rank(images, texts, caption_id, text_id), one, one * len(first)),
         "retrieval/text_to_image": (
             match_rank(texts, images, text_id, caption_id), images_of_text, torch.full_like(text_id, len(images))

@@ -13,7 +13,7 @@ from torch import Tensor
 from megavtp.config.schema import EvaluationConfig
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.loader import EvalDataset
-from megavtp.evaluation.distances.frechet import few_samples_warning, frechet_distance, statistics_of
+from megavtp.evaluation.distances.feature_sets import few_samples_warning, frechet_distance, statistics_of
 from megavtp.evaluation.distances.network import FeatureNetwork, metric_name
 from megavtp.evaluation.tokenizer.classification import knn_accuracy, zero_shot
 from megavtp.evaluation.tokenizer.collect import Probe, Table, collect
@@ -52,7 +52,7 @@ def evaluate(
     skipped = {} if skipped is None else skipped
     gather = partial(collect, batch_size=config.batch_size, mesh=mesh, device=device, quiet=quiet)
     table = gather(test_set, _probe(model, perceptual or {}, frechet))
-    metrics: dict[str, float] = {"samples": float(len(table))}
+    metrics: dict[str, float] = {"samples": float(len(table.captions))}
     if "contrastive" in model.objectives:
         images = table.columns["image"].to(device)
         for field in _LABEL_FIELDS:
@@ -84,7 +84,7 @@ def evaluate(
 def _frechet(table: Table, network: FeatureNetwork, device: torch.device, skipped: dict[str, str]) -> dict[str, float]:
     """Compute rFID with Inception or FD-EfficientNet with EfficientNet; fewer than two images have none."""
     name = metric_name("frechet", network.name, "reconstruction")
-    if len(table) < 2:
+    if len(table.captions) < 2:
         skipped[name] = "one image has no covariance"
         return {}
     real, shown = (statistics_of(table.columns[column].to(device)) for column in (_REAL, _SHOWN))

@@ -1,32 +1,33 @@
-"""The Frechet distance compares two sets of feature vectors (Heusel et al., arXiv 1706.08500, equation 6).
+"""Two sets of feature vectors are compared by the Frechet distance (Heusel et al., arXiv 1706.08500, equation 6), the
+kernel distance (Binkowski et al., arXiv 1801.01401), and improved precision and recall (Kynkaanniemi et al., arXiv
+1904.06991).
 
-    d2 = |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2)
-
-All of it is computed in float64. Letters: d feature dimensions, b rows of a batch.
+All of it is computed in float64. Letters: d feature dimensions, b rows of a batch, n and m rows of two sets.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megavtp.errors import UserError
+from megavtp.evaluation.ranking import row_blocks
 from megavtp.parallel.collectives import all_reduce
 from megavtp.parallel.mesh import SINGLE, Mesh
 
 _ROWS = 512  # rows added to the moments at one time, so that the result does not depend on the batch size
+# Tolerance of squared distances, relative to the longest vector: equal images must be 0 apart despite rounding.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """A Gaussian in feature space. Both tensors are float64 and on one device.
+    """A Gaussian in feature space: ``mean`` (d,) and unbiased ``covariance`` (d, d), float64 on one device.
 
-    Attributes:
-        mean: (d,).
-        covariance: (d, d), unbiased (divided by count - 1).
-        count: the number of images; None if unknown (statistics from a file).
+    ``count`` is the number of images; None if unknown (statistics from a file).
     """
 
     mean: Tensor
@@ -90,7 +91,7 @@ def statistics_of(features: Tensor) -> FeatureStatistics:
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """Return the squared distance d2, which is the number that papers print; it is at least 0.
+    """Return d2 = |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2), the number that papers print; it is at least 0.
 
     With C = F F^T for both, tr (C1 C2)^(1/2) is the sum of the singular values of F1^T F2. Unlike a root of the product
     C1 C2, this takes no root of rounding noise, and keeps 10 digits or more even if a covariance is singular.
@@ -117,3 +118,72 @@ def few_samples_warning(name: str, what: str, statistics: FeatureStatistics) -> 
         f"{name}: {statistics.count} {what} are too few for a covariance of {dims} dimensions (it is singular), and "
         f"the distance is biased upward; use more than {dims}, and compare only numbers from equally many"
     )
+
+
+def kernel_distance(
+    x: Tensor, y: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Average the unbiased squared MMD of ``x`` (n, d) and ``y`` (m, d) over random subsets; return mean and std.
+
+    The kernel is (x . y / d + 1)^3. The subsets are drawn without replacement and depend on ``seed`` and the sizes
+    alone. They have ``subset_size`` rows, or as many as the smaller set has. Unlike the Frechet distance the mean is
+    unbiased for any number of samples, so it may be below zero. Raises ``UserError`` for fewer than two rows.
+    """
+    size = min(subset_size, len(x), len(y))
+    if size < 2:
+        raise UserError(f"a kernel distance of {len(x)} and {len(y)} images: use at least 2 of each, better 1,000")
+    draw = torch.Generator().manual_seed(seed)
+    if len(x) == len(y) == size:
+        subsets = 1  # every subset is the whole
+    values = torch.empty(subsets, dtype=torch.float64, device=x.device)
+    for i in range(subsets):
+        rows = [torch.randperm(len(features), generator=draw)[:size].to(features.device) for features in (x, y)]
+        values[i] = _mmd(x[rows[0]].double(), y[rows[1]].double())
+    return float(values.mean()), float(values.std(correction=0))
+
+
+def _mmd(x: Tensor, y: Tensor) -> Tensor:
+    """Estimate without bias for equally many rows: pairs of a row with itself do not count."""
+    n = len(x)
+    within = sum((k.sum() - k.trace()) / (n * (n - 1)) for k in (_kernel(x, x), _kernel(y, y)))
+    return within - 2 * _kernel(x, y).mean()
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
+    """Return the share of ``generated`` (m, d) in the manifold of ``real`` (n, d), and the reverse.
+
+    The manifold of a set is the union of balls about its members that reach to their ``k``-th nearest other member.
+    All is computed in float64, in blocks. ``UserError`` for sets of no more than ``k`` rows.
+    """
+    for name, features in (("reference", real), ("generated", generated)):
+        if len(features) <= k:
+            raise UserError(f"precision and recall of {len(features)} {name} images: use more than {k}, better 10,000")
+    real, generated = real.double(), generated.double()
+    return _covered(generated, real, k), _covered(real, generated, k)
+
+
+def _covered(points: Tensor, members: Tensor, k: int) -> float:
+    """Return the share of ``points`` in the manifold of ``members``."""
+    reach = torch.empty(len(members), dtype=members.dtype, device=members.device)  # squared, to the k-th nearest other
+    for rows in row_blocks(len(members), len(members)):
+        distances = _distances(members[rows], members)
+        distances.diagonal(rows.start).fill_(-math.inf)  # a member is nearest to itself
+        reach[rows] = distances.kthvalue(k + 1, dim=1).values
+    reach += _ROUNDING * torch.maximum(_squares(points).max(), _squares(members).max())
+    inside = [
+        (_distances(points[rows], members) <= reach).any(1) for rows in row_blocks(len(points), len(members))
+    ]
+    return float(torch.cat(inside).double().mean())
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """Return squared distances (rows of x, rows of y)."""
+    return (_squares(x)[:, None] + _squares(y) - 2 * x @ y.T).clamp_min_(0)
+
+
+def _squares(x: Tensor) -> Tensor:
+    return x.square().sum(1)
