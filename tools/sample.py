@@ -36,22 +36,17 @@ def parse() -> argparse.Namespace:
 
 
 def main(options: argparse.Namespace) -> None:
-    from megavtp.config.precision import compute_dtype
-    from megavtp.dit.sampling.command import names_of, samples_of, settings_of
+    from megavtp.dit.sampling.command import names_of, sampler_of, samples_of
     from megavtp.dit.sampling.output import open_output
-    from megavtp.dit.sampling.sampler import all_images, open_sampler
+    from megavtp.dit.sampling.sampler import all_images
     from megavtp.launch.tool import join_others
 
     device, mesh = join_others(options.device)
-    sampler = open_sampler(
-        options.dit, options.tokenizer, settings_of(options), device, average=options.weights == "average",
-        dtype=compute_dtype(options.precision),
-    )
+    sampler = sampler_of(options, device)
     samples = samples_of(sampler.dit, options.classes, options.caption, options.per_class)
     first = mesh.rank == 0
     with open_output(options.out, names_of(sampler.dit, samples)) if first else nullcontext() as add:
-        quiet = not (first and sys.stderr.isatty())
-        for images in all_images(sampler, samples, options.batch_size, mesh, quiet):
+        for images in all_images(sampler, samples, options.batch_size, mesh, not (first and sys.stderr.isatty())):
             if add is not None:
                 add(images)
     if first:

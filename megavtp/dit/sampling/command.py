@@ -1,12 +1,16 @@
-"""This translates the options of ``tools/sample.py`` for a DiT."""
+"""This translates the options of ``tools/sample.py`` and ``tools/evaluate.py generation`` for a DiT."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 
+import torch
+
+from megavtp.config.precision import compute_dtype
 from megavtp.config.sizes import known
 from megavtp.dit.checkpoint import StoredDiT
+from megavtp.dit.sampling.sampler import Sampler, open_sampler
 from megavtp.dit.sampling.samples import Sample, each, parse_classes
 from megavtp.dit.sampling.settings import SamplingSettings
 from megavtp.errors import UserError
@@ -17,6 +21,14 @@ def settings_of(options: argparse.Namespace) -> SamplingSettings:
     return SamplingSettings(
         options.method, options.steps, options.shift, options.guidance, options.interval,
         options.guided_channels, options.diffusion, seed=options.seed,
+    )
+
+
+def sampler_of(options: argparse.Namespace, device: torch.device) -> Sampler:
+    """Open the DiT and the tokenizer that the options name, with these settings. Raises ``UserError``."""
+    return open_sampler(
+        options.dit, options.tokenizer, settings_of(options), device, average=options.weights == "average",
+        dtype=compute_dtype(options.precision),
     )
 
 

@@ -125,9 +125,10 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Average the unbiased squared MMD of ``x`` (n, d) and ``y`` (m, d) over random subsets; return mean and std.
 
-    The kernel is (x . y / d + 1)^3. The subsets are drawn without replacement and depend on ``seed`` and the sizes
-    alone. They have ``subset_size`` rows, or as many as the smaller set has. Unlike the Frechet distance the mean is
-    unbiased for any number of samples, so it may be below zero. Raises ``UserError`` for fewer than two rows.
+    The kernel is (x . y / d + 1)^3; on Inception's features the mean is the KID. The subsets are drawn without
+    replacement and depend on ``seed`` and the sizes alone. They have ``subset_size`` rows, or as many as the smaller
+    set has. Unlike the Frechet distance the mean is unbiased for any number of samples, so it may be below zero. Raises
+    ``UserError`` for fewer than two rows.
     """
     size = min(subset_size, len(x), len(y))
     if size < 2:
@@ -174,9 +175,7 @@ def _covered(points: Tensor, members: Tensor, k: int) -> float:
         distances.diagonal(rows.start).fill_(-math.inf)  # a member is nearest to itself
         reach[rows] = distances.kthvalue(k + 1, dim=1).values
     reach += _ROUNDING * torch.maximum(_squares(points).max(), _squares(members).max())
-    inside = [
-        (_distances(points[rows], members) <= reach).any(1) for rows in row_blocks(len(points), len(members))
-    ]
+    inside = [(_distances(points[rows], members) <= reach).any(1) for rows in row_blocks(len(points), len(members))]
     return float(torch.cat(inside).double().mean())
 
 

@@ -35,8 +35,7 @@ NumberedImages = tuple[Tensor, Tensor]
 class ImageSource(Protocol):
     """``size`` is the pixels of a side, ``len`` the number of images, including broken ones that are skipped."""
 
-    @property
-    def size(self) -> int: ...
+    size: int
 
     def __len__(self) -> int: ...
 

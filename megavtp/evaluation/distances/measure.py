@@ -58,8 +58,7 @@ def summarise(
     all ranks if one cannot read its share or there are fewer than two images.
     """
     stride = -(-len(source) // MAX_KEPT)
-    # The first rank shows a progress bar if it runs in a terminal, which None finds out.
-    hidden = True if mesh.rank or not title else None
+    hidden = True if mesh.rank or not title else None  # None: unless the first rank runs in a terminal
 
     def own_share() -> tuple[FeatureMoments, Tensor, Tensor]:
         moments = FeatureMoments(network.dims, device)

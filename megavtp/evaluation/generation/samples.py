@@ -19,9 +19,7 @@ def samples_like(reference: str | Path, dit: StoredDiT, count: int, label: str |
 
     Classes have equally many samples, as in the papers; with ``label``, they have the proportions that this key of the
     metadata has in the reference's shards. Captions are those of ``count`` images spread over the reference's shards.
-
-    Raises:
-        UserError: shards are needed and there are none, or the DiT does not know their labels or captions.
+    ``UserError`` if shards are needed and there are none, or the DiT does not know their labels or captions.
     """
     if count < 2:
         raise UserError(f"--samples {count}: must be at least 2, better 10,000")

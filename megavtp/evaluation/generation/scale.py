@@ -17,7 +17,7 @@ BLURS = (8, 16)  # sides in pixels of the squares that a blurred image averages:
 _BATCH = 64  # images drawn with one seed, so that they do not depend on batch size or process count
 
 
-@dataclass(frozen=True)
+@dataclass
 class Noise:
     """``count`` images of independent, uniform pixels."""
 

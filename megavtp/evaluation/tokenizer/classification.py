@@ -57,11 +57,9 @@ def zero_shot(
     labels = read_labels(meta, field)
     if labels is None or any(name.isdigit() for name in labels.names):  # a class number is no prompt
         return {}
-    classes = class_embeddings(
-        model, tokenizer, labels.names, templates, batch_size=batch_size, mesh=mesh, device=device
-    )
+    texts = class_embeddings(model, tokenizer, labels.names, templates, batch_size=batch_size, mesh=mesh, device=device)
     ids = labels.ids.to(device)
-    ranks = match_rank(images[labels.rows.to(device)], classes, ids, torch.arange(len(classes), device=device))
+    ranks = match_rank(images[labels.rows.to(device)], texts, ids, torch.arange(len(texts), device=device))
     metrics: dict[str, float] = {}
     for k in (1, 5):
         if k < len(labels.names):

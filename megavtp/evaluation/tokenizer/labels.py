@@ -38,7 +38,7 @@ def read_labels(meta: Sequence[dict[str, Any]], field: str) -> Labels | None:
 def first_seen_ids(values: Sequence[str]) -> Tensor:
     """Return the values' ids (n,), numbered in the order of their first appearance."""
     position: dict[str, int] = {}
-    return torch.tensor([position.setdefault(value, len(position)) for value in values])
+    return torch.tensor([position.setdefault(value, len(position)) for value in values], dtype=torch.long)
 
 
 def readable(name: str) -> str:
