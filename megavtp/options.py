@@ -135,6 +135,12 @@ def _try_to_write(folder: Path, text: str) -> None:
         raise argparse.ArgumentTypeError(f"{text} cannot be written ({error.strerror}); choose another place") from None
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a tool that one process runs or several share."""
+    parser.add_argument("--device", default="auto", help="of a single process: auto, cpu, cuda or cuda:N")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
+
+
 # Types of options that several tools have.
 WORKERS = whole(0, 1024)  # processes on one machine
 IMAGES = whole(1, 10_000_000)  # a number of them; each is an entry of a list

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megavtp.config.precision import compute_dtype
 from megavtp.config.sizes import known
 from megavtp.dit.checkpoint import StoredDiT, load_dit
 from megavtp.dit.sampling.guidance import guided_field
 from megavtp.dit.sampling.samples import Sample, sample_noise
-from megavtp.dit.sampling.settings import SamplingSettings
+from megavtp.dit.sampling.settings import SamplingSettings, settings_of
 from megavtp.dit.sampling.solvers import dopri5, euler, euler_maruyama, heun
 from megavtp.errors import UserError
 from megavtp.parallel.collectives import all_gather
@@ -102,6 +104,14 @@ def open_sampler(
     """Load a checkpoint's DiT, by default its averaged weights, and a tokenizer's folder. Raises UserError."""
     stored = load_dit(dit, device, average=average)
     return Sampler(stored, str(dit), load_tokenizer(tokenizer, device), settings, dtype)
+
+
+def sampler_of(options: argparse.Namespace, device: torch.device) -> Sampler:
+    """Open the DiT and the tokenizer that ``settings.add_sampling_options`` and the tools' options name. UserError."""
+    return open_sampler(
+        options.dit, options.tokenizer, settings_of(options), device, average=options.weights == "average",
+        dtype=compute_dtype(options.precision),
+    )
 
 
 class GeneratedImages:
