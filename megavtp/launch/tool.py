@@ -39,13 +39,13 @@ def join_others(device: str, choose: Callable[[str], torch.device]) -> tuple[tor
     Raises:
         UserError: as ``ranks.start`` does; or a device was named, and there are several processes.
     """
-    place = detect()
-    if place.world == 1:
+    member = detect()
+    if member.world == 1:
         return choose(device), SINGLE
     if device != "auto":
         raise UserError(f"--device {device} is for a single process; several take a GPU each, or the CPU")
     # How long a share takes depends on the user's data, so no process counts as hung. A lost one is still found.
-    own = ranks.join(place, meet(place, _ARRIVAL), 0)
+    own = ranks.join(member, meet(member, _ARRIVAL), 0)
     return own, build_mesh(1, 1)
 
 

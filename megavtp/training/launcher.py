@@ -57,17 +57,17 @@ class Launcher:
         path = arguments.config or self.default
         if path is None:
             raise UserError(f"name a recipe with --config: {self.recipe_help}")
-        place = detect()
+        member = detect()
         config = self.validate(
-            load_config(path, self.settings, arguments.overrides, arguments.deepspeed_config), place.world
+            load_config(path, self.settings, arguments.overrides, arguments.deepspeed_config), member.world
         )
         check_replayed(arguments.replay, config.train.steps)
         if arguments.dry_run:
-            if place.rank == 0:
-                print(self.summary(config, place.world))
+            if member.rank == 0:
+                print(self.summary(config, member.world))
             return 0
         device = ranks.start(config.parallel.timeout)
         if self.prepare is not None and arguments.replay is None:  # a replay writes nothing
             phase.enter("preparing data", slow=True)
-            self.prepare(config, place.rank)
+            self.prepare(config, member.rank)
         return run(self.recipe(config, device), arguments.replay)
