@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from pathlib import Path
+from types import FrameType
 
 import psutil
 import torch
@@ -36,22 +37,22 @@ class StopSignal:
     - torchrun passes SIGTERM, SIGINT and SIGHUP on to all ranks, kills after 30 s, and exits with 1.
 
     Loader workers get these signals too and ignore them: the trainer closes them.
+
+    Attributes:
+        raised: whether this rank was told to stop; reason: by what.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
         self.reason = "another rank was told to"
-        self._raised = False
+        self.raised = False
         self._pending: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
         self._next_watch = 0.0
         interrupt = [] if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else [signal.SIGINT]  # as ``cli.guard``
         self._previous = {name: signal.signal(name, self._handle) for name in (*interrupt, *stop_signals())}
 
-    def _handle(self, signum, frame) -> None:
-        self._raise(signal.Signals(signum).name)
-
-    def _raise(self, reason: str) -> None:
-        self._raised, self.reason = True, reason
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self.raised, self.reason = True, signal.Signals(signum).name
 
     def agreed(self) -> bool:
         """Tell whether any rank had been told to stop before the last call; every rank calls this once per step."""
@@ -61,9 +62,12 @@ class StopSignal:
             if event is not None:
                 event.synchronize()
             arrived = bool(flag)
-        self._watch_launchers()
+        if time.monotonic() >= self._next_watch:
+            if not self.raised and not all(_holds(*link) for link in _LAUNCHER_LINKS):
+                self.raised, self.reason = True, "the launcher has gone"
+            self._next_watch = time.monotonic() + _WATCH_SECONDS
         # Filled on the device: a copied host value would wait for all that is still to be computed.
-        flag, event = torch.full((), float(self._raised), device=self._device), None
+        flag, event = torch.full((), float(self.raised), device=self._device), None
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         if flag.is_cuda:
@@ -71,12 +75,6 @@ class StopSignal:
             event.record()
         self._pending = (flag, event)
         return arrived
-
-    def _watch_launchers(self) -> None:
-        if time.monotonic() >= self._next_watch:
-            if not self._raised and not all(_holds(*link) for link in _LAUNCHER_LINKS):
-                self._raise("the launcher has gone")
-            self._next_watch = time.monotonic() + _WATCH_SECONDS
 
     def close(self) -> None:
         for name, handler in self._previous.items():
@@ -88,16 +86,12 @@ def _launcher_links() -> list[tuple[psutil.Process, int]]:
     links = []
     try:
         process = psutil.Process()
-        while (parent := process.parent()) is not None and _is_launcher(parent):
+        while (parent := process.parent()) and _LAUNCHERS & {Path(argument).name for argument in parent.cmdline()[:4]}:
             links.append((process, parent.pid))
             process = parent
     except psutil.Error:
         pass  # it is gone or hidden, and cannot be watched
     return links
-
-
-def _is_launcher(process: psutil.Process) -> bool:
-    return any(Path(argument).name in _LAUNCHERS for argument in process.cmdline()[:4])
 
 
 def _holds(process: psutil.Process, parent: int) -> bool:

@@ -13,8 +13,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from megavtp.data.files import unwritable, write_atomic
+from megavtp.data.files import write_atomic
 from megavtp.training.metrics_file import read_metrics
+from megavtp.training.output_dir import writing
 
 COLUMNS = 8  # images side by side on a sheet, at most
 _GAP = 4  # pixels between pictures
@@ -136,8 +137,6 @@ def _save(picture: Image.Image, path: Path) -> None:
     """Write a PNG file and rename it into place, so that a viewer never sees half a picture."""
     file = io.BytesIO()
     picture.save(file, format="PNG")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, file.getvalue())
-    except OSError as error:
-        raise unwritable(path, error) from None
