@@ -80,11 +80,11 @@ def checkpoint(options: argparse.Namespace) -> None:
     from megavtp.evaluation import format_table, write_metrics
     from megavtp.evaluation.distances.features import load_network
     from megavtp.evaluation.tokenizer.checkpoint import CheckpointEvaluation
-    from megavtp.launch.tool import choose_device, join_others
+    from megavtp.launch.tool import join_others
     from megavtp.parallel.collectives import together
     from megavtp.training.pictures import reconstruction_grid
 
-    device, mesh = join_others(options.device, choose_device)
+    device, mesh = join_others(options.device)
     wants_network = options.frechet or options.inception
     frechet = together(lambda: load_network(options.inception, device)) if wants_network else None
     job = together(lambda: CheckpointEvaluation(
@@ -110,9 +110,9 @@ def checkpoint(options: argparse.Namespace) -> None:
 def generation(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from megavtp.evaluation.generation.job import run_generation
-    from megavtp.launch.tool import choose_device, join_others
+    from megavtp.launch.tool import join_others
 
-    device, mesh = join_others(options.device, choose_device)
+    device, mesh = join_others(options.device)
     for line in run_generation(options, device, mesh):
         print(line)
 

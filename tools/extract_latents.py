@@ -48,14 +48,14 @@ def main(options: argparse.Namespace) -> None:
     from megavtp.config.precision import compute_dtype
     from megavtp.data.shards import split_folder
     from megavtp.extraction.job import Extraction, ExtractionSettings
-    from megavtp.launch.tool import choose_device, join_others
+    from megavtp.launch.tool import join_others
     from megavtp.parallel.collectives import together
     from megavtp.tokenizer import load_tokenizer
 
     settings = ExtractionSettings(
         options.label, options.flip, options.captions, options.batch_size, options.precision
     )
-    device, mesh = join_others(options.device, choose_device)
+    device, mesh = join_others(options.device)
     tokenizer = load_tokenizer(options.tokenizer, device, compute_dtype(options.precision))
     workers = options.workers if options.workers is not None else 4 if device.type == "cuda" else 0
     data = together(lambda: split_folder(options.data, options.split))

@@ -43,9 +43,9 @@ def main(options: argparse.Namespace) -> None:
     from megavtp.dit.sampling.command import names_of, samples_of, settings_of
     from megavtp.dit.sampling.output import open_output
     from megavtp.dit.sampling.sampler import all_images, open_sampler
-    from megavtp.launch.tool import choose_device, join_others
+    from megavtp.launch.tool import join_others
 
-    device, mesh = join_others(options.device, choose_device)
+    device, mesh = join_others(options.device)
     sampler = open_sampler(
         options.dit, options.tokenizer, settings_of(options), device, average=options.weights == "average",
         dtype=compute_dtype(options.precision),

@@ -14,7 +14,7 @@ from megavtp.errors import UserError
 from megavtp.launch.rendezvous import Member
 from megavtp.launch.verdict import REPORTS, Report, own_report
 
-_LONG = 30 * 86_400.0  # seconds, when there is no limit
+NO_LIMIT = 30 * 86_400.0  # seconds that stand for no limit
 _POLL = 0.1  # seconds
 _CONNECTS = 5.0  # seconds that a connection may take
 _READING = 0.5  # seconds for the others to read what rank 0 says
@@ -30,7 +30,7 @@ def meet(member: Member, timeout: float) -> dist.Store:
     Raises:
         UserError: the port is in use, rank 0 cannot be reached or has gone, or ranks are missing; it says which.
     """
-    limit = timeout or _LONG
+    limit = timeout or NO_LIMIT
     deadline = time.monotonic() + limit
     store = dist.HashStore() if member.world == 1 else _connect(member, limit, deadline)
     store.set(f"{REPORTS}/{member.rank}", own_report(socket.gethostname()).dump())

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megavtp import cli
 from megavtp.errors import UserError
 from megavtp.launch import phase
-from megavtp.launch.meeting import meet
+from megavtp.launch.meeting import NO_LIMIT, meet
 from megavtp.launch.rendezvous import Member, detect, gloo_interface
 from megavtp.launch.verdict import limit_of
 from megavtp.launch.watchdog import Watchdog
@@ -31,7 +31,6 @@ STOPPED = 143  # exit status after a signal (128 + SIGTERM): the state is saved,
 _PATIENCE = 15.0
 _VERDICT_PATIENCE = 15.0  # seconds until it is known which rank's end broke a connection
 _TERM_PATIENCE = 8.0  # the same for a rank that its launcher ends, as launchers kill after 30 s
-_NO_LIMIT = timedelta(days=30)  # for the process group, when the watchdog has no limit
 # What gloo, NCCL and the rendezvous store say when another process has gone.
 _PEER_GONE = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was likely closed",
@@ -75,12 +74,10 @@ def join(member: Member, store: dist.Store, timeout: float) -> torch.device:
     if not dist.is_initialized():
         _watchdog = Watchdog(store, member.rank, member.world, socket.gethostname(), timeout)
         _watchdog.start()
-        limit = timedelta(seconds=limit_of(timeout, True) + 60) if timeout else _NO_LIMIT  # after the watchdog's
+        limit = timedelta(seconds=min(limit_of(timeout, slow=True) + 60, NO_LIMIT))  # after the watchdog's
+        group = dist.PrefixStore("group", store)
         try:
-            group = dist.PrefixStore("group", store)
-            dist.init_process_group(
-                backend, store=group, rank=member.rank, world_size=member.world, timeout=limit
-            )
+            dist.init_process_group(backend, store=group, rank=member.rank, world_size=member.world, timeout=limit)
         except (RuntimeError, ValueError) as error:
             if _lost_others(error):
                 raise

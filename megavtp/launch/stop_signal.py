@@ -29,7 +29,7 @@ class StopSignal:
 
     - `deepspeed` is two processes above the ranks of a node, the runner and the node's launcher. On a single node the
       runner handles no signal: SIGTERM ends it alone, and the ranks would go on with nobody waiting for them. So they
-      watch the chain of launchers above them, and a link that is gone counts as a signal.
+      watch the chain of launchers above them, and one that is gone counts as a signal.
     - When the node's launcher is killed, the runner ends with 0, as if all were done. Only the ranks can tell.
     - The node's launcher (Ctrl-C and schedulers reach it, as they signal the whole group) sends SIGTERM to one rank
       after the other with all its descendants, kills each after 30 s, and exits with 1. It is enough that
@@ -39,41 +39,37 @@ class StopSignal:
     Loader workers get these signals too and ignore them: the trainer closes them.
 
     Attributes:
-        raised: whether this rank was told to stop; reason: by what.
+        told: what told this rank to stop; "" if nothing did.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
-        self.reason = "another rank was told to"
-        self.raised = False
-        self._pending: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
+        self.told = ""
+        self._flag = torch.zeros(())  # what the ranks agreed on in the step before, once it is copied
+        self._copied: torch.cuda.Event | None = None
         self._next_watch = 0.0
         interrupt = [] if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else [signal.SIGINT]  # as ``cli.guard``
         self._previous = {name: signal.signal(name, self._handle) for name in (*interrupt, *stop_signals())}
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        self.raised, self.reason = True, signal.Signals(signum).name
+        self.told = signal.Signals(signum).name
 
     def agreed(self) -> bool:
         """Tell whether any rank had been told to stop before the last call; every rank calls this once per step."""
-        arrived = False
-        if self._pending is not None:
-            flag, event = self._pending
-            if event is not None:
-                event.synchronize()
-            arrived = bool(flag)
+        if self._copied is not None:
+            self._copied.synchronize()
+        arrived = bool(self._flag)
         if time.monotonic() >= self._next_watch:
-            if not self.raised and not all(_holds(*link) for link in _LAUNCHER_LINKS):
-                self.raised, self.reason = True, "the launcher has gone"
+            if not self.told and not all(_is_parent(parent, process) for process, parent in _CHAIN):
+                self.told = "the launcher has gone"
             self._next_watch = time.monotonic() + _WATCH_SECONDS
         # Filled on the device: a copied host value would wait for all that is still to be computed.
-        flag, event = torch.full((), float(self.raised), device=self._device), None
+        self._flag, self._copied = torch.full((), float(bool(self.told)), device=self._device), None
         if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        if flag.is_cuda:
-            flag, event = flag.to("cpu", non_blocking=True), torch.cuda.Event()
-            event.record()
-        self._pending = (flag, event)
+            dist.all_reduce(self._flag, dist.ReduceOp.MAX)
+        if self._flag.is_cuda:
+            self._flag, self._copied = self._flag.to("cpu", non_blocking=True), torch.cuda.Event()
+            self._copied.record()
         return arrived
 
     def close(self) -> None:
@@ -81,20 +77,20 @@ class StopSignal:
             signal.signal(name, handler)
 
 
-def _launcher_links() -> list[tuple[psutil.Process, int]]:
+def _chain() -> list[tuple[psutil.Process, int]]:
     """Return (process, its parent's id) from this process up, as long as the parent is a launcher."""
-    links = []
+    found = []
     try:
         process = psutil.Process()
         while (parent := process.parent()) and _LAUNCHERS & {Path(argument).name for argument in parent.cmdline()[:4]}:
-            links.append((process, parent.pid))
+            found.append((process, parent.pid))
             process = parent
     except psutil.Error:
         pass  # it is gone or hidden, and cannot be watched
-    return links
+    return found
 
 
-def _holds(process: psutil.Process, parent: int) -> bool:
+def _is_parent(parent: int, process: psutil.Process) -> bool:
     """Tell whether the parent still lives: an orphan gets another parent at once."""
     try:
         return process.ppid() == parent
@@ -102,4 +98,4 @@ def _holds(process: psutil.Process, parent: int) -> bool:
         return False
 
 
-_LAUNCHER_LINKS = _launcher_links()  # at start-up, so that a runner that ends before the first step is missed
+_CHAIN = _chain()  # at start-up, so that a runner that ends before the first step is missed

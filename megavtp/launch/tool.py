@@ -29,19 +29,15 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     (cli.run if alone else ranks.run_ranks)(main)
 
 
-def join_others(device: str, choose: Callable[[str], torch.device]) -> tuple[torch.device, Mesh]:
+def join_others(device: str) -> tuple[torch.device, Mesh]:
     """Return this process's device, and the mesh of all processes as data-parallel ranks.
 
-    Args:
-        device: the name that the user gave.
-        choose: makes a device of it, for a single process.
-
     Raises:
-        UserError: as ``ranks.start`` does; or a device was named, and there are several processes.
+        UserError: as ``ranks.start`` does; there is no such ``device``, or one was named for several processes.
     """
     member = detect()
     if member.world == 1:
-        return choose(device), SINGLE
+        return choose_device(device), SINGLE
     if device != "auto":
         raise UserError(f"--device {device} is for a single process; several take a GPU each, or the CPU")
     # How long a share takes depends on the user's data, so no process counts as hung. A lost one is still found.

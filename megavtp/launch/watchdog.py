@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import torch.distributed as dist
 
@@ -59,20 +60,19 @@ class Watchdog:
     def tell(self, text: str) -> None:
         """Say, from the main thread, why this rank ends, as in "was interrupted", so that all ranks end."""
         self._ending.set()
-        try:
+        with suppress(RuntimeError):  # rank 0 has gone already, so the others know
             self._propose(self._own_verdict(text))
             self._let_others_hear()
-        except RuntimeError:
-            pass  # rank 0 has gone already, so the others know
 
     def reason(self, patience: float) -> str | None:
         """Wait, in the main thread, for the verdict after a connection to another rank broke, and return it."""
         self._ending.set()
         self._broken = True
         self._known.wait(patience if self._world > 1 else 0)
-        if self._verdict is not None and self._rank == 0:
-            self._let_others_hear()
-        return None if self._verdict is None else self._verdict.text
+        if self._verdict is None:
+            return None
+        self._let_others_hear()
+        return self._verdict.text
 
     def close(self) -> None:
         """Stop watching, once all ranks have done their work."""
@@ -168,8 +168,7 @@ class Watchdog:
 
     def _end(self, verdict: Verdict) -> None:
         """End this process; the main thread may be stuck for good."""
-        hangs = self._rank in verdict.ranks and not self._ending.is_set()
-        if hangs:
+        if self._rank in verdict.ranks and not self._ending.is_set():  # it hangs
             print(f"[rank {self._rank}] {verdict.text}; the stack:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
         elif self._ending.wait(_GRACE):
@@ -177,8 +176,7 @@ class Watchdog:
         else:
             print(f"[rank {self._rank}] ended because other ranks did: {verdict.text}", file=sys.stderr)
         sys.stderr.flush()
-        if self._rank == 0:
-            self._let_others_hear()
+        self._let_others_hear()
         os._exit(1)
 
     def _let_others_hear(self) -> None:
@@ -186,11 +184,9 @@ class Watchdog:
         if self._rank > 0:
             return
         deadline = time.monotonic() + _GRACE
-        try:
+        with suppress(RuntimeError):  # torchrun's store, whose agent has gone
             while time.monotonic() < deadline:
                 with self._talk:
                     if self._store.add("heard", 0) >= self._world:
                         return
                 time.sleep(0.1)
-        except RuntimeError:
-            pass  # torchrun's store, whose agent has gone

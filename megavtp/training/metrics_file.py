@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -69,15 +68,6 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
-
-
-def _plain(value: Any) -> Any:
-    """Return a value that JSON can hold: non-finite numbers become null, paths and the like their text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+    """Return the record as JSON: non-finite numbers become null, paths and the like their text."""
+    plain = json.loads(json.dumps(record, default=str), parse_constant=lambda _: None)
+    return json.dumps(plain, allow_nan=False).encode() + b"\n"

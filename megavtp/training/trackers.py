@@ -6,7 +6,6 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from megavtp.config.load import to_dict
 from megavtp.config.run import LoggingConfig, RunConfig
@@ -15,16 +14,6 @@ from megavtp.errors import UserError
 from megavtp.training.output_dir import writing
 
 _RUN_ID = "wandb_run_id"  # this file in the output folder lets a resumed run go on in the same chart
-
-
-class Tracker(Protocol):
-    """Takes numbers and pictures by step."""
-
-    def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def picture(self, step: int, name: str, path: Path) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def check_trackers(config: LoggingConfig) -> None:
@@ -37,16 +26,6 @@ def check_trackers(config: LoggingConfig) -> None:
                 f"telemetry.{name}={setting} needs the package {name}: pip install {name}, or set "
                 f"telemetry.{name}={off}"
             )
-
-
-def open_trackers(config: RunConfig, start_step: int) -> list[Tracker]:
-    """Open the configured trackers of a run that starts after ``start_step`` steps."""
-    trackers: list[Tracker] = []
-    if config.telemetry.wandb != "disabled":
-        trackers.append(WandbTracker(config, start_step))
-    if config.telemetry.tensorboard:
-        trackers.append(TensorBoardTracker(Path(config.output_dir), start_step))
-    return trackers
 
 
 class WandbTracker:
@@ -119,3 +98,16 @@ class TensorBoardTracker:
             if not self._folder.is_dir():
                 self._open(step)
             yield
+
+
+Tracker = WandbTracker | TensorBoardTracker
+
+
+def open_trackers(config: RunConfig, start_step: int) -> list[Tracker]:
+    """Open the configured trackers of a run that starts after ``start_step`` steps."""
+    trackers: list[Tracker] = []
+    if config.telemetry.wandb != "disabled":
+        trackers.append(WandbTracker(config, start_step))
+    if config.telemetry.tensorboard:
+        trackers.append(TensorBoardTracker(Path(config.output_dir), start_step))
+    return trackers

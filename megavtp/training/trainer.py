@@ -98,12 +98,12 @@ class Trainer:
         told = ""
         if stopped:
             told = (
-                f"not finished: stopped after step {done} of {steps} ({signal.reason}), which is saved; start the same "
-                "command again to go on"
+                f"not finished: stopped after step {done} of {steps} ({signal.told or 'another rank was told to'}), "
+                "which is saved; start the same command again to go on"
             )
-        elif signal.raised:
+        elif signal.told:
             told = (
-                f"told to stop ({signal.reason}), but all {steps} steps are done and saved: the run finishes; another "
+                f"told to stop ({signal.told}), but all {steps} steps are done and saved: the run finishes; another "
                 "signal ends it at once"
             )
         if told and self.engine.mesh.rank == 0:
@@ -162,14 +162,11 @@ def _newest(root: Path, last: int | None) -> Path | None:
             checkpoint of this step or an earlier one is whole.
     """
     found = find_latest(root, last=last)
-    if found is None and last is not None:
+    if found is None and (last is not None or has_checkpoints(root)):
+        which, way = " (each one's damage is logged above)", "start over"
+        if last is not None:
+            which, way = f" and from before step {last + 1}", "go there from the first step"
         raise UserError(
-            f"no checkpoint in {root} is whole and from before step {last + 1}: restore one from a copy, or go "
-            "there from the first step with train.resume=never"
-        )
-    if found is None and has_checkpoints(root):
-        raise UserError(
-            f"no checkpoint in {root} is whole (each one's damage is logged above): restore one from a copy, or start "
-            "over with train.resume=never"
+            f"no checkpoint in {root} is whole{which}: restore one from a copy, or {way} with train.resume=never"
         )
     return found

@@ -135,7 +135,10 @@ def test_the_rank_that_writes_is_to_blame_and_not_the_one_that_waits_for_its_par
     assert at.endswith(" in _write_part") and not waits
     for note in tmp_path.glob("*/*.failed"):
         note.unlink()
-    leave_note = lambda: next(tmp_path.glob("*.partial-*")).joinpath("part-00001.failed").write_text("made up")  # noqa: E731
+
+    def leave_note():
+        next(tmp_path.glob("*.partial-*")).joinpath("part-00001.failed").write_text("made up")
+
     stores[0].save(1, {}, {}, writer=0, writers=2)
     at, waits = seen_meanwhile(lambda _: finish(stores[0].wait), lambda at, waits: "_wait_for" in at, leave_note)
     assert at.startswith("store.py:") and at.endswith(" in _wait_for_parts") and waits

@@ -48,10 +48,7 @@ class Facts:
 def gather_facts(member: Member) -> Facts:
     """Return the facts of this process."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    try:
-        shared = shutil.disk_usage("/dev/shm").free
-    except OSError:
-        shared = None
+    shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None
     return Facts(
         host=socket.gethostname(), rank=member.rank, local_rank=member.local_rank, address=own_address(member),
         device=torch.cuda.get_device_name(member.local_rank % gpus) if gpus else "CPU", devices=gpus,
