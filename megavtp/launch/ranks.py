@@ -71,22 +71,21 @@ def join(member: Member, store: dist.Store, timeout: float) -> torch.device:
     )
     if backend == "gloo" and (interface := gloo_interface(member)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    if not dist.is_initialized():
-        _watchdog = Watchdog(store, member.rank, member.world, socket.gethostname(), timeout)
-        _watchdog.start()
-        limit = timedelta(seconds=min(limit_of(timeout, slow=True) + 60, NO_LIMIT))  # after the watchdog's
-        group = dist.PrefixStore("group", store)
-        try:
-            dist.init_process_group(backend, store=group, rank=member.rank, world_size=member.world, timeout=limit)
-        except (RuntimeError, ValueError) as error:
-            if _lost_others(error):
-                raise
-            raise UserError(
-                f"rank {member.rank} of {member.world} could not join the others at {member.master}: "
-                f"{str(error).splitlines()[0]}; python launchers/doctor.py looks for the reason"
-            ) from None
-        for name in cli.stop_signals():
-            signal.signal(name, _on_stop_signal)
+    _watchdog = Watchdog(store, member.rank, member.world, socket.gethostname(), timeout)
+    _watchdog.start()
+    limit = timedelta(seconds=min(limit_of(timeout, slow=True) + 60, NO_LIMIT))  # after the watchdog's
+    group = dist.PrefixStore("group", store)
+    try:
+        dist.init_process_group(backend, store=group, rank=member.rank, world_size=member.world, timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        if _lost_others(error):
+            raise
+        raise UserError(
+            f"rank {member.rank} of {member.world} could not join the others at {member.master}: "
+            f"{str(error).splitlines()[0]}; python launchers/doctor.py looks for the reason"
+        ) from None
+    for name in cli.stop_signals():
+        signal.signal(name, _on_stop_signal)
     import deepspeed
 
     deepspeed.init_distributed(dist_backend=backend, verbose=False)

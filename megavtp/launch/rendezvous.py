@@ -153,8 +153,8 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 def expand_counts(text: str) -> list[int]:
     """Expand SLURM's short form of a list of numbers: "2(x3),1" -> [2, 2, 2, 1]."""
     counts: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+    for item in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item)
         if match is None:
             raise UserError(f"SLURM_STEP_TASKS_PER_NODE = {text!r} is not a list such as 8(x4),2")
         counts += [int(match[1])] * int(match[2] or 1)

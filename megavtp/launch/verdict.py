@@ -146,7 +146,7 @@ def position() -> tuple[str, bool]:
     waits = waits or (frame is not None and frame.f_code.co_name in ("wait", "synchronize"))
     while frame is not None:
         file = frame.f_code.co_filename
-        waits = waits or any(part in file for part in _COLLECTIVE)
+        waits = waits or any(path in file for path in _COLLECTIVE)
         if file.startswith(_OURS):
             return f"{Path(file).name}:{frame.f_lineno} in {frame.f_code.co_name}", waits
         frame = frame.f_back

@@ -106,9 +106,9 @@ def _watched(module: nn.Module) -> Iterator[list[str]]:
         note("output of", name, output, given=(args, kwargs))
 
     with ExitStack() as hooks:
-        for name, part in module.named_modules():
+        for name, inner in module.named_modules():
             if name:
-                hooks.enter_context(part.register_forward_hook(partial(note_output, name), with_kwargs=True))
+                hooks.enter_context(inner.register_forward_hook(partial(note_output, name), with_kwargs=True))
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 hooks.enter_context(parameter.register_hook(partial(note, "gradient of", name)))
