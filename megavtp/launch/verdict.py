@@ -26,7 +26,7 @@ _OURS = str(Path(__file__).resolve().parents[1])
 
 
 class _Json:
-    """A dataclass that goes through the store as JSON."""
+    """What a dataclass needs to go through the store, as JSON."""
 
     def dump(self) -> str:
         return json.dumps(vars(self))

@@ -35,7 +35,7 @@ def all_reduce_seconds(size: int, device: torch.device) -> float:
 
 
 def links(pairs: Sequence[Sequence[tuple[int, int]]], size: int, device: torch.device) -> list[Link]:
-    """Measure pairs of ranks, round by round; in a round no rank is in two pairs. Returns all links, on all ranks."""
+    """Measure pairs of ranks, in rounds in which no rank is in two pairs; return all links, on all ranks."""
     rank = dist.get_rank()
     own = []
     give, take = torch.zeros(size // 4, device=device), torch.empty(size // 4, device=device)
@@ -66,9 +66,9 @@ def _fastest(work: Callable[[], Any], device: torch.device) -> float:
     return min(times[1:])
 
 
-def rounds(members: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Return every pair of ``members`` once, in rounds in which each member is in at most one pair (circle method)."""
-    ring: list[int | None] = list(members) + [None] * (len(members) % 2)
+def rounds(ranks: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Return every pair of ``ranks`` once, in rounds in which each rank is in at most one pair (circle method)."""
+    ring: list[int | None] = list(ranks) + [None] * (len(ranks) % 2)
     half, found = len(ring) // 2, []
     for _ in range(len(ring) - 1):
         pairs = zip(ring[:half], reversed(ring[half:]))
