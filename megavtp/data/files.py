@@ -28,11 +28,6 @@ def write_atomic(path: Path, data: bytes, flush: bool = False) -> None:
         raise
 
 
-def unwritable(path: Path, error: OSError) -> UserError:
-    """Return the error for a file of a run that cannot be written."""
-    return UserError(f"{path}: cannot be written ({error.strerror or error}); free disk space or set output_dir")
-
-
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     separators = (",", ":") if indent is None else None
     write_atomic(path, json.dumps(value, indent=indent, separators=separators).encode() + b"\n")

@@ -35,16 +35,16 @@ def run_tool(main: Callable[[argparse.Namespace], None], options: argparse.Names
 def join_others(device: str) -> tuple[torch.device, Mesh]:
     """Return this process's device, and the mesh of all processes as data-parallel ranks.
 
-    Raises ``UserError`` as ``ranks.start`` does; or if ``device``, the name that the user gave, is not "auto" and there
-    are several processes.
+    Raises:
+        UserError: as ``ranks.start`` does; there is no such ``device``, or one was named for several processes.
     """
-    place = detect()
-    if place.world == 1:
+    member = detect()
+    if member.world == 1:
         return choose_device(device), SINGLE
     if device != "auto":
         raise UserError(f"--device {device} is for a single process; several take a GPU each, or the CPU")
     # How long a share takes depends on the user's data, so no process counts as hung. A lost one is still found.
-    own = ranks.join(place, meet(place, _ARRIVAL), 0)
+    own = ranks.join(member, meet(member, _ARRIVAL), 0)
     return own, build_mesh(1, 1)
 
 

@@ -1,6 +1,6 @@
-"""Checks between the machines: clocks, shared storage, ports. They need only the rendezvous store.
+"""Checks from machine to machine: clocks, shared storage, ports. They need only the rendezvous store.
 
-The lowest rank of a machine, its leader, speaks for it.
+The lowest rank of a machine, its leader, speaks for it. Every rank calls every check, and all get the same result.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import torch.distributed as dist
 
 from megavtp.errors import UserError
 from megavtp.launch.doctor.machine import Facts, ranks_in_words
+from megavtp.launch.meeting import await_ranks
 
-_ROUNDS = 8  # comparisons of two clocks; the fastest answer is the most exact
+_COMPARISONS = 8  # of two clocks; the fastest answer is the most exact
 _SKEW = 1.0  # seconds that two clocks may differ; beyond it logs and file times cannot be put in order
 _CONNECT = 5.0  # seconds for a connection
 _POLL = 0.002
@@ -34,8 +36,8 @@ class Board:
         hosts: the machine of each rank, once known; only used to name a rank that does not answer.
     """
 
-    def __init__(self, store: dist.Store, rank: int, limit: float):
-        self._store, self.rank, self._limit = store, rank, limit
+    def __init__(self, store: dist.Store, rank: int, world: int, limit: float):
+        self._store, self.rank, self._world, self._limit = store, rank, world, limit
         self.hosts: Mapping[int, str] = {}
 
     def put(self, name: str, value: Any) -> None:
@@ -55,42 +57,45 @@ class Board:
 
     def collect(self, name: str, ranks: Sequence[int]) -> list[Any]:
         """Return, on rank 0, the values that ``ranks`` have put under ``name/RANK``."""
-        keys = [f"doctor/{name}/{rank}" for rank in ranks]
-        deadline = time.monotonic() + self._limit
-        while missing := [rank for rank, key in zip(ranks, keys) if not self._store.check([key])]:
-            if time.monotonic() > deadline:
-                where = ", ".join(sorted({self.hosts[rank] for rank in missing if rank in self.hosts}))
-                raise UserError(
-                    f"rank{'s' * (len(missing) > 1)} {ranks_in_words(missing)}{f' ({where})' * bool(where)} did not "
-                    f"answer {name!r} within {self._limit:.0f} s: look there for a message, or for a "
-                    "process that hangs (py-spy dump --pid PID; kill -USR1 PID prints its stack)"
-                )
-            time.sleep(_POLL)
-        return [json.loads(text) for text in self._store.multi_get(keys)]
+        missing = await_ranks(self._store, f"doctor/{name}", ranks, time.monotonic() + self._limit, _POLL)
+        if missing:
+            where = ", ".join(sorted({self.hosts[rank] for rank in missing if rank in self.hosts}))
+            raise UserError(
+                f"rank{'s' * (len(missing) > 1)} {ranks_in_words(missing)}{f' ({where})' * bool(where)} did not "
+                f"answer {name!r} within {self._limit:.0f} s: look there for a message, or for a "
+                "process that hangs (py-spy dump --pid PID; kill -USR1 PID prints its stack)"
+            )
+        return [json.loads(text) for text in self._store.multi_get([f"doctor/{name}/{rank}" for rank in ranks])]
+
+    def share(self, name: str, value: Any) -> list[Any]:
+        """Return every rank's ``value``, by rank, on every rank."""
+        self.put(f"{name}/{self.rank}", value)
+        if self.rank == 0:
+            self.put(f"all {name}", self.collect(name, range(self._world)))
+        return self.get(f"all {name}")
 
 
 def clock_offsets(board: Board, leaders: Sequence[Facts]) -> dict[str, float]:
-    """Return, on rank 0, by how many seconds each machine's clock is ahead of its own; other ranks return {}.
+    """Return by how many seconds each machine's clock is ahead of rank 0's.
 
     The other's time is compared with the middle between question and answer, as NTP does.
     """
-    if board.rank > 0:
-        if board.rank in [leader.rank for leader in leaders]:
-            for turn in range(_ROUNDS):
-                board.get(f"clock/{board.rank}/ask/{turn}")
-                board.put(f"clock {turn}/{board.rank}", time.time())
-        return {}
     offsets = {leaders[0].host: 0.0}
     for leader in leaders[1:]:
         found = []
-        for turn in range(_ROUNDS):
-            before, at = time.monotonic(), time.time()
-            board.put(f"clock/{leader.rank}/ask/{turn}", 0)
-            (answer,) = board.collect(f"clock {turn}", [leader.rank])
-            took = time.monotonic() - before
-            found.append((took, answer - (at + took / 2)))
-        offsets[leader.host] = min(found)[1]
-    return offsets
+        for number in range(_COMPARISONS):
+            question, answer = f"clock/{leader.rank}/ask/{number}", f"clock {number}"
+            if board.rank == 0:
+                before, at = time.monotonic(), time.time()
+                board.put(question, 0)
+                (there,) = board.collect(answer, [leader.rank])
+                took = time.monotonic() - before
+                found.append((took, there - (at + took / 2)))
+            elif board.rank == leader.rank:
+                board.get(question)
+                board.put(f"{answer}/{board.rank}", time.time())
+        offsets[leader.host] = min(found, default=(0.0, 0.0))[1]
+    return board.share("clocks", offsets)[0]
 
 
 def clock_problems(offsets: Mapping[str, float]) -> list[str]:
@@ -101,42 +106,31 @@ def clock_problems(offsets: Mapping[str, float]) -> list[str]:
     ]
 
 
-def shared_storage_problems(board: Board, leaders: Sequence[Facts], folder: Path) -> list[str]:
-    """Check whether ``folder`` is writable, and all machines see what one writes; only rank 0 returns problems.
-
-    The leaders' files are removed again.
-    """
+def storage_problems(board: Board, leaders: Sequence[Facts], folder: Path) -> list[str]:
+    """Check whether all machines can write into ``folder``, and see what one of them writes. The files are removed."""
     ranks = [leader.rank for leader in leaders]
-    if board.rank not in ranks:
-        return []
     own = folder / f".megavtp-doctor-{board.rank}-{secrets.token_hex(4)}"
     error = ""
     try:
-        own.write_text(str(board.rank))
+        if board.rank in ranks:
+            own.write_text(str(board.rank))
     except OSError as failure:
         error = failure.strerror or str(failure)
     try:
-        board.put(f"storage/{board.rank}", {"file": str(own.absolute()), "error": error})
-        if board.rank > 0:
-            first = board.get(f"storage/{ranks[0]}")
-            board.put(f"seen/{board.rank}", bool(first["error"]) or _appears(Path(first["file"])))
-            board.get("storage done")
-            return []
-        written = board.collect("storage", ranks)
-        found = [bool(entry["error"]) or _appears(Path(entry["file"])) for entry in written]
-        seen = [True, *board.collect("seen", ranks[1:])]
-        board.put("storage done", 0)
+        everyone = board.share("storage", {"file": str(own.absolute()), "error": error})
+        written = [everyone[rank] for rank in ranks]
+        seen = board.share("seen", _visible(written if board.rank == 0 else written[:1]))
     finally:
-        if not error:
-            own.unlink(missing_ok=True)
+        with suppress(OSError):
+            own.unlink()
     problems = []
-    for leader, entry, sees_first, is_seen in zip(leaders, written, seen, found):
+    for leader, entry, is_seen in zip(leaders, written, seen[0]):
         if entry["error"]:
             problems.append(
                 f"{leader.host} cannot write into {folder} ({entry['error']}): name with --shared the folder of the "
                 "checkpoints, which must be there and be one that all machines can write to"
             )
-        elif not (sees_first and is_seen):
+        elif not (is_seen and seen[leader.rank][0]):
             problems.append(
                 f"{folder} is not the same folder on {leaders[0].host} and {leader.host}: checkpoints and data must be "
                 "on a shared file system, under the same path (--shared names the folder here)"
@@ -144,44 +138,36 @@ def shared_storage_problems(board: Board, leaders: Sequence[Facts], folder: Path
     return problems
 
 
-def _appears(file: Path) -> bool:
+def _visible(entries: Sequence[Mapping[str, str]]) -> list[bool]:
+    """Return for each file whether it appears here in time; one that could not be written is not waited for."""
     deadline = time.monotonic() + _VISIBLE
-    while not file.exists():
-        if time.monotonic() > deadline:
-            return False
+    while True:
+        seen = [bool(entry["error"]) or Path(entry["file"]).exists() for entry in entries]
+        if all(seen) or time.monotonic() > deadline:
+            return seen
         time.sleep(0.1)
-    return True
 
 
 def port_problems(board: Board, leaders: Sequence[Facts]) -> list[str]:
-    """Check whether each machine can connect to each other, at a port of the system's choice; only rank 0 returns them.
+    """Check whether each machine can connect to each other one, at a port of the system's choice.
 
     gloo and NCCL need this between all machines, not only towards rank 0.
     """
-    ranks = [leader.rank for leader in leaders]
-    if board.rank not in ranks:
-        return []
     token = secrets.token_bytes(8)
     with socket.create_server(("", 0)) as server:
         threading.Thread(target=_greet, args=(server, token), daemon=True).start()
-        board.put(f"port/{board.rank}", {"port": server.getsockname()[1], "token": token.hex()})
-        failed = {}
+        open_ports = board.share("port", {"port": server.getsockname()[1], "token": token.hex()})
+        own = next((leader for leader in leaders if leader.rank == board.rank), None)
+        problems = []
         for leader in leaders:
-            if leader.rank != board.rank and leader.address is not None:
-                there = board.get(f"port/{leader.rank}")
-                if reason := _try(leader.address, there["port"], bytes.fromhex(there["token"])):
-                    failed[leader.rank] = f"{leader.address}:{there['port']}: {reason}"
-        board.put(f"connected/{board.rank}", failed)
-        if board.rank > 0:
-            board.get("ports done")
-            return []
-        everyone = board.collect("connected", ranks)
-        board.put("ports done", 0)
-    hosts = {str(leader.rank): leader.host for leader in leaders}
-    return [
-        f"{leader.host} cannot connect to {hosts[rank]} ({reason}): open all ports between the machines in the firewall"
-        for leader, failures in zip(leaders, everyone) for rank, reason in failures.items()
-    ]
+            if own is not None and leader is not own and leader.address is not None:
+                port, expected = open_ports[leader.rank]["port"], bytes.fromhex(open_ports[leader.rank]["token"])
+                if reason := _try(leader.address, port, expected):
+                    problems.append(
+                        f"{own.host} cannot connect to {leader.host} ({leader.address}:{port}: {reason}): open all "
+                        "ports between the machines in the firewall"
+                    )
+        return [problem for found in board.share("connected", problems) for problem in found]
 
 
 def _greet(server: socket.socket, token: bytes) -> None:
