@@ -4,9 +4,9 @@ import pytest
 
 from megavtp.config.load import load_config
 from megavtp.config.schema import Config
-from megavtp.config.share import PassShare
+from megavtp.config.share import PassShare, share
 from megavtp.config.sizes import ffn_hidden, resolve_model
-from megavtp.config.validate import share, validate, with_vocabulary
+from megavtp.config.validate import validate, with_vocabulary
 from megavtp.errors import UserError
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").rglob("vtp_*.yaml"))
