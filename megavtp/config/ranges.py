@@ -26,6 +26,7 @@ class Range:
 
     low: float
     high: float = INF
+    above: bool = False  # ``low`` itself is excluded
 
 
 Count = Annotated[int, Range(0)]
@@ -36,6 +37,7 @@ Depth = Annotated[int, Range(1, MAX_DEPTH)]
 Rows = Annotated[int, Range(1, MAX_ROWS)]
 Tokens = Annotated[int, Range(2, MAX_WIDTH)]  # of a text
 NotNegative = Annotated[float, Range(0)]
+Above0 = Annotated[float, Range(0, above=True)]
 Fraction = Annotated[float, Range(0, 1)]
 
 
@@ -71,6 +73,7 @@ def check_ranges(section: Any, prefix: str = "") -> None:
             check_ranges(value, f"{prefix}{name}.")
         for part in (kind, *get_args(kind)):  # in an optional type or a tuple, the range is inside
             for found in getattr(part, "__metadata__", ()):
+                need(not found.above or value > found.low, f"{prefix}{name} = {value}: must be above {found.low:g}")
                 within(section, prefix.removesuffix("."), found.low, found.high, name)
 
 
@@ -90,7 +93,6 @@ def check_run(config: Any, towers: Sequence[str]) -> None:
     train, optimizer = config.train, config.train.optimizer
     need(0 <= config.seed < 2**63, f"seed = {config.seed}: must be between 0 and 2**63 - 1")
     need(max(optimizer.betas) < 1, f"train.optimizer.betas = {list(optimizer.betas)}: each must be below 1")
-    need(optimizer.eps > 0, f"train.optimizer.eps = {optimizer.eps}: must be above 0")
     need(
         optimizer.warmup_steps <= train.steps,
         f"train.optimizer.warmup_steps = {optimizer.warmup_steps} exceeds train.steps = {train.steps}: shorten it",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from megavtp.config.ranges import Count, Fraction, NotNegative, Positive, Range
+from megavtp.config.ranges import Above0, Count, Fraction, NotNegative, Positive, Range
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class OptimizerConfig:
     warmup_steps: Count = 2000
     cooldown: float | None = None  # last fraction of the steps, in which a held rate falls to min_lr; None = cosine
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: float = 1e-8
+    eps: Above0 = 1e-8
     weight_decay: NotNegative = 0.1  # parameters of two or more dimensions only
     clip_grad: NotNegative = 1.0  # global norm; 0 = off
     lr_scale: dict[str, float] = field(default_factory=dict)  # per tower: vision, text, decoder, dino_head

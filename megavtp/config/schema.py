@@ -10,7 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megavtp.config.ranges import Count, Depth, Fraction, NotNegative, Pixels, Positive, Rows, Tokens, Width
+from megavtp.config.ranges import (
+    Above0,
+    Count,
+    Depth,
+    Fraction,
+    NotNegative,
+    Pixels,
+    Positive,
+    Rows,
+    Tokens,
+    Width,
+)
 from megavtp.config.run import LoggingConfig, ReadingConfig, RunConfig
 
 # The recipe that is read where none is named; an installation without the repository does not have it.
@@ -97,7 +108,7 @@ class ContrastiveConfig:
     micro_batch: Positive | None = None  # pairs of one data-parallel rank in one forward; None = all of its share
     drop_path: Fraction = 0.0
     loss: Literal["infonce", "siglip"] = "infonce"
-    max_scale: float = 100.0  # the learnable temperature's ceiling, as exp(logit_scale)
+    max_scale: Above0 = 100.0  # the learnable temperature's ceiling, as exp(logit_scale)
     # Pixels that this objective's images are reduced to; None = model.image_size. Fewer tokens, more steps in the same
     # time (CLIPA, arXiv 2305.07017).
     image_size: int | None = None
@@ -115,9 +126,9 @@ class SelfDistillationConfig:
     centering: Literal["sinkhorn", "softmax"] = "sinkhorn"
     sinkhorn_iterations: Positive = 3
     center_momentum: Fraction = 0.9  # of softmax centering
-    student_temperature: float = 0.1
-    teacher_temperature: float = 0.07
-    teacher_temperature_start: float = 0.04
+    student_temperature: Above0 = 0.1
+    teacher_temperature: Above0 = 0.07
+    teacher_temperature_start: Above0 = 0.04
     teacher_temperature_warmup: Fraction = 0.3  # fraction of train.steps
     teacher_momentum: Fraction = 0.992
     teacher_momentum_end: Fraction = 1.0  # cosine over train.steps

@@ -57,21 +57,11 @@ def with_vocabulary(config: ResolvedConfig, vocab_size: int) -> ResolvedConfig:
 
 
 def _numbers(config: ResolvedConfig) -> None:
-    """Check what a ``Range`` cannot say of one number or pair of numbers."""
+    """Check what no ``Range`` says of a single key."""
     o, augment = config.objectives, config.data.augment
-    for name in ("contrastive", "self_distillation", "reconstruction"):
-        need(
-            getattr(o, name).drop_path < 1,
-            f"objectives.{name}.drop_path = 1: must be below 1, or no block would train",
-        )
-    for section, prefix, names in (
-        (config.model, "model", ("init_std",)),
-        (o.contrastive, "objectives.contrastive", ("max_scale",)),
-        (o.self_distillation, "objectives.self_distillation",
-         ("student_temperature", "teacher_temperature", "teacher_temperature_start")),
-    ):
-        for name in names:
-            need(getattr(section, name) > 0, f"{prefix}.{name} = {getattr(section, name)}: must be above 0")
+    for name, objective in vars(o).items():
+        need(objective.drop_path < 1, f"objectives.{name}.drop_path = 1: must be below 1, or no block would train")
+    need(config.model.init_std > 0, f"model.init_std = {config.model.init_std}: must be above 0")
     ordered(o.self_distillation, "objectives.self_distillation", "mask_ratio")
     for name in ("plain_scale", "global_scale", "local_scale"):
         ordered(augment, "data.augment", name)
