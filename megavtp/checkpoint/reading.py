@@ -24,15 +24,12 @@ from megavtp.config.load import from_dict
 from megavtp.errors import UserError
 from megavtp.json_file import Count, check_form, form, parse_json
 
-_Format = Literal["megavtp-checkpoint"]
-_Version = Literal[1]
-FORMAT: _Format = "megavtp-checkpoint"
-VERSION: _Version = 1
+FORMAT, VERSION = "megavtp-checkpoint", 1
 INDEX = "checkpoint.json"
 LATEST = "latest"  # the name of the link to the newest checkpoint
 STEP_FOLDER = re.compile(r"step-(\d{8,})(\.replaced-.+)?")  # the second form is an intact one that was being replaced
 _STEP_IN_NAME = re.compile(r"step-(\d{8,})(?:\.|$)")
-_PARTIAL_FOLDER = re.compile(r"step-(\d{8,})\.partial-.+")
+UNFINISHED = re.compile(r"step-(\d{8,})\.(partial|deleting)-(.+)")
 _TENSOR_FILE = re.compile(r"tensors-\d{5}\.safetensors")  # nothing else is opened, so an index cannot name ../secrets
 _HASHERS = 8  # threads; hashlib releases the interpreter lock
 _OTHER = "use another checkpoint"
@@ -69,8 +66,8 @@ class Part:
 class Index(Part):
     """The content of ``checkpoint.json``."""
 
-    format: _Format
-    version: _Version
+    format: Literal["megavtp-checkpoint"]
+    version: Literal[1]
     step: Count
     meta: dict[str, Any]
     digest: str
@@ -202,11 +199,8 @@ def open_checkpoint(path: str | Path, verify: bool | Literal["sizes"] = True) ->
     Raises UserError that names the bad file and the remedy.
     """
     path = Path(path)
-    for _, newest in _newest_first(path.parent) if path.name == LATEST else ():
-        try:
-            return open_checkpoint(newest, verify)
-        except UserError as error:
-            log.warning("checkpoint skipped: %s", error)
+    if path.name == LATEST and (newest := _newest_intact(path.parent, verify)) is not None:
+        return newest[1]
     path = path.resolve()
     lock, index = _read_index(path)
     checkpoint = Checkpoint(path, index, lock)
@@ -229,28 +223,32 @@ def find_latest(
     ``last``: checkpoints of later steps are ignored.
     """
     root = Path(root)
-    if not root.is_dir():
-        return None
-    found = None
     latest = math.inf if last is None else last
-    for step, entry in _newest_first(root):
-        if step > latest:
-            continue
-        try:
-            open_checkpoint(entry, verify).close()
-        except UserError as error:
-            log.warning("checkpoint skipped: %s", error)
-        else:
-            found = (step, entry)
-            break
-    for entry in root.iterdir():
-        match = _PARTIAL_FOLDER.fullmatch(entry.name)
-        if match and int(match[1]) <= latest and (found is None or int(match[1]) > found[0]):
+    folder, step = None, -1
+    if (found := _newest_intact(root, verify, latest)) is not None:
+        folder, step = found[0], found[1].step
+        found[1].close()
+    for entry in root.iterdir() if root.is_dir() else ():
+        match = UNFINISHED.fullmatch(entry.name)
+        if match and match[2] == "partial" and step < int(match[1]) <= latest:
             log.warning("checkpoint skipped: %s: its writing was interrupted", entry)
-    return found[1] if found else None
+    return folder
 
 
-def _newest_first(root: Path) -> Iterator[tuple[int, Path]]:
+def _newest_intact(
+    root: Path, verify: bool | Literal["sizes"], last: float = math.inf
+) -> tuple[Path, Checkpoint] | None:
+    """Open the newest checkpoint of a step up to ``last`` that verifies; return its folder, too."""
+    for step, folder in newest_first(root):
+        if step <= last:
+            try:
+                return folder, open_checkpoint(folder, verify)
+            except UserError as error:
+                log.warning("checkpoint skipped: %s", error)
+    return None
+
+
+def newest_first(root: Path) -> Iterator[tuple[int, Path]]:
     """Give (step, folder) of every published checkpoint, intact or not, the newest first."""
     entries = root.iterdir() if root.is_dir() else ()
     matches = ((STEP_FOLDER.fullmatch(entry.name), entry) for entry in entries)
@@ -260,7 +258,7 @@ def _newest_first(root: Path) -> Iterator[tuple[int, Path]]:
 
 def has_checkpoints(root: str | Path) -> bool:
     """Tell whether ``root`` holds any published checkpoint, intact or not."""
-    return any(_newest_first(Path(root)))
+    return any(newest_first(Path(root)))
 
 
 def is_checkpoint(path: str | Path) -> bool:

@@ -17,7 +17,6 @@ import errno
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
 import time
@@ -34,11 +33,13 @@ from megavtp.checkpoint.reading import (
     INDEX,
     LATEST,
     STEP_FOLDER,
+    UNFINISHED,
     VERSION,
     Checkpoint,
     Part,
     digest_of,
     find_latest,
+    newest_first,
     open_checkpoint,
     step_folder,
     try_exclusive,
@@ -49,8 +50,6 @@ from megavtp.json_file import read_json
 from megavtp.launch import phase
 
 __all__ = ["Checkpoint", "CheckpointStore", "find_latest", "open_checkpoint"]
-
-_UNFINISHED = re.compile(r"step-(\d{8,})\.(partial|deleting)-(.+)")
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +88,10 @@ class CheckpointStore:
         assert (meta is not None) == (writer == 0), "writer 0, and only it, gives the metadata"
         self.wait()
         self._attempt += 1
-        private = {name: _private(tensor.detach(), copy) for name, tensor in tensors.items()}
+        private = {
+            name: tensor.detach().to("cpu", copy=copy and tensor.device.type == "cpu").contiguous()
+            for name, tensor in tensors.items()
+        }
         meta_text = json.dumps(meta)  # a snapshot, like the tensors
         partial = self.root / f"{step_folder(step)}.partial-{self._token}-{self._attempt}"
         self._task.start(lambda: self._write(partial, step, private, meta_text, writer, writers), "checkpoint-writer")
@@ -203,17 +205,13 @@ class CheckpointStore:
                 log.warning("%s is newer than the step %d just written: kept aside as %s", folder, step, aside.name)
 
     def _prune(self, newest: Path) -> None:
-        for _, folder in sorted(self._published())[: -self._keep_last]:
+        for _, folder in self._published()[self._keep_last :]:
             if folder != newest:
                 self._delete(folder)
 
     def _published(self) -> list[tuple[int, Path]]:
-        found = []
-        for folder in self.root.iterdir():
-            match = STEP_FOLDER.fullmatch(folder.name)
-            if match and match[2] is None:
-                found.append((int(match[1]), folder))
-        return found
+        """Return step and folder of every checkpoint, the newest first, without those that are being replaced."""
+        return [(step, folder) for step, folder in newest_first(self.root) if "." not in folder.name]
 
     def _delete(self, folder: Path) -> None:
         """Rename a checkpoint, so that nobody finds it half deleted, and delete it, unless somebody reads it."""
@@ -231,22 +229,16 @@ class CheckpointStore:
         """Remove what dead runs and failed attempts left; other writers may already be in ``partial``."""
         for folder in list(self.root.iterdir()):
             plain = folder.with_name(folder.name.split(".")[0])
-            if match := _UNFINISHED.fullmatch(folder.name):
-                if folder != partial and not self._is_ahead(match[3]):
+            if match := UNFINISHED.fullmatch(folder.name):
+                token, _, attempt = match[3].rpartition("-")
+                is_ahead = token == self._token and int(attempt) > self._attempt
+                if folder != partial and not is_ahead:
                     shutil.rmtree(folder, ignore_errors=True)
             elif STEP_FOLDER.fullmatch(folder.name) and folder != plain:  # a replacement was interrupted
                 if plain.exists():
                     self._delete(folder)
                 else:
                     os.rename(folder, plain)
-
-    def _is_ahead(self, owner: str) -> bool:
-        token, _, attempt = owner.rpartition("-")
-        return token == self._token and int(attempt) > self._attempt
-
-
-def _private(tensor: Tensor, copy: bool) -> Tensor:
-    return tensor.to("cpu", copy=copy and tensor.device.type == "cpu").contiguous()
 
 
 def _part_name(writer: int) -> str:
