@@ -26,11 +26,6 @@ from megavtp.models.fitting import check
 from megavtp.models.vtp import OBJECTIVES, VTP
 from megavtp.nn.rope import DTYPES, rope_periods
 
-__all__ = [
-    "config_from_official", "config_to_official", "from_official", "load_folder", "load_tensors", "official_shapes",
-    "read_released", "save_folder", "to_official",
-]
-
 EXPORTED = frozenset({"contrastive", "reconstruction"})  # the DINO head and the teacher have no official place
 PERIODS = ".rope_embed.periods"
 _TEXT_BLOCK = {
@@ -62,31 +57,29 @@ def _is_transposed(name: str, config: ResolvedModel) -> bool:
     return name == "text.projection.weight" and not config.text.projection_bias
 
 
+def _meta_state(config: ResolvedModel, objectives: AbstractSet[str]) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return VTP(config, objectives=EXPORTED & objectives).state_dict()
+
+
 def our_shapes(config: ResolvedModel, objectives: AbstractSet[str]) -> dict[str, list[int]]:
     """Return our name and shape of every tensor of a tokenizer with the towers of ``objectives``."""
-    with torch.device("meta"):
-        model = VTP(config, objectives=EXPORTED & objectives)
-    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {name: list(tensor.shape) for name, tensor in _meta_state(config, objectives).items()}
 
 
-def official_shapes(config: ResolvedModel, objectives: AbstractSet[str] = OBJECTIVES) -> dict[str, list[int]]:
-    """Return the official name and shape of every tensor of ``config``'s model."""
-    return _to_official_shapes(our_shapes(config, objectives), config, NOTHING)
-
-
-def _is_nonscalar(released: Mapping[str, Any]) -> bool:
-    return released.get("nonscalar_logit_scale") is True
-
-
-def _to_official_shapes(
-    shapes: Mapping[str, list[int]], config: ResolvedModel, released: Mapping[str, Any]
+def official_shapes(
+    config: ResolvedModel, objectives: AbstractSet[str] = OBJECTIVES, released: Mapping[str, Any] = NOTHING
 ) -> dict[str, list[int]]:
-    if not _is_nonscalar(released):
-        shapes = {**shapes, **{name: [] for name in SCALARS if name in shapes}}
-    return {
-        official_name(name, config): shape[::-1] if _is_transposed(name, config) else shape
-        for name, shape in shapes.items()
-    }
+    """Return the official name and shape of every tensor of ``config``'s model."""
+    ours = _meta_state(config, objectives)
+    return {official_name(name, config): list(_official(name, ours[name], config, released).shape) for name in ours}
+
+
+def _official(name: str, tensor: Tensor, config: ResolvedModel, released: Mapping[str, Any]) -> Tensor:
+    """Return one of our tensors in its official shape."""
+    is_scalar = name in SCALARS and released.get("nonscalar_logit_scale") is not True
+    tensor = tensor.t() if _is_transposed(name, config) else tensor
+    return tensor.reshape(()) if is_scalar else tensor.contiguous()
 
 
 def objectives_of(names: AbstractSet[str]) -> frozenset[str]:
@@ -107,15 +100,14 @@ def to_official(
     ``state`` may lack the periods (they follow from the config) and may hold the DINO head and the teacher, which
     are left out. For ``released`` see ``save_folder``. UserError lists all that is missing or has a wrong shape.
     """
-    shapes = our_shapes(config, objectives_of(state.keys()))
-    state = {**_periods(config, shapes), **state}
-    check({name: tensor for name, tensor in state.items() if name in shapes}, shapes, "the model's weights")
+    shapes, rope_dtype = our_shapes(config, objectives_of(state.keys())), DTYPES[config.rope_dtype]
+    periods = {name: rope_periods(4 * shape[0], rope_dtype) for name, shape in shapes.items() if name.endswith(PERIODS)}
+    whole = {**periods, **state}
+    check({name: tensor for name, tensor in whole.items() if name in shapes}, shapes, "the model's weights")
     result = {}
     for name in shapes:
-        tensor = state[name].detach().to("cpu", torch.bfloat16 if name.endswith(PERIODS) else torch.float32)
-        tensor = tensor.t() if _is_transposed(name, config) else tensor
-        is_scalar = name in SCALARS and not _is_nonscalar(released)
-        result[official_name(name, config)] = tensor.reshape(()) if is_scalar else tensor.contiguous()
+        tensor = whole[name].detach().to("cpu", torch.bfloat16 if name.endswith(PERIODS) else torch.float32)
+        result[official_name(name, config)] = _official(name, tensor, config, released)
     return result
 
 
@@ -128,20 +120,14 @@ def from_official(
     The towers of ``objectives`` must be there; None = those that are there. For ``released`` see ``save_folder``.
     UserError lists every missing, unexpected and misshapen tensor.
     """
-    names = our_shapes(config, objectives_of(tensors.keys()) if objectives is None else objectives)
-    check(tensors, _to_official_shapes(names, config, released), "the checkpoint")
+    objectives = objectives_of(tensors.keys()) if objectives is None else objectives
+    check(tensors, official_shapes(config, objectives, released), "the checkpoint")
     result = {}
-    for name in names:
+    for name, shape in our_shapes(config, objectives).items():
         tensor = tensors[official_name(name, config)]
         tensor = tensor.to(DTYPES[config.rope_dtype] if name.endswith(PERIODS) else torch.float32)
-        tensor = (tensor.t() if _is_transposed(name, config) else tensor).contiguous()
-        result[name] = tensor.reshape(1) if name in SCALARS else tensor
+        result[name] = (tensor.t() if _is_transposed(name, config) else tensor).contiguous().reshape(shape)
     return result
-
-
-def _periods(config: ResolvedModel, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    dtype = DTYPES[config.rope_dtype]
-    return {name: rope_periods(4 * shape[0], dtype) for name, shape in shapes.items() if name.endswith(PERIODS)}
 
 
 def load_tensors(folder: str | Path) -> dict[str, Tensor]:
