@@ -113,9 +113,6 @@ class Checkpoint:
         """The names of all tensors, sorted."""
         return sorted(self._tensors)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entry(name).shape)
 

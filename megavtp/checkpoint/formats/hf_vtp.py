@@ -28,7 +28,8 @@ from megavtp.nn.rope import DTYPES, rope_periods
 
 EXPORTED = frozenset({"contrastive", "reconstruction"})  # the DINO head and the teacher have no official place
 PERIODS = ".rope_embed.periods"
-_TEXT_BLOCK = {
+# Parts of a text block by our names and by the official ones, which are OpenCLIP's.
+TEXT_BLOCK = {
     "norm1.": "ln_1.", "norm2.": "ln_2.", "ls1.": "ls_1.", "ls2.": "ls_2.", "attn.qkv.": "attn.in_proj_",
     "attn.proj.": "attn.out_proj.", "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj.",
 }
@@ -46,7 +47,7 @@ def official_name(name: str, config: ResolvedModel) -> str:
     name = name.removeprefix("text.")
     block = re.fullmatch(r"blocks\.(\d+)\.(\w+\.(?:(?:qkv|proj|fc1|fc2)\.)?)(\w+)", name)
     if block:
-        return f"text_transformer.resblocks.{block[1]}.{_TEXT_BLOCK[block[2]]}{block[3]}"
+        return f"text_transformer.resblocks.{block[1]}.{TEXT_BLOCK[block[2]]}{block[3]}"
     if name == "projection.weight" and not config.text.projection_bias:
         return "text_projection"
     return re.sub(r"^norm\.", "ln_final.", re.sub(r"^projection\.", "text_projection.", name))

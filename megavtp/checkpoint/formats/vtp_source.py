@@ -15,14 +15,7 @@ from megavtp.checkpoint.formats.fingerprint import encoder_fingerprint
 from megavtp.checkpoint.formats.hf_vtp import PERIODS, load_folder, objectives_of, our_shapes, read_released
 from megavtp.checkpoint.kind import is_dit
 from megavtp.checkpoint.reading import INDEX, Checkpoint, is_checkpoint, open_checkpoint
-from megavtp.config.schema import (
-    Config,
-    ContrastiveConfig,
-    DataConfig,
-    ObjectivesConfig,
-    ReconstructionConfig,
-    SelfDistillationConfig,
-)
+from megavtp.config.schema import Config, DataConfig, ObjectivesConfig
 from megavtp.config.sizes import ResolvedConfig, ResolvedModel
 from megavtp.config.validate import check_stored
 from megavtp.errors import UserError
@@ -76,8 +69,8 @@ def open_vtp(path: str | Path, form: str | None = None) -> VTPSource:
     path = Path(path)
     if form == "native" or (form is None and is_checkpoint(path)):
         with open_checkpoint(path) as checkpoint:
-            path = checkpoint.path
-            config, tensors, step = _read_native(checkpoint)
+            path, step = checkpoint.path, checkpoint.step
+            config, tensors = _read_native(checkpoint)
             where = f"{path / INDEX}: released"
             released = check_form(checkpoint.meta.get("released", {}), dict[str, Any], where, "use another checkpoint")
     elif form == "hf-vtp" or (path / "config.json").is_file():
@@ -94,7 +87,7 @@ def open_vtp(path: str | Path, form: str | None = None) -> VTPSource:
     return VTPSource(path, config, tensors, artifact, captions, step, released)
 
 
-def _read_native(checkpoint: Checkpoint) -> tuple[ResolvedConfig, dict[str, Tensor], int]:
+def _read_native(checkpoint: Checkpoint) -> tuple[ResolvedConfig, dict[str, Tensor]]:
     if is_dit(checkpoint):
         raise UserError(
             f"{checkpoint.path} holds a DiT, no tokenizer: give a checkpoint of a VTP run, or a released model's folder"
@@ -110,25 +103,19 @@ def _read_native(checkpoint: Checkpoint) -> tuple[ResolvedConfig, dict[str, Tens
     # This ensures that a model of this configuration takes no more memory than the file.
     shapes = {name: shape for name, shape in our_shapes(config.model, objectives).items() if not name.endswith(PERIODS)}
     check({name: t for name, t in tensors.items() if not name.startswith(TRAINING_ONLY)}, shapes, str(checkpoint.path))
-    return config, tensors, checkpoint.step
+    return config, tensors
 
 
 def released_config(model: ResolvedModel, objectives: AbstractSet[str]) -> ResolvedConfig:
     """Return a configuration for a model without a run: it states its towers, and that CLIP's captions were used."""
-    on = ObjectivesConfig()
-    return ResolvedConfig(
-        model=model, data=DataConfig(captions="clip"),
-        objectives=ObjectivesConfig(
-            contrastive=on.contrastive if "contrastive" in objectives else ContrastiveConfig(weight=0.0),
-            self_distillation=SelfDistillationConfig(weight=0.0),
-            reconstruction=on.reconstruction if "reconstruction" in objectives else ReconstructionConfig(weight=0.0),
-        ),
-    )
+    all_on = ObjectivesConfig()
+    off = {name: replace(part, weight=0.0) for name, part in vars(all_on).items() if name not in objectives}
+    return ResolvedConfig(model=model, data=DataConfig(captions="clip"), objectives=replace(all_on, **off))
 
 
 def captions_beside(path: str | Path) -> Path | None:
     """Return the caption tokenizer's file that lies beside a converted tokenizer, if there is one."""
-    return next((Path(path) / name for name in CAPTION_FILES if (Path(path) / name).is_file()), None)
+    return next((file for name in CAPTION_FILES if (file := Path(path, name)).is_file()), None)
 
 
 def find_captions(path: str | Path, data: DataConfig) -> str | Path:
@@ -143,21 +130,17 @@ def _artifact(
     path: Path, model: ResolvedModel, tensors: dict[str, Tensor], captions: str | Path | None
 ) -> TokenizerArtifact:
     fingerprint, name = encoder_fingerprint(model, tensors), None if captions is None else Path(captions).name
-    if not (path / artifact_file.FILE).is_file():
-        return TokenizerArtifact(
-            fingerprint, model.image_size, model.patch_size, model.bottleneck, captions=name
-        )
-    found = TokenizerArtifact.read(path)
+    file = path / artifact_file.FILE
+    if not file.is_file():
+        return TokenizerArtifact(fingerprint, model.image_size, model.patch_size, model.bottleneck, captions=name)
+    found, remedy = TokenizerArtifact.read(path), "convert the tokenizer again, or remove that file"
     if found.fingerprint != fingerprint:
         raise UserError(
-            f"{path / artifact_file.FILE} belongs to other weights than those beside it (fingerprint "
-            f"{found.fingerprint[:12]}, not {fingerprint[:12]}); convert the tokenizer again, or remove that file"
+            f"{file} belongs to other weights than those beside it (fingerprint {found.fingerprint[:12]}, not "
+            f"{fingerprint[:12]}); {remedy}"
         )
     if (found.patch_size, found.latent_channels) != (model.patch_size, model.bottleneck):
-        raise UserError(
-            f"{path / artifact_file.FILE} has other patches or latent channels than the model beside it; convert the "
-            "tokenizer again, or remove that file"
-        )
+        raise UserError(f"{file} has other patches or latent channels than the model beside it; {remedy}")
     return replace(found, captions=name)
 
 
