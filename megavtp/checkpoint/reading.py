@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -96,7 +96,7 @@ class Checkpoint:
     from pruning it.
     """
 
-    def __init__(self, path: Path, index: Index, lock: int):
+    def __init__(self, path: Path, index: Index, lock: BinaryIO):
         self.path = path
         self.step = index.step
         self.meta = index.meta
@@ -106,7 +106,7 @@ class Checkpoint:
         for name, tensor in index.tensors.items():
             self._told[tensor.file][name] = (_CODES[tensor.dtype], tensor.shape)
         self._handles: dict[str, Any] = {}
-        self._lock: int | None = lock
+        self._lock = lock
 
     @property
     def names(self) -> list[str]:
@@ -121,7 +121,10 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Read the whole tensor into host memory."""
-        return self._handle(name).get_tensor(name)
+        file = self._entry(name).file
+        if file not in self._handles:
+            self._handles[file] = self._open(file)
+        return self._handles[file].get_tensor(name)
 
     def fact(self, name: str, expected: type[T]) -> T:
         """Return an entry of the metadata in the expected form, see ``json_file``. UserError if it does not have it."""
@@ -141,9 +144,7 @@ class Checkpoint:
     def close(self) -> None:
         """Close the files and release the lock against pruning."""
         self._handles.clear()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -158,12 +159,6 @@ class Checkpoint:
         if name not in self._tensors:
             raise UserError(f"{self.path}: no tensor {name!r} in this checkpoint; was it saved by another recipe?")
         return self._tensors[name]
-
-    def _handle(self, name: str) -> Any:
-        file = self._entry(name).file
-        if file not in self._handles:
-            self._handles[file] = self._open(file)
-        return self._handles[file]
 
     def _open(self, file: str) -> Any:
         """Open a file and check that its header describes the tensors as the index does, which no digest guarantees."""
@@ -280,12 +275,12 @@ def try_exclusive(path: Path) -> int | None:
     return descriptor
 
 
-def _read_index(path: Path) -> tuple[int, Index]:
-    """Lock, read and check the index; return the locked descriptor and the index."""
+def _read_index(path: Path) -> tuple[BinaryIO, Index]:
+    """Lock, read and check the index; return the locked file and the index."""
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint folder; check the path")
     try:
-        descriptor = os.open(path / INDEX, os.O_RDONLY)
+        file = open(path / INDEX, "rb")
     except FileNotFoundError:
         inside = sorted(entry.name for entry in path.iterdir() if STEP_FOLDER.fullmatch(entry.name))
         remedy = f"name one of the checkpoints in it, such as {path / inside[-1]}" if inside else "use another one"
@@ -294,15 +289,14 @@ def _read_index(path: Path) -> tuple[int, Index]:
         raise UserError(f"{path / INDEX}: cannot be read ({error.strerror}); check its permissions") from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{path}: is just being deleted by the run that wrote it; use a newer one") from None
         except OSError:
             pass  # the file system has no locks: only the protection against pruning is missing
-        with open(descriptor, "rb", closefd=False) as file:
-            return descriptor, _parse_index(path / INDEX, file.read())
+        return file, _parse_index(path / INDEX, file.read())
     except BaseException:
-        os.close(descriptor)
+        file.close()
         raise
 
 

@@ -44,7 +44,8 @@ from megavtp.checkpoint.reading import (
     step_folder,
     try_exclusive,
 )
-from megavtp.checkpoint.tensor_file import flush_folder, write_tensors, write_text
+from megavtp.checkpoint.tensor_file import flush_folder, write_tensors
+from megavtp.data.files import write_atomic
 from megavtp.errors import UserError
 from megavtp.json_file import read_json
 from megavtp.launch import phase
@@ -161,7 +162,7 @@ class CheckpointStore:
             index["tensors"].update(part["tensors"])
             index["files"].update(part["files"])
         index["digest"] = digest_of(index)
-        write_text(partial / INDEX, json.dumps(index))
+        write_atomic(partial / INDEX, json.dumps(index).encode(), flush=True)
         for writer in range(len(parts)):
             (partial / _part_name(writer)).unlink()  # the index now has its content
         flush_folder(partial)
@@ -259,13 +260,13 @@ def _write_part(partial: Path, writer: int, tensors: Mapping[str, Tensor]) -> No
         for name, tensor in tensors.items():
             dtype = str(tensor.dtype).removeprefix("torch.")
             part["tensors"][name] = {"file": file, "shape": list(tensor.shape), "dtype": dtype}
-    write_text(partial / _part_name(writer), json.dumps(part))
+    write_atomic(partial / _part_name(writer), json.dumps(part).encode(), flush=True)
 
 
 def _leave_note(partial: Path, writer: int, message: str) -> None:
     """Tell writer 0 at once, so that it does not wait for a part that will not come."""
     if writer != 0:
         try:
-            write_text(partial / f"part-{writer:05d}.failed", message)
+            write_atomic(partial / f"part-{writer:05d}.failed", message.encode(), flush=True)
         except OSError:
             log.warning("%s: writer 0 could not be told that writer %d failed", partial, writer)

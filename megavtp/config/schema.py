@@ -31,31 +31,37 @@ Size = Literal["tiny", "s", "b", "l", "g"]
 
 
 @dataclass(frozen=True)
-class VisionConfig:
-    """The ViT encoder (``trunk``). ``None`` takes the value of ``model.size``."""
+class TowerConfig:
+    """A transformer. ``None`` takes the value of ``model.size``."""
 
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
-    mlp_ratio: float = 4.0
+    layer_scale: float | None = None  # None = no layer scale
+
+
+@dataclass(frozen=True)
+class ViTConfig(TowerConfig):
     ffn: Literal["swiglu", "swiglu32", "swiglu64", "swiglu128", "mlp"] = "swiglu"
     norm: Literal["rmsnorm", "layernorm", "layernormbf16"] = "rmsnorm"
-    layer_scale: float | None = None
     qk_norm: bool = False
+
+
+@dataclass(frozen=True)
+class VisionConfig(ViTConfig):
+    """The ViT encoder (``trunk``)."""
+
+    mlp_ratio: float = 4.0
     clip_feature: Literal["cls", "pooled"] = "cls"
 
 
 @dataclass(frozen=True)
-class TextConfig:
-    """The causal text encoder. ``None`` takes the value of ``model.size``."""
+class TextConfig(TowerConfig):
+    """The causal text encoder."""
 
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
     mlp_ratio: float = 4.0
     context_length: Tokens = 77
     vocab_size: Rows | None = 49408  # must equal the caption tokenizer's; None = taken from it
-    layer_scale: float | None = None
     causal: bool = True
     pool: Literal["argmax", "first", "last"] = "argmax"
     projection: Literal["linear", "none"] = "linear"
@@ -64,16 +70,10 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
-    """The pixel decoder. ``None`` takes the value of ``model.size``."""
+class DecoderConfig(ViTConfig):
+    """The pixel decoder."""
 
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    ffn: Literal["swiglu", "swiglu32", "swiglu64", "swiglu128", "mlp"] = "swiglu"
     norm: Literal["rmsnorm", "layernorm", "layernormbf16"] = "layernorm"
-    layer_scale: float | None = None
-    qk_norm: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megavtp.config.run import ReadingConfig, RunConfig
-from megavtp.config.sizes import narrowed
+from megavtp.config.sizes import Resolved, narrowed
 
 DiTSize = Literal["tiny", "b", "l", "xl", "1p0b", "1p6b"]
 Condition = Literal["class", "caption"]
@@ -67,12 +67,8 @@ class DiTConfig(RunConfig):
 
 
 @dataclass(frozen=True)
-class ResolvedDiT(DiTModelConfig):
+class ResolvedDiT(Resolved, DiTModelConfig):
     """The model's own sizes are known; those of the latents may still be open."""
-
-    width: int = field(kw_only=True)
-    depth: int = field(kw_only=True)
-    heads: int = field(kw_only=True)
 
 
 @dataclass(frozen=True)

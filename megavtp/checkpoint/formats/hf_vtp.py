@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from megavtp.checkpoint.formats.hf_vtp_config import config_from_official, config_to_official, read_keys
-from megavtp.checkpoint.tensor_file import write_tensors, write_text
+from megavtp.checkpoint.tensor_file import write_tensors
 from megavtp.config.sizes import ResolvedModel
+from megavtp.data.files import write_atomic
 from megavtp.data.weights_file import read_safetensors
 from megavtp.errors import UserError
 from megavtp.json_file import read_json
@@ -175,6 +176,6 @@ def save_folder(
         partial = folder / "model.safetensors.partial"
         write_tensors(partial, tensors)
         partial.replace(folder / "model.safetensors")
-        write_text(folder / "config.json", text)
+        write_atomic(folder / "config.json", text.encode(), flush=True)
     except OSError as error:
         raise UserError(f"cannot write {folder} ({error}); choose another folder or free some space") from None
