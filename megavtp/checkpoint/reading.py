@@ -38,6 +38,7 @@ _Dtype = Annotated[str, Field(pattern=f"^({'|'.join(_CODES)})$")]
 
 T = TypeVar("T")
 R = TypeVar("R")
+Verify = bool | Literal["sizes"]
 log = logging.getLogger(__name__)
 
 
@@ -131,11 +132,8 @@ class Checkpoint:
         return check_form(self.meta.get(name), expected, f"{self.path}: its meta.{name}", _OTHER)
 
     def config(self, root: type[T], checked: Callable[[T], R]) -> R:
-        """Read the configuration of the run that wrote this checkpoint as a ``root``, and return ``checked`` of it.
-
-        Raises:
-            UserError: it is no ``root``, or ``checked`` refuses it.
-        """
+        """Return ``checked`` of the configuration of the run that wrote this. UserError: it refuses it, or it is no
+        ``root``."""
         try:
             return checked(from_dict(self.fact("config", dict[str, Any]), root))
         except UserError as error:
@@ -180,7 +178,7 @@ class Checkpoint:
             self._open(file)
 
 
-def open_checkpoint(path: str | Path, verify: bool | Literal["sizes"] = True) -> Checkpoint:
+def open_checkpoint(path: str | Path, verify: Verify = True) -> Checkpoint:
     """Open one checkpoint folder.
 
     The name ``latest`` opens the newest folder beside it that verifies, wherever the link leads: a run may have been
@@ -207,12 +205,10 @@ def open_checkpoint(path: str | Path, verify: bool | Literal["sizes"] = True) ->
     return checkpoint
 
 
-def find_latest(
-    root: str | Path, verify: bool | Literal["sizes"] = True, last: int | None = None
-) -> Path | None:
-    """Find the newest checkpoint under ``root`` that verifies; each one that is skipped is logged with the reason.
+def find_latest(root: str | Path, verify: Verify = True, last: int | None = None) -> Path | None:
+    """Find the newest checkpoint under ``root`` that verifies and is not of a later step than ``last``.
 
-    ``last``: checkpoints of later steps are ignored.
+    Each one that is skipped is logged with the reason.
     """
     root = Path(root)
     latest = math.inf if last is None else last
@@ -227,9 +223,7 @@ def find_latest(
     return folder
 
 
-def _newest_intact(
-    root: Path, verify: bool | Literal["sizes"], last: float = math.inf
-) -> tuple[Path, Checkpoint] | None:
+def _newest_intact(root: Path, verify: Verify, last: float = math.inf) -> tuple[Path, Checkpoint] | None:
     """Open the newest checkpoint of a step up to ``last`` that verifies; return its folder, too."""
     for step, folder in newest_first(root):
         if step <= last:

@@ -20,7 +20,8 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -105,13 +106,11 @@ class CheckpointStore:
         """Clean up after a run that was killed. Writer 0 of the run that continues from the checkpoint ``newest`` calls
         this before its first save."""
         plain = newest.with_name(newest.name.split(".")[0])
-        try:
+        with self._tidying():
             if newest != plain and plain.exists():
                 self._delete(plain)  # it is damaged: ``newest`` was about to be replaced by it
             self._clean(None)  # this gives an interrupted replacement its old name back
             self._prune(plain)
-        except OSError as error:
-            self._untidy(error)
         self._point_latest(plain)
 
     def _write(
@@ -174,16 +173,18 @@ class CheckpointStore:
         os.rename(partial, final)
         flush_folder(self.root)
         self._point_latest(final)
-        try:
+        with self._tidying():
             if replaced is not None:
                 self._delete(replaced)
             self._set_aside_later(step)
             self._prune(final)
-        except OSError as error:  # the checkpoint itself is safe
-            self._untidy(error)
 
-    def _untidy(self, error: OSError) -> None:
-        log.warning("%s: old checkpoints could not be tidied up (%s)", self.root, error)
+    @contextmanager
+    def _tidying(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # the newest checkpoint itself is safe
+            log.warning("%s: old checkpoints could not be tidied up (%s)", self.root, error)
 
     def _point_latest(self, newest: Path) -> None:
         """Let the link lead to the checkpoint ``newest``."""

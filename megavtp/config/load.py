@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import yaml
 
-from megavtp.config.typed import convert, described, hints, unknown
+from megavtp.config.typed import convert, described, unknown
 from megavtp.errors import UserError, is_text
 
 C = TypeVar("C")
@@ -61,7 +61,7 @@ def from_dict(values: Any, cls: type[C], root: type | None = None, prefix: str =
     if not isinstance(values, Mapping):
         where = prefix.rstrip(".") or "the config"
         raise UserError(f"{where}: expected a mapping of keys, got {described(values)}")
-    kinds, made = hints(cls), {}
+    kinds, made = get_type_hints(cls), {}
     for key, value in values.items():
         path = f"{prefix}{key}"
         if key not in kinds:
@@ -202,11 +202,12 @@ def _apply(raw: dict[str, Any], override: str, root: type) -> None:
     for part in parts:  # sections must exist; inside a free mapping (deepspeed, lr_scale) any name will do
         if get_origin(kind) is dict:
             break
-        if not is_dataclass(kind) or part not in hints(kind):
+        if not is_dataclass(kind) or part not in get_type_hints(kind):
             raise unknown(path, root)
-        kind = hints(kind)[part]
+        kind = get_type_hints(kind)[part]
     if is_dataclass(kind):
-        raise UserError(f"{path}: is a section; set one of its keys: {', '.join(f'{path}.{k}' for k in hints(kind))}")
+        keys = ", ".join(f"{path}.{key}" for key in get_type_hints(kind))
+        raise UserError(f"{path}: is a section; set one of its keys: {keys}")
     value = _parse(text, f"{path}={text[:40]}", is_file=False)
     for i, part in enumerate(parts[:-1]):
         if raw.get(part) is None:

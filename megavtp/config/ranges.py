@@ -48,10 +48,7 @@ def need(condition: bool, message: str) -> None:
 
 
 def divides(small: int, big: int, small_key: str, big_key: str, remedy: str) -> None:
-    need(
-        small > 0 and big % small == 0,
-        f"{big_key} = {big} is not a multiple of {small_key} = {small}: {remedy}",
-    )
+    need(small > 0 and big % small == 0, f"{big_key} = {big} is not a multiple of {small_key} = {small}: {remedy}")
 
 
 def within(config: Any, prefix: str, low: float, high: float, *names: str) -> None:
@@ -85,10 +82,8 @@ def ordered(config: Any, prefix: str, *names: str) -> None:
 
 
 def check_run(config: Any, towers: Sequence[str]) -> None:
-    """Check each number of a run by itself, and those that every kind of run has with one another.
-
-    ``towers`` are those whose learning rate can be scaled.
-    """
+    """Check each number of a run by itself, and the rules of those that every kind of run has. ``towers`` are those
+    whose learning rate can be scaled."""
     check_ranges(config)
     train, optimizer = config.train, config.train.optimizer
     need(0 <= config.seed < 2**63, f"seed = {config.seed}: must be between 0 and 2**63 - 1")

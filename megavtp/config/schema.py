@@ -10,18 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megavtp.config.ranges import (
-    Above0,
-    Count,
-    Depth,
-    Fraction,
-    NotNegative,
-    Pixels,
-    Positive,
-    Rows,
-    Tokens,
-    Width,
-)
+from megavtp.config.ranges import Above0, Count, Depth, Fraction, NotNegative, Pixels, Positive, Rows, Tokens, Width
 from megavtp.config.run import LoggingConfig, ReadingConfig, RunConfig
 
 # The recipe that is read where none is named; an installation without the repository does not have it.

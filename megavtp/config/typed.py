@@ -7,7 +7,7 @@ import math
 import re
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megavtp.errors import UserError
@@ -16,15 +16,9 @@ _LONGEST_KEY = 100  # characters; comparing a longer key with all known keys wou
 _NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
-def hints(cls: Any) -> dict[str, Any]:
-    """Return the resolved type of each field of a dataclass, in the order of its fields."""
-    found = get_type_hints(cls)
-    return {f.name: found[f.name] for f in fields(cls)}
-
-
 def all_keys(cls: Any, prefix: str = "") -> Iterator[str]:
     """Yield the dotted path of every section and every key of ``cls``."""
-    for name, kind in hints(cls).items():
+    for name, kind in get_type_hints(cls).items():
         yield prefix + name
         if is_dataclass(kind):
             yield from all_keys(kind, f"{prefix}{name}.")

@@ -104,19 +104,13 @@ def _objectives(config: ResolvedConfig) -> None:
 
 
 def check_stored(config: Config) -> ResolvedConfig:
-    """Check what is built and evaluated from a checkpoint's ``config``, not the rules of a run; fill the model's sizes.
-
-    Raises UserError.
-    """
+    """Fill the model's sizes; check what is built and evaluated of a checkpoint, not the rules of a run. UserError."""
     check_ranges(config.evaluation, "evaluation.")
     return narrowed(config, ResolvedConfig, model=check_model(config.model))
 
 
 def check_model(given: ModelConfig) -> ResolvedModel:
-    """Fill the sizes of the model of a recipe or of a file with weights, and check each by itself.
-
-    Raises UserError.
-    """
+    """Fill the sizes of the model of a recipe or of a file with weights, and check each by itself. UserError."""
     model = resolve_model(given)
     check_ranges(model, "model.")
     for name in ("vision", "text", "decoder"):

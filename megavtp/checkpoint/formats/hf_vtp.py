@@ -27,7 +27,8 @@ from megavtp.models.fitting import check
 from megavtp.models.vtp import OBJECTIVES, VTP
 from megavtp.nn.rope import DTYPES, rope_periods
 
-EXPORTED = frozenset({"contrastive", "reconstruction"})  # the DINO head and the teacher have no official place
+# A tower that each exported objective has; the DINO head and the teacher have no official place.
+EXPORTED = {"contrastive": "visual_proj.", "reconstruction": "pixel_decoder."}
 PERIODS = ".rope_embed.periods"
 # Parts of a text block by our names and by the official ones, which are OpenCLIP's.
 TEXT_BLOCK = {
@@ -43,14 +44,13 @@ _REMEDY = "give the folder of an official VTP checkpoint"
 
 def official_name(name: str, config: ResolvedModel) -> str:
     """Return the official name of one of our tensors."""
+    if _is_transposed(name, config):
+        return "text_projection"
     if not name.startswith("text."):
         return name
     name = name.removeprefix("text.")
-    block = re.fullmatch(r"blocks\.(\d+)\.(\w+\.(?:(?:qkv|proj|fc1|fc2)\.)?)(\w+)", name)
-    if block:
+    if block := re.fullmatch(r"blocks\.(\d+)\.(\w+\.(?:(?:qkv|proj|fc1|fc2)\.)?)(\w+)", name):
         return f"text_transformer.resblocks.{block[1]}.{TEXT_BLOCK[block[2]]}{block[3]}"
-    if name == "projection.weight" and not config.text.projection_bias:
-        return "text_projection"
     return re.sub(r"^norm\.", "ln_final.", re.sub(r"^projection\.", "text_projection.", name))
 
 
@@ -61,7 +61,7 @@ def _is_transposed(name: str, config: ResolvedModel) -> bool:
 
 def _meta_state(config: ResolvedModel, objectives: AbstractSet[str]) -> dict[str, Tensor]:
     with torch.device("meta"):
-        return VTP(config, objectives=EXPORTED & objectives).state_dict()
+        return VTP(config, objectives=EXPORTED.keys() & objectives).state_dict()
 
 
 def our_shapes(config: ResolvedModel, objectives: AbstractSet[str]) -> dict[str, list[int]]:
@@ -86,12 +86,9 @@ def _official(name: str, tensor: Tensor, config: ResolvedModel, released: Mappin
 
 def objectives_of(names: AbstractSet[str]) -> frozenset[str]:
     """Return the objectives whose towers are among tensor ``names`` (ours or official)."""
-    found = set()
-    if any(name.startswith("visual_proj.") for name in names):
-        found.add("contrastive")
-    if any(name.startswith("pixel_decoder.") for name in names):
-        found.add("reconstruction")
-    return frozenset(found)
+    return frozenset(
+        objective for objective, tower in EXPORTED.items() if any(name.startswith(tower) for name in names)
+    )
 
 
 def to_official(
@@ -145,8 +142,8 @@ def load_folder(folder: str | Path) -> tuple[ResolvedModel, dict[str, Tensor]]:
     data = read_released(folder)
     where = str(Path(folder) / "config.json")
     values, config = read_keys(data, where), config_from_official(data, where)
-    flags = {"contrastive": values.train_clip, "reconstruction": values.train_reconstruction}
-    objectives = {name for name, is_on in flags.items() if is_on}
+    flags = (("contrastive", values.train_clip), ("reconstruction", values.train_reconstruction))
+    objectives = {name for name, is_on in flags if is_on}
     return config, from_official(load_tensors(folder), config, objectives, data)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -75,8 +74,11 @@ def open_vtp(path: str | Path, form: str | None = None) -> VTPSource:
             released = check_form(checkpoint.meta.get("released", {}), dict[str, Any], where, "use another checkpoint")
     elif form == "hf-vtp" or (path / "config.json").is_file():
         model, tensors = load_folder(path)
-        config, step = released_config(model, objectives_of(tensors.keys())), 0
-        released = read_released(path)
+        step, released, on = 0, read_released(path), ObjectivesConfig()
+        off = {name for name in vars(on) if name not in objectives_of(tensors.keys())}
+        objectives = replace(on, **{name: replace(getattr(on, name), weight=0.0) for name in off})
+        # In place of a run's configuration: which objectives were on, and that CLIP's captions were used.
+        config = ResolvedConfig(model=model, data=DataConfig(captions="clip"), objectives=objectives)
     else:
         raise UserError(
             f"{path} is no tokenizer: give the folder with {INDEX} (RUN/checkpoints/latest), or that of a released "
@@ -104,13 +106,6 @@ def _read_native(checkpoint: Checkpoint) -> tuple[ResolvedConfig, dict[str, Tens
     shapes = {name: shape for name, shape in our_shapes(config.model, objectives).items() if not name.endswith(PERIODS)}
     check({name: t for name, t in tensors.items() if not name.startswith(TRAINING_ONLY)}, shapes, str(checkpoint.path))
     return config, tensors
-
-
-def released_config(model: ResolvedModel, objectives: AbstractSet[str]) -> ResolvedConfig:
-    """Return a configuration for a model without a run: it states its towers, and that CLIP's captions were used."""
-    all_on = ObjectivesConfig()
-    off = {name: replace(part, weight=0.0) for name, part in vars(all_on).items() if name not in objectives}
-    return ResolvedConfig(model=model, data=DataConfig(captions="clip"), objectives=replace(all_on, **off))
 
 
 def captions_beside(path: str | Path) -> Path | None:
@@ -152,9 +147,7 @@ def check_periods(source: VTPSource) -> None:
             raise UserError(f"{source.path}: {name} is not the RoPE table of its config; it has no native form")
 
 
-def build_tokenizer(
-    source: VTPSource, device: torch.device | str, compute_dtype: torch.dtype = torch.float32
-) -> VTP:
+def build_tokenizer(source: VTPSource, device: torch.device | str, compute_dtype: torch.dtype = torch.float32) -> VTP:
     """Build the tokenizer's towers with their weights, in eval mode; nothing else takes memory."""
     tensors = source.tokenizer_tensors
     with torch.device("meta"):
