@@ -80,10 +80,9 @@ def check(section: Mapping[str, Any], zero_stage: int) -> None:
     if not isinstance(zero, Mapping):
         raise UserError(f"deepspeed.zero_optimization: expected a mapping of keys, got {zero!r}")
     for key in [*section, *(f"zero_optimization.{name}" for name in zero)]:
-        if key in OWNED:
-            raise UserError(f"deepspeed.{key}: is MegaVTP's to set; remove it: {OWNED[key]}")
-        if key in REFUSED:
-            raise UserError(f"deepspeed.{key}: does not work here; remove it: {REFUSED[key]}")
+        for table, why in ((OWNED, "is MegaVTP's to set"), (REFUSED, "does not work here")):
+            if key in table:
+                raise UserError(f"deepspeed.{key}: {why}; remove it: {table[key]}")
         if key not in PASSED:
             near = difflib.get_close_matches(key, [*PASSED, *OWNED, *REFUSED], n=1)
             hint = f"did you mean deepspeed.{near[0]}?" if near else "remove it"

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+from megavtp.config.ranges import Depth, Width
 from megavtp.config.schema import Config, DecoderConfig, ModelConfig, Size, TextConfig, VisionConfig
 
 Shape = tuple[int, int, int]  # width, depth, heads
@@ -31,26 +32,25 @@ DECODER: dict[Size, Shape] = {**VISION, "tiny": (192, 4, 3)}
 
 
 @dataclass(frozen=True)
-class ResolvedVision(VisionConfig):
-    width: int = field(kw_only=True)
-    depth: int = field(kw_only=True)
-    heads: int = field(kw_only=True)
+class Resolved:
+    """A transformer whose shape is known."""
+
+    width: Width = field(kw_only=True)
+    depth: Depth = field(kw_only=True)
+    heads: Width = field(kw_only=True)
 
 
 @dataclass(frozen=True)
-class ResolvedText(TextConfig):
+class ResolvedVision(Resolved, VisionConfig): ...
+
+
+@dataclass(frozen=True)
+class ResolvedText(Resolved, TextConfig):
     """A text tower whose vocabulary size may still be open: the caption tokenizer decides it."""
 
-    width: int = field(kw_only=True)
-    depth: int = field(kw_only=True)
-    heads: int = field(kw_only=True)
-
 
 @dataclass(frozen=True)
-class ResolvedDecoder(DecoderConfig):
-    width: int = field(kw_only=True)
-    depth: int = field(kw_only=True)
-    heads: int = field(kw_only=True)
+class ResolvedDecoder(Resolved, DecoderConfig): ...
 
 
 @dataclass(frozen=True)

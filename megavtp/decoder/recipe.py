@@ -11,5 +11,5 @@ class DecoderTraining(Pretraining):
     """The pixel decoder on the latents of a frozen encoder, over pre-training's data."""
 
     def passes(self) -> list[Pass]:
-        assert self.share.reconstruction is not None
-        return [DecoderPass(self.config, self.share.reconstruction, self.mesh, self.device, self.perceptual)]
+        part = self.share.passes["reconstruction"]
+        return [DecoderPass(self.config, part, self.mesh, self.device, self.perceptual)]

@@ -7,10 +7,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from megavtp.config.run import LoggingConfig, ParallelConfig, TrainConfig
-from megavtp.config.sizes import Shape, filled, known, narrowed
+from megavtp.config.run import ReadingConfig, RunConfig
+from megavtp.config.sizes import Resolved, Shape, filled, known, narrowed
 
 DiTSize = Literal["tiny", "b", "l", "xl", "1p0b", "1p6b"]
 Condition = Literal["class", "caption"]
@@ -52,37 +52,23 @@ class FlowMatchingConfig:
 
 
 @dataclass(frozen=True)
-class LatentDataConfig:
+class LatentDataConfig(ReadingConfig):
     root: str = "data/latents"  # folder of latent shards with the tokenizer's facts and statistics
     flip: float = 0.5  # probability of the latents of the mirrored image
-    streams: int = 64  # logical streams; every data-parallel size must divide it, it must divide the batch
-    shuffle_block: int = 4096  # samples permuted together inside a stream
-    workers: int = 4  # loader processes of each rank; 0 = read in the training process
-    prefetch: int = 2  # steps each worker prepares ahead
-    max_bad_samples: int = 1000  # in one run of one process; more is an error
 
 
 @dataclass(frozen=True)
-class DiTConfig:
-    seed: int = 0
+class DiTConfig(RunConfig):
     output_dir: str = "runs/dit"
     model: DiTModelConfig = field(default_factory=DiTModelConfig)
     flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     ema_momentum: float = 0.9999  # of the averaged weights, which sampling uses
     data: LatentDataConfig = field(default_factory=LatentDataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)  # a step's batch counts latents
-    telemetry: LoggingConfig = field(default_factory=LoggingConfig)
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed keys, passed through
 
 
 @dataclass(frozen=True)
-class ResolvedDiT(DiTModelConfig):
+class ResolvedDiT(Resolved, DiTModelConfig):
     """The model's own sizes are known; those of the latents may still be open."""
-
-    width: int = field(kw_only=True)
-    depth: int = field(kw_only=True)
-    heads: int = field(kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -272,10 +272,10 @@ def build_passes(
 ) -> list[Pass]:
     """Make the passes of the objectives that are on, in the order in which a step runs them."""
     passes: list[Pass] = []
-    if share.contrastive:
-        passes.append(ContrastivePass(config, share.contrastive, mesh, device))
-    if share.self_distillation:
-        passes.append(SelfDistillationPass(config, share.self_distillation, mesh, device))
-    if share.reconstruction:
-        passes.append(ReconstructionPass(config, share.reconstruction, mesh, device, perceptual))
+    if part := share.passes.get("contrastive"):
+        passes.append(ContrastivePass(config, part, mesh, device))
+    if part := share.passes.get("self_distillation"):
+        passes.append(SelfDistillationPass(config, part, mesh, device))
+    if part := share.passes.get("reconstruction"):
+        passes.append(ReconstructionPass(config, part, mesh, device, perceptual))
     return passes

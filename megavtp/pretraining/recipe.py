@@ -94,7 +94,7 @@ class Pretraining(Recipe):
         return decides_samples(key) or key == "model.image_size" or batches_and_masks is not None
 
     def averaged(self) -> Pairs:
-        return self.model.teacher_pairs() if self.share.self_distillation else []
+        return self.model.teacher_pairs() if "self_distillation" in self.share.passes else []
 
     def follow(self, step: int) -> float:
         settings = self.config.objectives.self_distillation

@@ -117,7 +117,7 @@ class Released:
             text=replace(TINY.text, width=32, depth=1, heads=2, vocab_size=64, context_length=8),
             decoder=replace(TINY.decoder, width=32, depth=1, heads=2),
         )
-        save_folder(folder, config, build_vtp(config, objectives=EXPORTED).state_dict())
+        save_folder(folder, config, build_vtp(config, objectives=frozenset(EXPORTED)).state_dict())
         self.file = folder / "model.safetensors"
         self.content = self.file.read_bytes()
 

@@ -185,7 +185,7 @@ def passes_of(config: Config, mesh: Mesh) -> list[Pass]:
     distance = (lambda a, b: (a - b).square().mean((1, 2, 3))) if wanted else None
     shares, device = share(config, mesh.dp), torch.device("cpu")
     if config.objectives.reconstruction.frozen_encoder:
-        return [DecoderPass(config, shares.reconstruction, mesh, device, distance)]
+        return [DecoderPass(config, shares.passes["reconstruction"], mesh, device, distance)]
     return build_passes(config, shares, mesh, device, distance)
 
 
