@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megavtp.arithmetic import ceil_div
 from megavtp.parallel.collectives import all_gather, copy_to_tp, reduce_scatter
 from megavtp.parallel.mesh import Mesh
 
@@ -49,7 +50,7 @@ class TokenCut:
     @property
     def share_of_each(self) -> int:
         """The number of rows that this rank has of each sequence; n is ``sequences`` times that."""
-        return -(-self.length // self.mesh.tp)
+        return ceil_div(self.length, self.mesh.tp)
 
     def keeping(self, kept: Tensor) -> TokenCut:
         return replace(self, kept=kept)

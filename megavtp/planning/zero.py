@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from megavtp.arithmetic import ceil_div
 from megavtp.config.sizes import ResolvedModel
 from megavtp.models.cuts import tower_cuts
 from megavtp.models.vtp import VTP
@@ -142,11 +143,11 @@ def state(
 
 def shard(numel: int, dp: int) -> int:
     """Return the elements of a rank's partition in stage 3, which cuts each parameter on its own."""
-    return -(-numel // dp)
+    return ceil_div(numel, dp)
 
 
 def bucket_elements(trained: int) -> int:
-    return -(-min(trained, _BUCKET) // 1024) * 1024
+    return ceil_div(min(trained, _BUCKET), 1024) * 1024
 
 
 def _sizes(pieces: Sequence[Piece], size: Callable[[Piece], int]) -> Counter[int]:
@@ -161,7 +162,7 @@ def _sizes(pieces: Sequence[Piece], size: Callable[[Piece], int]) -> Counter[int
 def flat_elements(pieces: Sequence[Piece], dp: int) -> int:
     """Return the elements of all groups in stages 1 and 2, which flatten and pad each group."""
     align = _ALIGN * dp
-    return sum(-(-size // align) * align for size in _sizes(pieces, lambda p: p.numel).values())
+    return sum(ceil_div(size, align) * align for size in _sizes(pieces, lambda p: p.numel).values())
 
 
 def _partition_gradients(pieces: Sequence[Piece], dp: int, first_mode: str | None) -> tuple[int, int]:
@@ -171,7 +172,7 @@ def _partition_gradients(pieces: Sequence[Piece], dp: int, first_mode: str | Non
     """
     owned, unreached = [0] * dp, [0] * dp
     for group, size in _sizes(pieces, lambda p: p.numel).items():
-        partition, start = -(-size // (_ALIGN * dp)) * _ALIGN, 0
+        partition, start = ceil_div(size, _ALIGN * dp) * _ALIGN, 0
         for piece in (p for p in pieces if p.group == group):
             for rank in range(start // partition, (start + piece.numel - 1) // partition + 1):
                 owned[rank] += piece.numel

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megavtp.arithmetic import ceil_div
 from megavtp.data.torch_file import read_torch_file
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.network import FeatureNetwork
@@ -115,7 +116,7 @@ class EfficientNetLite0(FeatureNetwork):
 
 def _pad(x: Tensor, conv: _Conv) -> Tensor:
     """Apply TensorFlow's "same" padding to a square input; an odd pixel goes to the right and below."""
-    short = max((-(-x.shape[-1] // conv.stride) - 1) * conv.stride + conv.kernel - x.shape[-1], 0)
+    short = max((ceil_div(x.shape[-1], conv.stride) - 1) * conv.stride + conv.kernel - x.shape[-1], 0)
     return F.pad(x, [short // 2, short - short // 2] * 2) if short else x
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megavtp.arithmetic import ceil_div
 from megavtp.evaluation.distances.efficientnet import load_efficientnet
 from megavtp.evaluation.distances.frechet import FeatureMoments, FeatureStatistics
 from megavtp.evaluation.distances.image_sources import ImageSource, NumberedImages
@@ -45,7 +46,7 @@ def summarise(
     Which features are kept depends on the images' numbers alone, not on batch size or process count. ``UserError`` on
     all ranks if one cannot read its share or there are fewer than two images.
     """
-    stride = -(-len(source) // MAX_KEPT)
+    stride = ceil_div(len(source), MAX_KEPT)
 
     def own_share() -> tuple[FeatureMoments, Tensor, Tensor]:
         moments = FeatureMoments(network.dims, device)
