@@ -54,6 +54,9 @@ class ResolvedDecoder(DecoderConfig):
     heads: int = field(kw_only=True)
 
 
+Tower = ResolvedVision | ResolvedText | ResolvedDecoder
+
+
 @dataclass(frozen=True)
 class ResolvedModel(ModelConfig):
     vision: ResolvedVision = field(kw_only=True)
