@@ -65,8 +65,9 @@ def main() -> int:
     if config.model.text.vocab_size is None:
         config = with_vocabulary(config, CLIP_VOCABULARY)
         print(f"vocabulary  taken as CLIP's {CLIP_VOCABULARY:,}; set model.text.vocab_size for your tokenizer's")
-    groups = lambda named: parameter_groups(named, config.train.optimizer)  # noqa: E731
-    planner = Planner(config, groups, device, options.gpus_per_node)
+    planner = Planner(
+        config, lambda named: parameter_groups(named, config.train.optimizer), device, options.gpus_per_node
+    )
     budget = memory * (1 - options.margin) * GIB
     print("\n".join(report.model_lines(config, parameter_counts(config))))
     print(f"device      {device.name}, {memory:g} GiB of which {budget / GIB:.1f} for the run, {options.gpus} of them, "

@@ -13,8 +13,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -38,7 +38,6 @@ from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.rehearsal import rehearsal, rehearse
 from megavtp.pixels import normalise
 from megavtp.planning.flops import expected_masked_patches, patches_of
-from megavtp.planning.once import once
 
 MODES = {"contrastive": "contrastive", "self_distillation": "student", "reconstruction": "reconstruction"}
 # The towers that the stages of a pass run through, leg by leg; those of one leg run side by side.
@@ -52,6 +51,21 @@ _ENOUGH_CHUNKS = 4
 _TEMPERATURE = 0.07  # of the teacher: any will do
 
 Sent = Counter[tuple[str, str]]  # (axis, operation) -> payload bytes of one rank
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def once(method: Method) -> Method:
+    """Run a method once for the same arguments; its object keeps what it returned."""
+
+    @wraps(method)
+    def known_or_made(self: Any, *arguments: Any) -> Any:
+        known = vars(self).setdefault("_known", {})
+        key = (method.__name__, *arguments)
+        if key not in known:
+            known[key] = method(self, *arguments)
+        return known[key]
+
+    return cast(Method, known_or_made)
 
 
 @dataclass(frozen=True)
@@ -193,18 +207,15 @@ class Rehearsals:
     def end(self, mode: str, leg: int, is_last: bool, m: int, tp: int, *, loss: bool = True) -> Cost:
         """Return the cost of the embedding before a leg's blocks, or of what follows them; the last end has the losses.
 
-        The input of the blocks is counted here, where it is made; their output is not.
+        The input of the blocks is counted here, where it is made; their output is not. Without ``loss`` it is that of
+        a forward without graph, of which the last end holds the results, and what they view.
         """
-        at = partial(self._end, mode, leg, is_last, tp, loss, True)
+        at = partial(self._end, mode, leg, is_last, tp, loss)
         chunked = mode == "student" and is_last and loss  # not linear, as its logits are made in chunks
         return at(m) if chunked else _interpolated(at, m)
 
-    def results(self, mode: str, m: int, tp: int) -> Cost:
-        """Return the cost of the last end of a forward without graph: it holds the results, and what they view."""
-        return _interpolated(partial(self._end, mode, len(LEGS[mode]) - 1, True, tp, False, False), m)
-
     @once
-    def _end(self, mode: str, leg: int, is_last: bool, tp: int, loss: bool, graph: bool, m: int) -> Cost:
+    def _end(self, mode: str, leg: int, is_last: bool, tp: int, loss: bool, m: int) -> Cost:
         stage = 2 * leg + is_last
         with rehearsal(tp=tp, fused_norms=self.fused_norms, pp=2, pp_rank=int(is_last)) as mesh:
             model, inputs = self._model(mesh, depth=0), self._inputs(mode, m)
@@ -221,7 +232,7 @@ class Rehearsals:
                 results.append(model(mode, stage=stage, activations=activations, **(inputs | pixels)))
                 return close(results[0]) if close else results[0]
 
-            with torch.set_grad_enabled(graph):
+            with torch.set_grad_enabled(loss):
                 return _cost(mesh, forward, list(model.parameters()), activations)
 
     @once

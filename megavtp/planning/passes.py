@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -61,20 +62,19 @@ def pass_cost(parts: Rehearsals, layout: RankLayout, name: str, part: PassShare)
     embeddings = 2 if mode == "student" and config.data.augment.local_crops else 1
     calls = [Calls(mode, count if twice else 0, count, len(chains), embeddings)]
     base = peak = 0.0  # the bytes that live through the whole pass, and the most at one time
-    if mode == "student":
-        teacher = _chains(parts, layout, "teacher", m)
-        sent += _traffic(teacher, count)
-        calls.append(Calls("teacher", count, 0, len(teacher)))
-        peak = max(chain.forward_peak for chain in teacher)
-        if mesh.is_last_stage:
-            base = count * teacher[-1].segments[-1].held
-            center = parts.centering(part.local, mesh.tp, mesh.dp)
-            sent += center.forward
-            peak = base + max(peak, center.peak)
+    before = ["teacher"] if mode == "student" else []
     if twice:
-        sent += _traffic(_chains(parts, layout, mode, m, loss=False), count)
-        if mesh.is_last_stage:  # the first pass's results stay
-            base += count * parts.results(mode, m, mesh.tp).held
+        before.append(mode)
+    for forward in before:  # without graph
+        silent = _chains(parts, layout, forward, m, loss=False)
+        sent += _traffic(silent, count)
+        if mesh.is_last_stage:  # their results stay
+            base += count * silent[-1].segments[-1].held
+        if forward == "teacher":
+            calls.append(Calls("teacher", count, 0, len(silent)))
+            center = parts.centering(part.local, mesh.tp, mesh.dp) if mesh.is_last_stage else Cost()
+            sent += center.forward
+            peak = base + max(center.peak, *(chain.forward_peak for chain in silent))
     if over_batch and mesh.is_last_stage:
         terms = parts.over_batch(mode, part.local, mesh.dp)
         sent += terms.forward + terms.backward
@@ -84,7 +84,7 @@ def pass_cost(parts: Rehearsals, layout: RankLayout, name: str, part: PassShare)
     if mesh.pp > 1:
         sent["pp", "broadcast"] += FLOAT * _terms(config, mode)  # the terms are sent to every rank
     peak = max(peak, base + _in_flight(chains, layout, count))
-    plain = chains if layout.recompute == "none" else _chains(parts, layout, mode, m, redo=False)
+    plain = chains if layout.recompute == "none" else _chains(parts, replace(layout, recompute="none"), mode, m)
     activity = count * sum(chain.held for chain in plain)
     idle = 0.0 if mesh.pp == 1 else _bubble(layout.schedule, mesh.pp, len(chains), count)
     return PassCost(peak, activity, +sent, idle, calls, 3.0 + twice + (layout.recompute == "full"))
@@ -120,22 +120,20 @@ class _Chain:
         for segment in self.segments:
             most = max(most, before + segment.peak)
             before += segment.held
-        return max(most, before, before - self.segments[-1].held + self.input_bytes if self.segments else 0.0)
+        return max(most, before, before - self.segments[-1].held + self.input_bytes)
 
     @property
     def forward_peak(self) -> float:
         """The most bytes in a forward without graph: one part's, and what the part before it gave out."""
-        pairs = zip([Cost(), *self.segments], self.segments)
-        return max((before.held + segment.peak for before, segment in pairs), default=0.0)
+        return max(before.held + segment.peak for before, segment in pairwise([Cost(), *self.segments]))
 
 
-def _chains(
-    parts: Rehearsals, layout: RankLayout, mode: str, m: int, *, loss: bool = True, redo: bool = True
-) -> list[_Chain]:
+def _chains(parts: Rehearsals, layout: RankLayout, mode: str, m: int, *, loss: bool = True) -> list[_Chain]:
     """Return, stage by stage, what this rank runs of a pass; with one rank everything is one stage."""
     mesh = layout.mesh
     cuts = tower_cuts(parts.config.model, parts.objectives, mesh.chunks)
-    recompute = layout.recompute if redo else "none"
+    # In float32 the embedding itself holds the pictures.
+    pictures = 0 if parts.dtype == torch.float32 else parts.picture_bytes(mode, m)
     stages = len(LEGS[mode]) * mesh.chunks
 
     def into(stage: int) -> int:
@@ -152,18 +150,16 @@ def _chains(
             segments.append(Cost(arriving, arriving))
         for tower in LEGS[mode][leg]:
             blocks = len(cuts[tower][chunk])
-            segments.append(parts.stack(mode, tower, blocks, m, mesh.tp, mesh.sequence_parallel, recompute))
+            segments.append(parts.stack(mode, tower, blocks, m, mesh.tp, mesh.sequence_parallel, layout.recompute))
         if chunk == mesh.chunks - 1:
-            if mode == "reconstruction" and stage == stages - 1 and (mesh.pp > 1 or parts.dtype != torch.float32):
+            if mode == "reconstruction" and stage == stages - 1 and (mesh.pp > 1 or pictures):
                 # The images to compare with; elsewhere they are what the embedding holds.
                 target = parts.picture_bytes(mode, m)
                 segments.append(Cost(target, target))
             segments.append(parts.end(mode, leg, True, m, mesh.tp, loss=loss))
-        # In float32 the embedding itself holds the pictures.
-        pictures = parts.picture_bytes(mode, m) if stage == 0 and parts.dtype != torch.float32 else 0
-        chains.append(_Chain(segments, arriving, into(stage + 1), pictures))
+        chains.append(_Chain(segments, arriving, into(stage + 1), 0 if stage else pictures))
     if mesh.pp == 1:
-        return [_Chain([segment for chain in chains for segment in chain.segments], 0, 0, chains[0].input_bytes)]
+        return [_Chain([segment for chain in chains for segment in chain.segments], 0, 0, pictures)]
     return chains
 
 
@@ -174,12 +170,11 @@ def _in_flight(chains: Sequence[_Chain], layout: RankLayout, count: int) -> floa
     now = most = 0.0
     for op in train_order(schedule, pp, layout.mesh.pp_rank, len(chains), count):
         chain = chains[op.stage // pp]
-        if op.kind == "F":
-            most = max(most, now + chain.peak)
-            now += chain.held
-        else:
+        if op.kind == "B":
             now -= chain.held
-            most = max(most, now + chain.peak)
+        most = max(most, now + chain.peak)
+        if op.kind == "F":
+            now += chain.held
     return most
 
 

@@ -12,8 +12,7 @@ from megavtp.parallel.traffic import Transfer
 from megavtp.planning import zero
 from megavtp.planning.devices import Device
 from megavtp.planning.flops import flops_per_step
-from megavtp.planning.once import once
-from megavtp.planning.parts import MODES, Rehearsals, Sent
+from megavtp.planning.parts import MODES, Rehearsals, Sent, once
 from megavtp.planning.passes import PassCost, RankLayout, pass_cost
 
 GIB = 2**30
@@ -42,6 +41,10 @@ class RankPlan:
     def memory(self) -> float:
         """The most bytes at one time, in the passes or during the update."""
         return self.state.total + max(self.activations, self.state.step)
+
+    def wire_bytes(self, axis: str, size: int) -> float:
+        """Return the bytes that leave the rank for its group of ``size`` ranks along an axis."""
+        return sum(Transfer(a, op, count, size).wire_bytes for (a, op), count in self.sent.items() if a == axis)
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,11 @@ class Plan:
             time = per_objective[name] / 3 * cost.forwards / self.world_size / (self.device.peak_tflops * 1e12)
             busy, idle = busy + time, idle + time * cost.bubble
         seconds = {"products": busy, "bubble": idle, "elementwise": max(map(self._elementwise, self.ranks))}
-        for axis in ("tp", "pp", "dp"):
-            seconds[axis] = max(self._link_seconds(rank, axis) for rank in self.ranks)
+        p = self.config.parallel
+        # By axis, the size of a group and the span of consecutive ranks that it reaches over.
+        for axis, size, span in (("tp", p.tp, p.tp), ("pp", p.pp, p.tp * p.pp), ("dp", self.dp, self.world_size)):
+            link = self.device.inside if span <= self.gpus_per_node else self.device.between
+            seconds[axis] = max(rank.wire_bytes(axis, size) for rank in self.ranks) / (link * 1e9)
         return seconds
 
     @property
@@ -91,13 +97,6 @@ class Plan:
     def _elementwise(self, rank: RankPlan) -> float:
         moved = _TOUCHES * sum(cost.activity for cost in rank.passes.values())
         return (moved + _ADAM_BYTES * rank.owned + _TEACHER_BYTES * rank.teacher) / (self.device.memory_bandwidth * 1e9)
-
-    def _link_seconds(self, rank: RankPlan, axis: str) -> float:
-        p = self.config.parallel
-        size = {"tp": p.tp, "pp": p.pp, "dp": self.dp}[axis]
-        span = {"tp": p.tp, "pp": p.tp * p.pp, "dp": self.world_size}[axis]  # of consecutive ranks, by a group
-        wire = sum(Transfer(a, op, count, size).wire_bytes for (a, op), count in rank.sent.items() if a == axis)
-        return wire / ((self.device.inside if span <= self.gpus_per_node else self.device.between) * 1e9)
 
 
 class Planner:
@@ -133,10 +132,13 @@ class Planner:
         return min(self._state(_mesh(config, world_size, rank), p.zero_stage, p.zero3_gather).total for rank in ranks)
 
     @once
+    def _pieces(self, mesh: Mesh) -> list[zero.Piece]:
+        return self.inventory.rank(mesh.tp, mesh.pp, mesh.pp_rank, mesh.virtual_stages)
+
+    @once
     def _state(self, mesh: Mesh, stage: int, gather: str) -> zero.State:
         first_mode = next(MODES[name] for name in MODES if name in self.parts.objectives)
-        pieces = self.inventory.rank(mesh.tp, mesh.pp, mesh.pp_rank, mesh.virtual_stages)
-        return zero.state(pieces, stage, mesh.dp, first_mode=first_mode, hold=gather == "step")
+        return zero.state(self._pieces(mesh), stage, mesh.dp, first_mode=first_mode, hold=gather == "step")
 
     @once
     def _pass_cost(self, layout: RankLayout, name: str, part: PassShare) -> PassCost:
@@ -146,7 +148,7 @@ class Planner:
         p, mesh = config.parallel, _mesh(config, world_size, pp_rank)
         layout = RankLayout(replace(mesh, sequence_parallel=p.sequence_parallel), p.schedule, p.recompute)
         passes = {name: self._pass_cost(layout, name, part) for name, part in share(config, mesh.dp).passes.items()}
-        pieces = self.inventory.rank(p.tp, p.pp, pp_rank, p.virtual_stages)
+        pieces = self._pieces(mesh)
         calls = [call for cost in passes.values() for call in cost.calls]
         sent = sum((cost.sent for cost in passes.values()), Sent())
         sent += zero.traffic(

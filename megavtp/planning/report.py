@@ -73,7 +73,9 @@ def details(plan: Plan) -> str:
 def yaml_lines(plan: Plan) -> str:
     """Return the keys of a plan, to be pasted into a recipe."""
     p = plan.config.parallel
-    keys = ["tp", "pp", "zero_stage", "recompute"] + ["schedule"] * (p.pp > 1)
+    keys = ["tp", "pp", "zero_stage", "recompute"]
+    if p.pp > 1:
+        keys.append("schedule")
     more = ("virtual_stages", "zero3_gather", "sequence_parallel")
     keys += [key for key in more if getattr(p, key) != getattr(ParallelConfig, key)]  # where it is not the default
     parallel = {key: getattr(p, key) for key in keys}

@@ -81,20 +81,19 @@ def _mildest(planner: Planner, variants: list[list[ResolvedConfig]], world_size:
             continue
         fits = False
         for sizes in variants:
-            plans = (planner.plan(_with(one, saving), world_size, draft=True) for one in sizes)  # from large to small
-            for plan in plans:
+            for one in sizes:  # from large to small
+                plan = planner.plan(_with(one, saving), world_size, draft=True)
                 if plan.memory <= budget:
-                    fits = True
                     break
             yield plan
+            fits = fits or plan.memory <= budget
         if fits:
             return
 
 
 def _with(config: ResolvedConfig, saving: tuple[bool, Recompute]) -> ResolvedConfig:
-    tokens, recompute = saving
-    tokens = tokens and config.parallel.tp > 1
-    return replace(config, parallel=replace(config.parallel, sequence_parallel=tokens, recompute=recompute))
+    p = config.parallel
+    return replace(config, parallel=replace(p, sequence_parallel=saving[0] and p.tp > 1, recompute=saving[1]))
 
 
 def layouts(given: ParallelConfig, world_size: int, gpus_per_node: int) -> Iterator[ParallelConfig]:

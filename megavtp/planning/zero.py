@@ -18,7 +18,6 @@ from megavtp.arithmetic import ceil_div
 from megavtp.config.sizes import ResolvedModel
 from megavtp.models.vtp import VTP
 from megavtp.parallel.mesh import Mesh
-from megavtp.planning.once import once
 
 FLOAT = 4  # bytes
 _BUCKET = 50_000_000  # elements at most, as in ``deepspeed_adapter.build_config``
@@ -55,7 +54,6 @@ class Inventory:
         with torch.device("meta"):
             return list(VTP(self._model, mesh, objectives=self._objectives).named_parameters())
 
-    @once
     def rank(self, tp: int, pp: int, pp_rank: int, virtual_stages: int) -> list[Piece]:
         """Return what a pipeline rank holds."""
         named = self._named(Mesh(tp=tp, pp=pp, pp_rank=pp_rank, virtual_stages=virtual_stages))
