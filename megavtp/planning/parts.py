@@ -280,10 +280,9 @@ class Rehearsals:
     def _closing(self, mode: str, m: int, mesh: Mesh) -> Callable[[Any], Any] | None:
         """Return what computes the loss terms of one micro-batch from a pass's outputs, if it has any."""
         if mode == "reconstruction":
-            kind, size = self.config.objectives.reconstruction.perceptual, self.config.model.image_size
-            net = PERCEPTUAL_NETS.get(kind)
+            net = PERCEPTUAL_NETS.get(self.config.objectives.reconstruction.perceptual)
             perceptual = net and LPIPS(net, {name: torch.empty(shape) for name, shape in weight_shapes(net).items()})
-            target = torch.empty(m, 3, size, size)
+            target = torch.empty(m, 3, self.config.model.image_size, self.config.model.image_size)
             return partial(reconstruction_terms, target=target, perceptual=perceptual, images_total_local=m)
         if mode != "student":
             return None
