@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+from megavtp.arithmetic import ceil_div
 from megavtp.config.ranges import Depth, Width
 from megavtp.config.schema import Config, DecoderConfig, ModelConfig, Size, TextConfig, VisionConfig
 
@@ -51,6 +52,9 @@ class ResolvedText(Resolved, TextConfig):
 
 @dataclass(frozen=True)
 class ResolvedDecoder(Resolved, DecoderConfig): ...
+
+
+Tower = ResolvedVision | ResolvedText | ResolvedDecoder
 
 
 @dataclass(frozen=True)
@@ -113,4 +117,4 @@ def ffn_hidden(kind: str, width: int, ratio: float) -> int:
     if kind == "mlp":
         return hidden
     align = int(kind.removeprefix("swiglu") or 8)
-    return -(-int(hidden * 2 / 3) // align) * align
+    return ceil_div(int(hidden * 2 / 3), align) * align

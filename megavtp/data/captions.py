@@ -11,6 +11,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+from megavtp.arithmetic import ceil_div
 from megavtp.data.clip_bpe import ClipTokenizer
 from megavtp.data.files import refuse_remote, write_atomic
 from megavtp.data.sample_text import encodable
@@ -44,7 +45,7 @@ class SentencePieceTokenizer:
         self._path = Path(path)
         self._model = _load(self._path)
         used = self._model.get_piece_size() + _RESERVED
-        self.vocab_size = -(-used // _MULTIPLE) * _MULTIPLE
+        self.vocab_size = ceil_div(used, _MULTIPLE) * _MULTIPLE
 
     def __reduce__(self):
         return SentencePieceTokenizer, (self._path, self.context_length)

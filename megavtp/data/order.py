@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from megavtp.arithmetic import ceil_div
 from megavtp.data.decode import BadSample
 from megavtp.data.randomness import generator, stable_hash
 from megavtp.errors import UserError
@@ -113,7 +114,7 @@ class SampleOrder:
 
     def _lay_out(self, epoch: int) -> _Epoch:
         left_out = self.total - self.streams * self.length  # fewer than half of all samples
-        windows = -(-self.total // left_out) if left_out else 1
+        windows = ceil_div(self.total, left_out) if left_out else 1
         start = min(epoch % windows * left_out, self.total - left_out)
         last = np.cumsum(self.counts)
         first = last - self.counts

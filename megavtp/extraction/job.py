@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megavtp.arithmetic import ceil_div
 from megavtp.checkpoint.background import BackgroundTask
 from megavtp.data.batch import one_thread
 from megavtp.data.loader import Loader
@@ -87,7 +88,7 @@ class Extraction:
         index = hashlib.sha256((self.data.folder / "index.json").read_bytes()).hexdigest()
         decisive = {"data": index, "images_per_shard": self.images_per_shard, **asdict(settings)}
         self.folder = UnfinishedLatents(
-            out, tokenizer.artifact, decisive, -(-len(self.data) // self.images_per_shard)
+            out, tokenizer.artifact, decisive, ceil_div(len(self.data), self.images_per_shard)
         )
         self.left_out = 0
 
@@ -193,5 +194,5 @@ class Extraction:
 def shard_size(samples: int, batch_size: int) -> int:
     """Return the images of one shard: whole batches, which depend on the size of the data set alone."""
     low, high = _SHARD_IMAGES
-    wanted = min(max(-(-samples // _SHARDS), low), high)
-    return -(-wanted // batch_size) * batch_size
+    wanted = min(max(ceil_div(samples, _SHARDS), low), high)
+    return ceil_div(wanted, batch_size) * batch_size

@@ -27,6 +27,11 @@ class Prototypes(nn.Module):
         return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
 
 
+def head_widths(in_dim: int, config: DinoHeadConfig) -> list[int]:
+    """Return the widths before, between and after the head's matrices, the prototypes included."""
+    return [in_dim, *[config.hidden] * (config.layers - 1), config.bottleneck, config.prototypes]
+
+
 def _mlp(sizes: list[int], mesh: Mesh) -> nn.Sequential:
     """Stack linears and GELU. The linears are column- and row-parallel in turn; an odd last one reads all of x."""
     layers: list[nn.Module] = []
@@ -46,7 +51,7 @@ class DinoHead(nn.Module):
 
     def __init__(self, in_dim: int, config: DinoHeadConfig, mesh: Mesh = SINGLE):
         super().__init__()
-        self.mlp = _mlp([in_dim] + [config.hidden] * (config.layers - 1) + [config.bottleneck], mesh)
+        self.mlp = _mlp(head_widths(in_dim, config)[:-1], mesh)
         self.last_layer = Prototypes(config.bottleneck, config.prototypes, mesh)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

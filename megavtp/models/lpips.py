@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavtp.errors import UserError
+from megavtp.models.fitting import misfits
 
 Net = Literal["alex", "vgg"]
 
@@ -73,10 +74,7 @@ class LPIPS(nn.Module):
         """``weights`` must have the names and shapes of ``weight_shapes``; else this raises UserError."""
         super().__init__()
         self.layers = NETS[net]
-        expected = weight_shapes(net)
-        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        if found != expected:
-            wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        if wrong := misfits(weights, weight_shapes(net)):
             raise UserError(f"these tensors are not those of LPIPS-{net}: {', '.join(wrong)}; give other weights")
         # Buffers, not parameters: nothing here is trained, averaged or saved.
         for name, tensor in weights.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,9 +19,7 @@ from megavtp.parallel.layers import RowParallelLinear, VocabParallelEmbedding
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.striping import Stripe, whole
 
-
-def _norm(width: int) -> LayerNorm:
-    return LayerNorm(width, 1e-5)
+_norm = partial(LayerNorm, eps=1e-5)
 
 
 class TextEncoder(nn.Module):

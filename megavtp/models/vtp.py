@@ -6,7 +6,7 @@ Letters: b images, c global crops, N patches, D width, E embedding width, K prot
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
@@ -318,15 +318,10 @@ class VTP(nn.Module):
 
     def teacher_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Pair (teacher, student) parameters, always in the same order."""
-        return [(self.get_parameter(f"teacher.{name}"), student) for name, student in self._distilled()]
+        return [(teacher, self.get_parameter(name)) for name, teacher in self.teacher.named_parameters()]
 
     def start_teacher(self) -> None:
         """Make the teacher a copy of the student."""
         with torch.no_grad():
             for teacher, student in self.teacher_pairs():
                 teacher.copy_(student)
-
-    def _distilled(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for tower in ("trunk", "dino_head"):
-            if getattr(self, tower) is not None:  # the head is on the last pipeline rank
-                yield from getattr(self, tower).named_parameters(prefix=tower)

@@ -12,6 +12,7 @@ from megavtp.config.run import OptimizerConfig, ParallelConfig
 from megavtp.config.share import PassShare, share
 from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig, contrastive_size
 from megavtp.models.vtp import VTP
+from megavtp.planning.flops import patches_of
 
 _PARTS = ("frozen_encoder", "vision", "text", "decoder", "dino_head", "teacher")
 _PART_OF = {"trunk": "vision", "pixel_decoder": "decoder", "dino_head": "dino_head", "teacher": "teacher"}
@@ -59,16 +60,14 @@ def bytes_of_state(trained: int, untrained: int, parallel: ParallelConfig, dp: i
 
 def _tokens(config: ResolvedConfig, name: str) -> str:
     model, augment = config.model, config.data.augment
-    size = contrastive_size(config) if name == "contrastive" else model.image_size
-    per_image = (size // model.patch_size) ** 2 + 1
     if name == "contrastive":
-        return f"{per_image} image + {model.text.context_length} text tokens"
+        image_tokens = patches_of(model, contrastive_size(config)) + 1
+        return f"{image_tokens} image + {model.text.context_length} text tokens"
     if name == "reconstruction":
-        return f"{per_image} tokens"
-    crops = (augment.global_size, augment.local_size)
-    global_tokens, local_tokens = ((size // model.patch_size) ** 2 + 1 for size in crops)
+        return f"{patches_of(model, model.image_size) + 1} tokens"
     return (
-        f"{GLOBAL_CROPS} global crops of {global_tokens} and {augment.local_crops} local crops of {local_tokens} tokens"
+        f"{GLOBAL_CROPS} global crops of {patches_of(model, augment.global_size) + 1} and {augment.local_crops} local "
+        f"crops of {patches_of(model, augment.local_size) + 1} tokens"
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from megavtp.arithmetic import ceil_div
 from megavtp.data.files import write_atomic
 from megavtp.training.metrics_file import read_metrics
 from megavtp.training.output_dir import writing
@@ -50,7 +51,7 @@ def draw_sheet(rows: Sequence[tuple[str, Tensor]], band: int = 0) -> Image.Image
     Small images are enlarged.
     """
     height, width = rows[0][1].shape[2:]
-    factor = max(1, -(-_SMALLEST_SIDE // min(height, width)))
+    factor = max(1, ceil_div(_SMALLEST_SIDE, min(height, width)))
     height, width = height * factor, width * factor
     font = ImageFont.load_default(size=14)
     margin = 12 + round(max(font.getlength(title) for title, _ in rows))
@@ -88,7 +89,7 @@ def loss_curves(metrics: Path, path: Path) -> bool:
     from matplotlib.figure import Figure
 
     columns = min(4 if len(curves) > 6 else 3, len(curves))
-    rows = -(-len(curves) // columns)
+    rows = ceil_div(len(curves), columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()

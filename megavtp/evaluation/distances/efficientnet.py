@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megavtp.arithmetic import ceil_div
 from megavtp.data.torch_file import read_torch_file
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.network import FeatureNetwork
@@ -95,7 +96,7 @@ class EfficientNetLite0(FeatureNetwork):
             begin = x
             for conv, weight, bias in convs:
                 # TensorFlow's "same" padding of a square: an odd pixel goes to the right and below.
-                short = max((-(-x.shape[-1] // conv.stride) - 1) * conv.stride + conv.kernel - x.shape[-1], 0)
+                short = max((ceil_div(x.shape[-1], conv.stride) - 1) * conv.stride + conv.kernel - x.shape[-1], 0)
                 x = F.pad(x, [short // 2, short - short // 2] * 2) if short else x
                 x = F.conv2d(x, weight, bias, conv.stride, groups=conv.outputs if conv.depthwise else 1)
                 if conv.relu:

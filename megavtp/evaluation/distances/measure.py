@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megavtp.arithmetic import ceil_div
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.efficientnet import load_efficientnet
 from megavtp.evaluation.distances.feature_sets import (
@@ -57,7 +58,7 @@ def summarise(
     Which features are kept depends on the images' numbers alone, not on batch size or process count. ``UserError`` on
     all ranks if one cannot read its share or there are fewer than two images.
     """
-    stride = -(-len(source) // MAX_KEPT)
+    stride = ceil_div(len(source), MAX_KEPT)
     hidden = True if mesh.rank or not title else None  # None: unless the first rank runs in a terminal
 
     def own_share() -> tuple[FeatureMoments, Tensor, Tensor]:

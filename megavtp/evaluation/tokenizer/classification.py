@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megavtp.arithmetic import ceil_div
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.errors import UserError
 from megavtp.evaluation.ranking import match_rank, recall, row_blocks
@@ -37,7 +38,7 @@ def class_embeddings(
         raise UserError('evaluation.templates: every template needs "{}", the place of the class name')
     prompts = [template.replace("{}", readable(name)) for name in names for template in templates]
     tokens = tokenizer.encode(prompts)
-    share = -(-len(prompts) // mesh.dp)
+    share = ceil_div(len(prompts), mesh.dp)
     rows = (torch.arange(share) + mesh.dp_rank * share).clamp_max(len(prompts) - 1)  # short ranks repeat the last
     with torch.no_grad():
         own = [model.encode_text(tokens[part].to(device)).float() for part in rows.split(batch_size)]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megavtp.arithmetic import ceil_div
 from megavtp.data.loader import EvalDataset
 from megavtp.data.workers import progress
 from megavtp.errors import UserError
@@ -49,7 +50,7 @@ def collect(
     about: list[tuple[str, dict[str, Any]]] = []
     columns: dict[str, list[Tensor]] = {}
     batches = _in_step(dataset.batches(batch_size, mesh.dp_rank, mesh.dp), mesh, device)
-    steps = -(-len(dataset) // (batch_size * mesh.dp))
+    steps = ceil_div(len(dataset), batch_size * mesh.dp)
     for batch in progress(batches, steps, "evaluation", quiet or mesh.rank > 0):
         images = batch["image"].to(device, non_blocking=True)
         with torch.no_grad():
