@@ -15,6 +15,7 @@ try:
 except ImportError:  # optional: 2 to 3 times Pillow's speed on JPEG, same pixels within rounding
     simplejpeg = None
 
+MAX_PIXELS = 64_000_000  # of an image, unless the user sets another limit
 # Only these are ever tried: some other decoders of Pillow start programs (EPS), and no training data need the rest.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _ORIENTATION = 0x0112  # in EXIF; 1 is upright
@@ -24,7 +25,7 @@ class BadSample(Exception):
     """One sample that cannot be used; the message is the reason. Loaders skip it, count it and name it."""
 
 
-def decode_image(data: bytes, max_pixels: int = 64_000_000) -> Tensor:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode to (3, H, W) uint8 RGB, upright by its EXIF orientation, transparency over white.
 
     The strides are those of an interleaved image (channels last), which saves a copy.
@@ -43,14 +44,6 @@ def decode_image(data: bytes, max_pixels: int = 64_000_000) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Raise ``BadSample`` for an empty image or one of more than ``max_pixels`` pixels."""
-    if width < 1 or height < 1:
-        raise BadSample(f"empty image: {width} x {height} pixels")
-    if width * height > max_pixels:
-        raise BadSample(f"image too large: {width} x {height} pixels, the limit is {max_pixels} (data.max_pixels)")
-
-
 def open_image(data: bytes, max_pixels: int) -> Image.Image:
     """Read only the header with Pillow, check the size, and return the not yet decoded image."""
     with warnings.catch_warnings():
@@ -61,7 +54,12 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
             raise BadSample(f"image too large: {error}") from error
         except UnidentifiedImageError:  # its message holds a memory address: no two would be alike
             raise BadSample(f"cannot decode image: not of a known format ({', '.join(FORMATS)})") from None
-    check_size(*image.size, max_pixels)
+    if not all(image.size):
+        raise BadSample(f"empty image: {image.width} x {image.height} pixels")
+    if image.width * image.height > max_pixels:
+        raise BadSample(
+            f"image too large: {image.width} x {image.height} pixels, the limit is {max_pixels} (data.max_pixels)"
+        )
     return image
 
 

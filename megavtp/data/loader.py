@@ -20,8 +20,10 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any, Generic, NoReturn, Protocol, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -29,7 +31,7 @@ from torch.utils.data import DataLoader
 from megavtp.data.augment import center_crop
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.decode import BadSample, decode_image
-from megavtp.data.order import cumulated, locate
+from megavtp.data.order import locate
 from megavtp.data.shards import RawSample, ShardDataset
 from megavtp.data.workers import serve_parent
 from megavtp.errors import UserError
@@ -265,19 +267,33 @@ def _join_or_kill(worker: multiprocessing.Process, deadline: float, timeout: flo
         type(worker).join(worker, 1.0)  # a read that cannot be interrupted keeps it until it returns
 
 
-class EvalDataset:
-    """Holds at most ``max_samples`` samples, spread evenly over the data set, in its order. Images are cropped to the
-    centre and resized to ``size`` pixels; nothing is random."""
+class CroppedSamples:
+    """The samples of a data set, numbered through all shards, with their images reduced and cut to the middle ``size``
+    pixels, as in the reconstruction protocol."""
+
+    def __init__(self, dataset: ShardDataset, size: int, max_pixels: int):
+        self.dataset, self.size, self.max_pixels = dataset, size, max_pixels
+        self._ends = np.cumsum(dataset.shard_counts)
+
+    def read(self, number: int) -> tuple[RawSample, Tensor]:
+        """Return a sample and its image, uint8 (3, size, size). ``BadSample``, with its name, if it is broken."""
+        shard, row = locate(self._ends, number)
+        try:
+            raw = self.dataset.read(shard, row)
+            return raw, center_crop(decode_image(raw.image, self.max_pixels), self.size)
+        except BadSample as error:
+            raise BadSample(f"{self.dataset.name(shard, row)}: {error}") from None
+
+
+class EvalDataset(CroppedSamples):
+    """At most ``max_samples`` samples, spread evenly over the data set, in its order; nothing is random."""
 
     def __init__(
         self, dataset: ShardDataset, tokenizer: CaptionTokenizer, size: int, max_samples: int, max_pixels: int
     ):
-        self.dataset = dataset
+        super().__init__(dataset, size, max_pixels)
         self.tokenizer = tokenizer
-        self.size = size
-        self.max_pixels = max_pixels
-        self._ends = cumulated(dataset.shard_counts)
-        self._total = sum(dataset.shard_counts)
+        self._total = len(dataset)
         self._count = min(self._total, max_samples)
 
     def __len__(self) -> int:
@@ -286,30 +302,18 @@ class EvalDataset:
     def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[dict[str, Any]]:
         """Yield the samples rank, rank + world, ... as dicts of index (b,), image uint8 (b, 3, size, size), tokens
         (b, T), caption list[str], meta list[dict]. A broken sample is left out and named in the log."""
-        rows: list[tuple[int, Tensor, RawSample]] = []
-        for index in range(rank, self._count, world):
-            row = self._row(index)
-            if row is not None:
-                rows.append(row)
-            if len(rows) == batch_size:
-                yield self._batch(rows)
-                rows = []
-        if rows:
-            yield self._batch(rows)
+        rows = self._rows(range(rank, self._count, world))
+        while batch := tuple(islice(rows, batch_size)):
+            indices, raws, images = zip(*batch, strict=True)
+            captions = [raw.caption for raw in raws]
+            yield {
+                "index": torch.tensor(indices), "image": torch.stack(images), "tokens": self.tokenizer.encode(captions),
+                "caption": captions, "meta": [raw.meta for raw in raws],
+            }
 
-    def _row(self, index: int) -> tuple[int, Tensor, RawSample] | None:
-        shard, row = locate(self._ends, index * self._total // self._count)
-        try:
-            raw = self.dataset.read(shard, row)
-            return index, center_crop(decode_image(raw.image, self.max_pixels), self.size), raw
-        except BadSample as error:
-            logger.warning("bad sample left out of the evaluation: %s: %s", self.dataset.name(shard, row), error)
-            return None
-
-    def _batch(self, rows: list[tuple[int, Tensor, RawSample]]) -> dict[str, Any]:
-        indices, images, raws = zip(*rows, strict=True)
-        captions = [raw.caption for raw in raws]
-        return {
-            "index": torch.tensor(indices), "image": torch.stack(images), "tokens": self.tokenizer.encode(captions),
-            "caption": captions, "meta": [raw.meta for raw in raws],
-        }  # fmt: skip
+    def _rows(self, indices: range) -> Iterator[tuple[int, RawSample, Tensor]]:
+        for index in indices:
+            try:
+                yield index, *self.read(index * self._total // self._count)
+            except BadSample as error:
+                logger.warning("bad sample left out of the evaluation: %s", error)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megavtp.config.sizes import known
 from megavtp.data.loader import LoadedBatch
-from megavtp.data.order import SampleOrder, step_positions
+from megavtp.data.order import SampleOrder, StepOrder
 from megavtp.data.randomness import generator
 from megavtp.dit.config import CompleteDiTConfig
 from megavtp.latents.folder import LatentFolder, LatentSample
@@ -50,7 +50,7 @@ class Draw:
         return cls(flip < config.data.flip, drop < settings.condition_dropout, time, noise)
 
 
-class LatentStepDataset(torch.utils.data.Dataset):
+class LatentStepDataset:
     """``self[step]`` is the share of data-parallel rank ``dp_rank`` of ``dp_size`` in that step.
 
     ``config`` has the sizes of the folder. Raises ``UserError`` if streams, batch and dp_size do not divide, or if all
@@ -59,21 +59,16 @@ class LatentStepDataset(torch.utils.data.Dataset):
 
     def __init__(self, folder: LatentFolder, config: CompleteDiTConfig, dp_rank: int = 0, dp_size: int = 1):
         self.folder, self.config = folder, config
-        self.dp_rank, self.dp_size = dp_rank, dp_size
-        data = config.data
-        self.order = SampleOrder(folder.shard_counts, data.streams, data.shuffle_block, config.seed)
-        step_positions(0, config.train.batch_size, data.streams, dp_rank, dp_size)
+        order = SampleOrder(folder.shard_counts, config.data.streams, config.data.shuffle_block, config.seed)
+        self.order = StepOrder(order, config.train.batch_size, dp_rank, dp_size)
 
     def __getitem__(self, step: int) -> LatentBatch:
-        place = step_positions(step, self.config.train.batch_size, self.config.data.streams, self.dp_rank, self.dp_size)
         bad: list[str] = []
-        draws = [Draw.of(self.config, step, position, self.folder.shape) for position in place.positions.tolist()]
-        samples = [
-            self._sample(stream, index, draw.flip, bad)
-            for stream, index, draw in zip(place.streams.tolist(), place.indices.tolist(), draws)
-        ]
+        positions = self.order.positions.tolist()
+        draws = [Draw.of(self.config, step, position, self.folder.shape) for position in positions]
+        samples = [self._sample(step, position, draw.flip, bad) for position, draw in zip(positions, draws)]
         return LatentBatch(
-            step=step, ids=[sample.id for sample in samples], positions=torch.from_numpy(place.positions),
+            step=step, ids=[sample.id for sample in samples], positions=torch.tensor(positions),
             latents=self.folder.statistics.normalise(torch.stack([sample.latents for sample in samples])),
             noise=torch.from_numpy(np.stack([draw.noise for draw in draws])),
             times=torch.tensor([draw.time for draw in draws], dtype=torch.float32),
@@ -88,9 +83,9 @@ class LatentStepDataset(torch.utils.data.Dataset):
         captions = [sample.caption for sample in samples if sample.caption is not None]
         return torch.stack(captions).masked_fill(drop[:, None], 0.0)
 
-    def _sample(self, stream: int, index: int, flip: bool, bad: list[str]) -> LatentSample:
-        """Return the stream's ``index``-th sample, or one in its place."""
+    def _sample(self, step: int, position: int, flip: bool, bad: list[str]) -> LatentSample:
+        """Return the sample at a position, or one in its place."""
         return self.order.read(
-            stream, index, lambda shard, row: self.folder.read(shard, row, flip), self.folder, bad,
+            step, position, lambda shard, row: self.folder.read(shard, row, flip), self.folder, bad,
             "extract them again with tools/extract_latents.py",
         )

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megavtp.data.augment import center_crop
-from megavtp.data.decode import BadSample, decode_image
-from megavtp.data.loader import LoadedBatch
-from megavtp.data.order import cumulated, locate
+from megavtp.data.decode import MAX_PIXELS, BadSample
+from megavtp.data.loader import CroppedSamples, LoadedBatch
 from megavtp.data.shards import ShardDataset
 from megavtp.extraction.labels import Labels
 
@@ -32,26 +30,22 @@ class ImageBatch(LoadedBatch):
 
 
 class ImageBatches:
-    """``self[i]`` is the batch of the samples ``ranges[i]``, numbered through all shards of ``folder``.
-
-    An image is reduced and cut to the middle ``size`` pixels, as in the reconstruction protocol.
-    """
+    """``self[i]`` is the batch of the samples ``ranges[i]``, numbered through all shards of ``folder``."""
 
     def __init__(self, folder: ShardDataset, ranges: Sequence[range], size: int, labels: Labels):
-        self.folder, self.ranges, self.size, self.labels = folder, ranges, size, labels
-        self._ends = cumulated(folder.shard_counts)
+        self.samples, self.ranges, self.labels = CroppedSamples(folder, size, MAX_PIXELS), ranges, labels
 
     def __getitem__(self, place: int) -> ImageBatch:
         images, labels, captions, left_out = [], [], [], []
         for number in self.ranges[place]:
-            shard, row = locate(self._ends, number)
             try:
-                raw = self.folder.read(shard, row)
-                images.append(center_crop(decode_image(raw.image), self.size))
+                raw, image = self.samples.read(number)
             except BadSample as error:
-                left_out.append(f"{self.folder.name(shard, row)}: {error}")
+                left_out.append(str(error))
                 continue
+            images.append(image)
             labels.append(self.labels.of(raw.meta))
             captions.append(raw.caption)
-        stacked = torch.stack(images) if images else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+        size = self.samples.size
+        stacked = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
         return ImageBatch(stacked, torch.tensor(labels, dtype=torch.long), captions, left_out)

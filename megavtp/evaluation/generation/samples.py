@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megavtp.data.decode import BadSample
+from megavtp.data.order import locate
 from megavtp.data.shards import ShardDataset, open_dataset, split_folders
 from megavtp.dit.checkpoint import StoredDiT
 from megavtp.dit.sampling.samples import Sample, in_proportion
@@ -47,22 +48,16 @@ def _captions(dataset: ShardDataset, count: int) -> list[Sample]:
     seen: Counter[str] = Counter()
     samples = []
     for i in range(count):
-        place = i * len(dataset) // count
-        shard = int(np.searchsorted(ends, place, side="right"))
-        caption = _caption(dataset, shard, place - int(ends[shard]) + dataset.shard_counts[shard])
+        try:
+            caption = dataset.read(*locate(ends, i * len(dataset) // count)).caption
+        except BadSample:
+            continue
         if caption:
             samples.append(Sample(caption, seen[caption]))
             seen[caption] += 1
     if len(samples) < 2:
         raise UserError(f"{dataset.folder} has no captions, which this DiT is conditioned on; use shards that have")
     return samples
-
-
-def _caption(dataset: ShardDataset, shard: int, row: int) -> str:
-    try:
-        return dataset.read(shard, row).caption
-    except BadSample:
-        return ""
 
 
 def _class_counts(dataset: ShardDataset, dit: StoredDiT, label: str) -> list[int]:
