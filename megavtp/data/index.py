@@ -7,6 +7,7 @@ metadata; in bytes from the start of the tar, size 0 where there is no such memb
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -20,9 +21,6 @@ from megavtp.errors import UserError
 from megavtp.json_file import Count, Positive, form
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_COLUMNS = (
-    "keys", "image_offset", "image_size", "image_ext", "caption_offset", "caption_size", "meta_offset", "meta_size",
-)
 
 
 @form
@@ -45,6 +43,9 @@ class SideCar:
     meta_size: list[int]
 
 
+_COLUMNS = [column.name for column in fields(SideCar)][3:]
+
+
 @form
 class IndexedShard:
     file: str
@@ -53,7 +54,7 @@ class IndexedShard:
 
 
 @form
-class Index:
+class FolderIndex:
     """``index.json`` lists the shards of a folder; ``total`` counts the samples of all."""
 
     version: Literal[1]
@@ -72,28 +73,23 @@ def index_shard(path: str | Path, report: SkipReport) -> int:
     KEY.json. The others are skipped and named in ``report``. Raises ``UserError`` as ``scan_tar`` does.
     """
     path = refuse_remote(path)
-    columns: dict[str, list] = {name: [] for name in _COLUMNS}
-    seen: set[str] = set()
-    any_meta = False
+    rows: dict[str, tuple] = {}
     with path.open("rb") as file:
         for sample in scan_tar(path, report):
             try:
                 row = _row(sample, file)
-                if sample.key in seen:
+                if sample.key in rows:
                     raise BadSample("key used twice")
-                if sample.before_cut and any_meta and not row[-1]:
+                if sample.before_cut and not row[-1] and any(other[-1] for other in rows.values()):
                     raise BadSample("sample cut off by the end of the tar")
             except BadSample as error:
                 report.skip(str(error), f"{path.name}: {sample.key}")
-                continue
-            seen.add(sample.key)
-            any_meta |= row[-1] > 0
-            for name, value in zip(_COLUMNS, row):
-                columns[name].append(value)
-    count = len(columns["keys"])
-    report.kept += count
+            else:
+                rows[sample.key] = row
+    report.kept += len(rows)
+    columns = {name: [row[i] for row in rows.values()] for i, name in enumerate(_COLUMNS)}
     write_json(sidecar_path(path), {"version": 1, "shard": path.name, "bytes": path.stat().st_size, **columns})
-    return count
+    return len(rows)
 
 
 def build_index(
@@ -121,8 +117,8 @@ def build_index(
             entries.append(IndexedShard(shard.name, count, shard.stat().st_size))
     if not entries:
         raise UserError(f"no usable image-text sample in {folder}: {'; '.join(report.lines())}")
-    total = sum(entry.samples for entry in entries)
-    write_json(folder / "index.json", {"version": 1, "total": total, "shards": [vars(entry) for entry in entries]}, 1)
+    index = FolderIndex(1, sum(entry.samples for entry in entries), entries)
+    write_json(folder / "index.json", asdict(index), 1)
     return report
 
 

@@ -23,7 +23,7 @@ def new_path(out: str | Path) -> Iterator[Path]:
     if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} exists; choose another --out, or remove it first")
     partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
-    made = _missing_parents(out)
+    missing = [parent for parent in out.parents if not parent.exists()]  # the innermost first
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -34,15 +34,10 @@ def new_path(out: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):  # not there, or what should be a folder above it is a file
             partial.unlink()
-        for folder in made:
+        for folder in missing:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         if isinstance(error, OSError):
             reason = error.strerror or error
             raise UserError(f"{out} cannot be written ({reason}); choose another --out or free some space") from None
         raise
-
-
-def _missing_parents(out: Path) -> list[Path]:
-    """Return the folders above ``out`` that do not exist yet, the innermost first."""
-    return [parent for parent in out.parents if not parent.exists()]

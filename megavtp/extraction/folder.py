@@ -11,7 +11,6 @@ tokenizer's facts, without which nobody opens the folder, come last.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megavtp.checkpoint.tensor_file import flush_folder, write_tensors
-from megavtp.data.files import refuse_remote, write_json
+from megavtp.data.files import refuse_remote, replaced, write_json
 from megavtp.data.folder_lock import LOCK_FILE, FolderLock
 from megavtp.errors import UserError
 from megavtp.extraction.moments import Moments, join_all
@@ -108,10 +107,9 @@ class UnfinishedLatents:
             "total_size": str(moments.images if moments else 0), "dtype": "torch.float32", "device": "cpu",
             "tokenizer": self.artifact.fingerprint, "moments": moments.dump() if moments else "",
         }
-        partial = path.with_name(path.name + ".partial")
         try:
-            write_tensors(partial, tensors, metadata)
-            os.replace(partial, path)
+            with replaced(path) as partial:
+                write_tensors(partial, tensors, metadata)
             flush_folder(self.folder)
         except OSError as error:
             raise self._cannot_write(error) from None
