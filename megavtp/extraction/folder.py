@@ -11,8 +11,10 @@ tokenizer's facts, without which nobody opens the folder, come last.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from megavtp.checkpoint.tensor_file import flush_folder, write_tensors
 from megavtp.data.files import refuse_remote, replaced, write_json
 from megavtp.data.folder_lock import LOCK_FILE, FolderLock
 from megavtp.errors import UserError
-from megavtp.extraction.moments import Moments, join_all
+from megavtp.extraction.moments import Moments
 from megavtp.json_file import read_json
 from megavtp.latents.artifact import FILE, STATISTICS_FILE, TokenizerArtifact, check_same_tokenizer
 from megavtp.latents.folder import CLASSES_FILE
@@ -49,14 +51,12 @@ class UnfinishedLatents:
         """Make the folder, unless it was begun already, and lock it until ``release``. UserError if it cannot be
         written or another process fills it; see ``check``."""
         self.check()
-        try:
+        with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.folder, "choose another --out")
             self.check()  # again, now that nobody else changes it
             if not (self.folder / SETTINGS_FILE).exists():
                 write_json(self.folder / SETTINGS_FILE, self.settings, indent=1)
-        except OSError as error:
-            raise self._cannot_write(error) from None
 
     def check(self) -> None:
         """Raise UserError if the folder holds something else, was begun with other settings or finished with other
@@ -74,19 +74,17 @@ class UnfinishedLatents:
                 done = TokenizerArtifact.read(self.folder)
                 check_same_tokenizer(done, str(self.folder), self.artifact, "the given tokenizer")
             return
-        if self.folder.exists() and not self._is_empty():
+        # what an extraction leaves that is killed before it has written its settings
+        left = {LOCK_FILE, f"{SETTINGS_FILE}.partial"}
+        if self.folder.exists() and not (
+            self.folder.is_dir() and {file.name for file in self.folder.iterdir()} <= left
+        ):
             raise UserError(f"{self.folder} exists and was not made by an extraction; choose another --out")
 
     def release(self) -> None:
         """Let other processes have the folder."""
         if self._lock is not None:
             self._lock.close()
-
-    def _is_empty(self) -> bool:
-        """Whether it holds at most what an extraction leaves that is killed before it has written its settings."""
-        return self.folder.is_dir() and {file.name for file in self.folder.iterdir()} <= {
-            LOCK_FILE, f"{SETTINGS_FILE}.partial"
-        }
 
     def missing(self) -> list[int]:
         """Return the numbers of the shards that are missing or not whole."""
@@ -100,25 +98,20 @@ class UnfinishedLatents:
     def write(self, shard: int, tensors: Mapping[str, Tensor], moments: Moments | None) -> None:
         """Write a shard's tensors, see ``latents.folder``. A shard of which no image can be read has no tensors, and
         ``moments`` is None; only that is recorded."""
-        path = self.path(shard)
-        if moments is None:
-            path = self._empty(shard)
+        path = self.path(shard) if moments else self._empty(shard)
         metadata = {
             "total_size": str(moments.images if moments else 0), "dtype": "torch.float32", "device": "cpu",
             "tokenizer": self.artifact.fingerprint, "moments": moments.dump() if moments else "",
         }
-        try:
+        with self._writing():
             with replaced(path) as partial:
                 write_tensors(partial, tensors, metadata)
             flush_folder(self.folder)
-        except OSError as error:
-            raise self._cannot_write(error) from None
 
     def finish(self, classes: list[str] | None) -> TokenizerArtifact:
-        """Write what belongs to all shards; returns the tokenizer's facts with the statistics.
+        """Write what belongs to all shards, and return the tokenizer's facts with the statistics.
 
-        Raises:
-            UserError: shards are missing, none holds an image, or a channel never changes.
+        UserError: shards are missing, none holds an image, or a channel never changes.
         """
         headers = [self._header(shard) for shard in range(self.shards)]
         if None in headers:
@@ -132,16 +125,14 @@ class UnfinishedLatents:
         ]
         if not parts:
             raise UserError(f"{self.folder}: not one image of the data set can be read")
-        own = join_all(parts).statistics()
+        own = reduce(Moments.joined, parts).statistics()  # a channel that never changes is refused in any case
         statistics = self.artifact.statistics or own
         finished = replace(self.artifact, statistics=statistics)
-        try:
+        with self._writing():
             if classes is not None:
                 write_json(self.folder / CLASSES_FILE, classes, indent=1)
             statistics.write(self.folder / STATISTICS_FILE)
             finished.write(self.folder)
-        except OSError as error:
-            raise self._cannot_write(error) from None
         return finished
 
     def _empty(self, shard: int) -> Path:
@@ -158,8 +149,12 @@ class UnfinishedLatents:
                 continue
         return None
 
-    def _cannot_write(self, error: OSError) -> UserError:
-        return UserError(
-            f"{self.folder} cannot be written ({error.strerror or error}); choose another --out or free some space; "
-            "what is there is kept"
-        )
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be written ({error.strerror or error}); choose another --out or free some "
+                "space; what is there is kept"
+            ) from None

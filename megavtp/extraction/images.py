@@ -11,7 +11,7 @@ from torch import Tensor
 from megavtp.data.decode import MAX_PIXELS, BadSample
 from megavtp.data.loader import CroppedSamples, LoadedBatch
 from megavtp.data.shards import ShardDataset
-from megavtp.extraction.labels import Labels
+from megavtp.extraction.labels import Labelling
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ImageBatch(LoadedBatch):
 class ImageBatches:
     """``self[i]`` is the batch of the samples ``ranges[i]``, numbered through all shards of ``folder``."""
 
-    def __init__(self, folder: ShardDataset, ranges: Sequence[range], size: int, labels: Labels):
+    def __init__(self, folder: ShardDataset, ranges: Sequence[range], size: int, labels: Labelling):
         self.samples, self.ranges, self.labels = CroppedSamples(folder, size, MAX_PIXELS), ranges, labels
 
     def __getitem__(self, place: int) -> ImageBatch:
