@@ -17,6 +17,7 @@ from megavtp.errors import UserError
 
 _RESERVED = 3  # padding (0), start and end of text (the two largest ids)
 _MULTIPLE = 8  # of the vocabulary size: the embedding is cut over tensor-parallel ranks
+TRAINING_CAPTIONS = 1_000_000  # the most that a tokenizer is trained on
 _MAX_CHARS = 100_000  # of one caption; the context holds far fewer
 
 

@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 try:
@@ -18,7 +18,6 @@ except ImportError:  # optional: 2 to 3 times Pillow's speed on JPEG, same pixel
 MAX_PIXELS = 64_000_000  # of an image, unless the user sets another limit
 # Only these are ever tried: some other decoders of Pillow start programs (EPS), and no training data need the rest.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-_ORIENTATION = 0x0112  # in EXIF; 1 is upright
 
 
 class BadSample(Exception):
@@ -34,9 +33,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
     """
     try:
         image = open_image(data, max_pixels)
-        pixels = _decode_jpeg(data, image)
-        if pixels is None:
-            pixels = np.array(to_rgb(image))
+        fast = _decode_jpeg(data, image)
+        pixels = np.array(to_rgb(image)) if fast is None else fast
     except BadSample:
         raise
     except Exception as error:  # decoders raise nearly anything on damaged bytes: OSError, SyntaxError, struct.error
@@ -83,7 +81,7 @@ def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
     forgives some, so that the same pictures are good with and without the optional decoder."""
     if simplejpeg is None or image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
-    if image.getexif().get(_ORIENTATION, 1) != 1:
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         return None
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB")

@@ -15,7 +15,7 @@ from megavtp.data.decode import BadSample
 from megavtp.data.files import refuse_remote, write_json
 from megavtp.data.report import SkipReport
 from megavtp.data.sample_text import caption_of, check_length, decode_text, parse_meta
-from megavtp.data.tar_scan import TarSample, find_tars, no_tars, scan_tar
+from megavtp.data.tar_scan import TarSample, find_tars, scan_tar
 from megavtp.data.workers import progress
 from megavtp.errors import UserError
 from megavtp.json_file import Count, Positive, form
@@ -103,8 +103,6 @@ def build_index(
     folder = refuse_remote(folder)
     report = report or SkipReport()
     shards = find_tars(folder)
-    if not shards:
-        raise no_tars(folder)
     entries = []
     for shard in progress(shards, len(shards), f"index {folder.name}", quiet):
         try:

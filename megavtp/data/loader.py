@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any, Generic, NoReturn, Protocol, Self, TypeVar
+from typing import Any, NoReturn, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -64,18 +64,14 @@ _open_loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """What a loader delivers: a dataclass of tensors and other values.
+    """What a loader delivers: a dataclass of tensors and other values."""
 
-    Attributes:
-        bad: "name: reason" of each sample that was replaced by another.
-    """
-
-    bad: Sequence[str] = field(default=(), kw_only=True)
+    bad: Sequence[str] = field(default=(), kw_only=True)  # "name: reason" of each sample that another replaced
 
     def pin_memory(self) -> Self:
         """Move every tensor to page-locked memory (needs CUDA). torch's loader calls this in its pinning thread."""
-        values = vars(self).items()
-        pinned: dict[str, Any] = {name: value.pin_memory() for name, value in values if isinstance(value, Tensor)}
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         return dataclasses.replace(self, **pinned)
 
 
@@ -89,7 +85,7 @@ class StepSource(Protocol[B_co]):
     def __getitem__(self, step: int, /) -> B_co: ...
 
 
-class Loader(Generic[B]):
+class Loader(Iterator[B]):
     """Iterates the batches of the steps ``start_step`` .. ``stop_step - 1``, in order, once.
 
     Args:
@@ -113,22 +109,14 @@ class Loader(Generic[B]):
         self.bad_samples: set[str] = set()  # names of the samples found broken so far
         self.wait_seconds = 0.0  # time spent waiting in here for data, in all
         self._loader = DataLoader(
-            _Guarded(source),
-            batch_size=None,
-            sampler=range(start_step, stop_step),
-            num_workers=workers,
-            prefetch_factor=max(1, prefetch) if workers else None,
-            multiprocessing_context=START_METHOD if workers else None,
+            _Guarded(source), batch_size=None, sampler=range(start_step, stop_step), num_workers=workers,
+            prefetch_factor=max(1, prefetch) if workers else None, timeout=_LOOK if workers else 0,
+            multiprocessing_context=START_METHOD if workers else None, worker_init_fn=_start_worker,
             pin_memory=pin and torch.cuda.is_available(),
-            worker_init_fn=_start_worker,
-            timeout=_LOOK if workers else 0,
             generator=torch.Generator(),  # its own: the default would draw from, and so advance, the global generator
         )
         self._steps: Iterator[B | UserError] | None = None
         _open_loaders.add(self)
-
-    def __iter__(self) -> Iterator[B]:
-        return self
 
     def __next__(self) -> B:
         start = time.perf_counter()
@@ -141,7 +129,17 @@ class Loader(Generic[B]):
         self._delivered += 1
         if isinstance(batch, UserError):
             raise batch
-        self._count(batch.bad)
+        for entry in batch.bad:
+            name = entry.partition(": ")[0]
+            if name in self.bad_samples:
+                continue  # met again in a later epoch
+            self.bad_samples.add(name)
+            logger.warning("bad sample replaced: %s", entry)
+            if len(self.bad_samples) > self.max_bad_samples:
+                raise UserError(
+                    f"{len(self.bad_samples)} bad samples, last: {entry}; list them with `python tools/prepare_data.py "
+                    f"check FOLDER`, or raise data.max_bad_samples={self.max_bad_samples}"
+                )
         return batch
 
     def _wait(self, steps: Iterator[B | UserError]) -> B | UserError:
@@ -152,7 +150,10 @@ class Loader(Generic[B]):
                 return next(steps)
             except RuntimeError as error:
                 if "DataLoader worker (pid" in str(error):
-                    raise UserError(self._ended()) from error
+                    number = next(number for number, worker in enumerate(self._workers) if not worker.is_alive())
+                    status = self._workers[number].exitcode
+                    why = _WHY.get(status, f"exit status {status}, its last words are above")
+                    raise UserError(f"data worker {number} (pid {self._workers[number].pid}) ended: {why}") from error
                 if not str(error).startswith("DataLoader timed out"):
                     raise
             pinning = getattr(steps, "_pin_memory_thread", None)
@@ -168,14 +169,6 @@ class Loader(Generic[B]):
                     f"{waited:.0f} s; look at the storage it reads from; a run's limit is parallel.timeout"
                 )
 
-    def _ended(self) -> str:
-        """Say which worker ended first, and why."""
-        workers = self._workers
-        number = next(number for number, worker in enumerate(workers) if not worker.is_alive())
-        status = workers[number].exitcode
-        why = _WHY.get(status, f"exit status {status}, its last words are above")
-        return f"data worker {number} (pid {workers[number].pid}) ended: {why}"
-
     @property
     def _workers(self) -> list[Any]:
         """The processes of torch's iterator; none if it prepares the batches in this process."""
@@ -186,10 +179,10 @@ class Loader(Generic[B]):
         steps: Any = self._steps
         workers = self._workers
         self._steps = iter(())
+        deadline = time.monotonic() + _CLOSING
+        for worker in workers:  # torch would give each one that hangs ten seconds, one after the other
+            worker.join = partial(_join_or_kill, worker, deadline)
         if workers:
-            deadline = time.monotonic() + _CLOSING
-            for worker in workers:  # torch would give each one that hangs ten seconds, one after the other
-                worker.join = partial(_join_or_kill, worker, deadline)
             # not left to the garbage collector: an exception's traceback may keep the iterator alive for long
             steps._shutdown_workers()
 
@@ -198,19 +191,6 @@ class Loader(Generic[B]):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _count(self, bad: Sequence[str]) -> None:
-        for entry in bad:
-            name = entry.partition(": ")[0]
-            if name in self.bad_samples:
-                continue  # met again in a later epoch
-            self.bad_samples.add(name)
-            logger.warning("bad sample replaced: %s", entry)
-            if len(self.bad_samples) > self.max_bad_samples:
-                raise UserError(
-                    f"{len(self.bad_samples)} bad samples, last: {entry}; list them with `python tools/prepare_data.py "
-                    f"check FOLDER`, or raise data.max_bad_samples={self.max_bad_samples}"
-                )
 
 
 @atexit.register
@@ -235,11 +215,10 @@ class _Guarded(torch.utils.data.Dataset):
 def _start(loader: DataLoader) -> Iterator[Any]:
     """Start the workers, and undo torch's SIGCHLD handler, which would raise in the midst of whatever this process does
     when a worker dies. The iterator notices that by itself within seconds, in a place where the user can be told."""
-    if threading.current_thread() is not threading.main_thread():
-        return iter(loader)  # torch sets the handler in the main thread only
     handler = signal.getsignal(signal.SIGCHLD)
     steps = iter(loader)
-    signal.signal(signal.SIGCHLD, handler)
+    if threading.current_thread() is threading.main_thread():  # torch sets its handler nowhere else
+        signal.signal(signal.SIGCHLD, handler)
     return steps
 
 

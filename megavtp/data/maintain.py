@@ -6,7 +6,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from megavtp.data.captions import train_sentencepiece
+from megavtp.data.captions import TRAINING_CAPTIONS, train_sentencepiece
 from megavtp.data.decode import BadSample, decode_image
 from megavtp.data.files import refuse_remote
 from megavtp.data.index import build_index
@@ -15,7 +15,6 @@ from megavtp.data.shards import ShardDataset, open_dataset, split_folder, split_
 from megavtp.data.workers import ordered_map
 from megavtp.errors import UserError
 
-_TOKENIZER_CAPTIONS = 1_000_000
 _NAMED = 1000  # bad samples that a check lists
 _CHECK_BLOCK = 64  # samples of one job
 
@@ -42,7 +41,7 @@ def index_dataset(
     if vocab_size:
         dataset = open_dataset(split_folder(folder, "train"))
         rows = ((shard, row) for shard, count in enumerate(dataset.shard_counts) for row in range(count))
-        captions = (dataset.read(*place).caption for place in islice(rows, _TOKENIZER_CAPTIONS))
+        captions = (dataset.read(*place).caption for place in islice(rows, TRAINING_CAPTIONS))
         train_sentencepiece(captions, model, vocab_size)
     return report
 

@@ -35,8 +35,11 @@ def holds_shards(folder: Path) -> bool:
 
 
 def find_tars(folder: Path) -> list[Path]:
-    """Return the ``*.tar`` of a folder, sorted. ``UserError`` if one is no file: opening a pipe would block."""
+    """Return the ``*.tar`` of a folder, sorted. ``UserError`` if there is none, or if one is no file: opening a pipe
+    would block."""
     tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        raise no_tars(folder)
     if strange := next((path for path in tars if not path.is_file()), None):
         raise UserError(f"{strange} is not a file; move it out of the folder of shards, or rename it")
     return tars

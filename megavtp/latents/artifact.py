@@ -74,21 +74,18 @@ class LatentStatistics:
             )
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """Return (x - mean) / std per channel, (..., C, h, w)."""
+        """Return (x - mean) / std per channel of (..., C, h, w)."""
         mean, std = self._tensors(latents)
         return (latents - mean) / std
 
     def denormalise(self, latents: Tensor) -> Tensor:
-        """Return x * std + mean per channel, (..., C, h, w)."""
+        """Return x * std + mean per channel of (..., C, h, w)."""
         mean, std = self._tensors(latents)
         return latents * std + mean
 
     def agree(self, other: LatentStatistics) -> bool:
         """Whether both are equal in float32, to which ``latents_stats.pt`` rounds them."""
-        return all(
-            torch.equal(torch.tensor(getattr(self, name)), torch.tensor(getattr(other, name)))
-            for name in ("mean", "std")
-        )
+        return all(torch.equal(*map(torch.tensor, pair)) for pair in ((self.mean, other.mean), (self.std, other.std)))
 
     def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
         if like.ndim < 3 or like.shape[-3] != len(self.mean):
@@ -108,8 +105,8 @@ class LatentStatistics:
             raise UserError(f"{path} does not hold the floating point tensors mean and std; {remedy}")
         if wrong := [tuple(t.shape) for t in tensors if t.numel() != max(t.shape, default=1)]:
             raise UserError(f"{path}: mean and std are one number per channel, not of shape {wrong[0]}; {remedy}")
+        mean, std = (tuple(t.flatten().tolist()) for t in tensors)
         try:
-            mean, std = (tuple(t.flatten().tolist()) for t in tensors)
             return cls(mean, std)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
@@ -160,9 +157,8 @@ class TokenizerArtifact:
             )
         if stored.image_size % stored.patch_size or min(stored.pixel_std) <= 0:
             raise UserError(f"{where}: its sizes do not fit one another, or pixel_std is not above 0; {remedy}")
-        given = {f.name: getattr(stored, f.name) for f in fields(cls)}
-        statistics = found and LatentStatistics(found.mean, found.std, found.images)
-        return cls(**{**given, "statistics": statistics})
+        given = {field.name: getattr(stored, field.name) for field in fields(cls)}
+        return cls(**given | {"statistics": found and LatentStatistics(found.mean, found.std, found.images)})
 
     @classmethod
     def read(cls, folder: str | Path) -> TokenizerArtifact:
@@ -196,7 +192,7 @@ def check_same_tokenizer(
                 f"{where_one} and {where_other} belong to different {what} ({_short(getattr(one, name))} and "
                 f"{_short(getattr(other, name))}); use the tokenizer that made the latents"
             )
-    if one.statistics is not None and other.statistics is not None and not one.statistics.agree(other.statistics):
+    if one.statistics and other.statistics and not one.statistics.agree(other.statistics):
         raise UserError(
             f"{where_one} and {where_other} have different latent statistics; use those the DiT was trained with"
         )

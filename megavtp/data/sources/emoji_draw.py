@@ -20,10 +20,6 @@ class Drawing:
     share: float  # of the side that the drawing with its own margin covers
     caption: str
 
-    @property
-    def key(self) -> str:
-        return f"{self.emoji.code.lower()}_{self.style}"
-
 
 def render(drawing: Drawing) -> NewSample | Skipped:
     """Draw a square PNG on white, with the caption and metadata of the emoji."""
@@ -45,4 +41,4 @@ def render(drawing: Drawing) -> NewSample | Skipped:
         "concept": emoji.concept, "name": emoji.name, "group": emoji.group, "subgroup": emoji.subgroup,
         "style": drawing.style, "base": emoji.base,
     }
-    return NewSample(drawing.key, file.getvalue(), "png", drawing.caption, meta)
+    return NewSample(f"{emoji.code.lower()}_{drawing.style}", file.getvalue(), "png", drawing.caption, meta)
