@@ -31,13 +31,12 @@ def framed(texts: list[list[int]], context_length: int, vocab_size: int) -> Tens
     return out
 
 
-def _byte_symbols() -> tuple[list[str], dict[int, str]]:
+def _byte_symbols() -> dict[int, str]:
     """Return a printable character for each byte, in the order of CLIP's vocabulary (GPT-2's table): printable Latin-1
     characters come first and stand for themselves, the other bytes follow from U+0100 on."""
     own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [byte for byte in range(256) if byte not in own]
-    symbol = {byte: chr(byte) for byte in own} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
-    return [symbol[byte] for byte in (*own, *rest)], symbol
+    return {byte: chr(byte) for byte in own} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
 
 
 def find_merges() -> Path:
@@ -60,10 +59,11 @@ class ClipTokenizer:
             raise UserError(f"the CLIP tokenizer needs the packages ftfy and regex ({error}); {_INSTALL}") from None
         self._fix = ftfy.fix_text
         self.context_length = context_length
-        ordered, self._symbol = _byte_symbols()
+        self._symbol = _byte_symbols()
         self._path = Path(path) if path else find_merges()
         merges = _read_merges(self._path)
-        vocabulary = [*ordered, *(s + "</w>" for s in ordered), *("".join(m) for m in merges), *_SPECIALS]
+        ends = (symbol + "</w>" for symbol in self._symbol.values())
+        vocabulary = [*self._symbol.values(), *ends, *map("".join, merges), *_SPECIALS]
         self._ids = {token: i for i, token in enumerate(vocabulary)}
         self._rank = {merge: i for i, merge in enumerate(merges)}
         self.vocab_size = len(vocabulary)

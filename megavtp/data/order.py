@@ -43,9 +43,7 @@ class SampleOrder:
             raise UserError(f"data.streams={streams} and data.shuffle_block={shuffle_block} must both be at least 1")
         self.counts = np.asarray(shard_counts, dtype=np.int64)
         self.total = int(self.counts.sum())
-        self.streams = streams
-        self.block = shuffle_block
-        self.seed = seed
+        self.streams, self.block, self.seed = streams, shuffle_block, seed
         self.length = self.total // streams  # samples of one stream in one epoch
         if self.length == 0:
             raise UserError(

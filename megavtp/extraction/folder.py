@@ -36,9 +36,8 @@ SETTINGS_FILE = "extraction.json"
 class UnfinishedLatents:
     """A folder that is filled with ``shards`` files.
 
-    Args:
-        artifact: facts of the tokenizer; if they hold statistics, the folder takes those.
-        settings: JSON values that decide what the files hold, ``artifact`` aside.
+    If ``artifact`` holds statistics, the folder takes those. ``settings`` are JSON values that decide what the files
+    hold, ``artifact`` aside.
     """
 
     def __init__(self, folder: str | Path, artifact: TokenizerArtifact, settings: Mapping[str, Any], shards: int):
@@ -76,9 +75,8 @@ class UnfinishedLatents:
             return
         # what an extraction leaves that is killed before it has written its settings
         left = {LOCK_FILE, f"{SETTINGS_FILE}.partial"}
-        if self.folder.exists() and not (
-            self.folder.is_dir() and {file.name for file in self.folder.iterdir()} <= left
-        ):
+        found = {file.name for file in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if not found <= left or (self.folder.exists() and not self.folder.is_dir()):
             raise UserError(f"{self.folder} exists and was not made by an extraction; choose another --out")
 
     def release(self) -> None:

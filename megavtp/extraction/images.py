@@ -16,17 +16,12 @@ from megavtp.extraction.labels import Labelling
 
 @dataclass(frozen=True)
 class ImageBatch(LoadedBatch):
-    """A batch of images in the data set's order.
+    """A batch of images in the data set's order, which may be empty."""
 
-    Attributes:
-        images: (b, 3, size, size) uint8; b may be 0. labels: (b,) int64. captions: b texts.
-        left_out: "name: reason" of samples that cannot be read.
-    """
-
-    images: Tensor
-    labels: Tensor
+    images: Tensor  # (b, 3, size, size) uint8
+    labels: Tensor  # (b,) int64
     captions: list[str]
-    left_out: list[str]
+    left_out: list[str]  # "name: reason" of each sample that cannot be read
 
 
 class ImageBatches:

@@ -1,8 +1,7 @@
 """All processes together encode a data set. They can resume, and their number does not change a byte of the result.
 
 The data set is cut into shards of consecutive samples, whose number depends on its size alone, and each shard into
-batches. A process takes every n-th of the shards that are missing, so nothing that it computes depends on how many
-others there are.
+batches. A process takes every n-th of the missing shards, and computes the same of each whoever takes the others.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial, reduce
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -45,21 +45,13 @@ _TIMEOUT = 600  # seconds that a batch may take to decode
 
 @dataclass(frozen=True)
 class ExtractionSettings:
-    """The settings that decide the latents, besides data set and tokenizer.
+    """The settings that decide the latents, besides data set and tokenizer."""
 
-    Attributes:
-        label: key of the samples' metadata with their class; None = all labels are 0.
-        flip: also the latents of the mirrored images.
-        captions: also the tokenizer's caption features.
-        batch_size: images at a time; it may change the last bits.
-        precision: of the tokenizer's matrix products, see ``load_tokenizer``.
-    """
-
-    label: str | None = None
-    flip: bool = True
-    captions: bool = False
-    batch_size: int = 32
-    precision: str = "fp32"
+    label: str | None = None  # key of the samples' metadata with their class; None = all labels are 0
+    flip: bool = True  # also the latents of the mirrored images
+    captions: bool = False  # also the tokenizer's caption features
+    batch_size: int = 32  # images at a time; it may change the last bits
+    precision: str = "fp32"  # of the tokenizer's matrix products, see ``load_tokenizer``
 
 
 class Extraction:
@@ -72,8 +64,7 @@ class Extraction:
         max_bad: how many unreadable samples a process may leave out.
         on_shard: called with a shard's number after it has been written.
 
-    Raises:
-        UserError: see ``labels``, ``folder``; ``settings.captions`` without a text encoder.
+    Raises ``UserError``: see ``labels``, ``folder``; ``settings.captions`` without a text encoder.
     """
 
     def __init__(
@@ -93,10 +84,8 @@ class Extraction:
         self.left_out = 0
 
     def run(self) -> tuple[TokenizerArtifact, int]:
-        """Do what is missing. This is a collective call.
-
-        Returns the tokenizer's facts with statistics, and how many samples were left out since this start.
-        """
+        """Do what is missing in a collective call; return the tokenizer's facts with statistics, and how many samples
+        were left out since this start."""
         phase.enter("preparing the extraction", slow=True)
         self._on_first(self.folder.check)  # before all metadata are read
         labels = find_labels(self.data, self.settings.label, self.mesh)  # a wrong key leaves nothing behind
@@ -123,18 +112,14 @@ class Extraction:
 
     def _extract(self, shards: list[int], labels: Labelling) -> None:
         ranges = [self._batches(shard) for shard in shards]
-        source = ImageBatches(
-            self.data, [batch for part in ranges for batch in part], self.tokenizer.artifact.image_size, labels
-        )
+        source = ImageBatches(self.data, list(chain(*ranges)), self.tokenizer.artifact.image_size, labels)
         background = BackgroundTask()
-        total = sum(map(len, source.ranges))
-        with (
-            Loader(
-                source, 0, len(source.ranges), workers=self.workers, timeout=_TIMEOUT,
-                pin=self.tokenizer.device.type == "cuda",
-            ) as batches,
-            tqdm(total=total, desc="images", disable=self.quiet) as bar,
-        ):
+        loader = Loader(
+            source, 0, len(source.ranges), workers=self.workers, timeout=_TIMEOUT,
+            pin=self.tokenizer.device.type == "cuda",
+        )
+        images = sum(map(len, source.ranges))
+        with loader as batches, tqdm(total=images, desc="images", disable=self.quiet) as bar:
             for shard, parts in zip(shards, ranges, strict=True):
                 encoded = [self._encode(next(batches), len(part), bar) for part in parts]
                 background.start(partial(self._write, shard, *self._whole(shard, encoded)), "latents")

@@ -51,10 +51,8 @@ class _Found:
 def find_labels(folder: ShardDataset, key: str | None, mesh: Mesh) -> Labelling:
     """Read the metadata of all samples, each process its share; a collective call.
 
-    Names are numbered in alphabetical order, so the labels do not depend on the order of the samples.
-
-    Raises:
-        UserError: samples without ``key``, values that are neither all names nor all numbers from 0, or too many.
+    Names are numbered in alphabetical order, so the labels do not depend on the order of the samples. Raises
+    ``UserError``: samples without ``key``, values that are neither all names nor all numbers from 0, or too many.
     """
     if key is None:
         return Labelling()

@@ -53,15 +53,11 @@ class _Stored:
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """The mean and standard deviation of each latent channel over images and positions.
-
-    Attributes:
-        images: how many images they were taken over; None = unknown (a file of another project).
-    """
+    """The mean and standard deviation of each latent channel over images and positions."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    images: int | None = None
+    images: int | None = None  # how many they were taken over; None = unknown (a file of another project)
 
     def __post_init__(self) -> None:
         values = (*self.mean, *self.std)
@@ -119,26 +115,16 @@ class LatentStatistics:
 
 @dataclass(frozen=True)
 class TokenizerArtifact:
-    """The facts of a visual tokenizer.
+    """The facts of a visual tokenizer."""
 
-    Attributes:
-        fingerprint: of the encoder (its weights and what else decides a latent); a fine-tuned decoder keeps it.
-        image_size: pixels of the side it was trained on.
-        patch_size: pixels per latent position.
-        latent_channels: C of the latents (b, C, H / patch_size, W / patch_size).
-        pixel_mean, pixel_std: the encoder takes (pixels in 0..1 - mean) / std.
-        captions: "clip", or the caption tokenizer's file name beside this one; None = no text encoder.
-        statistics: of the latents; None until they have been extracted.
-    """
-
-    fingerprint: str
-    image_size: int
-    patch_size: int
-    latent_channels: int
-    pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
+    fingerprint: str  # of the encoder: its weights and what else decides a latent; a fine-tuned decoder keeps it
+    image_size: int  # pixels of the side it was trained on
+    patch_size: int  # pixels per latent position
+    latent_channels: int  # C of the latents (b, C, H / patch_size, W / patch_size)
+    pixel_mean: tuple[float, float, float] = IMAGENET_MEAN  # the encoder takes (pixels in 0..1 - mean) / std
     pixel_std: tuple[float, float, float] = IMAGENET_STD
-    captions: str | None = None
-    statistics: LatentStatistics | None = None
+    captions: str | None = None  # "clip", or the caption tokenizer's file name beside this one; None = no text encoder
+    statistics: LatentStatistics | None = None  # of the latents; None until they have been extracted
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts as plain JSON types."""
