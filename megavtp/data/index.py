@@ -95,11 +95,9 @@ def index_shard(path: str | Path, report: SkipReport) -> int:
 def build_index(
     folder: str | Path, report: SkipReport | None = None, max_bad: int | None = None, quiet: bool = True
 ) -> SkipReport:
-    """Index every ``*.tar`` of a folder and write its ``index.json``; return what was kept and skipped.
-
-    Shards without a usable sample are left out of ``index.json``. Raises ``UserError`` where nothing usable is left, or
-    where more than ``max_bad`` samples had to be skipped; then there is no new ``index.json``.
-    """
+    """Index every ``*.tar`` of a folder and write its ``index.json``, which leaves out shards without a usable sample;
+    return what was kept and skipped. Raises ``UserError``, and writes no ``index.json``, where nothing usable is left
+    or more than ``max_bad`` samples had to be skipped."""
     folder = refuse_remote(folder)
     report = report or SkipReport()
     shards = find_tars(folder)

@@ -38,15 +38,13 @@ from megavtp.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Workers decode and augment on the CPU and touch no device, so forking is safe even after CUDA has started here; with
-# one torch thread each they never enter a thread pool whose threads did not survive the fork. They start in
-# milliseconds, where spawn and forkserver import torch again for seconds. Outside Linux fork itself is not safe.
+# Workers touch no device, so forking is safe even after CUDA has started here; with one torch thread each they never
+# enter a thread pool whose threads did not survive the fork. They start in milliseconds, where spawn and forkserver
+# import torch again for seconds. Outside Linux fork itself is not safe.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 _LOOK = 0.5  # seconds between two looks at the workers while a batch is awaited
-# A worker has this share of parallel.timeout for a batch, so that the loader, which can name the worker, reports it
-# before the watchdog does.
-_PATIENCE = 0.9
+_PATIENCE = 0.9  # share of parallel.timeout for a batch: the loader, which can name the worker, precedes the watchdog
 _FIRST = 3  # the first batch, for which files are opened, may take so many times longer
 _CLOSING = 5.0  # seconds within which all workers together must end
 _WHY = {  # exit status of a worker -> the reason and the remedy
@@ -89,8 +87,7 @@ class Loader(Iterator[B]):
     """Iterates the batches of the steps ``start_step`` .. ``stop_step - 1``, in order, once.
 
     Args:
-        workers: processes that prepare steps; 0 = this process does.
-        prefetch: steps that each worker prepares ahead.
+        workers: processes that prepare steps, ``prefetch`` ahead each; 0 = this process does.
         max_bad_samples: how many different samples may be broken.
         timeout: seconds that a step may take (parallel.timeout); 0 = no limit.
         pin: whether batches lie in page-locked memory; only where CUDA is available.
@@ -225,7 +222,7 @@ def _start(loader: DataLoader) -> Iterator[Any]:
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
     # Ctrl-C and a scheduler's signals reach the whole process group. The trainer decides what they mean: it may
-    # write a checkpoint first. A worker ends when the trainer closes it or has ended.
+    # write a checkpoint first.
     serve_parent((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     # A batch that cannot be handed over would be lost, and awaited for ever.
     queue: Any = multiprocessing.queues.Queue  # whose handler its type stubs lack

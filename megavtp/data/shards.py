@@ -73,7 +73,7 @@ class _Shard:
         return header.isreg() and header.size == size
 
     def pread(self, offset: int, size: int) -> bytes:
-        data = os.pread(self.fd, size, offset)
+        data = b""
         while len(data) < size:  # the kernel may return less, and at most 2 GiB at a time
             more = os.pread(self.fd, size - len(data), offset + len(data))
             if not more:
@@ -113,16 +113,13 @@ class ShardDataset:
         return f"{self._shards[shard].file.removesuffix('.tar')}/{self._shard(shard).keys[row]}"
 
     def read(self, shard: int, row: int) -> RawSample:
-        """Read sample ``row`` of shard ``shard`` without decoding it.
-
-        Raises ``BadSample`` if its bytes are not there any more or its metadata is no JSON, ``UserError`` if the
-        side-car does not fit the tar.
-        """
-        opened = self._shard(shard)
+        """Read a sample without decoding it. Raises ``BadSample`` if its bytes are not there any more or its metadata
+        is no JSON, ``UserError`` if the side-car does not fit the tar."""
+        opened, meta = self._shard(shard), self.meta(shard, row)
         image_at, image_size, caption_at, caption_size, _, _ = opened.spans[row].tolist()
-        key, meta = opened.keys[row], self.meta(shard, row)
         caption = decode_text(opened.pread(caption_at, caption_size)) if caption_size else caption_of(meta)
-        return RawSample(key, opened.pread(image_at, image_size), caption, meta, self.name(shard, row))
+        image = opened.pread(image_at, image_size)
+        return RawSample(opened.keys[row], image, caption, meta, self.name(shard, row))
 
     def meta(self, shard: int, row: int) -> dict[str, Any]:
         """Read only the metadata of a sample, not its image. It raises what ``read`` raises."""
@@ -153,10 +150,8 @@ def split_folder(root: str | Path, split: str) -> Path:
 
 
 def open_dataset(folder: str | Path) -> ShardDataset:
-    """Open an indexed folder of shards, e.g. ROOT/train.
-
-    Raises ``UserError``, with the command to run, when the folder, its index or a shard is missing or has changed.
-    """
+    """Open an indexed folder of shards, e.g. ROOT/train. ``UserError``, with the command to run, when the folder, its
+    index or a shard is missing or has changed."""
     folder = refuse_remote(folder)
     if not folder.is_dir():
         make = f"python tools/prepare_data.py emoji --out {folder.parent}"

@@ -70,9 +70,8 @@ def scan_tar(path: Path, report: SkipReport) -> Iterator[TarSample]:
     """Yield the samples of an uncompressed tar in file order: runs of members whose names agree up to the first dot.
 
     Members that are neither a plain file nor a folder, or have no extension, are skipped. A truncated or damaged tar
-    yields the samples before the damage. ``report`` counts everything that is skipped.
-
-    Raises ``UserError`` for a compressed tar and for absolute or ``..`` member names (a tar made to do harm).
+    yields the samples before the damage. ``report`` counts everything that is skipped. Raises ``UserError`` for a
+    compressed tar and for absolute or ``..`` member names (a tar made to do harm).
     """
     size = path.stat().st_size
     damage_before = report.reasons[DAMAGED]
