@@ -49,8 +49,8 @@ class FolderLock:
         self._descriptor: int | None = self._acquire(_PATIENCE)
 
     def renew(self) -> bool:
-        """Make and lock the folder again if it was deleted or moved away; return whether it was. ``UserError`` if another
-        run has taken the place, ``OSError`` if it cannot be made."""
+        """Make and lock the folder again if it was deleted or moved away; return whether it was. ``UserError`` if
+        another run has taken the place, ``OSError`` if it cannot be made."""
         if self._descriptor is None or leads_to(self.path, self._descriptor):
             return False
         self.path.parent.mkdir(parents=True, exist_ok=True)

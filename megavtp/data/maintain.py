@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from megavtp.data.captions import TRAINING_CAPTIONS, train_sentencepiece
-from megavtp.data.decode import BadSample, decode_image
+from megavtp.data.decode import MAX_PIXELS, BadSample, decode_image
 from megavtp.data.files import refuse_remote
 from megavtp.data.index import build_index
 from megavtp.data.report import SkipReport
@@ -23,11 +23,8 @@ def index_dataset(
     folder: str | Path, vocab_size: int = 0, quiet: bool = False, max_bad: int = 1000, overwrite: bool = False
 ) -> SkipReport:
     """Index the shards of the data set at ``folder``; with ``vocab_size``, make ``captions.model`` in it, too, where
-    ``data.captions=auto`` looks for it.
-
-    Raises ``UserError`` if there are no tars, after more than ``max_bad`` bad samples, and if a ``captions.model`` is
-    there already and ``overwrite`` is off.
-    """
+    ``data.captions=auto`` looks for it. ``UserError`` if there are no tars, after more than ``max_bad`` bad samples,
+    and if a ``captions.model`` is there already and ``overwrite`` is off."""
     folder = refuse_remote(folder)
     model = folder / "captions.model"
     if vocab_size and model.exists() and not overwrite:
@@ -47,7 +44,7 @@ def index_dataset(
 
 
 def check_dataset(
-    folder: str | Path, max_pixels: int = 64_000_000, workers: int = 2, quiet: bool = False
+    folder: str | Path, max_pixels: int = MAX_PIXELS, workers: int = 2, quiet: bool = False
 ) -> SkipReport:
     """Read and decode every sample; the report names the bad ones, with what is wrong with each."""
     report = SkipReport(named_limit=_NAMED)
@@ -58,24 +55,23 @@ def check_dataset(
             for shard, count in enumerate(dataset.shard_counts) for first in range(0, count, _CHECK_BLOCK)
         ]
         check = partial(_check, dataset=dataset, max_pixels=max_pixels)
-        for good, bad in ordered_map(check, jobs, workers, f"check {part.name}", quiet):
-            report.kept += good
-            for name, reason in bad:
-                report.skip("bad sample", f"{part.name}/{name} ({reason})")
+        for (_, rows), bad in zip(jobs, ordered_map(check, jobs, workers, f"check {part.name}", quiet)):
+            report.kept += len(rows) - len(bad)
+            for sample in bad:
+                report.skip("bad sample", f"{part.name}/{sample}")
     return report
 
 
-def _check(job: tuple[int, range], dataset: ShardDataset, max_pixels: int) -> tuple[int, list[tuple[str, str]]]:
+def _check(job: tuple[int, range], dataset: ShardDataset, max_pixels: int) -> list[str]:
+    """Return "name (reason)" of each broken sample."""
     shard, rows = job
     bad = []
     for row in rows:
-        name = dataset.name(shard, row)
         try:
-            sample = dataset.read(shard, row)
-            decode_image(sample.image, max_pixels)
+            decode_image(dataset.read(shard, row).image, max_pixels)
         except BadSample as error:
-            bad.append((name, str(error)))
-    return len(rows) - len(bad), bad
+            bad.append(f"{dataset.name(shard, row)} ({error})")
+    return bad
 
 
 def _splits(folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from megavtp.data.decode import BadSample, decode_image, open_image, to_rgb
+from megavtp.data.decode import MAX_PIXELS, BadSample, decode_image, open_image, to_rgb
 from megavtp.data.files import refuse_remote
 from megavtp.data.new_sample import NewSample, Skipped
 from megavtp.data.report import SkipReport
@@ -28,7 +28,7 @@ _JPEG_QUALITY = 95
 
 def prepare_images(
     source: str | Path, out: str | Path, *, size: int = 0, test_fraction: float = 0.05, vocab_size: int = 8192,
-    shard_size: int = 1000, seed: int = 0, workers: int = 2, max_bad: int = 1000, max_pixels: int = 64_000_000,
+    shard_size: int = 1000, seed: int = 0, workers: int = 2, max_bad: int = 1000, max_pixels: int = MAX_PIXELS,
     overwrite: bool = False, quiet: bool = False,
 ) -> dict[str, Any]:
     """Write the images and captions of ``source`` to ``out`` and return its ``dataset.json``.
