@@ -3,8 +3,6 @@
 Shape letters: b samples of the share, v rows of an objective's subset, N patches of a global crop, M masked patches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

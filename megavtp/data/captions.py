@@ -1,7 +1,5 @@
 """Caption tokenizers, which turn text into ids."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The byte-pair encoding of CLIP (arXiv 2103.00020), which the released VTP models read: 49,408 ids."""
 
-from __future__ import annotations
-
 import gzip
 import html
 import importlib.util

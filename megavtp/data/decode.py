@@ -1,7 +1,5 @@
 """Decoding: image bytes, whatever they hold, become an RGB uint8 tensor or a ``BadSample``."""
 
-from __future__ import annotations
-
 import io
 import warnings
 

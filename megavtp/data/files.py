@@ -1,7 +1,5 @@
 """Small file helpers. Paths are local, and no file is ever half-written under its final name."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

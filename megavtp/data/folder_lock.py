@@ -1,7 +1,5 @@
 """A lock on the folder that a run writes to. The system releases it when the process ends, however it ends."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

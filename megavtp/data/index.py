@@ -5,8 +5,6 @@ Columns, one entry for each sample: the key, the image's offset, size and extens
 metadata; in bytes from the start of the tar, size 0 where there is no such member.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import BinaryIO, Literal

@@ -3,8 +3,6 @@
 The loader limits the number of broken samples, and does not hang when a worker dies or hangs.
 """
 
-from __future__ import annotations
-
 import atexit
 import dataclasses
 import errno
@@ -57,7 +55,7 @@ _WHY[-signal.SIGBUS] = _WHY[errno.ENOSPC]  # the page that it wrote to could not
 
 # Loaders that are still open are closed at exit: multiprocessing would wait for ever for workers that nobody told to
 # end. This module's handler is registered after torch's, and so runs before it.
-_open_loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
+_open_loaders: weakref.WeakSet["Loader"] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Index shards made elsewhere, and check that all samples of a data set can be used."""
 
-from __future__ import annotations
-
 from functools import partial
 from itertools import islice
 from pathlib import Path

@@ -4,8 +4,6 @@ The plan covers the step's 2 * B_ssl global crops (crop number = view * B_ssl + 
 (seed, step); the mask of one crop is a pure function of (seed, step, crop number). A rank draws only its own masks.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A result is written whole or not at all: beside its place, then renamed into it."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import shutil

@@ -5,8 +5,6 @@ S runs of L = N // S samples; a stream reads its run through permutations of ``s
 file is read almost front to back while the order is still random. Ranks play no part: a rank merely serves streams.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar

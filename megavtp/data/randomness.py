@@ -4,8 +4,6 @@ Every draw of the data side comes from ``generator(seed, purpose, step, position
 the worker, the world size or the order of calls, so a run continues bit for bit on any number of processes.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Random access to the samples of indexed tar shards."""
 
-from __future__ import annotations
-
 import os
 import tarfile
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Find the samples of a tar file by its headers alone, and trust none of them."""
 
-from __future__ import annotations
-
 import io
 import tarfile
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Files of ``torch.save`` that other projects exchange: read with ``weights_only``, written from plain tensors."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import warnings

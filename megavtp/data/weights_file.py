@@ -1,7 +1,5 @@
 """A file of weights from another project, as safetensors or in torch's own form."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

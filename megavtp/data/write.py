@@ -1,7 +1,5 @@
 """Write a data set: shuffled shards, their index, the caption tokenizer and a description."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

@@ -8,8 +8,6 @@ A shard is renamed into place when it is whole, with its sums in its header, so 
 tokenizer's facts, without which nobody opens the folder, come last.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

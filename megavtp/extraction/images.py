@@ -1,7 +1,5 @@
 """The images of a data set, in batches that do not depend on which process encodes them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ The data set is cut into shards of consecutive samples, whose number depends on 
 batches. A process takes every n-th of the missing shards, and computes the same of each whoever takes the others.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Class labels of the samples of shards, from a key of their metadata."""
 
-from __future__ import annotations
-
 import reprlib
 from collections import Counter
 from dataclasses import dataclass, field

@@ -13,8 +13,6 @@
 Letters: n images of a shard, C channels, h = w positions, E caption features.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The demonstration set: every emoji in two drawing styles with its English name, from pip packages alone."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import random

@@ -1,7 +1,5 @@
 """Draw one emoji. No torch is imported here, so that the drawing processes start quickly."""
 
-from __future__ import annotations
-
 import io
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Shards from the user's images: class folders, images with a .txt beside them, or a table of paths and captions."""
 
-from __future__ import annotations
-
 import io
 import random
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Tables of image paths and captions: CSV, TSV and JSON lines."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 from collections.abc import Iterable, Iterator
