@@ -66,9 +66,8 @@ def one_thread() -> Iterator[None]:
 class StepDataset:
     """``self[step]`` is the share of data-parallel rank ``dp_rank`` of ``dp_size`` in that step.
 
-    What a position gets depends neither on the ranks, nor on the worker that runs this, nor on other objectives.
-    Raises ``UserError`` if streams, batch sizes and dp_size do not divide, or if all candidates for a broken sample are
-    broken too.
+    What a position gets depends neither on the ranks, nor on the worker that runs this, nor on other objectives. Raises
+    ``UserError`` as ``StepOrder`` does.
     """
 
     def __init__(
@@ -136,10 +135,8 @@ class StepDataset:
             raw = self.dataset.read(shard, row)
             return decode_image(raw.image, self.config.data.max_pixels), raw.id, raw.caption
 
-        return self.order.read(
-            step, position, read, self.dataset, bad,
-            "find them with `python tools/prepare_data.py check FOLDER` and prepare the data again without them",
-        )
+        remedy = "find them with `python tools/prepare_data.py check FOLDER` and prepare the data again without them"
+        return self.order.read(step, position, read, self.dataset, bad, remedy)
 
     def _crops(self, image: Tensor, step: int, position: int, global_out: Tensor, local_out: Tensor) -> None:
         """Write the DINO views of one image: global_out (2, 3, g, g), local_out (L, 3, l, l)."""

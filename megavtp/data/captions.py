@@ -61,11 +61,10 @@ class SentencePieceTokenizer:
 
 
 def train_sentencepiece(captions: Iterable[str], out: str | Path, vocab_size: int = 8192) -> SentencePieceTokenizer:
-    """Train a unigram model whose tokenizer has at most ``vocab_size`` ids, and write it to ``out``.
+    """Train a unigram model with at most ``vocab_size`` ids, fewer for a small corpus, and write it to ``out``.
 
-    The same captions in the same order give the same file. Any text can be encoded: characters that are not in the
-    captions fall back to bytes. A small corpus yields fewer pieces. Raises ``UserError`` for captions that are all
-    blank and for a ``vocab_size`` too small for the characters of the captions.
+    The same captions in the same order give the same file. Characters that are not in the captions fall back to bytes.
+    ``UserError`` if all captions are blank, or if ``vocab_size`` is too small for their characters.
     """
     lines = list(filter(None, (" ".join(encodable(caption).split()) for caption in captions)))
     if not lines:

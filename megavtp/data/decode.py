@@ -25,9 +25,8 @@ class BadSample(Exception):
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode to (3, H, W) uint8 RGB, upright by its EXIF orientation, transparency over white.
 
-    The strides are those of an interleaved image (channels last), which saves a copy.
-    Raises ``BadSample`` for bytes that are no whole image, or that announce more than ``max_pixels`` pixels (checked
-    before anything is decoded).
+    The strides are those of an interleaved image (channels last), which saves a copy. ``BadSample`` for bytes that are
+    no whole image, or that announce more than ``max_pixels`` pixels, which is checked before anything is decoded.
     """
     try:
         image = open_image(data, max_pixels)

@@ -26,10 +26,8 @@ def index_dataset(
     folder = refuse_remote(folder)
     model = folder / "captions.model"
     if vocab_size and model.exists() and not overwrite:
-        raise UserError(
-            f"{model} exists, and models that were trained with it need it; leave out --vocab-size, or replace it with "
-            "--overwrite"
-        )
+        remedy = "leave out --vocab-size, or replace it with --overwrite"
+        raise UserError(f"{model} exists, and models that were trained with it need it; {remedy}")
     report = SkipReport()
     for part in _splits(folder):
         build_index(part, report, max_bad, quiet)

@@ -12,11 +12,8 @@ from megavtp.errors import UserError
 
 @contextmanager
 def new_path(out: str | Path) -> Iterator[Path]:
-    """Yield a path beside ``out`` for a new folder or file; it becomes ``out`` if the block ends without an error.
-
-    After an error nothing is left behind. Raises UserError when ``out`` exists (an empty folder is replaced) or cannot
-    be written.
-    """
+    """Yield a path beside ``out`` for a new folder or file; it becomes ``out`` if the block ends without an error, else
+    nothing is left behind. ``UserError`` if ``out`` exists (an empty folder is replaced) or cannot be written."""
     out = Path(out)
     if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} exists; choose another --out, or remove it first")

@@ -44,10 +44,8 @@ class SampleOrder:
         self.streams, self.block, self.seed = streams, shuffle_block, seed
         self.length = self.total // streams  # samples of one stream in one epoch
         if self.length == 0:
-            raise UserError(
-                f"data.streams={streams} is more than the {self.total} samples of the data set: "
-                "lower data.streams or add samples"
-            )
+            remedy = "lower data.streams or add samples"
+            raise UserError(f"data.streams={streams} is more than the {self.total} samples of the data set: {remedy}")
         self._epoch = lru_cache(maxsize=4)(self._lay_out)
         # a stream walks block by block, and its next block or epoch may begin within a step
         self._permutation = lru_cache(maxsize=2 * streams)(self._permute)

@@ -85,11 +85,8 @@ class _Shard:
 
 
 class ShardDataset:
-    """The image-text pairs of one folder of shards, addressed by (shard, row).
-
-    Files are opened on first use and read with ``pread``, so an object may be forked, pickled to workers and used by
-    several threads. ``shard_counts``: samples of each shard.
-    """
+    """The image-text pairs of one folder of shards, addressed by (shard, row). Files are opened on first use and read
+    with ``pread``, so an object may be forked, pickled to workers and used by several threads."""
 
     def __init__(self, folder: Path, shards: list[IndexedShard]):
         self.folder, self._shards = folder, shards

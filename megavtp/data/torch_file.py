@@ -19,10 +19,8 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes
 
 def read_torch_file(path: str | Path, remedy: str) -> Any:
     """Read tensors and plain containers of a ``.pt`` file to the host; large ones stay on the disk until they are used.
-
     Nothing in the file can run. A ``UserError``, which ends in ``remedy``, refuses a pickle that asks for any other
-    object, a file that is missing or damaged, and tensors whose numbers are not in the file.
-    """
+    object, a file that is missing or damaged, and tensors whose numbers are not in the file."""
     load = partial(torch.load, path, map_location="cpu", weights_only=True)
     refusal = "it holds more than tensors"
     try:
@@ -79,10 +77,8 @@ def no_floats(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def write_torch_file(path: str | Path, tree: dict[str, Any]) -> None:
-    """Write tensors in nested dicts, whole or not at all, so that any ``torch.load`` reads them. Raises OSError.
-
-    Only files that are exchanged with other projects have this form, and all of them are written here.
-    """
+    """Write tensors in nested dicts, whole or not at all, so that any ``torch.load`` reads them. Raises OSError. Only
+    files that are exchanged with other projects have this form, and all of them are written here."""
     with replaced(Path(path)) as beside, open(beside, "wb") as file:
         torch.save(tree, file)
         file.flush()

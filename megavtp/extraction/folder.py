@@ -93,8 +93,8 @@ class UnfinishedLatents:
 
     def write(self, shard: int, tensors: Mapping[str, Tensor], moments: Moments | None) -> None:
         """Write a shard's tensors, see ``latents.folder``. A shard of which no image can be read has no tensors, and
-        ``moments`` is None; only that is recorded."""
-        path = self.path(shard) if moments else self._empty(shard)
+        ``moments`` is None; only that is recorded, in a file whose name hides it from readers of latents."""
+        path = self.path(shard) if moments else self.path(shard).with_suffix(".empty")
         metadata = {
             "total_size": str(moments.images if moments else 0), "dtype": "torch.float32", "device": "cpu",
             "tokenizer": self.artifact.fingerprint, "moments": moments.dump() if moments else "",
@@ -131,13 +131,9 @@ class UnfinishedLatents:
             finished.write(self.folder)
         return finished
 
-    def _empty(self, shard: int) -> Path:
-        """Return the file that stands for a shard without images; its name hides it from readers of latents."""
-        return self.path(shard).with_suffix(".empty")
-
     def _header(self, shard: int) -> str | None:
         """Return the moments in the header of a whole file, "" if it is empty, None if it is missing."""
-        for path in (self.path(shard), self._empty(shard)):
+        for path in (self.path(shard), self.path(shard).with_suffix(".empty")):
             try:
                 with safe_open(path, framework="pt") as file:  # compares the file's length with its header
                     return (file.metadata() or {}).get("moments")

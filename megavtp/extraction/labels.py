@@ -1,9 +1,9 @@
 """Class labels of the samples of shards, from a key of their metadata."""
 
 import reprlib
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from megavtp.data.decode import BadSample
@@ -18,8 +18,8 @@ _KEYS_TOLD = 20
 
 @dataclass(frozen=True)
 class Labelling:
-    """How metadata become labels. ``key`` of the metadata names the class; if it is None, all labels are 0. ``names``
-    are those of the labels 0, 1, ...; if they are None, the values of the key are the labels."""
+    """How metadata become labels. ``key`` of the metadata names the class; if it is None, all labels are 0. The sorted
+    ``names`` are those of the labels 0, 1, ...; if they are None, the values of the key are the labels."""
 
     key: str | None = None
     names: list[str] | None = None
@@ -28,11 +28,7 @@ class Labelling:
         if self.key is None:
             return 0
         value = meta[self.key]
-        return value if self.names is None else self._number[value]
-
-    @cached_property
-    def _number(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.names or ())}
+        return value if self.names is None else bisect_left(self.names, value)
 
 
 @dataclass

@@ -137,10 +137,8 @@ class TokenizerArtifact:
         stored = check_form(dict(values), _Stored, where, remedy)
         found = stored.statistics
         if found is not None and len(found.mean) != stored.latent_channels:
-            raise UserError(
-                f"{where}: statistics of {len(found.mean)} channels do not belong to latents of "
-                f"{stored.latent_channels}; {remedy}"
-            )
+            channels = f"statistics of {len(found.mean)} channels do not belong to latents of {stored.latent_channels}"
+            raise UserError(f"{where}: {channels}; {remedy}")
         if stored.image_size % stored.patch_size or min(stored.pixel_std) <= 0:
             raise UserError(f"{where}: its sizes do not fit one another, or pixel_std is not above 0; {remedy}")
         given = {field.name: getattr(stored, field.name) for field in fields(cls)}

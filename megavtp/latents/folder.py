@@ -49,8 +49,7 @@ class LatentFolder:
 
     Attributes:
         artifact: the facts of the tokenizer that made them; statistics: of the latents.
-        shard_counts: images of each shard. shape: (C, h, w).
-        has_flips: whether the mirrored images' latents are there.
+        shard_counts: images of each shard. shape: (C, h, w). has_flips: whether the mirrored images' latents are there.
         num_classes: of the labels. classes: their names, if known. caption_width: E, or None without captions.
 
     Raises ``UserError``: no shards, no statistics, shards of different shapes, tensors or tokenizers, bad labels.

@@ -34,12 +34,11 @@ def prepare_emoji(
     out: str | Path, *, size: int = 144, test_fraction: float = 0.1, vocab_size: int = 2048, shard_size: int = 1000,
     seed: int = 0, workers: int = 2, overwrite: bool = False, quiet: bool = False, skin_tones: bool = True,
 ) -> dict[str, Any]:
-    """Draw the set into ``out`` and return its ``dataset.json``. ``size``: pixels of a side.
+    """Draw the set into ``out``, ``size`` pixels a side, and return its ``dataset.json``.
 
-    ``skin_tones`` includes the skin tone variants, which are more than half of all emoji and near-duplicates.
-
-    train: all variants of the concepts that are not held out, captions by template; test: the held-out concepts without
-    skin tones, the plain name as caption. Raises ``UserError`` when the packages are missing or ``out`` exists.
+    ``skin_tones`` includes the skin tone variants, which are more than half of all emoji and near-duplicates. train:
+    all variants of the concepts that are not held out, captions by template; test: the held-out concepts without skin
+    tones, the plain name as caption. Raises ``UserError`` when the packages are missing or ``out`` exists.
     """
     if not 8 <= size <= 2048:
         raise UserError(f"--size {size} pixels; choose 8 to 2048")
