@@ -43,10 +43,8 @@ class Batch(LoadedBatch):
 
 
 def masked_rows(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the indices (M,) of the True entries of ``masks.flatten()``, and their weights (M,).
-
-    A weight is 1 / number masked in the crop. ``masks`` (..., N) bool must lie on the CPU: on a device this would wait.
-    """
+    """Return the indices (M,) of the True entries of ``masks.flatten()``, and their weights (M,), 1 / number masked in
+    the crop. ``masks`` (..., N) bool must lie on the CPU: on a device this would wait."""
     rows = masks.flatten().nonzero().squeeze(1)
     counts = masks.sum(-1).flatten()
     return rows, counts[rows // masks.shape[-1]].float().reciprocal_()

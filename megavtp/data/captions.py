@@ -32,10 +32,8 @@ class CaptionTokenizer(Protocol):
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model whose ids are shifted by one; see ``CaptionTokenizer``.
-
-    ``vocab_size`` is rounded up to a multiple of 8; the ids between the last piece and the start are never used.
-    """
+    """A sentencepiece model whose ids are shifted by one. ``vocab_size`` is rounded up to a multiple of 8; the ids
+    between the last piece and the start are never used."""
 
     def __init__(self, path: str | Path, context_length: int = 77):
         self.context_length = context_length

@@ -23,10 +23,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 @form
 class SideCar:
-    """``SHARD.tar.index.json`` holds the tar's name and size, and the columns.
-
-    Only types are checked here: ``shards`` checks the numbers of a whole column at once, which is faster.
-    """
+    """``SHARD.tar.index.json`` holds the tar's name and size, and the columns. Only types are checked here: ``shards``
+    checks the numbers of a whole column at once, which is faster."""
 
     version: Literal[1]
     shard: str
@@ -65,11 +63,9 @@ def sidecar_path(shard: Path) -> Path:
 
 
 def index_shard(path: str | Path, report: SkipReport) -> int:
-    """Write the side-car of one tar; return the number of usable samples.
-
-    A usable sample has one image (jpg, jpeg, png, webp) and a caption that is not blank: KEY.txt, else "caption" in
-    KEY.json. The others are skipped and named in ``report``. Raises ``UserError`` as ``scan_tar`` does.
-    """
+    """Write the side-car of one tar; return the number of usable samples, which have an image (jpg, jpeg, png, webp)
+    and a caption that is not blank: KEY.txt, else "caption" in KEY.json. The others are skipped and named in
+    ``report``. Raises ``UserError`` as ``scan_tar`` does."""
     path = refuse_remote(path)
     rows: dict[str, tuple] = {}
     with path.open("rb") as file:

@@ -33,11 +33,8 @@ def mask_counts(
 
 
 def block_mask(rng: np.random.Generator, height: int, width: int, count: int) -> np.ndarray:
-    """Draw bool (height, width) with exactly ``count`` True, in rectangles of random area and aspect ratio.
-
-    A rectangle is placed if it adds patches and does not exceed what is left. When no rectangle fits any more, single
-    random patches make up the rest.
-    """
+    """Draw bool (height, width) with exactly ``count`` True, in rectangles of random area and aspect ratio. One is
+    placed if it adds patches and does not exceed what is left; when none fits any more, single patches fill up."""
     mask = np.zeros((height, width), dtype=bool)
     left = count
     while left >= MIN_BLOCK and (added := _add_block(rng, mask, left)):

@@ -122,10 +122,8 @@ class StepOrder:
         self, step: int, position: int, read: Callable[[int, int], Sample], samples: NamedSamples, bad: list[str],
         remedy: str,
     ) -> Sample:
-        """Read the sample at ``position`` by (shard, row), or the first good candidate in its place.
-
-        ``bad`` gets "name: reason" of each broken one. UserError, with ``remedy``, if all candidates are broken.
-        """
+        """Read the sample at ``position`` by (shard, row), or the first good candidate in its place. ``bad`` gets
+        "name: reason" of each broken one. UserError, with ``remedy``, if all candidates are broken."""
         stream, index = self.source(step, position)
         at = index
         for attempt in range(1, REPLACEMENTS + 2):

@@ -18,10 +18,8 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 @dataclass
 class TarSample:
-    """The members that share a key: extension (lower case, without the dot) -> (offset, size) in bytes.
-
-    ``before_cut`` marks the last sample before a damaged place, which may have lost members.
-    """
+    """The members that share a key: extension (lower case, without the dot) -> (offset, size) in bytes. ``before_cut``
+    marks the last sample before a damaged place, which may have lost members."""
 
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)

@@ -20,10 +20,8 @@ _CONTENT = ("train", "test", "captions.model", "dataset.json")  # of a data set'
 
 @contextmanager
 def staged_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a new folder beside ``out`` that takes its place only if the block ends without an exception.
-
-    Raises ``UserError`` if ``out`` exists and ``overwrite`` is off, or if it is no data set (then it is never deleted).
-    """
+    """Yield a new folder beside ``out`` that takes its place only if the block ends without an exception. ``UserError``
+    if ``out`` exists and ``overwrite`` is off, or if it is no data set (then it is never deleted)."""
     out = refuse_remote(out)
     if out.exists():
         if not overwrite:

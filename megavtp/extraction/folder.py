@@ -105,10 +105,8 @@ class UnfinishedLatents:
             flush_folder(self.folder)
 
     def finish(self, classes: list[str] | None) -> TokenizerArtifact:
-        """Write what belongs to all shards, and return the tokenizer's facts with the statistics.
-
-        UserError: shards are missing, none holds an image, or a channel never changes.
-        """
+        """Write what belongs to all shards, and return the tokenizer's facts with the statistics. UserError: shards are
+        missing, none holds an image, or a channel never changes."""
         headers = [self._header(shard) for shard in range(self.shards)]
         if None in headers:
             raise UserError(

@@ -87,10 +87,8 @@ def find_drawings(package: str, folder: str) -> dict[str, str]:
 
 
 def train_caption(emoji: Emoji, style: str) -> str:
-    """Return one of five captions, picked by a hash, so that names, groups and subgroups are all learnt as words.
-
-    The text does not name the style: both drawings of an emoji mean the same, and should lie near one another.
-    """
+    """Return one of five captions, picked by a hash, so that names, groups and subgroups are all learnt as words. None
+    names the style: both drawings of an emoji mean the same, and should lie near one another."""
     subgroup = emoji.subgroup.replace("other-", "").replace("-", " ")
     name = emoji.name
     forms = (name, name, f"an icon of {name}", f"{name}, {subgroup}", f"{name}, {emoji.group.lower()}")
