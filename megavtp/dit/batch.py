@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megavtp.config.sizes import known
 from megavtp.data.loader import LoadedBatch
-from megavtp.data.order import SampleOrder, step_positions
+from megavtp.data.order import SampleOrder, StepOrder
 from megavtp.data.randomness import generator
 from megavtp.dit.config import CompleteDiTConfig
 from megavtp.latents.folder import LatentFolder, LatentSample
@@ -35,7 +35,7 @@ class LatentBatch(LoadedBatch):
     conditions: Tensor  # labels (b,) int64 or caption features (b, E) float32, some dropped
 
 
-class LatentStepDataset(torch.utils.data.Dataset):
+class LatentStepDataset:
     """``self[step]`` is the share of data-parallel rank ``dp_rank`` of ``dp_size`` in that step.
 
     ``config`` has the sizes of the folder. Raises ``UserError`` if streams, batch and dp_size do not divide, or if all
@@ -44,22 +44,19 @@ class LatentStepDataset(torch.utils.data.Dataset):
 
     def __init__(self, folder: LatentFolder, config: CompleteDiTConfig, dp_rank: int = 0, dp_size: int = 1):
         self.folder, self.config = folder, config
-        self.dp_rank, self.dp_size = dp_rank, dp_size
-        data = config.data
-        self.order = SampleOrder(folder.shard_counts, data.streams, data.shuffle_block, config.seed)
-        step_positions(0, config.train.batch_size, data.streams, dp_rank, dp_size)
+        order = SampleOrder(folder.shard_counts, config.data.streams, config.data.shuffle_block, config.seed)
+        self.order = StepOrder(order, config.train.batch_size, dp_rank, dp_size)
 
     def __getitem__(self, step: int) -> LatentBatch:
-        place = step_positions(step, self.config.train.batch_size, self.config.data.streams, self.dp_rank, self.dp_size)
         bad: list[str] = []
-        draws = [self._draw(step, position) for position in place.positions.tolist()]
-        flips, drops, times, noise = zip(*draws)
+        positions = self.order.positions.tolist()
+        flips, drops, times, noise = zip(*(self._draw(step, position) for position in positions))
         samples = [
-            self.order.read(stream, index, partial(self.folder.read, flip=flip), self.folder, bad, _REMEDY)
-            for stream, index, flip in zip(place.streams.tolist(), place.indices.tolist(), flips)
+            self.order.read(step, position, partial(self.folder.read, flip=flip), self.folder, bad, _REMEDY)
+            for position, flip in zip(positions, flips)
         ]
         return LatentBatch(
-            step=step, ids=[sample.id for sample in samples], positions=torch.from_numpy(place.positions),
+            step=step, ids=[sample.id for sample in samples], positions=torch.tensor(positions),
             latents=self.folder.statistics.normalise(torch.stack([sample.latents for sample in samples])),
             noise=torch.from_numpy(np.stack(noise)), times=torch.tensor(times, dtype=torch.float32),
             conditions=self._conditions(samples, torch.tensor(drops)), bad=bad,

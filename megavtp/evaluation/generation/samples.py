@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from megavtp.data.decode import BadSample
-from megavtp.data.order import cumulated, locate
+from megavtp.data.order import locate
 from megavtp.data.shards import ShardDataset, open_dataset, split_folders
 from megavtp.dit.checkpoint import StoredDiT
 from megavtp.dit.sampling.samples import Sample, in_proportion
@@ -40,7 +42,7 @@ def samples_like(reference: str | Path, dit: StoredDiT, count: int, label: str |
 
 def _captions(dataset: ShardDataset, count: int) -> list[Sample]:
     """List samples of the shards' captions; a repeated caption gives another sample, not the same image."""
-    ends = cumulated(dataset.shard_counts)
+    ends = np.cumsum(dataset.shard_counts)
     seen: Counter[str] = Counter()
     samples = []
     for i in range(count):
