@@ -3,8 +3,6 @@
 Nothing heavy is imported here: the scripts call ``guard`` before the imports that take seconds.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import os

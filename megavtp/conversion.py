@@ -1,7 +1,5 @@
 """This converts a checkpoint from one format to another, after it has found whether it is a tokenizer's or a DiT's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from megavtp.checkpoint.formats.convert import Format, convert_tokenizer

@@ -3,8 +3,6 @@
 This file is light to import, as a tool parses its options before it loads torch.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

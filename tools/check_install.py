@@ -1,7 +1,5 @@
 """Say whether this environment has the builds that constraints.txt names and that are tested together."""
 
-from __future__ import annotations
-
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path

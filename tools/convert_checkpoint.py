@@ -7,8 +7,6 @@
     python tools/convert_checkpoint.py --from lightningdit.pt --to native --out dit-ckpt
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

@@ -6,8 +6,6 @@
 Distances of generated images to a reference: python tools/evaluate.py generation --help
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

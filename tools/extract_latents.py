@@ -9,8 +9,6 @@ Stopped or killed, the same command goes on, with any number of processes; the f
 CPU a process computes on one core.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

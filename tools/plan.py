@@ -7,8 +7,6 @@ Nothing is trained and no GPU is needed. Memory and traffic are counted on the r
 bounds from the device's data sheet.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from dataclasses import replace

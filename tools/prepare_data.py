@@ -6,8 +6,6 @@
     python tools/prepare_data.py check  data/own                       # decode everything, name what is bad
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -7,8 +7,6 @@
         --shift 0.075 --out samples.npz
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from contextlib import nullcontext

@@ -11,8 +11,6 @@
 There is no pickle and no ``torch.distributed``: writers meet only in the file system, so they must share it.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import logging

@@ -5,8 +5,6 @@ also writes several entries of metadata in an order that changes from run to run
 Format: https://github.com/huggingface/safetensors#format (length of the header, JSON header, raw little-endian data).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

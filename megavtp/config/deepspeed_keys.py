@@ -5,8 +5,6 @@ A key is passed on if it changes speed or memory, but not the numbers of a step:
 that it does not know, so the names are checked here, against release 0.19.8.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping
 from typing import Any

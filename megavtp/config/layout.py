@@ -1,7 +1,5 @@
 """The rules of a layout that every kind of run has. Each error names the keys in question and the remedy."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Read a run's configuration: a YAML recipe, then an optional DeepSpeed file, then ``a.b.c=value`` overrides."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass

@@ -1,7 +1,5 @@
 """The ranges that a setting's type states, and the functions that all rules are written with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, get_args, get_type_hints

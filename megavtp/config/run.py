@@ -3,8 +3,6 @@
 Units are in the comments; ``None`` means "derived", and the comment says from what.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 

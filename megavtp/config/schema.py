@@ -4,8 +4,6 @@ Units are in the comments; ``None`` means "derived", and the comment says from w
 Cross-field rules live in ``validate.py``, reading and overriding in ``load.py``.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal

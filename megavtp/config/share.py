@@ -1,7 +1,5 @@
 """The share of one data-parallel rank in a step: its part of each objective's batch, and its micro-batches."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megavtp.config.sizes import ResolvedConfig

@@ -8,8 +8,6 @@ encoder has the shape of DINOv2's ViT-g (1536 x 40, 24 heads), its text tower th
 tiny is for a demonstration on a CPU. The 4-layer ViT-L decoder of the paper's scaling studies is set in a recipe.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 

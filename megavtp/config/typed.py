@@ -1,7 +1,5 @@
 """Plain nested mappings -> frozen dataclasses, with strict types and errors that name the dotted key."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import re

@@ -1,7 +1,5 @@
 """The rules between keys, checked before anything runs. Each error names the keys in question and the remedy."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from megavtp.config import deepspeed_keys, layout

@@ -1,7 +1,5 @@
 """Reconstruction as it trains the decoder alone."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megavtp.data.batch import Batch

@@ -1,7 +1,5 @@
 """The recipe of the second stage: reconstruction alone, which moves the decoder alone."""
 
-from __future__ import annotations
-
 from megavtp.decoder.passes import DecoderPass
 from megavtp.parallel.passes import Pass
 from megavtp.pretraining.recipe import Pretraining

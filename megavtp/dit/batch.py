@@ -3,8 +3,6 @@
 Letters: b samples of the share, C channels, h = w positions, E caption features.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 

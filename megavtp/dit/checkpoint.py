@@ -1,7 +1,5 @@
 """This reads the DiT of a native checkpoint, without engine or optimizer, and tells whether a run can continue it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@
 ``config/run.py``; the rules between keys are in ``dit/validate.py``.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """This converts a DiT's checkpoint between the native format and LightningDiT's."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Letters: b samples, C channels.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any
 

@@ -4,8 +4,6 @@
 settings are read from the tensors' shapes and from what the checkpoint states.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The recipe that trains a DiT has one pass, flow matching, over a folder of latents."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """This counts a DiT's weights and operations, and describes its run, without taking memory or reading data."""
 
-from __future__ import annotations
-
 import warnings
 
 import torch

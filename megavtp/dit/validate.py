@@ -1,7 +1,5 @@
 """A DiT's keys are checked before anything runs. Each error names the keys and the remedy."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

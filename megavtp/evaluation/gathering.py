@@ -1,7 +1,5 @@
 """Every data-parallel rank collects the per-sample results of all."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Metrics are written for people and for programs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The ranks find each other at a key-value store, served by rank 0 or by torchrun, where every rank checks in."""
 
-from __future__ import annotations
-
 import os
 import socket
 import time

@@ -1,7 +1,5 @@
 """Where this rank is in its work, for messages about a rank that failed, is lost or hangs."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Process start-up and shutdown under the deepspeed launcher, torchrun, srun, or alone."""
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import signal

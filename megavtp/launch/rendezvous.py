@@ -1,7 +1,5 @@
 """Which rank this process is, and where the ranks meet, from the environment of whichever launcher started it."""
 
-from __future__ import annotations
-
 import os
 import re
 import socket

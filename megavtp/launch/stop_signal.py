@@ -1,7 +1,5 @@
 """Signals ask a run to stop, and all ranks agree on the step after which they do."""
 
-from __future__ import annotations
-
 import signal
 import time
 from pathlib import Path

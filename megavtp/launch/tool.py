@@ -1,7 +1,5 @@
 """A tool that can share its work runs in all processes of a launcher, or alone."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Which rank is lost or hangs, judged from what the ranks report of themselves."""
 
-from __future__ import annotations
-
 import json
 import sys
 import threading

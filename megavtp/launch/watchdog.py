@@ -7,8 +7,6 @@ thread ends the process, also when the first waits in vain for a store whose mac
 device.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import sys

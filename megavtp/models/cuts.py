@@ -1,7 +1,5 @@
 """Where the towers of a VTP are cut into pipeline chunks."""
 
-from __future__ import annotations
-
 from collections.abc import Set as AbstractSet
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """This is the DINO projection head (arXiv 2104.14294); one head serves class tokens and masked patches."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

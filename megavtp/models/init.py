@@ -5,8 +5,6 @@ distributions are those of the official training class: a truncated normal (0.02
 own scheme (arXiv 2103.00020) for the text tower, torch's defaults for the rest.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence

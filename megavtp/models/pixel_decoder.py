@@ -1,7 +1,5 @@
 """This is the ViT that decodes latents to images (VTP, arXiv 2512.13687)."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """This is the causal text encoder of CLIP (arXiv 2103.00020)."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -3,8 +3,6 @@
 Letters: b images, N patches, D width. A sequence has one class token, then the patches in row-major order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import cast
 

@@ -3,8 +3,6 @@
 Letters: b images, c global crops, N patches, D width, E embedding width, K prototypes, m masked patches.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet

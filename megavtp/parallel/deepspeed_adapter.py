@@ -6,8 +6,6 @@ around here are silent. Each work-around states its reason; ``tests/parallel/tes
 it, and also tells when a later DeepSpeed no longer needs it.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

@@ -8,8 +8,6 @@ send what the two all-reduces would.
 Letters: T packed tokens, n rows of a rank, k tokens that a branch keeps, D width.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -7,8 +7,6 @@ implementation repeats to save memory (recompute, the second contrastive forward
 lowers MFU.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 from megavtp.config.schema import DinoHeadConfig

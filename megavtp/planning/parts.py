@@ -7,8 +7,6 @@ put together from them.
 Letters: m images of a micro-batch, N patches, T packed tokens, D width.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence

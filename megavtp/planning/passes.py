@@ -1,7 +1,5 @@
 """The memory and traffic of a step's passes on one pipeline rank, put together from the rehearsed parts."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

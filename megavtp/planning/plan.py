@@ -1,7 +1,5 @@
 """The plan of one layout: its memory, its traffic and the least time that a step can take."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import cached_property
 

@@ -1,7 +1,5 @@
 """Plans as text: a table, where memory and time go, and the lines to paste into a recipe."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 

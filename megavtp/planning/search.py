@@ -1,7 +1,5 @@
 """A search through all legal layouts of a configuration on a number of devices, for the fastest that fit."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """A page of text about a run: sizes, batches, layout, schedule. It allocates no model and reads no data."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 from typing import Any

@@ -5,8 +5,6 @@ local numel, dp the data-parallel size. Sources: arXiv 1910.02054 for the idea; 
 number of gathers are DeepSpeed's, checked in ``tests/planning``.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace

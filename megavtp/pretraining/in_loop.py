@@ -1,7 +1,5 @@
 """Pictures and metrics of held-out data while a run trains."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Each pass takes its rows of the batch to the device one micro-batch at a time. I
 patches are made on the host, so that no step waits for the device to say how many there are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

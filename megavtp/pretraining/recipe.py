@@ -1,7 +1,5 @@
 """Pre-training: the recipe of the three objectives."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType

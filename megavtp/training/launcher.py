@@ -1,7 +1,5 @@
 """The launchers that train: each rank reads the command line, joins the others and runs the recipe."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """metrics.jsonl has one JSON object a line, and each step once, however often a run is resumed."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

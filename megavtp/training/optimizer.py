@@ -1,7 +1,5 @@
 """AdamW parameter groups: no decay on vectors and scalars, one learning-rate scale per tower."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from functools import partial

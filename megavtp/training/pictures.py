@@ -1,7 +1,5 @@
 """Pictures of a run: inputs above their reconstructions, and loss curves from metrics.jsonl."""
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import logging

@@ -1,7 +1,5 @@
 """The progress line of a run, live on a terminal and line by line in a file."""
 
-from __future__ import annotations
-
 import resource
 import shutil
 import sys

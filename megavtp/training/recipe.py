@@ -1,7 +1,5 @@
 """The interface of a recipe: what is trained, on which data, by which passes. ``run.run`` runs one."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path

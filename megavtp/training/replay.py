@@ -1,7 +1,5 @@
 """``--replay STEP`` does a step of a run again and watches every module and gradient. It writes nothing."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """A run of a recipe, from its files to its last checkpoint."""
 
-from __future__ import annotations
-
 from megavtp.launch import phase
 from megavtp.launch.ranks import STOPPED
 from megavtp.parallel.collectives import together

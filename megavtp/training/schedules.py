@@ -1,7 +1,5 @@
 """Values that change over a run, as pure functions of the 0-based step: nothing to save, nothing to restore."""
 
-from __future__ import annotations
-
 import math
 
 from megavtp.config.run import OptimizerConfig

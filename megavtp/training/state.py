@@ -1,7 +1,5 @@
 """A run's state in the checkpoint store, by logical name and independent of the layout."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType

@@ -1,7 +1,5 @@
 """Trackers show the metrics of rank 0 besides metrics.jsonl: Weights & Biases and TensorBoard, if asked for."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

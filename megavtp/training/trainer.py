@@ -1,7 +1,5 @@
 """The training loop of every recipe on every layout: steps, telemetry, checkpoints, the end of a run."""
 
-from __future__ import annotations
-
 import secrets
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """This converts a tokenizer between the checkpoint of a run and the folder of a released model."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping

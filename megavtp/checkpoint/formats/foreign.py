@@ -1,7 +1,5 @@
 """Readers of other projects' weights return these: tensors by our names, and an account of all the rest."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from torch import Tensor

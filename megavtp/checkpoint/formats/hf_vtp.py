@@ -3,8 +3,6 @@
 "Official" names are those in that file; "our" names are those of ``VTP``'s parameters and buffers.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """This translates ``config.json`` of the official VTP folder to ``ModelConfig`` and back."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict

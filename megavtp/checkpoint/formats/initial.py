@@ -1,7 +1,5 @@
 """Training can start from the weights of a tokenizer, an OpenCLIP model or a timm ViT (``model.init_from``)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path

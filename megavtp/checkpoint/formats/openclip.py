@@ -4,8 +4,6 @@ The weights do not show the number of heads or QuickGELU: set ``model.text.heads
 OpenAI's models, ``model.text.quick_gelu=true``.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

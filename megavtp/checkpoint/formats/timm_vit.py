@@ -5,8 +5,6 @@ layernorm (1e-6), ``ffn`` mlp or swiglu with the ``mlp_ratio`` that gives the fi
 when the file has one, and ``model.rope_dtype=float32``: bfloat16 rounds queries and keys.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 

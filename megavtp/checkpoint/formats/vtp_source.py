@@ -1,7 +1,5 @@
 """This reads a tokenizer from disk in either format: the checkpoint of a run or the folder of a released model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training holds the DiT and the moving average of its weights, with which samples are drawn."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

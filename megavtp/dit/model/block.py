@@ -4,8 +4,6 @@ Letters: b samples, N tokens, D width. ``condition`` (b, D) is SiLU of the sum o
 ``copy_to_tp`` for all blocks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """This builds a DiT with LightningDiT's initial values, the same on every layout."""
 
-from __future__ import annotations
-
 import math
 
 import torch

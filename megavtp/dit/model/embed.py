@@ -3,8 +3,6 @@
 Letters: b samples, D width. Modules have LightningDiT's names, so that our keys are its own.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -3,8 +3,6 @@
 Letters: b samples, C channels, H = W latent positions, p patch, N = (H / p)^2 tokens, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 Letters: N = side * side tokens in row-major order, D width, h head dimension. Sides are in tokens.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """A DiT is a velocity field, with classifier-free guidance (arXiv 2207.12598) in an interval of times (2404.07724)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """This draws images with a trained DiT and the tokenizer whose latents it generates."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Sequence
 from itertools import islice

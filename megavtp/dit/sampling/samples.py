@@ -1,7 +1,5 @@
 """These choose which samples to draw; a sample's noise is a function of the seed, its condition and a number."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

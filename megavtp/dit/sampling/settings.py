@@ -3,8 +3,6 @@
 This imports no torch, as tools parse their options first.
 """
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ Letters: b samples, C channels. A field is called as field(x, t, y) with points 
 the CPU and conditions (b, ...); it returns dx/dt. Times run from 0 (noise) to 1 (data).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import reduce

@@ -4,8 +4,6 @@ The network is EfficientNet-B0 (arXiv 1905.11946, table 1) without squeeze-and-e
 are the 1280 averaged activations in front of its classifier. Distances on them are *not* FID.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 from collections.abc import Iterator, Mapping

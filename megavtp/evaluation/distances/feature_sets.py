@@ -5,8 +5,6 @@ kernel distance (Binkowski et al., arXiv 1801.01401), and improved precision and
 All of it is computed in float64. Letters: d feature dimensions, b rows of a batch, n and m rows of two sets.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

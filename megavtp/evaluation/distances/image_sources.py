@@ -4,8 +4,6 @@
 size, which processes share by their numbers.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path

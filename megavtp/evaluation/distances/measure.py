@@ -3,8 +3,6 @@
 The first needs streamed moments of all images' features, the others the features themselves of a part.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Distances compare images by the features of a network. FID is defined on those of the Inception-v3 of 2015."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import ClassVar, Literal

@@ -4,8 +4,6 @@ Images are in ``arr_0``, uint8 (n, H, W, 3), which is read row by row: numpy wou
 50,000 images of 256 pixels. The statistics are ``mu`` (d,) and ``sigma`` (d, d). Nothing is unpickled.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import zipfile

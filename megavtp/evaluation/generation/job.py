@@ -1,7 +1,5 @@
 """This does what the options of `tools/evaluate.py generation` ask for."""
 
-from __future__ import annotations
-
 import argparse
 
 import torch

@@ -1,7 +1,5 @@
 """This chooses the samples of a DiT to compare with a reference."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path

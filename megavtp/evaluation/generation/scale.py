@@ -1,7 +1,5 @@
 """Sets of images that are known to be bad show what a distance means."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """This evaluates a checkpoint of a run or a released model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 

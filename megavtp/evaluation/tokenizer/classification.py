@@ -4,8 +4,6 @@ The first is CLIP's zero-shot classification (arXiv 2103.00020), the second DINO
 classification on frozen features (arXiv 2104.14294, section 4.1).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

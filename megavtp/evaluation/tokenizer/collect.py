@@ -1,7 +1,5 @@
 """All ranks run a model over a data set in step and collect a table with a row for each sample."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """An evaluation sees a model through this."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Class labels and other categories of a table's samples become integer ids."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Images and captions retrieve each other, as do two depictions of one concept."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """This computes all metrics of one model on one data set."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """How fast ranks exchange data, all together and two by two."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ It first checks what needs only the rendezvous (versions, clocks, storage, ports
 limit. All ranks come to the same result, and rank 0 tells it.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import sys

@@ -1,7 +1,5 @@
 """Facts about each rank's machine, and a comparison that finds what does not fit together."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import os

@@ -3,8 +3,6 @@
 The lowest rank of a machine, its leader, speaks for it. Every rank calls every check, and all get the same result.
 """
 
-from __future__ import annotations
-
 import json
 import secrets
 import socket
