@@ -4,8 +4,6 @@ Images are stored and displayed as uint8 in 0..255. Models take floats, normalis
 ImageNet.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

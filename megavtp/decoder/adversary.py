@@ -1,7 +1,5 @@
 """What the two passes of the second stage share on the last pipeline rank: the discriminator as it stands in a step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

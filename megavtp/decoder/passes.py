@@ -1,7 +1,5 @@
 """The passes of the second stage: reconstruction as it trains the decoder alone, and the discriminator's own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,12 +70,12 @@ class AdversarialDecoderPass(DecoderPass):
 
     def places(self, micro: int) -> range:
         """Return the places of a micro-batch's images in the objective's global batch."""
-        rows, first = self.rows(micro), self.mesh.dp_rank * self.share.local
+        rows, first = self.share.rows(micro), self.mesh.dp_rank * self.share.local
         return range(first + rows.start, first + rows.stop)
 
     def real_pixels(self, micro: int) -> Tensor:
         """Return the pictures of a micro-batch on the device, as uint8."""
-        return self.to_device(self.images[self.rec_rows[self.rows(micro)]])
+        return self.to_device(self.images[self.rec_rows[self.share.rows(micro)]])
 
     def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
         images, _ = outputs
@@ -102,7 +100,7 @@ class AdversarialDecoderPass(DecoderPass):
         values: dict[str, Tensor] = {}
         gradients: dict[str, list[Tensor]] = {}
         for micro in range(self.share.micro_batches):
-            own = images[self.rows(micro)].detach().requires_grad_()
+            own = images[self.share.rows(micro)].detach().requires_grad_()
             with torch.enable_grad():
                 terms = reconstruction_terms(
                     own, self.device_images(micro), self.perceptual, images_total_local=self.share.local

@@ -4,19 +4,17 @@
 ``config/run.py``; the rules between keys are in ``dit/validate.py``.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from megavtp.config.run import LoggingConfig, ParallelConfig, TrainConfig
-from megavtp.config.sizes import narrowed
+from megavtp.config.run import ReadingConfig, RunConfig
+from megavtp.config.sizes import Resolved, Shape, filled, known, narrowed
 
 DiTSize = Literal["tiny", "b", "l", "xl", "1p0b", "1p6b"]
 Condition = Literal["class", "caption"]
 
 # Width, depth, heads of LightningDiT's models; tiny is for a demonstration on a CPU.
-SIZES: dict[DiTSize, tuple[int, int, int]] = {
+SIZES: dict[DiTSize, Shape] = {
     "tiny": (192, 8, 3), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16), "1p0b": (1536, 24, 24),
     "1p6b": (1792, 28, 28),
 }
@@ -52,37 +50,23 @@ class FlowMatchingConfig:
 
 
 @dataclass(frozen=True)
-class LatentDataConfig:
+class LatentDataConfig(ReadingConfig):
     root: str = "data/latents"  # folder of latent shards with the tokenizer's facts and statistics
     flip: float = 0.5  # probability of the latents of the mirrored image
-    streams: int = 64  # logical streams; every data-parallel size must divide it, it must divide the batch
-    shuffle_block: int = 4096  # samples permuted together inside a stream
-    workers: int = 4  # loader processes of each rank; 0 = read in the training process
-    prefetch: int = 2  # steps each worker prepares ahead
-    max_bad_samples: int = 1000  # in one run of one process; more is an error
 
 
 @dataclass(frozen=True)
-class DiTConfig:
-    seed: int = 0
+class DiTConfig(RunConfig):
     output_dir: str = "runs/dit"
     model: DiTModelConfig = field(default_factory=DiTModelConfig)
     flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     ema_momentum: float = 0.9999  # of the averaged weights, which sampling uses
     data: LatentDataConfig = field(default_factory=LatentDataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)  # a step's batch counts latents
-    telemetry: LoggingConfig = field(default_factory=LoggingConfig)
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed keys, passed through
 
 
 @dataclass(frozen=True)
-class ResolvedDiT(DiTModelConfig):
+class ResolvedDiT(Resolved, DiTModelConfig):
     """The model's own sizes are known; those of the latents may still be open."""
-
-    width: int = field(kw_only=True)
-    depth: int = field(kw_only=True)
-    heads: int = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -105,16 +89,14 @@ class CompleteDiTConfig(ResolvedDiTConfig):
 
 def resolve_dit(model: DiTModelConfig) -> ResolvedDiT:
     """Fill the width, depth and heads that are None from ``model.size``. Idempotent."""
-    sizes = dict(zip(("width", "depth", "heads"), SIZES[model.size]))
-    kind = CompleteDiT if isinstance(model, CompleteDiT) else ResolvedDiT
-    return narrowed(model, kind, **{name: size for name, size in sizes.items() if getattr(model, name) is None})
+    return filled(model, CompleteDiT if isinstance(model, CompleteDiT) else ResolvedDiT, SIZES[model.size])
 
 
 def complete_dit(model: DiTModelConfig) -> CompleteDiT:
     """Return the model as one whose sizes are all known; ValueError if those of the latents are not."""
-    if model.latent_size is None or model.latent_channels is None:
-        raise ValueError("model.latent_size and model.latent_channels are still open; with_latents fills them")
-    return narrowed(resolve_dit(model), CompleteDiT)
+    for name in ("latent_size", "latent_channels"):
+        known(getattr(model, name), f"model.{name}")
+    return filled(model, CompleteDiT, SIZES[model.size])
 
 
 def complete_config(config: DiTConfig) -> CompleteDiTConfig:

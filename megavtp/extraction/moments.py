@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -48,7 +47,7 @@ class Moments:
         return cls(images, images * height * width, *values.numpy())
 
     def joined(self, other: Moments) -> Moments:
-        """Return the moments of both together. Another order of additions may change the last bits."""
+        """Return the moments of both together; another order of joining may change the last bits."""
         count = self.count + other.count
         apart = other.mean - self.mean
         return Moments(
@@ -73,11 +72,3 @@ class Moments:
         if not len(mean) == len(squares) == channels:
             raise UserError(f"{where}: its sums are not of {channels} channels; {remedy}")
         return cls(images, count, np.array(mean), np.array(squares))
-
-
-def join_all(parts: Iterable[Moments]) -> Moments:
-    """Join at least one part, in the given order."""
-    first, *others = parts
-    for part in others:
-        first = first.joined(part)
-    return first

@@ -1,7 +1,5 @@
 """This is the DINO projection head (arXiv 2104.14294); one head serves class tokens and masked patches."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +25,11 @@ class Prototypes(nn.Module):
         return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
 
 
+def head_widths(in_dim: int, config: DinoHeadConfig) -> list[int]:
+    """Return the widths before, between and after the head's matrices, the prototypes included."""
+    return [in_dim, *[config.hidden] * (config.layers - 1), config.bottleneck, config.prototypes]
+
+
 def _mlp(sizes: list[int], mesh: Mesh) -> nn.Sequential:
     """Stack linears and GELU. The linears are column- and row-parallel in turn; an odd last one reads all of x."""
     layers: list[nn.Module] = []
@@ -46,7 +49,7 @@ class DinoHead(nn.Module):
 
     def __init__(self, in_dim: int, config: DinoHeadConfig, mesh: Mesh = SINGLE):
         super().__init__()
-        self.mlp = _mlp([in_dim] + [config.hidden] * (config.layers - 1) + [config.bottleneck], mesh)
+        self.mlp = _mlp(head_widths(in_dim, config)[:-1], mesh)
         self.last_layer = Prototypes(config.bottleneck, config.prototypes, mesh)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

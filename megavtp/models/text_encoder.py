@@ -1,6 +1,6 @@
 """This is the causal text encoder of CLIP (arXiv 2103.00020)."""
 
-from __future__ import annotations
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,7 @@ from megavtp.parallel.layers import RowParallelLinear, VocabParallelEmbedding
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.striping import Stripe, whole
 
-
-def _norm(width: int) -> LayerNorm:
-    return LayerNorm(width, 1e-5)
+_norm = partial(LayerNorm, eps=1e-5)
 
 
 class TextEncoder(nn.Module):

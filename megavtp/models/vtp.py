@@ -3,10 +3,8 @@
 Letters: b images, c global crops, N patches, D width, E embedding width, K prototypes, m masked patches.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
@@ -324,15 +322,10 @@ class VTP(nn.Module):
         """Pair the parameters of an average (the teacher's) with the trained ones, always in the same order."""
         if "self_distillation" not in self.objectives:
             return []
-        return [(self.get_parameter(f"teacher.{name}"), student) for name, student in self._distilled()]
+        return [(teacher, self.get_parameter(name)) for name, teacher in self.teacher.named_parameters()]
 
     def start_averages(self) -> None:
         """Make every average a copy of what it follows."""
         with torch.no_grad():
             for average, trained in self.averaged():
                 average.copy_(trained)
-
-    def _distilled(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for tower in ("trunk", "dino_head"):
-            if getattr(self, tower) is not None:  # the head is on the last pipeline rank
-                yield from getattr(self, tower).named_parameters(prefix=tower)

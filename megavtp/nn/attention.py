@@ -1,7 +1,5 @@
 """Multi-head self-attention over packed sequences; tensor-parallel ranks share the heads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

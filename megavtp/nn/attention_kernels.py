@@ -3,8 +3,6 @@
 Letters: T tokens of all sequences, H local heads, h head dimension, b sequences of length L in one segment.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from contextlib import suppress

@@ -15,8 +15,6 @@ recomputed, so it costs L / (6 D) of a forward for sequences of length L; "full"
 With sequence parallelism a rank holds only its rows of the residual stream, so that all terms are divided by tp.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol, cast
 

@@ -3,8 +3,6 @@
 ``expand`` computes the first matrix product, ``contract`` all that follows; for ``cut`` see ``nn.block``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

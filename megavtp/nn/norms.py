@@ -3,8 +3,6 @@
 With ``cut`` (sequence parallelism) the input has only this rank's rows of the tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from typing import Any

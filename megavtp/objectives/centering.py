@@ -6,8 +6,6 @@ vector (K_local,), and no target matrix exists.
 Shape letters: n rows of this rank, d feature size, K_local prototypes on this rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

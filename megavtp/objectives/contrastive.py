@@ -4,8 +4,6 @@ sigmoid per pair (SigLIP, arXiv 2303.15343).
 Shape letters: b pairs on this data-parallel rank, B = dp * b pairs in all, E embedding size.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

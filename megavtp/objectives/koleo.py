@@ -3,8 +3,6 @@
 Shape letters: c crops, b images on this data-parallel rank, B = dp * b images in all, D feature size.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -7,8 +7,6 @@ rows at a time, from the head's features; prototypes are cut over tensor-paralle
 Shape letters: s student views, v teacher views, n samples, d feature size, K_local prototypes on this rank.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable

@@ -4,8 +4,6 @@ Shape letters: m images in this micro-batch, L local crops, p masked patches, bn
 K_local prototypes on this rank. Crops are crop-major: all first crops, then all second.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import NamedTuple
 

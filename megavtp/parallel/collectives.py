@@ -1,7 +1,5 @@
 """Collectives, with and without gradients. Each is the identity on an axis of size 1."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 

@@ -6,8 +6,6 @@ around here are silent. Each work-around states its reason; ``tests/parallel/tes
 it, and also tells when a later DeepSpeed no longer needs it.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings
@@ -20,6 +18,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import nn
 
+from megavtp.arithmetic import ceil_div
 from megavtp.config.load import merged
 from megavtp.errors import UserError
 from megavtp.parallel import gradient_norm
@@ -63,7 +62,7 @@ def build_config(zero_stage: int, clip_grad: float, parameters: int, extra: Mapp
     Args:
         parameters: trainable numel of this rank; caps the communication buckets, which DeepSpeed allocates whole.
     """
-    bucket = -(-min(parameters, 50_000_000) // 1024) * 1024  # a multiple of its alignment
+    bucket = ceil_div(min(parameters, 50_000_000), 1024) * 1024  # a multiple of its alignment
     config = {
         "train_micro_batch_size_per_gpu": 1,  # never used: the trainer owns the batch
         "gradient_accumulation_steps": 1,

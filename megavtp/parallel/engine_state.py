@@ -4,8 +4,6 @@ All functions that take the engine are collective over the data-parallel group. 
 version of DeepSpeed and the tests.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -4,8 +4,6 @@ DeepSpeed counts replicated parameters more than once and does not know that pip
 groups. See ``deepspeed_adapter`` for the version of DeepSpeed and the tests.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

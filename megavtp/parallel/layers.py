@@ -6,8 +6,6 @@ rank's rows of the packed tokens.
 Weights are created uninitialised in the local shape; the model's initialiser fills them (see ``models/init.py``).
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -3,8 +3,6 @@
 rank = dp_rank * (pp * tp) + pp_rank * tp + tp_rank, so tensor-parallel peers are neighbours (the fastest links).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

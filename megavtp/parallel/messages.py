@@ -1,7 +1,5 @@
 """Messages between pipeline ranks during one pass: activations to the next stage, gradients to the one before."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any

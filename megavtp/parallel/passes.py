@@ -1,7 +1,5 @@
 """A pass: one objective's way through the towers, declared independently of any layout, and its execution."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from functools import reduce

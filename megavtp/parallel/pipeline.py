@@ -3,8 +3,6 @@
 With one pipeline rank the whole pass is one stage, and the same loop is a plain forward and backward per micro-batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, Protocol

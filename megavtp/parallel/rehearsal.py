@@ -4,8 +4,6 @@ It counts what a piece of the model would hold, need at most and send, for any s
 milliseconds and without memory. So the planner has no second description of the model that could go stale.
 """
 
-from __future__ import annotations
-
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence

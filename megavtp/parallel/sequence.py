@@ -8,13 +8,12 @@ send what the two all-reduces would.
 Letters: T packed tokens, n rows of a rank, k tokens that a branch keeps, D width.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megavtp.arithmetic import ceil_div
 from megavtp.parallel.collectives import all_gather, copy_to_tp, reduce_scatter, with_gradient
 from megavtp.parallel.mesh import Mesh
 
@@ -49,7 +48,7 @@ class TokenCut:
     @property
     def rows_of_each(self) -> int:
         """The number of rows that this rank has of each sequence; n is ``sequences`` times that."""
-        return -(-self.length // self.mesh.tp)
+        return ceil_div(self.length, self.mesh.tp)
 
     def split(self, x: Tensor) -> Tensor:
         """Return own rows (n, ...) of x (T, ...), which is the same on every rank; the gradient is gathered."""

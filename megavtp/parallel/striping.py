@@ -5,8 +5,6 @@ holds a share of all of them and none idles while another tower runs. A pass goe
 (its *legs*): stage s is chunk s mod (p v) of leg s // (p v), and lies on rank s mod p.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache

@@ -4,8 +4,6 @@ Each pass takes its rows of the batch to the device one micro-batch at a time. I
 patches are made on the host, so that no step waits for the device to say how many there are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -53,10 +51,6 @@ class _PretrainingPass(Pass):
         self.batch = batch
         return self.share.micro_batches
 
-    def rows(self, micro: int) -> slice:
-        """Return the rows of this rank's share that are in the micro-batch."""
-        return slice(micro * self.share.micro_batch, (micro + 1) * self.share.micro_batch)
-
     def to_device(self, x: Tensor) -> Tensor:
         if self.device.type == "cuda" and not x.is_pinned():  # picked rows of a pinned batch are pageable again
             x = x.pin_memory()  # from pageable memory the copy would wait for the device
@@ -71,7 +65,7 @@ class _PretrainingPass(Pass):
 
         The draw is over all crops of the global batch, so it is the same on every layout.
         """
-        rows = self.rows(micro)
+        rows = self.share.rows(micro)
         first = self.mesh.dp_rank * self.share.local
         images = torch.arange(first + rows.start, first + rows.stop)
         sizes = [count * self.share.batch for count in crops]
@@ -101,7 +95,7 @@ class ContrastivePass(_PretrainingPass):
         return self._inputs(micro, self.images.to("meta"))
 
     def _inputs(self, micro: int, images: Tensor) -> dict[str, Any]:
-        rows = self.rows(micro)
+        rows = self.share.rows(micro)
         pixels, size = self.pixels(images[rows]), contrastive_size(self.config)
         if size < pixels.shape[-1]:
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
@@ -146,7 +140,7 @@ class SelfDistillationPass(_PretrainingPass):
             self.settings.teacher_temperature_start, self.settings.teacher_temperature,
         )
         self.global_crops, self.local_crops = _needed(batch.global_crops), _needed(batch.local_crops)
-        masks = [_needed(batch.masks)[:, self.rows(micro)] for micro in range(count)]  # (2, m, patches) each
+        masks = [_needed(batch.masks)[:, self.share.rows(micro)] for micro in range(count)]  # (2, m, patches) each
         rows_and_weights = [masked_rows(mask) for mask in masks]
         self._masked_rows, self._patch_weights = (
             [self.to_device(x) for x in column] for column in zip(*rows_and_weights)
@@ -186,7 +180,7 @@ class SelfDistillationPass(_PretrainingPass):
         return TeacherBias(**biases)
 
     def _crops(self, crops: Tensor, micro: int) -> Tensor:
-        return self.pixels(crops[:, self.rows(micro)].flatten(0, 1))
+        return self.pixels(crops[:, self.share.rows(micro)].flatten(0, 1))
 
     def inputs(self, micro: int) -> dict[str, Any]:
         return self._inputs(micro, self.global_crops, self.local_crops)
@@ -238,7 +232,7 @@ class ReconstructionPass(_PretrainingPass):
 
     def device_images(self, micro: int) -> Tensor:
         if self._last is None or self._last[0] != micro:
-            self._last = micro, self.pixels(self.images[self.rec_rows[self.rows(micro)]])
+            self._last = micro, self.pixels(self.images[self.rec_rows[self.share.rows(micro)]])
         return self._last[1]
 
     def meta_images(self) -> Tensor:
@@ -257,7 +251,7 @@ class ReconstructionPass(_PretrainingPass):
         if self.settings.latent_noise == 0:
             return None
         model, first = self.config.model, self.mesh.dp_rank * self.share.local
-        rows, side = self.rows(micro), model.image_size // model.patch_size
+        rows, side = self.share.rows(micro), model.image_size // model.patch_size
         noise = draw_latent_noise(
             seed=self.config.seed, step=self.batch.step, images=range(first + rows.start, first + rows.stop),
             shape=(model.bottleneck, side, side), strength=self.settings.latent_noise,
@@ -276,10 +270,10 @@ def build_passes(
 ) -> list[Pass]:
     """Make the passes of the objectives that are on, in the order in which a step runs them."""
     passes: list[Pass] = []
-    if share.contrastive:
-        passes.append(ContrastivePass(config, share.contrastive, mesh, device))
-    if share.self_distillation:
-        passes.append(SelfDistillationPass(config, share.self_distillation, mesh, device))
-    if share.reconstruction:
-        passes.append(ReconstructionPass(config, share.reconstruction, mesh, device, perceptual))
+    if part := share.passes.get("contrastive"):
+        passes.append(ContrastivePass(config, part, mesh, device))
+    if part := share.passes.get("self_distillation"):
+        passes.append(SelfDistillationPass(config, part, mesh, device))
+    if part := share.passes.get("reconstruction"):
+        passes.append(ReconstructionPass(config, part, mesh, device, perceptual))
     return passes

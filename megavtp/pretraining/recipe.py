@@ -1,7 +1,5 @@
 """Pre-training: the recipe of the three objectives."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -130,6 +128,7 @@ class Pretraining(Recipe):
 
     def finish(self, telemetry: Telemetry) -> None:
         self._evaluation.finish(self.config.train.steps)
+        super().finish(telemetry)
 
 
 def build_perceptual(config: ResolvedConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:

@@ -1,7 +1,5 @@
 """This converts a tokenizer between the checkpoint of a run and the folder of a released model."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping
@@ -45,17 +43,23 @@ def convert_tokenizer(
     source = open_vtp(path, source_format)
     if decoder is not None:
         source = _with_decoder(source, open_vtp(decoder))
-    file = _captions(source, captions)
-    artifact = replace(source.artifact, captions=_captions_name(file))
+    file, name = _captions(source, captions)
+    artifact = replace(source.artifact, captions=name)
     if statistics is not None:
-        artifact = replace(artifact, statistics=_statistics(statistics, artifact.latent_channels))
+        read = LatentStatistics.read(statistics)
+        artifact = replace(artifact, statistics=check_fitting(read, artifact.latent_channels, str(statistics)))
     with new_path(out) as folder:
         if to == "hf-vtp":
             save_folder(folder, source.config.model, source.tokenizer_tensors, source.released)
-            notes = _left_out(source)
+            kept = source.tokenizer_tensors.keys()
+            rest = sorted({name.split(".")[0] for name in source.tensors if name not in kept})
+            notes = [f"left out, the released form has no place for them: {', '.join(rest)}"] if rest else []
         else:
-            notes = _save_native(folder, source)
-        if isinstance(file, Path):
+            check_periods(source)
+            tensors = {f"model/{name}": t for name, t in source.tensors.items() if not name.endswith(PERIODS)}
+            write_native(folder, 0, tensors, source.config, {"released": dict(source.released)})
+            notes = [WEIGHTS_ONLY]
+        if file is not None:
             shutil.copyfile(file, folder / str(artifact.captions))
         artifact.write(folder)
     return notes
@@ -79,19 +83,6 @@ def _with_decoder(source: VTPSource, other: VTPSource) -> VTPSource:
     return replace(source, tensors=rest | decoder, config=replace(config, model=model, objectives=objectives))
 
 
-def _left_out(source: VTPSource) -> list[str]:
-    kept = source.tokenizer_tensors.keys()
-    towers = sorted({name.split(".")[0] for name in source.tensors if name not in kept})
-    return [f"left out, the released form has no place for them: {', '.join(towers)}"] if towers else []
-
-
-def _save_native(folder: Path, source: VTPSource) -> list[str]:
-    check_periods(source)
-    tensors = {f"model/{name}": t for name, t in source.tensors.items() if not name.endswith(PERIODS)}
-    write_native(folder, 0, tensors, source.config, {"released": dict(source.released)})
-    return [WEIGHTS_ONLY]
-
-
 def write_native(
     folder: Path, step: int, tensors: Mapping[str, Tensor], config: Any, facts: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
@@ -110,29 +101,19 @@ def write_native(
         shutil.rmtree(root, ignore_errors=True)
 
 
-def _statistics(path: str | Path, channels: int) -> LatentStatistics:
-    return check_fitting(LatentStatistics.read(path), channels, str(path))
-
-
-def _captions(source: VTPSource, given: str | None) -> str | Path | None:
-    """Return what the new folder refers to: "clip", a file to copy, or None."""
+def _captions(source: VTPSource, given: str | None) -> tuple[Path | None, str | None]:
+    """Return the file to copy, if there is one, and what the new artifact names: "clip", the file's copy, or None."""
     if given == "none" or source.captions is None:
-        return None
+        return None, None
     found = source.captions if given is None else given
     if found == "clip":
-        return "clip"
+        return None, "clip"
     if not Path(found).is_file():
         raise UserError(
             f"the caption tokenizer {found} does not exist: name it with --captions FILE, or leave it out with "
             "--captions none"
         )
-    return Path(found)
-
-
-def _captions_name(file: str | Path | None) -> str | None:
-    if not isinstance(file, Path):
-        return file
-    return "captions.txt.gz" if file.name.endswith(".txt.gz") else "captions.model"
+    return Path(found), "captions.txt.gz" if str(found).endswith(".txt.gz") else "captions.model"
 
 
 def check_fitting(statistics: LatentStatistics, channels: int | None, where: str) -> LatentStatistics:

@@ -4,8 +4,6 @@ Letters: b samples, N tokens, D width. ``condition`` (b, D) is SiLU of the sum o
 ``copy_to_tp`` for all blocks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch.nn.functional as F
@@ -35,9 +33,6 @@ class FusedSwiGLU(nn.Module):
         mesh.tp_part(hidden, "the feed-forward hidden width")
         self.w12 = ColumnParallelLinear(width, 2 * hidden, mesh=mesh, parts=2)
         self.w3 = RowParallelLinear(hidden, width, mesh=mesh)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.contract(self.expand(x))
 
     def expand(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
         """Compute the first matrix product, a and b side by side."""

@@ -1,13 +1,11 @@
 """Generated images go to a PNG sheet, a folder of PNG files or ADM's ``.npz``, which appear only when complete."""
 
-from __future__ import annotations
-
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from itertools import count
+from itertools import count, groupby
 from pathlib import Path
 
 import numpy as np
@@ -115,16 +113,10 @@ def _sheet(out: Path, names: Sequence[str]) -> Iterator[Sink]:
 
 def draw_sheet(images: Tensor, names: Sequence[str]) -> Image.Image:
     """Draw ``images`` uint8 (n, 3, H, W) in rows, see ``_sheet``; ``names`` has one for each image."""
-    rows = _rows(names)
-    firsts = [names[row[0]] for row in rows]
-    labels = ["" if name == before else name for before, name in zip([None, *firsts], firsts)]
-    return pictures.draw_sheet([(label, images[row]) for label, row in zip(labels, rows)])
-
-
-def _rows(names: Sequence[str]) -> list[list[int]]:
-    rows: list[list[int]] = []
-    for index, name in enumerate(names):
-        if not rows or len(rows[-1]) == pictures.COLUMNS or names[rows[-1][0]] != name:
-            rows.append([])
-        rows[-1].append(index)
-    return rows
+    rows: list[tuple[str, Tensor]] = []
+    drawn = 0
+    for name, run in groupby(names):
+        own = images[drawn : drawn + len(list(run))]
+        drawn += len(own)
+        rows += [("" if number else name, row) for number, row in enumerate(own.split(pictures.COLUMNS))]
+    return pictures.draw_sheet(rows)
