@@ -11,6 +11,7 @@ from megavtp.config.sizes import ResolvedConfig
 from megavtp.data.batch import Batch
 from megavtp.decoder.adversary import Adversary
 from megavtp.objectives.adversarial import adaptive_weight, hinge, last_layer_gradient, persuasion
+from megavtp.objectives.diff_augment import augment, draw_augmentation
 from megavtp.objectives.reconstruction import reconstruction_terms
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.passes import Pass
@@ -68,10 +69,15 @@ class AdversarialDecoderPass(DecoderPass):
     def later_inputs(self, micro: int) -> dict[str, Any]:
         return super().later_inputs(micro) | {"with_head_input": True}
 
-    def places(self, micro: int) -> range:
-        """Return the places of a micro-batch's images in the objective's global batch."""
-        rows, first = self.share.rows(micro), self.mesh.dp_rank * self.share.local
-        return range(first + rows.start, first + rows.stop)
+    def augmented(self, pictures: Tensor, micro: int, tag: str) -> Tensor:
+        """Augment a micro-batch's pictures between -1 and 1; ``tag`` tells the draws for different uses apart."""
+        rows, first, s = self.share.rows(micro), self.mesh.dp_rank * self.share.local, self.adversary.settings
+        places = range(first + rows.start, first + rows.stop)  # in the objective's global batch
+        draws = draw_augmentation(seed=self.config.seed, step=self.batch.step, pictures=places, tag=tag)
+        return augment(
+            pictures, self.to_device(draws), brightness=s.brightness, saturation=s.saturation, contrast=s.contrast,
+            translation=s.translation,
+        )
 
     def real_pixels(self, micro: int) -> Tensor:
         """Return the pictures of a micro-batch on the device, as uint8."""
@@ -89,7 +95,7 @@ class AdversarialDecoderPass(DecoderPass):
         return {**terms, "adversarial": adversarial, "adaptive_weight": zero + float(self.adversary.teaches)}
 
     def _adversarial(self, images: Tensor, micro: int) -> Tensor:
-        seen = self.adversary.augmented(denormalise(images.float()) * 2 - 1, self.places(micro), "decoder")
+        seen = self.augmented(denormalise(images.float()) * 2 - 1, micro, "decoder")
         return persuasion(self.adversary.answers(seen)).sum() / self.share.local
 
     def global_inputs(self, outputs: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -153,11 +159,8 @@ class DiscriminatorPass(Pass):
     def inputs(self, micro: int) -> dict[str, Any]:
         if not self.adversary.learns:
             return {}
-        places = self.decoder.places(micro)
-        seen = [
-            self.adversary.augmented(pixels / 127.5 - 1, places, tag)
-            for tag, pixels in (("real", self.decoder.real_pixels(micro)), ("fake", self.adversary.fakes.pop(micro)))
-        ]
+        pixels = {"real": self.decoder.real_pixels(micro), "fake": self.adversary.fakes.pop(micro)}
+        seen = [self.decoder.augmented(x / 127.5 - 1, micro, tag) for tag, x in pixels.items()]
         with torch.no_grad():
             features = self.adversary.features(torch.cat(seen))
         return {"features": features, "directions": self.adversary.directions}
