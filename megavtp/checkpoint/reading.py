@@ -1,7 +1,5 @@
 """This reads checkpoint folders: it verifies them, gives their content, and finds the newest intact one."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json
@@ -144,7 +142,7 @@ class Checkpoint:
         self._handles.clear()
         self._lock.close()
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> "Checkpoint":
         return self
 
     def __exit__(self, *_: object) -> None:

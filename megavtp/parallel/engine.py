@@ -1,7 +1,5 @@
 """The engine that a trainer sees: forward, backward, update and whole-tensor state, on any ZeRO stage."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
@@ -64,7 +62,7 @@ class Engine(Generic[M]):
     def of_run(
         cls, module: M, optimizer: torch.optim.Optimizer, mesh: Mesh, config: RunConfig,
         leaf_classes: tuple[type[nn.Module], ...],
-    ) -> Engine[M]:
+    ) -> "Engine[M]":
         """Make the engine that a run's settings ask for."""
         p = config.parallel
         return cls(
