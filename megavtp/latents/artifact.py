@@ -162,9 +162,7 @@ class TokenizerArtifact:
         return self.statistics
 
 
-def check_same_tokenizer(
-    one: TokenizerArtifact, where_one: str, other: TokenizerArtifact, where_other: str
-) -> None:
+def check_same_tokenizer(one: TokenizerArtifact, where_one: str, other: TokenizerArtifact, where_other: str) -> None:
     """Raise UserError unless both have the same encoder and input, and their statistics, if both have them, agree."""
     for name, what in (
         ("fingerprint", "tokenizers"), ("pixel_mean", "pixel normalisations"), ("pixel_std", "pixel normalisations")

