@@ -117,7 +117,6 @@ class Tokenizer:
 
     @property
     def statistics(self) -> LatentStatistics:
-        """Return the statistics of the latents. UserError if none have been extracted."""
         return self.artifact.needed_statistics(str(self.path))
 
     def take_statistics(self, artifact: TokenizerArtifact, where: str) -> None:

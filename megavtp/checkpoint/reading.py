@@ -77,7 +77,6 @@ def step_folder(step: int) -> str:
 
 
 def named_step(folder: str) -> int | None:
-    """Return the step in a folder's name, or None if there is none."""
     named = _STEP_IN_NAME.match(folder)
     return int(named[1]) if named else None
 
@@ -109,7 +108,6 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
-        """The names of all tensors, sorted."""
         return sorted(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -138,7 +136,6 @@ class Checkpoint:
             raise UserError(f"{self.path}: its configuration cannot be used: {error}; {_OTHER}") from None
 
     def close(self) -> None:
-        """Close the files and release the lock against pruning."""
         self._handles.clear()
         self._lock.close()
 

@@ -53,7 +53,6 @@ class SentencePieceTokenizer:
         return SentencePieceTokenizer, (self._path, self.context_length)
 
     def encode(self, captions: list[str]) -> Tensor:
-        """Return (n, context_length) int64."""
         texts = self._model.encode([encodable(caption[:_MAX_CHARS]) for caption in captions])
         ids = [[piece + 1 for piece in pieces] for pieces in texts]
         return framed(ids, self.context_length, self.vocab_size)

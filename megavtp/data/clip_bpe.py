@@ -70,7 +70,6 @@ class ClipTokenizer:
         return ClipTokenizer, (self.context_length, self._path)
 
     def encode(self, captions: list[str]) -> Tensor:
-        """Return (n, context_length) int64."""
         texts = (html.unescape(html.unescape(self._fix(encodable(caption)))) for caption in captions)
         words = (self._words.findall(" ".join(text.split()).lower()) for text in texts)
         ids = [[i for word in text for i in self._word_ids(word)] for text in words]

@@ -22,8 +22,6 @@ class DecoderPass(ReconstructionPass):
         )
         return count
 
-    def inputs(self, micro: int) -> dict[str, Any]:
-        return {"latents": self._latents[micro], "noise": self.noise(micro)}
-
-    def later_inputs(self, micro: int) -> dict[str, Any]:
-        return {"latents": self._latents[micro].to("meta")}
+    def inputs(self, micro: int, first: bool = True) -> dict[str, Any]:
+        latents = self._latents[micro]
+        return {"latents": latents, "noise": self.noise(micro)} if first else {"latents": latents.to("meta")}

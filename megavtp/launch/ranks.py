@@ -187,7 +187,6 @@ def _say(text: str) -> None:
 
 
 def _tell(text: str) -> None:
-    """Let the other ranks know why this one ends."""
     if _watchdog is not None:
         _watchdog.tell(text)
 

@@ -32,7 +32,6 @@ def faults(tensors: Mapping[str, Tensor], shapes: Shapes, required: Collection[s
 
 
 def check(tensors: Mapping[str, Tensor], shapes: Shapes, what: str, required: Collection[str] | None = None) -> None:
-    """Raise a UserError that lists all ``faults``, if there are any."""
     if found := faults(tensors, shapes, required):
         raise UserError(f"{what} does not fit its model config: {'; '.join(found)}")
 

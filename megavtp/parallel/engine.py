@@ -22,8 +22,6 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did."""
-
     applied: bool  # False when the gradient norm was not finite, and nothing moved
     grad_norm: Tensor | float  # over all parameters, before clipping
     tower_norms: dict[str, Tensor]  # the same norm over the parameter groups of each ``tower``
@@ -98,7 +96,6 @@ class Engine(Generic[M]):
         return StepResult(*gradient_norm.of_step(self._engine))
 
     def set_lr(self, lr_of: Callable[[dict[str, Any]], float]) -> None:
-        """Set the learning rate of every parameter group."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr_of(group)
 
@@ -140,7 +137,6 @@ class Engine(Generic[M]):
         engine_state.write_state(self._engine, pieces, optimizer_steps)
 
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each whole parameter by name."""
         return {
             name: whole_shape(engine_state.gathered_shape(parameter), shard_of(parameter), self.mesh.tp)
             for parameter, name in self.names.items()

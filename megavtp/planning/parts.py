@@ -88,7 +88,6 @@ class Cost:
 def _cost(
     mesh: Mesh, forward: Callable[[], Any], parameters: Sequence[Tensor] = (), inputs: Sequence[Tensor] = ()
 ) -> Cost:
-    """Rehearse ``forward`` and its backward."""
     counted = rehearse(mesh, forward, parameters, inputs=inputs)
     cost = Cost(counted.held, counted.peak)
     for sent, transfers in ((cost.forward, counted.forward), (cost.backward, counted.backward)):

@@ -93,7 +93,6 @@ def layout_summary(config: ResolvedConfig, world_size: int) -> str:
 
 
 def on_a_rank(part: PassShare) -> str:
-    """Describe a rank's share of a batch."""
     ending = "es" if part.micro_batches > 1 else ""
     return f"{part.local} on a rank in {part.micro_batches} micro-batch{ending} of {part.micro_batch}"
 

@@ -161,7 +161,6 @@ def build_model(
 
 
 def build_engine(model: VTP, config: ResolvedConfig, mesh: Mesh) -> Engine:
-    """Build the engine around a model, with its optimizer."""
     optimizer = build_optimizer(
         model.named_parameters(), config.train.optimizer, zero_stage=config.parallel.zero_stage,
         max_logit_scale=model.max_logit_scale,

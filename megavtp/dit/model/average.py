@@ -60,7 +60,6 @@ class AveragedDiT(nn.Module):
         return list(zip(self.ema.parameters(), self.dit.parameters(), strict=True))
 
     def start_average(self) -> None:
-        """Make the average a copy of the trained weights."""
         with torch.no_grad():
             for average, trained in self.averaged():
                 average.copy_(trained)
