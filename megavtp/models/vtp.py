@@ -308,8 +308,6 @@ class VTP(nn.Module):
         "encode_image": (_embed_image,), "encode_text": (_embed_text,), "features": (_features,),
     }
 
-    # Teacher
-
     def teacher_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Pair (teacher, student) parameters, always in the same order."""
         return [(teacher, self.get_parameter(name)) for name, teacher in self.teacher.named_parameters()]

@@ -61,7 +61,6 @@ class Engine(Generic[M]):
         cls, module: M, optimizer: torch.optim.Optimizer, mesh: Mesh, config: RunConfig,
         leaf_classes: tuple[type[nn.Module], ...],
     ) -> "Engine[M]":
-        """Make the engine that a run's settings ask for."""
         p = config.parallel
         return cls(
             module, optimizer, mesh, zero_stage=p.zero_stage, clip_grad=config.train.optimizer.clip_grad,

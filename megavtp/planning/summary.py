@@ -124,7 +124,6 @@ def run_lines(config: Any, samples: str, data: str) -> list[str]:
 
 
 def _optimizer_line(optimizer: OptimizerConfig) -> str:
-    """Describe the optimizer and its learning rate over a run in one line."""
     if optimizer.cooldown is None:
         course = f"cosine to {optimizer.min_lr:g}"
     else:

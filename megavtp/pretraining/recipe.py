@@ -100,7 +100,6 @@ class Pretraining(Recipe):
         return 1 - cosine(step, self.config.train.steps, start, end)
 
     def is_frozen(self, step: int, group: dict[str, Any]) -> bool:
-        """The prototypes are frozen at first."""
         steps = self.config.objectives.self_distillation.freeze_last_layer * self.config.train.steps
         return group["prototypes"] and step < steps
 

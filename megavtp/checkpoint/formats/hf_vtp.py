@@ -159,8 +159,7 @@ def save_folder(
     or beyond our settings is kept, so that the same files are written back.
     """
     folder = Path(folder)
-    objectives = objectives_of(state.keys())
-    values = config_to_official(config, objectives)
+    values = config_to_official(config, objectives_of(state.keys()))
     said = {key: released[key] for key in values if key in released}
     values |= {key: value for key, value in said.items() if key in _KEPT or value == values[key]}
     text = json.dumps(values, indent=2) + "\n"
