@@ -37,5 +37,4 @@ def to_uint8(image: Tensor) -> Tensor:
 
 def _per_channel(image: Tensor, lines: list[tuple[float, float]]) -> Tensor:
     """Compute a * channel + b with plain numbers: copying constant tensors to the device would stall the host."""
-    channels = zip(image.unbind(-3), lines)
-    return torch.stack([channel * a + b for channel, (a, b) in channels], -3)
+    return torch.stack([channel * a + b for channel, (a, b) in zip(image.unbind(-3), lines)], -3)

@@ -5,8 +5,6 @@
     images = tokenizer.decode(latents)          # back, in 0..1
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +25,7 @@ from megavtp.pixels import denormalise, normalise
 def load_tokenizer(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *,
     latents: str | Path | None = None,
-) -> Tokenizer:
+) -> "Tokenizer":
     """Load the tokenizer in a run's checkpoint folder or a released model's folder.
 
     Args:
@@ -119,7 +117,6 @@ class Tokenizer:
 
     @property
     def statistics(self) -> LatentStatistics:
-        """Return the statistics of the latents. UserError if none have been extracted."""
         return self.artifact.needed_statistics(str(self.path))
 
     def take_statistics(self, artifact: TokenizerArtifact, where: str) -> None:

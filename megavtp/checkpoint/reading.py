@@ -1,7 +1,5 @@
 """This reads checkpoint folders: it verifies them, gives their content, and finds the newest intact one."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json
@@ -79,7 +77,6 @@ def step_folder(step: int) -> str:
 
 
 def named_step(folder: str) -> int | None:
-    """Return the step in a folder's name, or None if there is none."""
     named = _STEP_IN_NAME.match(folder)
     return int(named[1]) if named else None
 
@@ -111,7 +108,6 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
-        """The names of all tensors, sorted."""
         return sorted(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -140,11 +136,10 @@ class Checkpoint:
             raise UserError(f"{self.path}: its configuration cannot be used: {error}; {_OTHER}") from None
 
     def close(self) -> None:
-        """Close the files and release the lock against pruning."""
         self._handles.clear()
         self._lock.close()
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> "Checkpoint":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -26,23 +26,9 @@ from typing import Any
 
 from torch import Tensor
 
+from megavtp.checkpoint import reading
 from megavtp.checkpoint.background import BackgroundTask
-from megavtp.checkpoint.reading import (
-    FORMAT,
-    INDEX,
-    LATEST,
-    STEP_FOLDER,
-    UNFINISHED,
-    VERSION,
-    Checkpoint,
-    Part,
-    digest_of,
-    find_latest,
-    newest_first,
-    open_checkpoint,
-    step_folder,
-    try_exclusive,
-)
+from megavtp.checkpoint.reading import Checkpoint, find_latest, open_checkpoint
 from megavtp.checkpoint.tensor_file import flush_folder, write_tensors
 from megavtp.data.files import write_atomic
 from megavtp.errors import UserError
@@ -93,7 +79,7 @@ class CheckpointStore:
             for name, tensor in tensors.items()
         }
         meta_text = json.dumps(meta)  # a snapshot, like the tensors
-        partial = self.root / f"{step_folder(step)}.partial-{self._token}-{self._attempt}"
+        partial = self.root / f"{reading.step_folder(step)}.partial-{self._token}-{self._attempt}"
         self._task.start(lambda: self._write(partial, step, private, meta_text, writer, writers), "checkpoint-writer")
 
     def wait(self) -> None:
@@ -130,7 +116,7 @@ class CheckpointStore:
             _leave_note(partial, writer, message)
             raise UserError(message) from error
 
-    def _wait_for_parts(self, partial: Path, writers: int) -> list[Part]:
+    def _wait_for_parts(self, partial: Path, writers: int) -> list[reading.Part]:
         deadline = time.monotonic() + self._part_timeout
         pause = 0.01
         while True:
@@ -140,7 +126,7 @@ class CheckpointStore:
             missing = [index for index in range(writers) if _part_name(index) not in present]
             if not missing:
                 paths = (partial / _part_name(index) for index in range(writers))
-                return [read_json(path, Part, "check the file system, then restart") for path in paths]
+                return [read_json(path, reading.Part, "check the file system, then restart") for path in paths]
             if time.monotonic() > deadline:
                 raise UserError(
                     f"checkpoint {partial}: no part from writer(s) {', '.join(map(str, missing))} within "
@@ -149,21 +135,22 @@ class CheckpointStore:
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
 
-    def _publish(self, partial: Path, step: int, meta: Any, parts: list[Part]) -> None:
+    def _publish(self, partial: Path, step: int, meta: Any, parts: list[reading.Part]) -> None:
         index: dict[str, Any] = {
-            "format": FORMAT, "version": VERSION, "step": step, "meta": meta, "files": {}, "tensors": {},
+            "format": reading.FORMAT, "version": reading.VERSION, "step": step, "meta": meta,
+            "files": {}, "tensors": {},
         }
         for part in map(asdict, parts):
             twice = index["tensors"].keys() & part["tensors"].keys()
             assert not twice, f"two writers gave the tensors {sorted(twice)}"
             index["tensors"].update(part["tensors"])
             index["files"].update(part["files"])
-        index["digest"] = digest_of(index)
-        write_atomic(partial / INDEX, json.dumps(index).encode(), flush=True)
+        index["digest"] = reading.digest_of(index)
+        write_atomic(partial / reading.INDEX, json.dumps(index).encode(), flush=True)
         for writer in range(len(parts)):
             (partial / _part_name(writer)).unlink()  # the index now has its content
         flush_folder(partial)
-        final = self.root / step_folder(step)
+        final = self.root / reading.step_folder(step)
         replaced = None
         if final.exists():  # a damaged one, before which the run resumed, or the same step again
             replaced = final.with_name(f"{final.name}.replaced-{self._token}-{self._attempt}")
@@ -185,8 +172,7 @@ class CheckpointStore:
             log.warning("%s: old checkpoints could not be tidied up (%s)", self.root, error)
 
     def _point_latest(self, newest: Path) -> None:
-        """Let the link lead to the checkpoint ``newest``."""
-        latest, link = self.root / LATEST, self.root / f"{LATEST}.tmp"
+        latest, link = self.root / reading.LATEST, self.root / f"{reading.LATEST}.tmp"
         try:
             if latest.is_symlink() and os.readlink(latest) == newest.name:
                 return
@@ -211,11 +197,11 @@ class CheckpointStore:
 
     def _published(self) -> list[tuple[int, Path]]:
         """Return step and folder of every checkpoint, the newest first, without those that are being replaced."""
-        return [(step, folder) for step, folder in newest_first(self.root) if "." not in folder.name]
+        return [(step, folder) for step, folder in reading.newest_first(self.root) if "." not in folder.name]
 
     def _delete(self, folder: Path) -> None:
         """Rename a checkpoint, so that nobody finds it half deleted, and delete it, unless somebody reads it."""
-        lock = try_exclusive(folder)
+        lock = reading.try_exclusive(folder)
         if lock is None:
             return
         try:
@@ -229,12 +215,12 @@ class CheckpointStore:
         """Remove what dead runs and failed attempts left; other writers may already be in ``partial``."""
         for folder in list(self.root.iterdir()):
             plain = folder.with_name(folder.name.split(".")[0])
-            if match := UNFINISHED.fullmatch(folder.name):
+            if match := reading.UNFINISHED.fullmatch(folder.name):
                 token, _, attempt = match[3].rpartition("-")
                 is_ahead = token == self._token and int(attempt) > self._attempt
                 if folder != partial and not is_ahead:
                     shutil.rmtree(folder, ignore_errors=True)
-            elif STEP_FOLDER.fullmatch(folder.name) and folder != plain:  # a replacement was interrupted
+            elif reading.STEP_FOLDER.fullmatch(folder.name) and folder != plain:  # a replacement was interrupted
                 if plain.exists():
                     self._delete(folder)
                 else:

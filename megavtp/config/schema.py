@@ -44,8 +44,6 @@ class VisionConfig(ViTConfig):
 
 @dataclass(frozen=True)
 class TextConfig(TowerConfig):
-    """The causal text encoder."""
-
     mlp_ratio: float = 4.0
     context_length: Tokens = 77
     vocab_size: Rows | None = 49408  # must equal the caption tokenizer's; None = taken from it
@@ -58,8 +56,6 @@ class TextConfig(TowerConfig):
 
 @dataclass(frozen=True)
 class DecoderConfig(ViTConfig):
-    """The pixel decoder."""
-
     norm: Literal["rmsnorm", "layernorm", "layernormbf16"] = "layernorm"
 
 

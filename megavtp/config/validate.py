@@ -37,7 +37,9 @@ def validate(config: Config, world_size: int | None) -> ResolvedConfig:
     _batches(resolved)
     deepspeed_keys.check(resolved.deepspeed, resolved.parallel.zero_stage)
     if world_size is not None:
-        _layout(resolved, world_size)
+        dp = layout.data_parallel_size(resolved, world_size)
+        for name, part in share(resolved, dp).passes.items():
+            layout.check_micro_batch(part, f"objectives.{name}", f"the {name} batch", dp)
     return resolved
 
 
@@ -193,9 +195,3 @@ def _batches(config: ResolvedConfig) -> None:
         key = f"objectives.{name}.batch"
         need(objective.batch <= batch, f"{key} = {objective.batch} exceeds train.batch_size = {batch}: lower it")
         layout.check_streams(streams, objective.batch, key)
-
-
-def _layout(config: ResolvedConfig, world_size: int) -> None:
-    dp = layout.data_parallel_size(config, world_size)
-    for name, part in share(config, dp).passes.items():
-        layout.check_micro_batch(part, f"objectives.{name}", f"the {name} batch", dp)

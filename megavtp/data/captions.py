@@ -29,7 +29,6 @@ class CaptionTokenizer(Protocol):
 
     def encode(self, captions: list[str]) -> Tensor:
         """Return (n, context_length) int64; see ``framed``."""
-        ...
 
 
 class SentencePieceTokenizer:
@@ -46,14 +45,12 @@ class SentencePieceTokenizer:
         except (OSError, RuntimeError) as error:
             remedy = "set data.captions to one, or to clip"
             raise UserError(f"{path} is no sentencepiece model ({error}); {remedy}") from None
-        used = self._model.get_piece_size() + _RESERVED
-        self.vocab_size = ceil_div(used, _MULTIPLE) * _MULTIPLE
+        self.vocab_size = ceil_div(self._model.get_piece_size() + _RESERVED, _MULTIPLE) * _MULTIPLE
 
     def __reduce__(self):
         return SentencePieceTokenizer, (self._path, self.context_length)
 
     def encode(self, captions: list[str]) -> Tensor:
-        """Return (n, context_length) int64."""
         texts = self._model.encode([encodable(caption[:_MAX_CHARS]) for caption in captions])
         ids = [[piece + 1 for piece in pieces] for pieces in texts]
         return framed(ids, self.context_length, self.vocab_size)

@@ -2,7 +2,6 @@
 
 import gzip
 import html
-import importlib.util
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megavtp.data.files import find_installed
 from megavtp.data.sample_text import encodable
 from megavtp.errors import UserError
 
@@ -37,15 +37,6 @@ def _byte_symbols() -> dict[int, str]:
     return {byte: chr(byte) for byte in own} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
 
 
-def find_merges() -> Path:
-    """Find the merges file of an installed open_clip_torch without importing it."""
-    spec = importlib.util.find_spec("open_clip")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if (Path(folder) / _FILE).is_file():
-            return Path(folder) / _FILE
-    raise UserError(f"data.captions=clip needs {_FILE} of the open_clip_torch package; {_INSTALL}, or name the file")
-
-
 class ClipTokenizer:
     """CLIP's tokenizer, whose start and end ids are 49406 and 49407; see ``captions.CaptionTokenizer``."""
 
@@ -58,8 +49,13 @@ class ClipTokenizer:
         self._fix = ftfy.fix_text
         self.context_length = context_length
         self._symbol = _byte_symbols()
-        self._path = Path(path) if path else find_merges()
-        merges = _read_merges(self._path)
+        found = Path(path) if path else find_installed("open_clip", _FILE)
+        if found is None:
+            raise UserError(
+                f"data.captions=clip needs {_FILE} of the open_clip_torch package; {_INSTALL}, or name the file"
+            )
+        self._path = found
+        merges = _read_merges(found)
         ends = (symbol + "</w>" for symbol in self._symbol.values())
         vocabulary = [*self._symbol.values(), *ends, *map("".join, merges), *_SPECIALS]
         self._ids = {token: i for i, token in enumerate(vocabulary)}
@@ -74,7 +70,6 @@ class ClipTokenizer:
         return ClipTokenizer, (self.context_length, self._path)
 
     def encode(self, captions: list[str]) -> Tensor:
-        """Return (n, context_length) int64."""
         texts = (html.unescape(html.unescape(self._fix(encodable(caption)))) for caption in captions)
         words = (self._words.findall(" ".join(text.split()).lower()) for text in texts)
         ids = [[i for word in text for i in self._word_ids(word)] for text in words]

@@ -1,6 +1,7 @@
 """Small file helpers. Paths are local, and no file is ever half-written under its final name."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -37,6 +38,13 @@ def write_atomic(path: Path, data: bytes, flush: bool = False) -> None:
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     separators = (",", ":") if indent is None else None
     write_atomic(path, json.dumps(value, indent=indent, separators=separators).encode() + b"\n")
+
+
+def find_installed(package: str, inside: str | os.PathLike) -> Path | None:
+    """Find a file or folder inside an installed package, which is not imported."""
+    spec = importlib.util.find_spec(package)
+    places = [Path(folder, inside) for folder in spec.submodule_search_locations or ()] if spec else []
+    return next((place for place in places if place.exists()), None)
 
 
 def refuse_hub_id(spec: str | os.PathLike) -> Path:

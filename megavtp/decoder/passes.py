@@ -35,11 +35,9 @@ class DecoderPass(ReconstructionPass):
         )
         return count
 
-    def inputs(self, micro: int) -> dict[str, Any]:
-        return {"latents": self._latents[micro], "noise": self.noise(micro)}
-
-    def later_inputs(self, micro: int) -> dict[str, Any]:
-        return {"latents": self._latents[micro].to("meta")}
+    def inputs(self, micro: int, first: bool = True) -> dict[str, Any]:
+        latents = self._latents[micro]
+        return {"latents": latents, "noise": self.noise(micro)} if first else {"latents": latents.to("meta")}
 
 
 class AdversarialDecoderPass(DecoderPass):
@@ -63,11 +61,8 @@ class AdversarialDecoderPass(DecoderPass):
         self.over_batch = self.adversary.teaches and self.adversary.settings.adaptive
         return super().prepare(run, batch)
 
-    def inputs(self, micro: int) -> dict[str, Any]:
-        return super().inputs(micro) | {"with_head_input": True}
-
-    def later_inputs(self, micro: int) -> dict[str, Any]:
-        return super().later_inputs(micro) | {"with_head_input": True}
+    def inputs(self, micro: int, first: bool = True) -> dict[str, Any]:
+        return super().inputs(micro, first) | {"with_head_input": True}
 
     def augmented(self, pictures: Tensor, micro: int, tag: str) -> Tensor:
         """Augment a micro-batch's pictures between -1 and 1; ``tag`` tells the draws for different uses apart."""
@@ -156,7 +151,7 @@ class DiscriminatorPass(Pass):
     def prepare(self, run: Runner, batch: Batch) -> int:
         return self.share.micro_batches if self.adversary.learns else 1
 
-    def inputs(self, micro: int) -> dict[str, Any]:
+    def inputs(self, micro: int, first: bool = True) -> dict[str, Any]:
         if not self.adversary.learns:
             return {}
         pixels = {"real": self.decoder.real_pixels(micro), "fake": self.adversary.fakes.pop(micro)}

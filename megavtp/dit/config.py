@@ -5,13 +5,15 @@
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from megavtp.config.ranges import Above0, Depth, Fraction, NotNegative, Positive, Range, Rows, Width
 from megavtp.config.run import ReadingConfig, RunConfig
 from megavtp.config.sizes import Resolved, Shape, filled, known, narrowed
 
 DiTSize = Literal["tiny", "b", "l", "xl", "1p0b", "1p6b"]
 Condition = Literal["class", "caption"]
+Side = Annotated[int, Range(1, 512)]  # positions of a latent map's side: 512 are 8192 pixels in patches of 16
 
 # Width, depth, heads of LightningDiT's models; tiny is for a demonstration on a CPU.
 SIZES: dict[DiTSize, Shape] = {
@@ -26,16 +28,16 @@ class DiTModelConfig:
     """A LightningDiT has RMS norms, SwiGLU, rotary and fixed sine positions, and adaptive norms."""
 
     size: DiTSize = "xl"
-    width: int | None = None  # None = of the size, as depth and heads
-    depth: int | None = None
-    heads: int | None = None
-    patch_size: int = 1  # latent positions of a token's side
+    width: Width | None = None  # None = of the size, as depth and heads
+    depth: Depth | None = None
+    heads: Width | None = None
+    patch_size: Side = 1  # latent positions of a token's side
     qk_norm: bool = False
-    latent_size: int | None = None  # positions of the latent map's side; None = that of data.root, as the next
-    latent_channels: int | None = None
+    latent_size: Side | None = None  # positions of the latent map's side; None = that of data.root, as the next
+    latent_channels: Width | None = None
     condition: Condition = "class"
-    num_classes: int | None = None  # None = those of data.root
-    caption_width: int | None = None  # of a caption's feature; None = that of data.root
+    num_classes: Rows | None = None  # None = those of data.root
+    caption_width: Width | None = None  # of a caption's feature; None = that of data.root
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,16 @@ class FlowMatchingConfig:
     """The objective (arXiv 2210.02747) has LightningDiT's random times and its cosine term (arXiv 2501.01423)."""
 
     time_mu: float = 0.0  # t = sigmoid(mu + sigma z): t = 0 is noise, t = 1 data
-    time_sigma: float = 1.0
-    cosine_weight: float = 1.0  # of 1 - cosine similarity of the velocities, beside their squared error
-    condition_dropout: float = 0.1  # share of the samples that train without class or caption, for guidance
-    micro_batch: int | None = None  # latents of one data-parallel rank in one forward; None = all of its share
+    time_sigma: Above0 = 1.0
+    cosine_weight: NotNegative = 1.0  # of 1 - cosine similarity of the velocities, beside their squared error
+    condition_dropout: Fraction = 0.1  # share of the samples that train without class or caption, for guidance
+    micro_batch: Positive | None = None  # latents of one data-parallel rank in one forward; None = all of its share
 
 
 @dataclass(frozen=True)
 class LatentDataConfig(ReadingConfig):
     root: str = "data/latents"  # folder of latent shards with the tokenizer's facts and statistics
-    flip: float = 0.5  # probability of the latents of the mirrored image
+    flip: Fraction = 0.5  # probability of the latents of the mirrored image
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ class ResolvedDiT(Resolved, DiTModelConfig):
 class CompleteDiT(ResolvedDiT):
     """The sizes of the latents are known, too, so that a model can be built."""
 
-    latent_size: int = field(kw_only=True)
-    latent_channels: int = field(kw_only=True)
+    latent_size: Side = field(kw_only=True)
+    latent_channels: Width = field(kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -51,12 +51,11 @@ class FlowMatchingPass(Pass):
         self._path = lru_cache(1)(self._path_of)  # a rank that is first and last stage computes it once
         return self.share.micro_batches
 
-    def inputs(self, micro: int) -> dict[str, Any]:
-        points, _ = self._path(micro)
-        return {"x": points, "t": self._take(self.batch.times, micro), "y": self._take(self.batch.conditions, micro)}
-
-    def later_inputs(self, micro: int) -> dict[str, Any]:
+    def inputs(self, micro: int, first: bool = True) -> dict[str, Any]:
         tensors = {"x": self.batch.latents, "t": self.batch.times, "y": self.batch.conditions}
+        if first:
+            points, _ = self._path(micro)
+            return {"x": points} | {name: self._take(tensors[name], micro) for name in ("t", "y")}
         return {name: tensor[self.share.rows(micro)].to("meta") for name, tensor in tensors.items()}
 
     def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
@@ -64,7 +63,6 @@ class FlowMatchingPass(Pass):
         return flow_matching_terms(outputs, target, samples_total_local=self.share.local)
 
     def _path_of(self, micro: int) -> tuple[Tensor, Tensor]:
-        """Return a micro-batch's points and velocities."""
         batch = self.batch
         return straight_path(*(self._take(x, micro) for x in (batch.latents, batch.noise, batch.times)))
 

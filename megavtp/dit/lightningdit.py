@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megavtp.checkpoint.formats.foreign import unwrapped
 from megavtp.config.ranges import MAX_DEPTH
 from megavtp.data.weights_file import read_weights_file
 from megavtp.dit.checkpoint import WholeDiT
@@ -109,9 +110,7 @@ def _parts(tree: Mapping[str, Any], path: Path) -> _Parts:
             if state is tree:
                 raise UserError(f"{path} holds neither model nor ema nor a state dict; {_REMEDY}")
             raise UserError(f"{path}: its {part!r} is no state dict of tensors; use a file that is whole")
-        while all(name.startswith(_WRAPPED) for name in state):
-            state = {name.removeprefix(_WRAPPED): tensor for name, tensor in state.items()}
-        parts[part] = state
+        parts[part] = unwrapped(state)
     return parts
 
 

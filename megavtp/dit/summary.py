@@ -15,9 +15,8 @@ from megavtp.planning.summary import bytes_of_state, layout_lines, on_a_rank, ru
 def dit_parameters(model: ResolvedDiT) -> int:
     """Count the trainable parameters of the model on the meta device; sizes that only the latents decide count as
     zero."""
-    sizes = {
-        name: getattr(model, name) or 0 for name in ("latent_size", "latent_channels", "num_classes", "caption_width")
-    }
+    of_latents = ("latent_size", "latent_channels", "num_classes", "caption_width")
+    sizes = {name: getattr(model, name) or 0 for name in of_latents}
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of a tensor without elements
         dit = DiT(narrowed(model, CompleteDiT, **sizes))

@@ -5,7 +5,7 @@ from typing import Any
 
 from megavtp.config import deepspeed_keys, layout
 from megavtp.config.precision import with_precision
-from megavtp.config.ranges import INF, MAX_DEPTH, MAX_ROWS, MAX_WIDTH, check_run, divides, need, within
+from megavtp.config.ranges import check_ranges, check_run, divides, need, within
 from megavtp.config.share import PassShare
 from megavtp.config.sizes import narrowed
 from megavtp.dit.config import (
@@ -21,7 +21,6 @@ from megavtp.dit.config import (
 from megavtp.latents.folder import LatentFolder
 
 TOWER = "dit"  # the only tower, by which learning rates and gradient norms go
-_MAX_SIDE = 512  # positions of a latent map's side: 8192 pixels in patches of 16
 
 
 def validate_dit(config: DiTConfig, world_size: int | None) -> ResolvedDiTConfig:
@@ -33,7 +32,11 @@ def validate_dit(config: DiTConfig, world_size: int | None) -> ResolvedDiTConfig
         config, ResolvedDiTConfig, model=check_dit_model(config.model), parallel=with_precision(config.parallel)
     )
     check_run(resolved, (TOWER,))
-    _numbers(resolved)
+    within(resolved, "config", 0, 1, "ema_momentum")
+    need(
+        resolved.flow_matching.condition_dropout < 1,
+        "flow_matching.condition_dropout = 1: must be below 1, or no sample would train with its class or caption",
+    )
     model = resolved.model
     layout.check_tensor_parallel(resolved.parallel, {
         "model.heads": model.heads, "model.width": model.width,
@@ -86,34 +89,13 @@ def flow_share(config: DiTConfig, dp: int) -> PassShare:
     return PassShare(config.train.batch_size, local, config.flow_matching.micro_batch or local)
 
 
-def _numbers(config: ResolvedDiTConfig) -> None:
-    flow = config.flow_matching
-    need(flow.time_sigma > 0, f"flow_matching.time_sigma = {flow.time_sigma}: must be above 0")
-    within(flow, "flow_matching", 0, INF, "cosine_weight")
-    within(flow, "flow_matching", 0, 1, "condition_dropout")
-    need(
-        flow.condition_dropout < 1,
-        "flow_matching.condition_dropout = 1: must be below 1, or no sample would train with its class or caption",
-    )
-    if flow.micro_batch is not None:
-        within(flow, "flow_matching", 1, INF, "micro_batch")
-    within(config, "config", 0, 1, "ema_momentum")
-    within(config.data, "data", 0, 1, "flip")
-
-
 def check_dit_model(given: DiTModelConfig) -> ResolvedDiT:
     """Fill and check the sizes of a model, which a recipe or a file with weights gives, on their own.
 
     Raises UserError.
     """
     model = resolve_dit(given)
-    within(model, "model", 1, MAX_WIDTH, "width", "heads")
-    within(model, "model", 1, MAX_DEPTH, "depth")
-    within(model, "model", 1, _MAX_SIDE, "patch_size")
-    most = {"latent_size": _MAX_SIDE, "latent_channels": MAX_WIDTH, "caption_width": MAX_WIDTH, "num_classes": MAX_ROWS}
-    for name, high in most.items():
-        if getattr(model, name) is not None:
-            within(model, "model", 1, high, name)
+    check_ranges(model, "model.")
     divides(model.heads, model.width, "model.heads", "model.width", "change one of them")
     layout.check_rotary(model, "model")
     if model.latent_size is not None:

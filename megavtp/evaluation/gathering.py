@@ -39,5 +39,4 @@ def gather_objects(objects: list[Any], mesh: Mesh, device: torch.device) -> list
         return list(objects)
     text = "".join(json.dumps(value) + "\n" for value in objects)
     blob = torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).copy())
-    merged = bytes(gather_rows(blob, mesh, device).numpy())
-    return [json.loads(line) for line in merged.splitlines()]
+    return [json.loads(line) for line in bytes(gather_rows(blob, mesh, device).numpy()).splitlines()]

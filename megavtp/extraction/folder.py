@@ -78,7 +78,6 @@ class UnfinishedLatents:
             raise UserError(f"{self.folder} exists and was not made by an extraction; choose another --out")
 
     def release(self) -> None:
-        """Let other processes have the folder."""
         if self._lock is not None:
             self._lock.close()
 

@@ -1,7 +1,5 @@
 """Mean and variance of each latent channel in one pass, in float64 (Chan, Golub and LeVeque, 1979)."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
@@ -41,12 +39,12 @@ class Moments:
     squares: np.ndarray
 
     @classmethod
-    def of(cls, latents_shape: tuple[int, ...], values: Tensor) -> Moments:
+    def of(cls, latents_shape: tuple[int, ...], values: Tensor) -> "Moments":
         """Make them from the result of ``channel_moments`` on the host; ``latents_shape`` is (b, C, h, w)."""
         images, _, height, width = latents_shape
         return cls(images, images * height * width, *values.numpy())
 
-    def joined(self, other: Moments) -> Moments:
+    def joined(self, other: "Moments") -> "Moments":
         """Return the moments of both together; another order of joining may change the last bits."""
         count = self.count + other.count
         apart = other.mean - self.mean
@@ -65,7 +63,7 @@ class Moments:
         return json.dumps([self.images, self.count, self.mean.tolist(), self.squares.tolist()])
 
     @classmethod
-    def load(cls, text: str, channels: int, where: str) -> Moments:
+    def load(cls, text: str, channels: int, where: str) -> "Moments":
         """Invert ``dump``. UserError if the text is something else, or has another number of channels."""
         remedy = "remove that file, then start again"
         images, count, mean, squares = parse_json(text, _Dumped, where, remedy)

@@ -4,8 +4,6 @@
 mapping) in the checkpoint of a DiT trained on them. The fingerprint tells whether they belong together.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -79,7 +77,7 @@ class LatentStatistics:
         mean, std = self._tensors(latents)
         return latents * std + mean
 
-    def agree(self, other: LatentStatistics) -> bool:
+    def agree(self, other: "LatentStatistics") -> bool:
         """Whether both are equal in float32, to which ``latents_stats.pt`` rounds them."""
         return all(torch.equal(*map(torch.tensor, pair)) for pair in ((self.mean, other.mean), (self.std, other.std)))
 
@@ -91,7 +89,7 @@ class LatentStatistics:
         return mean[:, None, None], std[:, None, None]
 
     @classmethod
-    def read(cls, path: str | Path) -> LatentStatistics:
+    def read(cls, path: str | Path) -> "LatentStatistics":
         """Read LightningDiT's ``latents_stats.pt``. Raises UserError."""
         remedy = "extract the latents again, which writes it"
         tree = read_torch_file(path, remedy)
@@ -131,7 +129,7 @@ class TokenizerArtifact:
         return {"version": 1, **asdict(self)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str) -> TokenizerArtifact:
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> "TokenizerArtifact":
         """Invert ``to_dict``; ``where`` names the source in errors."""
         remedy = "convert the tokenizer, or extract the latents, again"
         stored = check_form(dict(values), _Stored, where, remedy)
@@ -145,7 +143,7 @@ class TokenizerArtifact:
         return cls(**given | {"statistics": found and LatentStatistics(found.mean, found.std, found.images)})
 
     @classmethod
-    def read(cls, folder: str | Path) -> TokenizerArtifact:
+    def read(cls, folder: str | Path) -> "TokenizerArtifact":
         """Read ``folder/visual_tokenizer.json``. UserError if it is missing or damaged."""
         path = Path(folder) / FILE
         remedy = "make it with tools/convert_checkpoint.py (a tokenizer) or tools/extract_latents.py (latents)"
@@ -164,9 +162,7 @@ class TokenizerArtifact:
         return self.statistics
 
 
-def check_same_tokenizer(
-    one: TokenizerArtifact, where_one: str, other: TokenizerArtifact, where_other: str
-) -> None:
+def check_same_tokenizer(one: TokenizerArtifact, where_one: str, other: TokenizerArtifact, where_other: str) -> None:
     """Raise UserError unless both have the same encoder and input, and their statistics, if both have them, agree."""
     for name, what in (
         ("fingerprint", "tokenizers"), ("pixel_mean", "pixel normalisations"), ("pixel_std", "pixel normalisations")

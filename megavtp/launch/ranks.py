@@ -164,8 +164,7 @@ def _tell_all(error: BaseException) -> int:
         known = known or f"if they left no message they were killed (memory?) [{str(error).splitlines()[0]}]"
         _say(f"ended because other ranks did: {known} (this rank: {where})")
     else:
-        trace = "".join(traceback.format_exception(error))
-        _say(f"failed in {where}:\n{trace}")
+        _say(f"failed in {where}:\n{''.join(traceback.format_exception(error))}")
         _tell(f"failed, {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
     return 1
 
@@ -187,7 +186,6 @@ def _say(text: str) -> None:
 
 
 def _tell(text: str) -> None:
-    """Let the other ranks know why this one ends."""
     if _watchdog is not None:
         _watchdog.tell(text)
 

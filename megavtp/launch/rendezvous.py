@@ -50,7 +50,6 @@ class Member:
 
     @property
     def master(self) -> str:
-        """Where rank 0 can be reached."""
         return f"{self.master_addr}:{self.master_port}"
 
 

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -78,13 +79,11 @@ class StopSignal:
 def _chain() -> list[tuple[psutil.Process, int]]:
     """Return (process, its parent's id) from this process up, as long as the parent is a launcher."""
     found = []
-    try:
+    with suppress(psutil.Error):  # one that is gone or hidden cannot be watched
         process = psutil.Process()
         while (parent := process.parent()) and _LAUNCHERS & {Path(argument).name for argument in parent.cmdline()[:4]}:
             found.append((process, parent.pid))
             process = parent
-    except psutil.Error:
-        pass  # it is gone or hidden, and cannot be watched
     return found
 
 

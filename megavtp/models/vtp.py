@@ -31,6 +31,7 @@ from megavtp.parallel.striping import ActivationSpec, Stripe
 
 OBJECTIVES = frozenset({"contrastive", "self_distillation", "reconstruction"})
 DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
+Result = Tensor | tuple[Tensor, ...]  # of a leg: at the tower's end a tensor, before it the activations
 Leg = Callable[..., Any]  # a method (chunk, activations, **inputs) that runs one chunk of one tower
 
 
@@ -156,7 +157,6 @@ class VTP(nn.Module):
         return len(images), self.config.bottleneck, rows, columns
 
     def precision(self) -> AbstractContextManager[object]:
-        """Return the context in which the model computes."""
         return computing_in(self.compute_dtype, self.trunk.rope_embed.periods.device)
 
     # Legs. Each runs one chunk of a tower (None: all of it) and returns the activations for the next, or at the tower's
@@ -229,7 +229,7 @@ class VTP(nn.Module):
     def _encode(
         self, chunk: int | None, activations: Sequence[Tensor], images: Tensor, drop: DropPlan | None = None,
         noise: LatentNoise | None = None,
-    ) -> Tensor | tuple[Tensor, ...]:
+    ) -> Result:
         """Encode normalised images (b, 3, H, W) to latents (b, bottleneck, H / patch, W / patch)."""
         tokens = self._run_trunk(chunk, activations, [images], drop=drop)
         if not self._ends(chunk):
@@ -241,7 +241,7 @@ class VTP(nn.Module):
         self, chunk: int | None, activations: Sequence[Tensor], latents: Tensor | None = None,
         images: Tensor | None = None, drop: DropPlan | None = None, noise: LatentNoise | None = None,
         decoder: PixelDecoder | None = None, with_head_input: bool = False,
-    ) -> Tensor | tuple[Tensor, ...]:
+    ) -> Result:
         """Decode latents to images (b, 3, H, W), normalised as the encoder's input; ``noise`` is added to them first.
 
         The latents are given, or the previous leg has just encoded them from ``images``. For ``with_head_input`` see
@@ -256,16 +256,12 @@ class VTP(nn.Module):
         x = (decoder or self.pixel_decoder)(latents, chunk, x, with_head_input)
         return x if self._ends(chunk) else (x,)
 
-    def _embed_image(
-        self, chunk: int | None, activations: Sequence[Tensor], images: Tensor
-    ) -> Tensor | tuple[Tensor, ...]:
+    def _embed_image(self, chunk: int | None, activations: Sequence[Tensor], images: Tensor) -> Result:
         """Return unit image features (b, E) in float32."""
         tokens = self._run_trunk(chunk, activations, [images])
         return self._image_feature(tokens[0]) if self._ends(chunk) else (tokens,)
 
-    def _embed_text(
-        self, chunk: int | None, activations: Sequence[Tensor], tokens: Tensor
-    ) -> Tensor | tuple[Tensor, ...]:
+    def _embed_text(self, chunk: int | None, activations: Sequence[Tensor], tokens: Tensor) -> Result:
         """Return unit text features (b, E) in float32."""
         x = self.text(tokens, chunk, *activations)
         return F.normalize(x.float(), dim=-1) if self._ends(chunk) else (x,)

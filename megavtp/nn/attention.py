@@ -64,7 +64,6 @@ class Attention(nn.Module):
     def contract(
         self, qkv: Tensor, cut: TokenCut | None, segments: Segments, tables: Sequence[RotaryTable] | None = None
     ) -> Tensor:
-        """Compute all that follows the first matrix product."""
         q, k, v = qkv.unflatten(-1, (3, self.local_heads, self.head_dim)).unbind(1)
         if self.q_norm is not None and self.k_norm is not None:
             # The norm's float32 weights may have raised 16 bits to 32, which the fast kernels do not take.

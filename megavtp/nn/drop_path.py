@@ -5,8 +5,6 @@ The subset is chosen outside the modules, from (seed, step) alone, so that every
 micro-batch split and every recomputation sees the same choice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -34,7 +32,7 @@ class DropPlan:
 
     blocks: tuple[tuple[BranchDrop, BranchDrop], ...]
 
-    def to(self, device: torch.device | str) -> DropPlan:
+    def to(self, device: torch.device | str) -> "DropPlan":
         """Move the plan to ``device`` in one transfer."""
         branches = [branch for block in self.blocks for branch in block]
         rows = [row for branch in branches for row in branch.rows]

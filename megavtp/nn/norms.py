@@ -53,8 +53,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class LayerNorm(nn.Module):
-    """A layer norm over the last dimension with weight and bias."""
-
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.width, self.eps = width, eps

@@ -40,9 +40,7 @@ def import_deepspeed() -> Any:
     try:
         import deepspeed
     except ImportError as error:
-        raise UserError(
-            f"deepspeed cannot be imported ({error}): pip install deepspeed=={SUPPORTED_VERSION}"
-        ) from None
+        raise UserError(f"deepspeed cannot be imported ({error}): pip install deepspeed=={SUPPORTED_VERSION}") from None
     if deepspeed.__version__.split("+")[0] != SUPPORTED_VERSION:
         raise UserError(
             f"deepspeed {deepspeed.__version__} is not supported (other versions return wrong ZeRO-3 gathers or "

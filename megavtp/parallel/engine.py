@@ -1,7 +1,5 @@
 """The engine that a trainer sees: forward, backward, update and whole-tensor state, on any ZeRO stage."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
@@ -24,8 +22,6 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did."""
-
     applied: bool  # False when the gradient norm was not finite, and nothing moved
     grad_norm: Tensor | float  # over all parameters, before clipping
     tower_norms: dict[str, Tensor]  # the same norm over the parameter groups of each ``tower``
@@ -64,8 +60,7 @@ class Engine(Generic[M]):
     def of_run(
         cls, module: M, optimizer: torch.optim.Optimizer, mesh: Mesh, config: RunConfig,
         leaf_classes: tuple[type[nn.Module], ...],
-    ) -> Engine[M]:
-        """Make the engine that a run's settings ask for."""
+    ) -> "Engine[M]":
         p = config.parallel
         return cls(
             module, optimizer, mesh, zero_stage=p.zero_stage, clip_grad=config.train.optimizer.clip_grad,
@@ -100,7 +95,6 @@ class Engine(Generic[M]):
         return StepResult(*gradient_norm.of_step(self._engine))
 
     def set_lr(self, lr_of: Callable[[dict[str, Any]], float]) -> None:
-        """Set the learning rate of every parameter group."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr_of(group)
 
@@ -142,7 +136,6 @@ class Engine(Generic[M]):
         engine_state.write_state(self._engine, pieces, optimizer_steps)
 
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each whole parameter by name."""
         return {
             name: whole_shape(engine_state.gathered_shape(parameter), shard_of(parameter), self.mesh.tp)
             for parameter, name in self.names.items()

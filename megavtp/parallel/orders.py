@@ -7,8 +7,6 @@ Sources: GPipe arXiv 1811.06965; 1F1B arXiv 2006.09503; interleaved 1F1B arXiv 2
 torch.distributed.pipelining where it has one (``tests/parallel/test_orders.py``); here m may be any number.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Literal, NamedTuple
@@ -23,7 +21,7 @@ class Op(NamedTuple):
     stage: int
     micro: int
 
-    def along(self, hops: int, stages: int) -> Op | None:
+    def along(self, hops: int, stages: int) -> "Op | None":
         """Return the same operation ``hops`` stages on, which for a backward is down; None past an end of the pass."""
         stage = self.stage + (hops if self.kind == "F" else -hops)
         return self._replace(stage=stage) if 0 <= stage < stages else None

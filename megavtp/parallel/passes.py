@@ -35,12 +35,11 @@ class Pass(ABC):
         """Take this rank's share of a step and run what has no backward (a teacher); return how many micro-batches."""
 
     @abstractmethod
-    def inputs(self, micro: int) -> dict[str, Any]:
-        """Return the keyword inputs of the forward of one micro-batch."""
+    def inputs(self, micro: int, first: bool = True) -> dict[str, Any]:
+        """Return the keyword inputs of the forward of one micro-batch, for the first pipeline stage or a later one.
 
-    def later_inputs(self, micro: int) -> dict[str, Any]:
-        """Return the inputs for a later pipeline stage; what only the first one reads may be a meta tensor."""
-        return self.inputs(micro)
+        What only the first stage reads may be a meta tensor in those for a later one.
+        """
 
     def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
         """Return the loss terms that need only this micro-batch, unweighted."""
@@ -86,11 +85,8 @@ def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
     terms: dict[str, Tensor] = {}
     seeds: _Seeds | None = None
 
-    def inputs(micro: int, first: bool) -> dict[str, Any]:
-        return objective.inputs(micro) if first else objective.later_inputs(micro)
-
     if count > 1 and objective.over_batch:
-        outputs = forward(run, objective.mode, inputs, count)
+        outputs = forward(run, objective.mode, objective.inputs, count)
         if outputs:  # on the last pipeline rank
             seeds, terms = _first_pass(objective, outputs)
 
@@ -108,7 +104,7 @@ def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
         return _not_finite_with(terms.values(), reduce(torch.add, total) * objective.weight)
 
     if not objective.on_last_stage:
-        train(run, objective.mode, inputs, count, loss)
+        train(run, objective.mode, objective.inputs, count, loss)
     elif run.mesh.is_last_stage:
         for micro in range(count):
             run.backward(loss(run(objective.mode, **objective.inputs(micro)), micro))

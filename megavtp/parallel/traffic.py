@@ -1,7 +1,5 @@
 """The traffic between ranks as it really is, counted below our collectives, the pipeline and DeepSpeed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +46,7 @@ class Transfer:
 class Traffic(list[Transfer]):
     """The transfers of a ``count_traffic`` block, in order."""
 
-    def select(self, axis: str | None = None, op: str | None = None) -> Traffic:
+    def select(self, axis: str | None = None, op: str | None = None) -> "Traffic":
         return Traffic(t for t in self if axis in (None, t.axis) and op in (None, t.op))
 
     @property

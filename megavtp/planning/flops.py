@@ -9,18 +9,10 @@ lowers MFU.
 
 from itertools import pairwise
 
+from megavtp.config import sizes
 from megavtp.config.schema import DinoHeadConfig
 from megavtp.config.share import share
-from megavtp.config.sizes import (
-    DECODER_MLP_RATIO,
-    GLOBAL_CROPS,
-    ResolvedConfig,
-    ResolvedModel,
-    Tower,
-    contrastive_size,
-    feature_width,
-    ffn_hidden,
-)
+from megavtp.config.sizes import DECODER_MLP_RATIO, GLOBAL_CROPS, ResolvedConfig, ResolvedModel, Tower
 from megavtp.models.dino_head import head_widths
 from megavtp.models.discriminator import TOKENS_SEEN
 from megavtp.models.feature_networks import quarters
@@ -42,7 +34,7 @@ def patches_of(model: ResolvedModel, size: int) -> int:
 
 def _blocks(tower: Tower, tokens: int, ffn: str, ratio: float) -> float:
     """Count a forward of a tower's blocks over one sequence."""
-    hidden = ffn_hidden(ffn, tower.width, ratio)
+    hidden = sizes.ffn_hidden(ffn, tower.width, ratio)
     return transformer_flops(tokens, tower.width, tower.depth, hidden, gated=ffn != "mlp")
 
 
@@ -101,9 +93,9 @@ def flops_per_step(config: ResolvedConfig) -> dict[str, float]:
 def _contrastive(config: ResolvedConfig) -> float:
     """Count one pair. The logits, B columns each, are below a thousandth of it and are left out."""
     model, kept = config.model, 1 - config.objectives.contrastive.drop_path
-    size = contrastive_size(config)
+    size = sizes.contrastive_size(config)
     features = patches_of(model, size) if model.vision.clip_feature == "pooled" else 1
-    projections = features * _bottleneck_if_shared(model) + 2 * feature_width(model) * model.text.width
+    projections = features * _bottleneck_if_shared(model) + 2 * sizes.feature_width(model) * model.text.width
     return 3 * (vision_flops(model, size, kept) + projections + text_flops(model))
 
 
@@ -114,7 +106,7 @@ def _self_distillation(config: ResolvedConfig) -> float:
     student = GLOBAL_CROPS * vision_flops(model, augment.global_size, kept)
     student += augment.local_crops * vision_flops(model, augment.local_size, kept)
     teacher = GLOBAL_CROPS * vision_flops(model, augment.global_size)
-    row = _bottleneck_if_shared(model) + dino_head_flops(model.dino_head, feature_width(model))
+    row = _bottleneck_if_shared(model) + dino_head_flops(model.dino_head, sizes.feature_width(model))
     student_rows = GLOBAL_CROPS + augment.local_crops + masked
     return 3 * (student + student_rows * row) + teacher + (GLOBAL_CROPS + masked) * row
 

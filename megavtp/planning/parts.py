@@ -88,7 +88,6 @@ class Cost:
 def _cost(
     mesh: Mesh, forward: Callable[[], Any], parameters: Sequence[Tensor] = (), inputs: Sequence[Tensor] = ()
 ) -> Cost:
-    """Rehearse ``forward`` and its backward."""
     counted = rehearse(mesh, forward, parameters, inputs=inputs)
     cost = Cost(counted.held, counted.peak)
     for sent, transfers in ((cost.forward, counted.forward), (cost.backward, counted.backward)):
@@ -127,8 +126,6 @@ class Rehearsals:
         self.config, self.fused_norms = config, fused_norms
         self.dtype = compute_dtype(config.parallel.precision)
         self.objectives = frozenset(share(config, 1).passes)
-
-    # Blocks
 
     @once
     def stack(
@@ -197,8 +194,6 @@ class Rehearsals:
         model = self.config.model
         towers = {name: replace(getattr(model, name), depth=depth) for name in ("vision", "text", "decoder")}
         return VTP(replace(model, **towers), mesh, objectives=self.objectives, compute_dtype=self.dtype)
-
-    # Ends
 
     def end(self, mode: str, leg: int, is_last: bool, m: int, tp: int, *, loss: bool = True) -> Cost:
         """Return the cost of the embedding before a leg's blocks, or of what follows them; the last end has the losses.
@@ -301,8 +296,6 @@ class Rehearsals:
         rows = (GLOBAL_CROPS * images, self._masked(images))
         cls, patches = (torch.empty(count, head.bottleneck, dtype=self.dtype) for count in rows)
         return TeacherOutput(cls, patches, torch.empty(head.prototypes // tp, head.bottleneck))
-
-    # Terms over the whole batch
 
     @once
     def over_batch(self, mode: str, images: int, dp: int) -> Cost:

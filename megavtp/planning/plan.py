@@ -65,7 +65,6 @@ class Plan:
 
     @property
     def memory(self) -> float:
-        """The bytes on the fullest rank."""
         return self.fullest.memory
 
     @cached_property

@@ -107,7 +107,6 @@ def layout_summary(config: ResolvedConfig, world_size: int) -> str:
 
 
 def on_a_rank(part: PassShare) -> str:
-    """Describe a rank's share of a batch."""
     ending = "es" if part.micro_batches > 1 else ""
     return f"{part.local} on a rank in {part.micro_batches} micro-batch{ending} of {part.micro_batch}"
 
@@ -139,7 +138,6 @@ def run_lines(config: Any, samples: str, data: str) -> list[str]:
 
 
 def _optimizer_line(optimizer: OptimizerConfig) -> str:
-    """Describe the optimizer and its learning rate over a run in one line."""
     if optimizer.cooldown is None:
         course = f"cosine to {optimizer.min_lr:g}"
     else:

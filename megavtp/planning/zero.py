@@ -123,7 +123,6 @@ def state(pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str, hold
 
 
 def _group_sizes(pieces: Iterable[Piece]) -> Counter[int]:
-    """Sum the elements of each optimizer group."""
     sizes: Counter[int] = Counter()
     for piece in pieces:
         if piece.group is not None:

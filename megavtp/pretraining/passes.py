@@ -88,14 +88,8 @@ class ContrastivePass(_PretrainingPass):
         self.images, self.tokens = _needed(batch.images), _needed(batch.tokens)
         return super().prepare(run, batch)
 
-    def inputs(self, micro: int) -> dict[str, Any]:
-        return self._inputs(micro, self.images)
-
-    def later_inputs(self, micro: int) -> dict[str, Any]:
-        return self._inputs(micro, self.images.to("meta"))
-
-    def _inputs(self, micro: int, images: Tensor) -> dict[str, Any]:
-        rows = self.share.rows(micro)
+    def inputs(self, micro: int, first: bool = True) -> dict[str, Any]:
+        rows, images = self.share.rows(micro), self.images if first else self.images.to("meta")
         pixels, size = self.pixels(images[rows]), contrastive_size(self.config)
         if size < pixels.shape[-1]:
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
@@ -159,8 +153,7 @@ class SelfDistillationPass(_PretrainingPass):
         self.centers = {name: state[f"center/{name}"] for name in self.centers}
 
     def _teacher_inputs(self, micro: int, first: bool) -> dict[str, Any]:
-        crops = self.global_crops if first else self.global_crops.to("meta")
-        return {"global_crops": self._crops(crops, micro), "masked_rows": self._masked_rows[micro]}
+        return {"global_crops": self._crops(self.global_crops, micro, first), "masked_rows": self._masked_rows[micro]}
 
     def _teacher_bias(self) -> TeacherBias:
         """Compute the centering of this step's targets, over the class tokens and the masked patches of all ranks."""
@@ -179,20 +172,16 @@ class SelfDistillationPass(_PretrainingPass):
                 )
         return TeacherBias(**biases)
 
-    def _crops(self, crops: Tensor, micro: int) -> Tensor:
+    def _crops(self, crops: Tensor, micro: int, first: bool) -> Tensor:
+        crops = crops if first else crops.to("meta")
         return self.pixels(crops[:, self.share.rows(micro)].flatten(0, 1))
 
-    def inputs(self, micro: int) -> dict[str, Any]:
-        return self._inputs(micro, self.global_crops, self.local_crops)
-
-    def later_inputs(self, micro: int) -> dict[str, Any]:
-        return self._inputs(micro, self.global_crops.to("meta"), self.local_crops.to("meta"))
-
-    def _inputs(self, micro: int, global_crops: Tensor, local_crops: Tensor) -> dict[str, Any]:
-        crops = [len(global_crops)] + [len(local_crops)] * (len(local_crops) > 0)
+    def inputs(self, micro: int, first: bool = True) -> dict[str, Any]:
+        local_crops = self.local_crops
+        crops = [len(self.global_crops)] + [len(local_crops)] * (len(local_crops) > 0)
         return {
-            "global_crops": self._crops(global_crops, micro),
-            "local_crops": self._crops(local_crops, micro) if len(local_crops) else None,
+            "global_crops": self._crops(self.global_crops, micro, first),
+            "local_crops": self._crops(local_crops, micro, first) if len(local_crops) else None,
             "masks": self._masks[micro], "masked_rows": self._masked_rows[micro],
             "drop": self.drop_plan(micro, crops),
         }
@@ -238,13 +227,8 @@ class ReconstructionPass(_PretrainingPass):
     def meta_images(self) -> Tensor:
         return torch.empty((self.share.micro_batch, *self.images.shape[1:]), device="meta")
 
-    def inputs(self, micro: int) -> dict[str, Any]:
-        return self._inputs(micro, self.device_images(micro))
-
-    def later_inputs(self, micro: int) -> dict[str, Any]:
-        return self._inputs(micro, self.meta_images())
-
-    def _inputs(self, micro: int, images: Tensor) -> dict[str, Any]:
+    def inputs(self, micro: int, first: bool = True) -> dict[str, Any]:
+        images = self.device_images(micro) if first else self.meta_images()
         return {"images": images, "drop": self.drop_plan(micro, [1]), "noise": self.noise(micro)}
 
     def noise(self, micro: int) -> LatentNoise | None:

@@ -100,7 +100,6 @@ class Pretraining(Recipe):
         return 1 - cosine(step, self.config.train.steps, start, end)
 
     def is_frozen(self, step: int, group: dict[str, Any]) -> bool:
-        """The prototypes are frozen at first."""
         steps = self.config.objectives.self_distillation.freeze_last_layer * self.config.train.steps
         return group["prototypes"] and step < steps
 
@@ -163,7 +162,6 @@ def build_model(
 def build_engine(
     model: VTP, config: ResolvedConfig, mesh: Mesh, leaf_classes: tuple[type[nn.Module], ...] = (Block,)
 ) -> Engine:
-    """Build the engine around a model, with its optimizer."""
     optimizer = build_optimizer(
         model.named_parameters(), config.train.optimizer, zero_stage=config.parallel.zero_stage,
         max_logit_scale=model.max_logit_scale,

@@ -50,7 +50,6 @@ class Launcher:
         ranks.run_ranks(self.main)
 
     def parser(self) -> argparse.ArgumentParser:
-        """Return the parser of the command line."""
         parser = Options(
             prog=f"deepspeed launchers/{self.name}", description=self.description, epilog=f"example: {self.example}"
         )

@@ -57,8 +57,7 @@ def build_optimizer(
     """
     groups = parameter_groups(named, config, tower_of)
     beta1, beta2 = config.betas
-    on_gpu = groups[0]["params"][0].is_cuda
-    fused = _apex_adam() if on_gpu and zero_stage < 3 else None
+    fused = _apex_adam() if groups[0]["params"][0].is_cuda and zero_stage < 3 else None
     if fused is not None:
         optimizer = fused(groups, adam_w_mode=True, lr=config.lr, betas=(beta1, beta2), eps=config.eps)
     else:

@@ -1,7 +1,5 @@
 """The folder that a run writes to."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -58,7 +56,7 @@ class OutputDir:
             log.warning("%s was deleted or moved away: it is made anew, and the run goes on there", self._folder)
             self.begin()
 
-    def __enter__(self) -> OutputDir:
+    def __enter__(self) -> "OutputDir":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -20,7 +20,6 @@ class ProgressLine:
         self._open = False  # whether the cursor stands behind a line that may be overwritten
 
     def update(self, record: Mapping[str, Any], total_steps: int) -> None:
-        """Show a step record."""
         line = step_text(record, total_steps)
         if self._live:
             width = shutil.get_terminal_size().columns

@@ -109,9 +109,7 @@ def checkpoint_root(config: RunConfig) -> Path:
 
 def decides_samples(key: str) -> bool:
     """Tell whether a key that every recipe has decides which samples a step sees, or what is drawn for them."""
-    reading = (
-        "data.root", "data.source", "data.workers", "data.prefetch", "data.max_bad_samples", "data.max_pixels",
-    )
+    reading = ("data.root", "data.source", "data.workers", "data.prefetch", "data.max_bad_samples", "data.max_pixels")
     return (key.startswith("data.") and key not in reading) or key in ("seed", "train.batch_size")
 
 

@@ -114,7 +114,6 @@ class Telemetry:
             self._paused += time.perf_counter() - begin
 
     def close(self) -> None:
-        """End the progress line, the file and the trackers."""
         self.progress.close()
         for tracker in self._trackers:
             tracker.close()

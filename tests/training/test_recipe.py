@@ -92,7 +92,7 @@ class ToyPass(Pass):
         self.x, self.mean = batch.x, 0.5 * self.mean + 0.5 * batch.x.sum(1).mean()
         return 1
 
-    def inputs(self, micro: int) -> dict[str, Any]:
+    def inputs(self, micro: int, first: bool = True) -> dict[str, Any]:
         return {"x": self.x}
 
     def local_terms(self, outputs: Tensor, micro: int) -> dict[str, Tensor]:

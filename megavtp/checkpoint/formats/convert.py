@@ -66,7 +66,6 @@ def convert_tokenizer(
 
 
 def _with_decoder(source: VTPSource, other: VTPSource) -> VTPSource:
-    """Return ``source`` with the pixel decoder of ``other``."""
     if other.artifact.fingerprint != source.artifact.fingerprint:
         raise UserError(
             f"--decoder {other.path} was trained on another encoder than that of {source.path}; name a run of "

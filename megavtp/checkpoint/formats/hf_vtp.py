@@ -17,7 +17,7 @@ from torch import Tensor
 from megavtp.checkpoint.formats.hf_vtp_config import config_from_official, config_to_official, read_keys
 from megavtp.checkpoint.tensor_file import write_tensors
 from megavtp.config.sizes import ResolvedModel
-from megavtp.data.files import write_atomic
+from megavtp.data.files import replaced, write_atomic
 from megavtp.data.weights_file import read_safetensors
 from megavtp.errors import UserError
 from megavtp.json_file import read_json
@@ -159,8 +159,7 @@ def save_folder(
     or beyond our settings is kept, so that the same files are written back.
     """
     folder = Path(folder)
-    objectives = objectives_of(state.keys())
-    values = config_to_official(config, objectives)
+    values = config_to_official(config, objectives_of(state.keys()))
     said = {key: released[key] for key in values if key in released}
     values |= {key: value for key, value in said.items() if key in _KEPT or value == values[key]}
     text = json.dumps(values, indent=2) + "\n"
@@ -168,9 +167,8 @@ def save_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Each file gets its name when it is whole. The config comes last, so a new folder that has one is complete.
-        partial = folder / "model.safetensors.partial"
-        write_tensors(partial, tensors)
-        partial.replace(folder / "model.safetensors")
+        with replaced(folder / "model.safetensors") as partial:
+            write_tensors(partial, tensors)
         write_atomic(folder / "config.json", text.encode(), flush=True)
     except OSError as error:
         raise UserError(f"cannot write {folder} ({error}); choose another folder or free some space") from None

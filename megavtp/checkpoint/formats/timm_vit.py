@@ -46,7 +46,6 @@ def other_rotation(names: Mapping[str, Tensor]) -> str | None:
 
 
 def from_timm(state: Mapping[str, Tensor]) -> ForeignWeights:
-    """Return the trunk's tensors from the state dict of a timm ViT."""
     found = ForeignWeights(fresh={"trunk.mask_token", "trunk.feature_bottleneck.weight"})
     ours: dict[str, Tensor] = {}
     blocks: dict[str, dict[str, Tensor]] = {}

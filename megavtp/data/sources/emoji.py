@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from megavtp.data.files import find_installed
 from megavtp.data.report import SkipReport
 from megavtp.data.sources.emoji_draw import Drawing, render
 from megavtp.data.sources.emoji_table import Emoji, emoji_table, held_out_concepts
@@ -75,10 +76,9 @@ def prepare_emoji(
 
 def find_drawings(package: str, folder: str) -> dict[str, str]:
     """Return the SVG files of an installed package by ``Emoji.code``; the package is not imported."""
-    spec = importlib.util.find_spec(package)
-    roots = [Path(place) / folder for place in (spec.submodule_search_locations or ())] if spec else []
+    root = find_installed(package, folder)
     files: dict[str, str] = {}
-    for path in (path for root in roots for path in sorted(root.glob("*.svg"))):
+    for path in sorted(root.glob("*.svg")) if root else ():
         code = "-".join(point.zfill(4) for point in path.stem.upper().split("-") if point != "FE0F")
         files[code] = str(path)
     if not files:

@@ -46,11 +46,9 @@ class AveragedDiT(nn.Module):
             return (self.dit if mode == "velocity" else self.ema)(x, t, y, stage, *activations)
 
     def legs(self, mode: str) -> int:
-        """Count the towers that a pass goes through one after another."""
         return 1
 
     def activation_specs(self, mode: str, stage: int, *, x: Tensor, **_: Any) -> list[ActivationSpec]:
-        """Give shape and dtype of each tensor that enters ``stage`` > 0 of a pass with these inputs."""
         tokens = (self.config.latent_size // self.config.patch_size) ** 2
         shapes = (len(x), tokens, self.config.width), (len(x), self.config.width)
         return [(shape, torch.float32) for shape in shapes]
@@ -60,7 +58,6 @@ class AveragedDiT(nn.Module):
         return list(zip(self.ema.parameters(), self.dit.parameters(), strict=True))
 
     def start_average(self) -> None:
-        """Make the average a copy of the trained weights."""
         with torch.no_grad():
             for average, trained in self.averaged():
                 average.copy_(trained)

@@ -39,7 +39,6 @@ class FusedSwiGLU(nn.Module):
         return self.w12(x, cut)
 
     def contract(self, hidden: Tensor, cut: TokenCut | None = None) -> Tensor:
-        """Compute all that follows the first matrix product."""
         a, b = hidden.chunk(2, -1)
         return self.w3(F.silu(a) * b, cut)
 
@@ -60,8 +59,7 @@ class Modulation(nn.Module):
     def forward(self, condition: Tensor, cut: TokenCut | None = None) -> tuple[Tensor, ...]:
         """Return the tensors; ``cut`` is given under sequence parallelism, where each rank modulates its own tokens."""
         own = self.get_submodule("1")(condition).unflatten(-1, (self.parts, 1, -1))
-        whole = gather_from_tp(own, self.mesh)
-        return on_own_rows(whole, cut).unbind(1)
+        return on_own_rows(gather_from_tp(own, self.mesh), cut).unbind(1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
 """Generated images go to a PNG sheet, a folder of PNG files or ADM's ``.npz``, which appear only when complete."""
 
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count, groupby
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megavtp.data.files import replaced
 from megavtp.data.new_path import new_path
 from megavtp.errors import UserError
 from megavtp.training import pictures
@@ -66,17 +66,13 @@ def _folder(out: Path) -> Iterator[Sink]:
 
 @contextmanager
 def _replaced(out: Path) -> Iterator[Path]:
-    """Give a path beside ``out`` that is renamed to it when the block ends without an error."""
-    partial = out.with_name(out.name + ".partial")
+    """Do as ``replaced``, in a folder that need not exist yet; an OSError becomes a UserError that names ``out``."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, out)
+        with replaced(out) as partial:
+            yield partial
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}); choose another --out") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 @contextmanager

@@ -60,7 +60,6 @@ def samples_of(dit: StoredDiT, classes: str | None, captions: list[str] | None, 
 
 
 def names_of(dit: StoredDiT, samples: Sequence[Sample]) -> list[str]:
-    """Return what a sheet writes beside each sample."""
     conditions = [sample.condition for sample in samples]
     return [value if isinstance(value, str) else dit.class_name(value) for value in conditions]
 

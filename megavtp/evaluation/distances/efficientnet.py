@@ -5,7 +5,6 @@ are the 1280 averaged activations in front of its classifier. Distances on them 
 """
 
 import hashlib
-import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megavtp.arithmetic import ceil_div
+from megavtp.data.files import find_installed
 from megavtp.data.torch_file import read_torch_file
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.network import FeatureNetwork
@@ -115,9 +115,7 @@ def _without_norm(conv: _Conv, weights: Mapping[str, Tensor], device: torch.devi
 
 def load_efficientnet(device: torch.device | str = "cpu") -> EfficientNetLite0:
     """Load the network with the installed package's weights, without running the package. Raises UserError."""
-    spec = importlib.util.find_spec(PACKAGE)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    path = next((folder / FILE for folder in map(Path, folders) if (folder / FILE).is_file()), None)
+    path = find_installed(PACKAGE, FILE)
     if path is None:
         raise UserError(f"the weights of EfficientNet-Lite0 are not installed; {REMEDY}")
     with open(path, "rb") as file:

@@ -6,6 +6,7 @@ size, which processes share by their numbers.
 
 import logging
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megavtp.data.augment import center_crop
-from megavtp.data.decode import BadSample, decode_image
+from megavtp.data.decode import MAX_PIXELS, BadSample, decode_image
 from megavtp.data.files import refuse_remote
 from megavtp.data.loader import EvalDataset
 from megavtp.data.shards import open_dataset, split_folders
@@ -23,7 +24,6 @@ from megavtp.evaluation.tokenizer.interface import NoCaptions
 
 logger = logging.getLogger(__name__)
 
-MAX_PIXELS = 64_000_000
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
 NumberedImages = tuple[Tensor, Tensor]
@@ -126,15 +126,11 @@ class _StoredImages:
 
     def batches(self, batch_size: int, rank: int, world: int) -> Iterator[NumberedImages]:
         own = range(rank, self._count, world)
-        numbers: list[int] = []
-        images: list[Tensor] = []
-        for number, (file, image) in zip(own, self._read(own)):
-            if image is not None:
-                numbers.append(number)
-                images.append(self._square(image, file))
-            if images and (len(images) == batch_size or number == own[-1]):
-                yield torch.tensor(numbers), torch.stack(images)
-                numbers, images = [], []
+        read = zip(own, self._read(own))
+        squares = ((number, self._square(image, file)) for number, (file, image) in read if image is not None)
+        while batch := tuple(islice(squares, batch_size)):
+            numbers, images = zip(*batch, strict=True)
+            yield torch.tensor(numbers), torch.stack(images)
 
     def _square(self, image: Tensor, file: Path) -> Tensor:
         height, width = image.shape[1:]

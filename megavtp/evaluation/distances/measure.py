@@ -14,15 +14,9 @@ from tqdm import tqdm
 
 from megavtp.arithmetic import ceil_div
 from megavtp.errors import UserError
+from megavtp.evaluation.distances import feature_sets
 from megavtp.evaluation.distances.efficientnet import load_efficientnet
-from megavtp.evaluation.distances.feature_sets import (
-    FeatureMoments,
-    FeatureStatistics,
-    few_samples_warning,
-    frechet_distance,
-    kernel_distance,
-    precision_recall,
-)
+from megavtp.evaluation.distances.feature_sets import FeatureMoments, FeatureStatistics
 from megavtp.evaluation.distances.image_sources import ImageSource, open_images
 from megavtp.evaluation.distances.network import INCEPTION, FeatureNetwork, Inception, metric_name
 from megavtp.evaluation.distances.npz_file import holds_images, read_statistics
@@ -148,7 +142,7 @@ def measure_generation(
     notes = list(reference.notes)
     name = metric_name("frechet", network.name, "generation")
     for what, of in (("samples", made.statistics), ("reference images", statistics)):
-        if warning := few_samples_warning(name, what, of):
+        if warning := feature_sets.few_samples_warning(name, what, of):
             notes.append(warning)
     if network.name != INCEPTION:
         notes.append(f"{name} is a distance of {network.title} features, no FID: do not compare it with published FID")
@@ -161,13 +155,14 @@ def _distances(
     key = partial(metric_name, network=network, of="generation")
     counts = {"samples": made.statistics.count, "reference_samples": reference.count}
     metrics = {name: float(count) for name, count in counts.items() if count is not None}
-    metrics[key("frechet")] = frechet_distance(made.statistics, reference)
+    metrics[key("frechet")] = feature_sets.frechet_distance(made.statistics, reference)
     others = (key("kernel"), key("precision"), key("recall"))
     if real is None:
         return metrics, dict.fromkeys(others, "the reference holds statistics, but no images")
-    metrics[key("kernel")], metrics[key("kernel_std")] = kernel_distance(made.features, real.features, seed=seed)
+    kernel = feature_sets.kernel_distance(made.features, real.features, seed=seed)
+    metrics[key("kernel")], metrics[key("kernel_std")] = kernel
     try:
-        metrics[key("precision")], metrics[key("recall")] = precision_recall(real.features, made.features)
+        metrics[key("precision")], metrics[key("recall")] = feature_sets.precision_recall(real.features, made.features)
     except UserError as error:
         return metrics, dict.fromkeys(others[1:], str(error))
     return metrics, {}

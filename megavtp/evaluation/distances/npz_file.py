@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megavtp.data.decode import MAX_PIXELS
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.feature_sets import FeatureStatistics
 from megavtp.evaluation.distances.network import INCEPTION
 from megavtp.evaluation.report import write_file
 
 _MEMBER = "arr_0.npy"
-_MAX_ROW_BYTES = 3 * 64_000_000
+_MAX_ROW_BYTES = 3 * MAX_PIXELS
 _MAX_RATIO = 1032  # deflate compresses no more than this
 _REMEDY = "give a reference of the same network, or its images"
 

@@ -44,7 +44,6 @@ class Facts:
 
 
 def gather_facts(member: Member) -> Facts:
-    """Return the facts of this process."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None
     return Facts(

@@ -169,13 +169,11 @@ def port_problems(board: Board, leaders: Sequence[Facts]) -> list[str]:
 
 
 def _greet(server: socket.socket, token: bytes) -> None:
-    try:
+    with suppress(OSError):  # when the server is closed
         while True:
             connection, _ = server.accept()
             with connection:
                 connection.sendall(token)
-    except OSError:
-        pass  # the server is closed
 
 
 def _try(address: str, port: int, token: bytes) -> str:
