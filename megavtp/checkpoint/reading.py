@@ -54,15 +54,15 @@ class TensorFacts:
 
 
 @form
-class Part:
-    """One writer's contribution: what is recorded of its file and of its tensors, by name."""
+class Contribution:
+    """What one writer records of its file and of its tensors, by name."""
 
     files: dict[str, FileFacts]
     tensors: dict[str, TensorFacts]
 
 
 @form
-class Index(Part):
+class Index(Contribution):
     """The content of ``checkpoint.json``."""
 
     format: Literal["megavtp-checkpoint"]

@@ -116,7 +116,7 @@ class CheckpointStore:
             _leave_note(partial, writer, message)
             raise UserError(message) from error
 
-    def _wait_for_parts(self, partial: Path, writers: int) -> list[reading.Part]:
+    def _wait_for_parts(self, partial: Path, writers: int) -> list[reading.Contribution]:
         deadline = time.monotonic() + self._part_timeout
         pause = 0.01
         while True:
@@ -126,7 +126,7 @@ class CheckpointStore:
             missing = [index for index in range(writers) if _part_name(index) not in present]
             if not missing:
                 paths = (partial / _part_name(index) for index in range(writers))
-                return [read_json(path, reading.Part, "check the file system, then restart") for path in paths]
+                return [read_json(path, reading.Contribution, "check the file system, then restart") for path in paths]
             if time.monotonic() > deadline:
                 raise UserError(
                     f"checkpoint {partial}: no part from writer(s) {', '.join(map(str, missing))} within "
@@ -135,7 +135,7 @@ class CheckpointStore:
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
 
-    def _publish(self, partial: Path, step: int, meta: Any, parts: list[reading.Part]) -> None:
+    def _publish(self, partial: Path, step: int, meta: Any, parts: list[reading.Contribution]) -> None:
         index: dict[str, Any] = {
             "format": reading.FORMAT, "version": reading.VERSION, "step": step, "meta": meta,
             "files": {}, "tensors": {},

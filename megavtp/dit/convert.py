@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megavtp.checkpoint.formats.convert import WEIGHTS_ONLY, Format, check_fitting, write_native
 from megavtp.checkpoint.reading import is_checkpoint, open_checkpoint
-from megavtp.data.new_path import new_path
+from megavtp.data.all_or_nothing import all_or_nothing
 from megavtp.data.torch_file import write_torch_file
 from megavtp.dit.checkpoint import AVERAGE, TRAINED, WholeDiT, dit_tensors, read_facts, stored_facts
 from megavtp.dit.lightningdit import lightningdit_tree, read_lightningdit
@@ -36,13 +36,13 @@ def convert_dit(
     if to == "native":
         if dit.artifact is None:
             notes.append("which tokenizer it belongs to is not known: name its folder with --tokenizer to state it")
-        with new_path(out) as folder:
+        with all_or_nothing(out) as folder:
             sets = {TRAINED: dit.weights, AVERAGE: dit.average}
             tensors = {prefix + name: tensor for prefix, state in sets.items() for name, tensor in state.items()}
             write_native(folder, dit.step, tensors, dit.config, stored_facts(dit.artifact, dit.classes))
         return [*notes, WEIGHTS_ONLY]
     tree = lightningdit_tree(dit, module_prefix=module_prefix)
-    with new_path(out) as new:
+    with all_or_nothing(out) as new:
         file = new
         if out.suffix != ".pt":
             new.mkdir()

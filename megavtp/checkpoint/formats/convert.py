@@ -16,7 +16,7 @@ from megavtp.checkpoint.formats.vtp_source import VTPSource, check_periods, open
 from megavtp.checkpoint.reading import named_step, step_folder
 from megavtp.checkpoint.store import CheckpointStore
 from megavtp.config.load import to_dict
-from megavtp.data.new_path import new_path
+from megavtp.data.all_or_nothing import all_or_nothing
 from megavtp.errors import UserError
 from megavtp.latents.artifact import LatentStatistics
 
@@ -48,7 +48,7 @@ def convert_tokenizer(
     if statistics is not None:
         read = LatentStatistics.read(statistics)
         artifact = replace(artifact, statistics=check_fitting(read, artifact.latent_channels, str(statistics)))
-    with new_path(out) as folder:
+    with all_or_nothing(out) as folder:
         if to == "hf-vtp":
             save_folder(folder, source.config.model, source.tokenizer_tensors, source.released)
             kept = source.tokenizer_tensors.keys()

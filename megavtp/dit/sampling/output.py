@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megavtp.data.all_or_nothing import all_or_nothing
 from megavtp.data.files import replaced
-from megavtp.data.new_path import new_path
 from megavtp.errors import UserError
 from megavtp.training import pictures
 
@@ -48,7 +48,7 @@ def open_output(out: Path, names: Sequence[str]) -> AbstractContextManager[Sink]
 @contextmanager
 def _folder(out: Path) -> Iterator[Sink]:
     """Write 000000.png and so on into a new folder."""
-    with new_path(out) as folder, ThreadPoolExecutor(_WRITERS) as pool:
+    with all_or_nothing(out) as folder, ThreadPoolExecutor(_WRITERS) as pool:
         folder.mkdir()
         jobs: list[Future] = []
         numbers = count()

@@ -11,7 +11,7 @@ from megavtp.errors import UserError
 
 
 @contextmanager
-def new_path(out: str | Path) -> Iterator[Path]:
+def all_or_nothing(out: str | Path) -> Iterator[Path]:
     """Yield a path beside ``out`` for a new folder or file; it becomes ``out`` if the block ends without an error, else
     nothing is left behind. ``UserError`` if ``out`` exists (an empty folder is replaced) or cannot be written."""
     out = Path(out)
