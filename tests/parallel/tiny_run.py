@@ -216,9 +216,11 @@ def passes_of(config: Config, mesh: Mesh) -> list[Pass]:
 
 
 def data_of(config: Config, mesh: Mesh) -> Callable[[int], Batch]:
-    """Step -> this rank's share. Kept for the life of the process: layouts that share dp see the same data."""
+    """Step -> this rank's share. Kept for the life of the process: what shares dp and all that decides data sees the
+    same batches."""
     data = StepDataset(FakeData(_keeps_apart(config)), FakeTokenizer(), config, mesh.dp_rank, mesh.dp)
-    kept = _BATCHES.setdefault(repr((plain_layout(config), mesh.dp, mesh.dp_rank)), {})
+    sizes = (config.train.batch_size, config.model.image_size, config.model.patch_size, mesh.dp, mesh.dp_rank)
+    kept = _BATCHES.setdefault(repr((config.seed, config.data, plain_layout(config).objectives, sizes)), {})
 
     def batch(step: int) -> Batch:
         if step not in kept:
