@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megavtp.data.files import write_json
+from megavtp.data.files import write_atomic
 from megavtp.errors import UserError
 
-_CHANCE = "chance/"
+CHANCE = "chance/"
 _NUMBERS = ("reconstruction/", "generation/")  # all others are shares of the samples, shown in percent
 
 
@@ -19,9 +20,9 @@ def format_table(metrics: Mapping[str, float], compare: Mapping[str, Mapping[str
     compare = dict(compare or {})
     rows = [["metric", "value", *compare, "chance"]]
     for name in metrics:
-        if not name.startswith(_CHANCE):
+        if not name.startswith(CHANCE):
             sources = [metrics, *compare.values()]
-            rows.append([name, *(_show(name, m.get(name)) for m in sources), _show(name, metrics.get(_CHANCE + name))])
+            rows.append([name, *(show_metric(name, m.get(name)) for m in sources), show_metric(name, metrics.get(CHANCE + name))])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join(
@@ -30,7 +31,8 @@ def format_table(metrics: Mapping[str, float], compare: Mapping[str, Mapping[str
     )
 
 
-def _show(name: str, value: float | None) -> str:
+def show_metric(name: str, value: float | None) -> str:
+    """Format one metric: PSNR in dB, distances as numbers, shares in percent; "" for None."""
     if value is None:
         return ""
     if name.endswith("samples"):
@@ -41,11 +43,15 @@ def _show(name: str, value: float | None) -> str:
 
 
 def write_metrics(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write nested metrics as JSON and rename the file into place; a value that is not finite becomes null."""
-    path = Path(path)
+    """Write nested metrics as JSON; a value that is not finite becomes null."""
+    write_file(path, json.dumps(_finite(content), indent=2).encode() + b"\n")
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """Write a file that the user named, make its folder, and rename it into place. Raises ``UserError``."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, _finite(content), indent=2)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(path), data)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; free disk space or name another file") from None
 
