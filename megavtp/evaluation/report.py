@@ -21,8 +21,8 @@ def format_table(metrics: Mapping[str, float], compare: Mapping[str, Mapping[str
     rows = [["metric", "value", *compare, "chance"]]
     for name in metrics:
         if not name.startswith(CHANCE):
-            sources = [metrics, *compare.values()]
-            rows.append([name, *(show_metric(name, m.get(name)) for m in sources), show_metric(name, metrics.get(CHANCE + name))])
+            values = [*(source.get(name) for source in (metrics, *compare.values())), metrics.get(CHANCE + name)]
+            rows.append([name, *(show_metric(name, value) for value in values)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join(

@@ -18,13 +18,14 @@ _PAGE = {
     **{_RUN.format(number): f"var(--run{number})" for number in range(COLOURS)},
 }
 _SIZE = (3.7, 2.05)  # inches; the page scales it
+_PLACE = (0.15, 0.12, 0.83, 0.78)  # of the axes, alike in all panels: left, bottom, width and height as shares
 _NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 
 
 def check_matplotlib() -> None:
     """Raise UserError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError('the report draws its curves with matplotlib, which is not installed: pip install "megavtp[eval]"')
+        raise UserError('curves are drawn by matplotlib, which is not installed: pip install "megavtp[eval]"')
 
 
 def draw(panel: Panel) -> str:
@@ -32,13 +33,15 @@ def draw(panel: Panel) -> str:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    salt = {"svg.hashsalt": f"megavtp {panel.title}", "svg.fonttype": "none", "font.family": "DejaVu Sans"}
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", **salt}):
-        figure = Figure(figsize=_SIZE, layout="constrained")
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever a matplotlibrc says
+        matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, in the page's font
+        matplotlib.rcParams["svg.hashsalt"] = panel.title  # ids are random without one
+        figure = Figure(figsize=_SIZE)
         FigureCanvasSVG(figure)
-        axis = figure.subplots()
+        axis = figure.add_axes(_PLACE)
         for curve in panel.curves:
             colour, dash = _RUN.format(curve.run % COLOURS), "-" if curve.run < COLOURS else (0, (4, 1.5))
             marker = "o" if len(curve.steps) < 2 else None
@@ -50,7 +53,7 @@ def draw(panel: Panel) -> str:
         if panel.level is not None:
             axis.axhline(panel.level, color=_LEVEL, linewidth=1.0, linestyle=(0, (2, 2)))
         if panel.unit == "%":
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.yaxis.set_major_locator(MaxNLocator(4))
         axis.grid(color=_GRID, linewidth=0.7)

@@ -128,7 +128,7 @@ def _row(
     if better and len(of_runs) > 1:
         best = min(of_runs) if better == "lower" else max(of_runs)
     cells = [
-        Cell(show_metric(metric, value), _share(metric, value), number is not None and value is not None and value == best)
+        Cell(show_metric(metric, value), _share(metric, value), None not in (number, value) and value == best)
         for value, (_, number, _) in zip(values, columns)
     ]
     shown = dict.fromkeys(show_metric(metric, chance) for chance in chances if chance is not None)

@@ -22,6 +22,7 @@ from megavtp.report.summary import (
     commands,
     differing,
     facts,
+    notes,
     report_command,
     settings_of,
     state,
@@ -51,6 +52,7 @@ class Card:
     headlines: Sequence[tuple[str, str]]
     facts: dict[str, str]
     warnings: Sequence[str]
+    notes: Sequence[str]
     pictures: Sequence[Picture]
     commands: Sequence[tuple[str, str]]
     config: str
@@ -94,7 +96,7 @@ def _card(number: int, run: Run, measured: dict[str, Measured]) -> Card:
     return Card(
         number=number, label=run.label, path=str(run.path), kind=KINDS[run.kind], state=state(run),
         progress=round(min(100.0, 100 * run.done / run.total), 1) if run.total else 0.0, headlines=_headlines(measured),
-        facts=facts(run), warnings=warnings(run), pictures=pictures, commands=commands(run),
+        facts=facts(run), warnings=warnings(run), notes=notes(run), pictures=pictures, commands=commands(run),
         config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
     )
 

@@ -41,7 +41,7 @@ def state(run: Run) -> tuple[str, str]:
         return "finished", f"all {run.total:,} steps done"
     if run.events and run.events[-1]["kind"] == "stopped_by_signal":
         return "stopped", f"stopped after step {run.done:,}{total}"
-    return ("going", f"step {run.done:,}{total}") if run.done else ("waiting", f"no step done yet{total and f',{total}'}")
+    return ("going", f"step {run.done:,}{total}") if run.done else ("waiting", f"no step{total} done yet")
 
 
 def facts(run: Run) -> dict[str, str]:
@@ -101,8 +101,8 @@ def _time(run: Run) -> str:
 
 
 def warnings(run: Run) -> list[str]:
-    """Return a line for each thing that went wrong in a run, or that a reader should know of."""
-    found = [f"step {event['step']:,}: {event.get('note')}" for event in run.events if "note" in event]
+    """Return a line for each thing that went wrong in a run, and for each that its folder should hold and does not."""
+    found = []
     for event in run.events_of("data_changed"):
         keys = _few(event.get("keys"))
         found.append(f"After step {event['step']:,} the run went on with other data, as these settings changed: {keys}")
@@ -115,12 +115,17 @@ def warnings(run: Run) -> list[str]:
         )
     if nonfinite := sum(line.nonfinite_steps for line in run.steps):
         found.append(f"{_count(nonfinite, 'step')} left out of the means, as a number in them was not finite")
-    if bad := max((line.bad_samples for line in run.steps), default=0):
-        found.append(f"{_count(bad, 'bad sample')} replaced by others; tools/prepare_data.py check names them")
+    if bad := sum(line.bad_samples for line in run.steps):
+        found.append(f"{_count(bad, 'bad sample')} replaced by others; `tools/prepare_data.py check` names them")
     if resumed := run.events_of("resumed"):
         steps = _few([f"{event['step']:,}" for event in resumed])
         found.append(f"Started again {_times(len(resumed))}, from the checkpoint of step {steps}")
     return found + list(run.left_out)
+
+
+def notes(run: Run) -> list[str]:
+    """Return what the run noted when it started, such as where its first weights come from."""
+    return [f"At step {event['step']:,}: {event.get('note')}" for event in run.events if "note" in event]
 
 
 def _count(number: int, noun: str) -> str:

@@ -107,7 +107,7 @@ def loss_curves(metrics: Path, path: Path) -> bool:
     return True
 
 
-def smoothed(values: Sequence[float]) -> np.ndarray:
+def smoothed(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """Return the centred running mean over a twentieth of the curve, 1 to 25 points; at the edges it has fewer."""
     y = np.asarray(values, dtype=float)
     half = min(_SMOOTHING, max(1, len(y) // 20)) // 2

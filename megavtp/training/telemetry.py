@@ -39,6 +39,7 @@ class Telemetry:
         flops_per_step: model FLOPs of a step over all devices; None = no MFU.
         peak_tflops: peak of all devices together; None = no MFU.
         reduce: takes the mean of a float32 vector over data-parallel ranks; every rank calls it once per line.
+        ranks: how many ranks that mean is over.
         make_sinks: opens further receivers for a start step; only rank 0 calls it.
         keep_folder: makes ``output_dir`` anew if it was deleted; rank 0 calls it before it writes a record.
     """
@@ -46,7 +47,7 @@ class Telemetry:
     def __init__(
         self, config: LoggingConfig, output_dir: Path, *, is_main: bool, total_steps: int, images_per_step: int,
         flops_per_step: float | None = None, peak_tflops: float | None = None, device: torch.device | None = None,
-        reduce: Callable[[Tensor], Tensor] = lambda x: x,
+        reduce: Callable[[Tensor], Tensor] = lambda x: x, ranks: int = 1,
         make_sinks: Callable[[int], list[MetricsSink]] = lambda step: [],
         keep_folder: Callable[[], None] = lambda: None,
     ):
@@ -58,7 +59,7 @@ class Telemetry:
         self._flops_per_step = flops_per_step
         self._peak_tflops = peak_tflops
         self._device = torch.device("cpu") if device is None else device
-        self._reduce = reduce
+        self._reduce, self._ranks = reduce, ranks
         self._make_sinks, self._keep_folder = make_sinks, keep_folder
         self._names: list[str] = []
         self._steps: list[list[Tensor]] = []  # terms of the steps since the last line, on the device
@@ -70,6 +71,7 @@ class Telemetry:
         self._seconds_per_step: float | None = None
         self._paused = 0.0
         self._waited = 0.0
+        self._replaced = 0
 
     @classmethod
     def of_run(
@@ -88,7 +90,7 @@ class Telemetry:
             settings, output_dir, is_main=mesh.rank == 0, total_steps=config.train.steps,
             images_per_step=config.train.batch_size, flops_per_step=flops,
             peak_tflops=peak * mesh.world_size if peak else None, device=device,
-            reduce=lambda x: all_reduce(x, mesh, "dp") / mesh.dp,
+            reduce=lambda x: all_reduce(x, mesh, "dp") / mesh.dp, ranks=mesh.dp,
             make_sinks=lambda start: open_sinks(settings, output_dir, start, to_dict(config)), keep_folder=keep_folder,
         )
 
@@ -104,7 +106,7 @@ class Telemetry:
 
     def step(
         self, step: int, terms: Mapping[str, Tensor], grad_norm: Tensor | float, lr: float, wait_seconds: float,
-        tower_norms: Mapping[str, Tensor] = MappingProxyType({}),
+        tower_norms: Mapping[str, Tensor] = MappingProxyType({}), bad_samples: int = 0,
     ) -> None:
         """Note one step; write a line after every ``log_every``-th and the last. The device is not read in between.
 
@@ -114,9 +116,11 @@ class Telemetry:
                 change afterwards.
             wait_seconds: time spent waiting for data since the start.
             tower_norms: gradient norm of each tower, equal on all ranks.
+            bad_samples: how many different samples this rank has replaced by others since the start.
 
         In a line, terms, ``grad_norm`` and ``tower_grad_norms`` are means over its steps (and over ranks), without the
-        non-finite ones, whose number is ``nonfinite_steps``; ``grad_norm_max`` is the largest; ``lr`` is the last.
+        non-finite ones, whose number is ``nonfinite_steps``; ``grad_norm_max`` is the largest; ``lr`` is the last;
+        ``bad_samples`` are those that were newly replaced, over all ranks.
         """
         values = {**terms, **{_NORM + tower: norm for tower, norm in tower_norms.items()}}
         self._names = self._names or list(values)
@@ -125,7 +129,7 @@ class Telemetry:
         self._norms.append(grad_norm)
         done = step + 1
         if done % self._config.log_every == 0 or done == self._total_steps:
-            self._line(done, lr, wait_seconds)
+            self._line(done, lr, wait_seconds, bad_samples)
 
     def event(self, kind: str, *, step: int, **fields: Any) -> None:
         """Record something that happened after ``step`` done steps; numbers among ``fields`` go to the sinks too."""
@@ -161,15 +165,15 @@ class Telemetry:
             self._file.close()
             self._file = None
 
-    def _line(self, done: int, lr: float, wait_seconds: float) -> None:
-        rows, norms, wait = self._read(wait_seconds - self._waited)
+    def _line(self, done: int, lr: float, wait_seconds: float, bad_samples: int) -> None:
+        rows, norms, wait, replaced = self._read(wait_seconds - self._waited, bad_samples - self._replaced)
         now = time.perf_counter()  # after the read, which waited for the device
         elapsed = max(now - self._since - self._paused, 1e-9)
         steps = len(rows)
         pace = elapsed / steps
         past = pace if self._seconds_per_step is None else self._seconds_per_step
         self._seconds_per_step = _SPEED_MEMORY * past + (1 - _SPEED_MEMORY) * pace
-        self._since, self._paused, self._waited = now, 0.0, wait_seconds
+        self._since, self._paused, self._waited, self._replaced = now, 0.0, wait_seconds, bad_samples
         if not self._is_main:
             return
         finite_norms = [norm for norm in norms if math.isfinite(norm)]
@@ -185,13 +189,15 @@ class Telemetry:
             },
             "grad_norm": _mean(norms), "grad_norm_max": max(finite_norms, default=math.nan), "lr": lr,
             "nonfinite_steps": sum(not all(map(math.isfinite, (*row, norm))) for row, norm in zip(rows, norms)),
+            "bad_samples": round(replaced * self._ranks),
             "images_per_second": self._images_per_step / pace, "seconds_per_step": pace,
             "data_wait": wait / elapsed, "mfu": mfu, "memory_gib": peak_memory_gib(self._device),
             "eta_seconds": (self._total_steps - done) * self._seconds_per_step,
         })
 
-    def _read(self, wait: float) -> tuple[list[list[float]], list[float], float]:
-        """Return rows of terms by step, gradient norms and seconds waited, all means over ranks, in one transfer.
+    def _read(self, wait: float, replaced: int) -> tuple[list[list[float]], list[float], float, float]:
+        """Return rows of terms by step, gradient norms, seconds waited and samples replaced, all means over ranks, in
+        one transfer.
 
         Norms that are numbers already are the same on every rank and stay as they are.
         """
@@ -199,11 +205,11 @@ class Telemetry:
         scalars = [value for row in self._steps for value in row]
         scalars += [norm for norm in self._norms if isinstance(norm, Tensor)]
         vector = torch.stack([scalar.detach().reshape(()).to(self._device, torch.float32) for scalar in scalars])
-        *values, wait = self._reduce(torch.cat([vector, vector.new_tensor([wait])])).tolist()
+        *values, wait, bad = self._reduce(torch.cat([vector, vector.new_tensor([wait, replaced])])).tolist()
         read = iter(values[steps * width :])
         norms = [next(read) if isinstance(norm, Tensor) else norm for norm in self._norms]
         self._steps, self._norms = [], []
-        return [values[row * width : (row + 1) * width] for row in range(steps)], norms, wait
+        return [values[row * width : (row + 1) * width] for row in range(steps)], norms, wait, bad
 
     def _emit(self, record: dict[str, Any]) -> None:
         self._keep_folder()
