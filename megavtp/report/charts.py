@@ -18,7 +18,7 @@ _PAGE = {
     **{_RUN.format(number): f"var(--run{number})" for number in range(COLOURS)},
 }
 _SIZE = (3.7, 2.05)  # inches; the page scales it
-_PLACE = (0.15, 0.12, 0.83, 0.78)  # of the axes, alike in all panels: left, bottom, width and height as shares
+_PLACE = (0.15, 0.13, 0.83, 0.82)  # of the axes, alike in all panels: left, bottom, width and height as shares
 _NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 
 

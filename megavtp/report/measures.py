@@ -128,12 +128,18 @@ def _row(
     if better and len(of_runs) > 1:
         best = min(of_runs) if better == "lower" else max(of_runs)
     cells = [
-        Cell(show_metric(metric, value), _share(metric, value), None not in (number, value) and value == best)
+        Cell(shown(metric, value), _share(metric, value), None not in (number, value) and value == best)
         for value, (_, number, _) in zip(values, columns)
     ]
-    shown = dict.fromkeys(show_metric(metric, chance) for chance in chances if chance is not None)
+    told = dict.fromkeys(shown(metric, chance) for chance in chances if chance is not None)
     known = next((chance for chance in chances if chance is not None), None)
-    return Row(metric, better, cells, Cell(" / ".join(shown), _share(metric, known)))
+    return Row(metric, better, cells, Cell(" / ".join(told), _share(metric, known)))
+
+
+def shown(metric: str, value: Number) -> str:
+    """Format a metric as tools/evaluate.py prints it, but large numbers with one decimal."""
+    text = show_metric(metric, value)
+    return f"{value:.1f}" if value is not None and abs(value) >= 100 and text == f"{value:.4f}" else text
 
 
 def _better(metric: str) -> str:

@@ -10,12 +10,11 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megavtp import __version__
-from megavtp.evaluation.report import show_metric
 from megavtp.report.charts import COLOURS, check_matplotlib, draw
-from megavtp.report.folder import KINDS, Kind, Run, read_runs
-from megavtp.report.measures import Measured, Table, read_measures, tables
+from megavtp.report.folder import KINDS, Run, read_runs
+from megavtp.report.measures import Measured, read_measures, shown, tables
 from megavtp.report.pictures import Picture, read_pictures
-from megavtp.report.series import Group, groups_of
+from megavtp.report.series import groups_of
 from megavtp.report.summary import (
     NOT_RECORDED,
     Setting,
@@ -60,10 +59,11 @@ class Card:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the runs of one kind: those in which the runs differ, and all that differ from the defaults."""
+    """Settings of the runs of one kind, named by number and label: those in which these differ, and all that are not
+    the default."""
 
     kind: str
-    labels: Sequence[str]
+    runs: Sequence[tuple[int, str]]
     differing: Sequence[Setting]
     changed: Sequence[Setting]
 
@@ -77,44 +77,43 @@ def render_page(paths: Sequence[Path]) -> str:
     check_matplotlib()
     runs = read_runs(paths)
     measured = [read_measures(run) for run in runs]
-    cards = [_card(number, run, files) for number, (run, files) in enumerate(zip(runs, measured))]
+    cards = [_card(number, runs, files) for number, files in enumerate(measured)]
     environment = Environment(
         loader=PackageLoader("megavtp.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
     )
     environment.globals.update(draw=draw, colours=COLOURS, not_recorded=NOT_RECORDED)
-    groups: list[Group] = groups_of(runs)
-    found: list[Table] = tables(runs, measured)
     return environment.get_template("page.html").render(
-        cards=cards, groups=groups, tables=found, settings=_settings(runs), version=__version__,
-        report_command=report_command(runs),
+        cards=cards, groups=groups_of(runs), tables=tables(runs, measured), settings=_settings(runs),
+        version=__version__, report_command=report_command(runs),
     )
 
 
-def _card(number: int, run: Run, measured: dict[str, Measured]) -> Card:
-    pictures = read_pictures(run)
+def _card(number: int, runs: Sequence[Run], measured: dict[str, Measured]) -> Card:
+    run = runs[number]
+    pictures = read_pictures(run)  # before the warnings, among which are the pictures that cannot be read
     return Card(
         number=number, label=run.label, path=str(run.path), kind=KINDS[run.kind], state=state(run),
         progress=round(min(100.0, 100 * run.done / run.total), 1) if run.total else 0.0, headlines=_headlines(measured),
-        facts=facts(run), warnings=warnings(run), notes=notes(run), pictures=pictures, commands=commands(run),
+        facts=facts(run), warnings=warnings(run), notes=notes(run, runs), pictures=pictures, commands=commands(run),
         config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
     )
 
 
 def _headlines(measured: dict[str, Measured]) -> list[tuple[str, str]]:
     values = {name: value for file in measured.values() for name, value in file.metrics.items() if value is not None}
-    shown = [(title, show_metric(name, values[name])) for name, title in _HEADLINES.items() if name in values]
-    return shown[:_MOST_HEADLINES]
+    found = [(title, shown(name, values[name])) for name, title in _HEADLINES.items() if name in values]
+    return found[:_MOST_HEADLINES]
 
 
 def _settings(runs: Sequence[Run]) -> list[Settings]:
     found = []
-    kinds: list[Kind] = list(KINDS)
-    for kind in kinds:
-        same = [run for run in runs if run.kind == kind]
+    for kind in KINDS:
+        same = [(number, run) for number, run in enumerate(runs) if run.kind == kind]
         if same:
-            changed = settings_of(same)
-            found.append(Settings(KINDS[kind], [run.label for run in same], differing(changed), changed))
+            changed = settings_of([run for _, run in same])
+            labels = [(number, run.label) for number, run in same]
+            found.append(Settings(KINDS[kind], labels, differing(changed), changed))
     return found
 
 

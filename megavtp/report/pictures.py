@@ -22,7 +22,7 @@ _OTHERS = 12  # further pictures of a run that are shown
 _DRAWN_ANEW = "loss_curves.png"
 _CAPTIONS = {
     "reconstructions": "Held-out pictures above their reconstructions",
-    "samples": "Pictures drawn without guidance, or as asked for",
+    "samples": "Pictures drawn",
     "samples_guidance": "Pictures drawn with guidance",
 }
 

@@ -51,7 +51,7 @@ _SPEED: Mapping[str, tuple[str, str, Callable[[StepLine], Number]]] = {
     "images_per_second": ("Images per second", "", lambda line: line.images_per_second),
     "mfu": ("Model FLOP utilisation", "%", lambda line: line.mfu),
     "data_wait": ("Time spent waiting for data", "%", lambda line: line.data_wait),
-    "memory_gib": ("Peak memory of the first process, GiB", "", lambda line: line.memory_gib),
+    "memory_gib": ("Peak memory in GiB", "", lambda line: line.memory_gib),
 }
 
 
@@ -81,7 +81,7 @@ def _themes(runs: Sequence[tuple[int, Run]]) -> dict[str, list[Panel]]:
         "Measures of held-out data while training": _evaluations(runs),
         "Gradient norms": [
             Panel("All weights", _curves(runs, lambda line: line.grad_norm)),
-            Panel("All weights, the largest of a line's steps", _curves(runs, lambda line: line.grad_norm_max)),
+            Panel("All weights, largest step", _curves(runs, lambda line: line.grad_norm_max)),
             *(
                 Panel(tower, _curves(runs, lambda line, tower=tower: line.tower_grad_norms.get(tower)))  # type: ignore[misc]
                 for tower in (towers if len(towers) > 1 else ())

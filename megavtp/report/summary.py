@@ -79,7 +79,8 @@ def _layout(settings: Mapping[str, Any], layout: Mapping[str, Any]) -> str:
 def _machine(layout: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
     devices = machine.get("devices")
     device = f"{devices} x {machine.get('device')}, " if devices else ""
-    where = f"{layout.get('processes')} processes on {layout.get('machines')} machine(s)"
+    several = f"{layout.get('machines')} machines" if layout.get("machines") != 1 else "one machine"
+    where = f"{layout.get('processes')} processes on {several}" if layout.get("processes") != 1 else "one process"
     return f"{where}; {machine.get('host')}: {device}{machine.get('cores')} CPU cores, {machine.get('memory_gib')} GiB"
 
 
@@ -116,16 +117,20 @@ def warnings(run: Run) -> list[str]:
     if nonfinite := sum(line.nonfinite_steps for line in run.steps):
         found.append(f"{_count(nonfinite, 'step')} left out of the means, as a number in them was not finite")
     if bad := sum(line.bad_samples for line in run.steps):
-        found.append(f"{_count(bad, 'bad sample')} replaced by others; `tools/prepare_data.py check` names them")
+        found.append(f"{_count(bad, 'bad sample')} replaced by others; tools/prepare_data.py check names them")
     if resumed := run.events_of("resumed"):
         steps = _few([f"{event['step']:,}" for event in resumed])
         found.append(f"Started again {_times(len(resumed))}, from the checkpoint of step {steps}")
     return found + list(run.left_out)
 
 
-def notes(run: Run) -> list[str]:
-    """Return what the run noted when it started, such as where its first weights come from."""
-    return [f"At step {event['step']:,}: {event.get('note')}" for event in run.events if "note" in event]
+def notes(run: Run, shown: Sequence[Run]) -> list[str]:
+    """Return what the run noted when it started, such as where its first weights come from, and the runs in its folder
+    that are not ``shown``."""
+    found = [f"At step {event['step']:,}: {event.get('note')}" for event in run.events if "note" in event]
+    here = {other.path.resolve() for other in shown}
+    inside = sorted(path.parent for path in run.path.glob(f"*/{CONFIG_FILE}") if path.parent.resolve() not in here)
+    return found + [f"{folder} holds a run of its own, which is not shown" for folder in inside]
 
 
 def _count(number: int, noun: str) -> str:

@@ -18,7 +18,7 @@ from megavtp.report.folder import read_runs
 from megavtp.report.measures import read_measures, tables
 from megavtp.report.pictures import read_pictures
 from megavtp.report.series import groups_of
-from megavtp.report.summary import commands, differing, facts, settings_of, state, warnings
+from megavtp.report.summary import commands, differing, facts, notes, settings_of, state, warnings
 
 TOOL = Path(__file__).parents[2] / "tools" / "report.py"
 SECTIONS = ["runs", "warnings", "measures", "curves", "pictures", "settings", "again"]
@@ -61,7 +61,7 @@ def test_every_section_is_there_and_filled(html, folders):
         "joint", "dit", "Diffusion transformer", "launchers/pretrain.py --config tiny.yaml train.steps=40", "node7",
         "commit abc123def456", "finished, 40 steps", "step 40 of 100", "Loss terms".lower(), "Gradient norms".lower(),
         "Learning rate", "Images per second", "Model FLOP utilisation", "Time spent waiting for data", "22.50 dB",
-        "63.2 %", "20.5 %", "untrained", "noise", "left out: generation/recall: too few", "no FID",
+        "63.2 %", "20.5 %", "174.5", "untrained", "noise", "left out: generation/recall: too few", "no FID",
         "Pictures drawn with guidance", "Step 10: reconstructions", "weights from elsewhere", "train.batch_size",
     ):
         assert text in page.text, text
@@ -112,7 +112,8 @@ def test_a_run_in_words(folders):
     assert state(joint) == ("finished", "finished, 40 steps") and state(dit) == ("going", "step 40 of 100")
     told = facts(joint)
     assert told["Layout"] == "tp 1, pp 1, dp 2, ZeRO 1" and told["Batch"] == "64 a step, 2,560 samples seen"
-    assert told["Training time"] == "00:20, 0.5 s a step" and told["Machine"].startswith("2 processes on 1 machine")
+    assert told["Training time"] == "00:20, 0.5 s a step"
+    assert told["Machine"] == "2 processes on one machine; node7: 2 x H100, 64 CPU cores, 512.0 GiB"
     assert facts(dit)["Command"] == facts(dit)["Machine"] == facts(dit)["Code"] == "not recorded"
     joined = "\n".join(warnings(joint))
     for text in (
@@ -226,6 +227,14 @@ def test_a_run_is_named_once(tmp_path):
     folder = dit_run(tmp_path / "run")
     with pytest.raises(UserError, match="is named more than once"):
         read_runs([folder, folder / ".." / "run"])
+
+
+def test_a_run_inside_of_a_run_is_pointed_out(tmp_path):
+    outer = dit_run(tmp_path / "run")
+    inner = dit_run(outer / "decoder")
+    runs = read_runs([outer, inner])
+    assert [run.label for run in runs] == ["run", "decoder"] and notes(runs[0], runs) == []
+    assert notes(runs[0], runs[:1]) == [f"{inner} holds a run of its own, which is not shown"]
 
 
 def test_without_matplotlib_a_line_says_so(folders, monkeypatch):
