@@ -48,15 +48,19 @@ def facts(run: Run) -> dict[str, str]:
     """Return the facts about a run by their names."""
     settings, start = run.settings, _start(run)
     layout, machine, versions = (_mapping(start.get(part)) for part in ("layout", "machine", "versions"))
-    found = {"Trains": KINDS[run.kind], "Command": str(start.get("command") or NOT_RECORDED)}
+    found = {"Trains": KINDS[run.kind]}
     if batch := settings.get("train.batch_size"):
         found["Batch"] = f"{batch:,} a step" + (f", {run.done * batch:,} samples seen" if run.done else "")
     found["Layout"] = _layout(settings, layout)
     found["Precision"] = str(settings.get("parallel.precision", NOT_RECORDED))
     found["Training time"] = _time(run)
     found["Data"] = str(settings.get("data.root", NOT_RECORDED))
-    found["Machine"] = _machine(layout, machine) if machine else NOT_RECORDED
-    found["Code"] = _code(versions) if versions else NOT_RECORDED
+    if start:
+        found["Command"] = str(start.get("command", NOT_RECORDED))
+        found["Machine"] = _machine(layout, machine) if machine else NOT_RECORDED
+        found["Code"] = _code(versions) if versions else NOT_RECORDED
+    else:
+        found["Command, machine, code"] = NOT_RECORDED
     return found
 
 
@@ -71,7 +75,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _layout(settings: Mapping[str, Any], layout: Mapping[str, Any]) -> str:
     sizes = [f"{name} {settings.get(f'parallel.{name}', '?')}" for name in ("tp", "pp")]
-    sizes.append(f"dp {layout.get('dp', NOT_RECORDED)}")
+    sizes += [f"dp {layout['dp']}"] if "dp" in layout else []
     sizes.append(f"ZeRO {settings.get('parallel.zero_stage', '?')}")
     return ", ".join(sizes)
 
