@@ -29,7 +29,7 @@ def main() -> None:
     from megavtp.evaluation.report import write_file
     from megavtp.report import render_page
 
-    page = render_page(options.runs).encode()
+    page = render_page(options.runs).encode(errors="replace")  # file names need not be UTF-8
     write_file(options.out, page)
     print(f"{options.out}: {len(options.runs)} run(s), {len(page) / 2**20:.1f} MiB")
 

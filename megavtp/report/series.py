@@ -12,6 +12,7 @@ from megavtp.evaluation.report import CHANCE, show_metric
 from megavtp.report.folder import KINDS, Number, Run, StepLine
 from megavtp.training.pictures import TITLES
 
+_LARGEST = 1e30  # of a value that is drawn; beyond some 1e307 matplotlib fails
 _POINTS = 300  # of a curve; longer ones are averaged over neighbours
 
 
@@ -47,14 +48,6 @@ class Group:
     panels: Sequence[Panel]
 
 
-_SPEED: Mapping[str, tuple[str, str, Callable[[StepLine], Number]]] = {
-    "images_per_second": ("Images per second", "", lambda line: line.images_per_second),
-    "mfu": ("Model FLOP utilisation", "%", lambda line: line.mfu),
-    "data_wait": ("Time spent waiting for data", "%", lambda line: line.data_wait),
-    "memory_gib": ("Peak memory in GiB", "", lambda line: line.memory_gib),
-}
-
-
 def groups_of(runs: Sequence[Run]) -> list[Group]:
     """Return the panels, by kind of run and then by theme. Runs of one kind share panels; empty panels are left out."""
     groups: list[Group] = []
@@ -69,29 +62,40 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
 
 
 def _themes(runs: Sequence[tuple[int, Run]]) -> dict[str, list[Panel]]:
-    terms = list(dict.fromkeys(term for _, run in runs for line in run.steps for term in line.terms))
     order = {name: index for index, name in enumerate(TITLES)}
-    terms.sort(key=lambda term: order.get(term, len(order)))
-    towers = list(dict.fromkeys(tower for _, run in runs for line in run.steps for tower in line.tower_grad_norms))
+    terms = _by_name(runs, lambda line: line.terms)
+    towers = _by_name(runs, lambda line: line.tower_grad_norms)
     return {
         "Loss terms": [
-            Panel(TITLES.get(term, term), _curves(runs, lambda line, term=term: line.terms.get(term)))  # type: ignore[misc]
-            for term in terms
+            Panel(TITLES.get(term, term), terms[term])
+            for term in sorted(terms, key=lambda term: order.get(term, len(order)))
         ],
         "Measures of held-out data while training": _evaluations(runs),
         "Gradient norms": [
             Panel("All weights", _curves(runs, lambda line: line.grad_norm)),
             Panel("All weights, largest step", _curves(runs, lambda line: line.grad_norm_max)),
-            *(
-                Panel(tower, _curves(runs, lambda line, tower=tower: line.tower_grad_norms.get(tower)))  # type: ignore[misc]
-                for tower in (towers if len(towers) > 1 else ())
-            ),
+            *(Panel(tower, curves) for tower, curves in towers.items() if len(towers) > 1),
         ],
         "Learning rate and speed": [
             Panel("Learning rate", _curves(runs, lambda line: line.lr), smooth=False),
-            *(Panel(title, _curves(runs, value), unit) for title, unit, value in _SPEED.values()),
+            Panel("Images per second", _curves(runs, lambda line: line.images_per_second)),
+            Panel("Model FLOP utilisation", _curves(runs, lambda line: line.mfu), "%"),
+            Panel("Time spent waiting for data", _curves(runs, lambda line: line.data_wait), "%"),
+            Panel("Peak memory in GiB", _curves(runs, lambda line: line.memory_gib)),
         ],
     }
+
+
+def _by_name(
+    runs: Sequence[tuple[int, Run]], values: Callable[[StepLine], Mapping[str, Number]]
+) -> dict[str, list[Curve]]:
+    """Return the curves of each of the numbers that a line holds by name."""
+    names = dict.fromkeys(name for _, run in runs for line in run.steps for name in values(line))
+    return {name: _curves(runs, _number_of(name, values)) for name in names}
+
+
+def _number_of(name: str, values: Callable[[StepLine], Mapping[str, Number]]) -> Callable[[StepLine], Number]:
+    return lambda line: values(line).get(name)
 
 
 def _curves(runs: Iterable[tuple[int, Run]], value: Callable[[StepLine], Number]) -> list[Curve]:
@@ -105,7 +109,7 @@ def _curves(runs: Iterable[tuple[int, Run]], value: Callable[[StepLine], Number]
 
 def _curve(number: int, pairs: Sequence[tuple[int, float]]) -> Curve:
     """Make a curve of at most ``_POINTS`` points, each the mean of equally many neighbours."""
-    points = np.asarray(pairs, dtype=float)
+    points = np.clip(np.asarray(pairs, dtype=float), -_LARGEST, _LARGEST)
     parts = np.array_split(points, min(_POINTS, len(points)))
     means = np.stack([part.mean(axis=0) for part in parts])
     return Curve(number, means[:, 0], means[:, 1])

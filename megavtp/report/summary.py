@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,8 @@ def facts(run: Run) -> dict[str, str]:
     settings, start = run.settings, _start(run)
     layout, machine, versions = (_mapping(start.get(part)) for part in ("layout", "machine", "versions"))
     found = {"Trains": KINDS[run.kind]}
-    if batch := settings.get("train.batch_size"):
+    batch = settings.get("train.batch_size")
+    if isinstance(batch, int):
         found["Batch"] = f"{batch:,} a step" + (f", {run.done * batch:,} samples seen" if run.done else "")
     found["Layout"] = _layout(settings, layout)
     found["Precision"] = str(settings.get("parallel.precision", NOT_RECORDED))
@@ -99,8 +101,8 @@ def _time(run: Run) -> str:
     seconds, before = 0.0, 0
     for line in run.steps:
         seconds += (line.seconds_per_step or 0.0) * max(0, line.step - before)
-        before = line.step
-    if not seconds:
+        before = max(before, line.step)
+    if not 0 < seconds < math.inf:
         return NOT_RECORDED
     return f"{duration(seconds)}, {seconds / before:.3g} s a step"
 
@@ -122,6 +124,10 @@ def warnings(run: Run) -> list[str]:
         found.append(f"{_count(nonfinite, 'step')} left out of the means, as a number in them was not finite")
     if bad := sum(line.bad_samples for line in run.steps):
         found.append(f"{_count(bad, 'bad sample')} replaced by others; tools/prepare_data.py check names them")
+    sources = {str(_mapping(event.get("versions")).get("source")): event["step"] for event in run.events_of("started")}
+    if len(sources) > 1:
+        told = _few([f"{source} (last started at step {step:,})" for source, step in sources.items()])
+        found.append(f"Different code was at work; its source was {told}")
     if resumed := run.events_of("resumed"):
         steps = _few([f"{event['step']:,}" for event in resumed])
         found.append(f"Started again {_times(len(resumed))}, from the checkpoint of step {steps}")

@@ -17,6 +17,7 @@ STARTED = {
     "machine": {"host": "node7", "device": "H100", "devices": 2, "cores": 64, "memory_gib": 512.0},
     "versions": {"megavtp": "0.1.0", "commit": "abc123def456", "source": "0123abcd", "python": "3.11.2"},
 }
+OTHER_CODE = {**STARTED, "versions": {**STARTED["versions"], "source": "4567cdef"}}
 METRICS = {
     "samples": 30.0, "reconstruction/psnr": 22.5, "chance/reconstruction/psnr": 11.89, "reconstruction/lpips_vgg": 0.25,
     "knn/group_top1": 0.632, "chance/knn/group_top1": 0.205,
@@ -67,7 +68,7 @@ def tokenizer_run(folder: Path, **settings) -> Path:
         event("evaluation", 10, **{**METRICS, "knn/group_top1": 0.3}),
         event("skipped", 15, terms=["contrastive/loss"], replay="--replay 15", ids=["a", "b"]), steps[1],
         event("checkpoint", 20), event("stopped_by_signal", 20), event("data_changed", 20, keys=["data.root"]),
-        event("resumed", 20, checkpoint="step-00000020"), event("started", 20, **STARTED), steps[2], steps[3],
+        event("resumed", 20, checkpoint="step-00000020"), event("started", 20, **OTHER_CODE), steps[2], steps[3],
         event("evaluation", 40, **METRICS), event("finished", 40),
     ]
     write(folder, config, records)

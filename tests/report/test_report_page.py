@@ -118,7 +118,8 @@ def test_a_run_in_words(folders):
     joined = "\n".join(warnings(joint))
     for text in (
         "went on with other data, as these settings changed: data.root", "1 step was skipped", "15 (contrastive/loss)",
-        "--replay 15", "2 bad samples were replaced", "Started again once", "1 step was left out of the means",
+        "source was 0123abcd (last started at step 0), 4567cdef (last started at step 20)", "--replay 15",
+        "2 bad samples were replaced", "Started again once", "1 step was left out of the means",
     ):
         assert text in joined, text
     assert warnings(dit) == []
