@@ -6,6 +6,8 @@ import importlib.util
 import io
 import re
 
+import numpy as np
+
 from megavtp.errors import UserError
 from megavtp.report.series import Panel
 from megavtp.training.pictures import smoothed
@@ -42,14 +44,16 @@ def draw(panel: Panel) -> str:
         figure = Figure(figsize=_SIZE)
         FigureCanvasSVG(figure)
         axis = figure.add_axes(_PLACE)
+        top = panel.top
         for curve in panel.curves:
+            values = curve.values if top is None else np.minimum(curve.values, top)
             colour, dash = _RUN.format(curve.run % COLOURS), "-" if curve.run < COLOURS else (0, (4, 1.5))
             marker = "o" if len(curve.steps) < 2 else None
             if panel.smooth and len(curve.steps) > 8:
-                axis.plot(curve.steps, curve.values, color=colour, linewidth=0.8, alpha=0.35)
-                axis.plot(curve.steps, smoothed(curve.values), color=colour, linewidth=1.8, linestyle=dash)
+                axis.plot(curve.steps, values, color=colour, linewidth=0.8, alpha=0.35)
+                axis.plot(curve.steps, smoothed(values), color=colour, linewidth=1.8, linestyle=dash)
             else:
-                axis.plot(curve.steps, curve.values, color=colour, linewidth=1.8, linestyle=dash, marker=marker)
+                axis.plot(curve.steps, values, color=colour, linewidth=1.8, linestyle=dash, marker=marker)
         if panel.level is not None:
             axis.axhline(panel.level, color=_LEVEL, linewidth=1.0, linestyle=(0, (2, 2)))
         if panel.unit == "%":

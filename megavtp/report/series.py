@@ -13,6 +13,7 @@ from megavtp.report.folder import KINDS, Number, Run, StepLine
 from megavtp.training.pictures import TITLES
 
 _LARGEST = 1e30  # of a value that is drawn; beyond some 1e307 matplotlib fails
+_OUTLIER = 8  # times the range of nineteen values in twenty; what is larger is cut off
 _POINTS = 300  # of a curve; longer ones are averaged over neighbours
 
 
@@ -40,6 +41,18 @@ class Panel:
     unit: str = ""
     smooth: bool = True
     level: float | None = None
+
+    @property
+    def largest(self) -> float:
+        return max(float(curve.values.max()) for curve in self.curves)
+
+    @property
+    def top(self) -> float | None:
+        """Where to cut the chart off, if a few values are so large that nothing else could be seen; else None."""
+        values = np.concatenate([curve.values for curve in self.curves])
+        low, high = values.min(), np.percentile(values, 95)
+        cut = len(values) > 8 and self.largest - low > _OUTLIER * (high - low) > 0
+        return float(high + 0.25 * (high - low)) if cut else None
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,17 @@ def test_long_curves_are_averaged(tmp_path):
     assert len(curve.steps) == 300 and curve.steps[0] == 2.5 and (curve.steps == curve.values).all()
 
 
+def test_a_few_huge_values_are_cut_off_and_told(tmp_path):
+    norms = [9.6e7, *(1.0 + step % 3 for step in range(2, 51))]
+    records = [line(step, {"a/loss": 1 / step}, grad_norm=norm) for step, norm in enumerate(norms, 1)]
+    config = {"train": {"steps": 50}, "flow_matching": {"time_mu": 0}}
+    folder = write(tmp_path / "run", config, records)
+    panels = {panel.title: panel for group in groups_of(read_runs([folder])) for panel in group.panels}
+    assert panels["All weights"].largest == 9.6e7 and panels["All weights"].top == 3.5
+    assert panels["a/loss"].top is None and panels["Learning rate"].top is None
+    assert Page(render_page([folder])).text.count("up to 9.6e+07, cut off") == 1
+
+
 DAMAGE = {
     "metrics.jsonl": ('{"kind": "step", "step": 1, "terms": 3}\n{"kind": 5, "step": 1}\n{"kin', "2 lines are damaged"),
     "evaluation.json": ("{", "evaluation.json is damaged"),
