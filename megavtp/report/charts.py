@@ -57,7 +57,7 @@ def draw(panel: Panel) -> str:
         if panel.level is not None:
             axis.axhline(panel.level, color=_LEVEL, linewidth=1.0, linestyle=(0, (2, 2)))
         if panel.unit == "%":
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: panel.text(value)))
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.yaxis.set_major_locator(MaxNLocator(4))
         axis.grid(color=_GRID, linewidth=0.7)

@@ -46,6 +46,9 @@ class Panel:
     def largest(self) -> float:
         return max(float(curve.values.max()) for curve in self.curves)
 
+    def text(self, value: float) -> str:
+        return f"{100 * value:.3g} %" if self.unit == "%" else f"{value:.3g}"
+
     @property
     def top(self) -> float | None:
         """Where to cut the chart off, if a few values are so large that nothing else could be seen; else None."""
