@@ -57,6 +57,7 @@ demo-generation: demo-tokenizer
 	$(LAUNCH) tools/sample.py $(DRAW) --classes all --guidance 3 --out runs/demo_dit/samples_guidance.png
 	$(LAUNCH) tools/evaluate.py generation $(DRAW) --guidance 3 --reference data/emoji --label group --scale \
 	  --samples 256 --reference-samples 512 --out runs/demo_dit/generation.json
+	$(BIN)/python tools/report.py runs/demo runs/demo/decoder runs/demo_dit --out runs/report.html
 
 # Without the GPUs of the machine, if it has any: those are for test-gpu.
 test: install

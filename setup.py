@@ -25,10 +25,11 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(str(HERE), include=["megavtp", "megavtp.*"]),
-    package_data={"megavtp": ["**/*.txt", "**/*.tsv", "**/*.json", "**/*.gz", "**/NOTICE*"]},
+    package_data={"megavtp": ["**/*.txt", "**/*.tsv", "**/*.json", "**/*.gz", "**/*.html", "**/*.css", "**/NOTICE*"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed==0.19.8",  # other releases give wrong ZeRO-3 gathers or gradients
+        "jinja2",
         "numpy",
         "pillow",
         "psutil",

@@ -37,6 +37,7 @@ EMOJI = "tools/prepare_data.py emoji --out new "
 INDEX = "tools/prepare_data.py index set/train "
 CHECK = "tools/prepare_data.py check set "
 PLAN = "tools/plan.py --gpus 8 "
+REPORT = "tools/report.py empty "
 DOCTOR, PRETRAIN = "launchers/doctor.py ", "launchers/pretrain.py --config tiny.yaml --dry-run "
 DIT = "launchers/train_dit.py --config dit.yaml --dry-run "
 LONG = "x" * 300
@@ -68,7 +69,7 @@ PLACES = {
     EXTRACT + "--out": f"file file/x /proc/x {LONG}",
     SAMPLE + "--out": f"file/x.npz file/x /proc/x.png full x.jpg {LONG}.png",
     CONVERT + "--out": f"file full file/x /proc/x {LONG}", IMAGES + "--out": "file file/x /proc/x",
-    EMOJI + "--out": "file file/x /proc/x",
+    EMOJI + "--out": "file file/x /proc/x", REPORT + "--out": f"file/x.html /proc/x.html empty x.pdf {LONG}.html",
 }
 OTHERS = [
     (EVALUATE + "--no-such", "unrecognized arguments: --no-such"),
@@ -83,6 +84,12 @@ OTHERS = [
     (DIT + "--no-such", "unrecognized arguments: --no-such"),
     ("tools/prepare_data.py", "the following arguments are required: command"),
     ("tools/plan.py", "required: --gpus"),
+    ("tools/report.py --out x.html", "the following arguments are required: RUN"),
+    (REPORT, "required: --out"),
+    (REPORT + "--out x.html", "empty holds no config.yaml"),
+    ("tools/report.py nowhere --out x.html", "nowhere is no folder"),
+    ("tools/report.py set --out x.html", "set holds no config.yaml"),
+    ("tools/report.py file --out x.html", "file is no folder"),
     ("tools/evaluate.py --data set", "required: --checkpoint"),
     ("launchers/train_dit.py", "name a recipe with --config"),
     ("launchers/train_decoder.py", "name a recipe with --config"),

@@ -47,6 +47,7 @@ SHORT = {
     "deepspeed --num_accelerators 2 tools/sample.py": "--per-class 1 --steps 2",
     "deepspeed --num_accelerators 2 tools/evaluate.py generation": "--samples 8 --reference-samples 16 --steps 2",
     "python tools/evaluate.py --checkpoint": "--max-samples 16",
+    "python tools/report.py": "",
 }
 NOT_HERE = {
     "make ": "these install, or run what takes many minutes",
@@ -60,7 +61,7 @@ NOT_HERE = {
 }
 LEAVES = (
     "data/emoji/train/index.json", "data/photos/captions.model", "runs/demo/metrics.jsonl", "vtp-hf/model.safetensors",
-    "runs/demo_dit/checkpoints/latest", "samples.png", "metrics.json", "grid.png",
+    "runs/demo_dit/checkpoints/latest", "samples.png", "metrics.json", "grid.png", "report.html",
 )
 
 

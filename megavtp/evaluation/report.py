@@ -8,7 +8,7 @@ from typing import Any
 from megavtp.data.files import write_atomic
 from megavtp.errors import UserError
 
-_CHANCE = "chance/"
+CHANCE = "chance/"
 _NUMBERS = ("reconstruction/", "generation/")  # all others are shares of the samples, shown in percent
 
 
@@ -17,16 +17,17 @@ def format_table(metrics: Mapping[str, float], compare: Mapping[str, Mapping[str
     columns = {"value": metrics, **(compare or {})}
     rows = [["metric", *columns, "chance"]]
     for name in metrics:
-        if not name.startswith(_CHANCE):
-            shown = [_show(name, column.get(name)) for column in columns.values()]
-            rows.append([name, *shown, _show(name, metrics.get(_CHANCE + name))])
+        if not name.startswith(CHANCE):
+            shown = [show_metric(name, column.get(name)) for column in columns.values()]
+            rows.append([name, *shown, show_metric(name, metrics.get(CHANCE + name))])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     lines = [[name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])] for name, *cells in rows]
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def _show(name: str, value: float | None) -> str:
+def show_metric(name: str, value: float | None) -> str:
+    """Format one metric: PSNR in dB, distances as numbers, shares in percent; "" for None."""
     if value is None:
         return ""
     if name.endswith("samples"):

@@ -128,8 +128,9 @@ def _timm_vit(name: str) -> Any:
     try:
         import timm
     except (ImportError, OSError, RuntimeError) as error:  # the last is a torchvision that is not for this torch
+        remedy = 'pip install "megavtp[timm]"'
         raise UserError(
-            f"objectives.adversarial.features = {TIMM}{name} needs the timm library ({error}): pip install \"megavtp[timm]\""
+            f"objectives.adversarial.features = {TIMM}{name} needs the timm library ({error}): {remedy}"
         ) from None
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models())

@@ -22,7 +22,7 @@ _BAND_GAP = 16  # pixels between bands of rows
 _SMALLEST_SIDE = 96  # pixels; smaller pictures are enlarged by a whole factor
 _SMOOTHING = 25  # lines of metrics.jsonl in the running mean, at most
 # Titles of the terms in a chart; other terms come after these, under their own names.
-_TITLES = {
+TITLES = {
     "contrastive/loss": "contrastive",
     "self_distillation/dino_global": "DINO, global views",
     "self_distillation/dino_local": "DINO, local views",
@@ -94,7 +94,7 @@ def loss_curves(metrics: Path, path: Path) -> bool:
     for index, (axis, (name, (steps, values))) in enumerate(zip(axes, curves.items())):
         axis.plot(steps, values, color="#9db8d9", linewidth=0.9)
         axis.plot(steps, smoothed(values), color="#1f4e8c", linewidth=1.8)
-        axis.set_title(_TITLES.get(name, name), fontsize=10)
+        axis.set_title(TITLES.get(name, name), fontsize=10)
         axis.grid(color="#e6e6e6", linewidth=0.6)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
@@ -107,7 +107,7 @@ def loss_curves(metrics: Path, path: Path) -> bool:
     return True
 
 
-def smoothed(values: Sequence[float]) -> np.ndarray:
+def smoothed(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """Return the centred running mean over a twentieth of the curve, 1 to 25 points; at the edges it has fewer."""
     y = np.asarray(values, dtype=float)
     half = min(_SMOOTHING, max(1, len(y) // 20)) // 2
@@ -118,7 +118,7 @@ def smoothed(values: Sequence[float]) -> np.ndarray:
 
 
 def _curves(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Return term -> (steps, values), the known terms first and in the order of ``_TITLES``."""
+    """Return term -> (steps, values), the known terms first and in the order of ``TITLES``."""
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for record in read_metrics(metrics):
         if record.get("kind") != "step":
@@ -128,7 +128,7 @@ def _curves(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:
                 steps, values = curves.setdefault(name, ([], []))
                 steps.append(record["step"])
                 values.append(value)
-    order = {name: index for index, name in enumerate(_TITLES)}
+    order = {name: index for index, name in enumerate(TITLES)}
     return dict(sorted(curves.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
 

@@ -29,8 +29,9 @@ class ProgressLine:
             self._write(line + "\n")
 
     def note(self, record: Mapping[str, Any]) -> None:
-        """Print an event on a line of its own, which stays."""
-        fields = " ".join(f"{key}={_short(value)}" for key, value in record.items() if key not in _QUIET)
+        """Print an event on a line of its own, which stays. Groups of fields are for those who read the file."""
+        told = {key: value for key, value in record.items() if key not in _QUIET and not isinstance(value, Mapping)}
+        fields = " ".join(f"{key}={_short(value)}" for key, value in told.items())
         self.close()
         self._write(f"step {record['step']}: {record['kind']} {fields}".rstrip() + "\n")
 

@@ -6,6 +6,7 @@ from megavtp.parallel.collectives import together
 from megavtp.training.output_dir import OutputDir
 from megavtp.training.recipe import Recipe
 from megavtp.training.replay import replay_step
+from megavtp.training.start import start_record
 from megavtp.training.telemetry import Telemetry
 from megavtp.training.trackers import check_trackers
 from megavtp.training.trainer import Trainer
@@ -41,6 +42,8 @@ def _train(recipe: Recipe, output: OutputDir) -> int:
     trainer = Trainer(recipe, telemetry)
     phase.enter("reading the checkpoint", slow=True)
     start = trainer.resume()
+    if recipe.mesh.rank == 0:
+        telemetry.event("started", step=start, **start_record(recipe.mesh))
     for kind, note in recipe.notes():
         telemetry.event(kind, step=start, note=note)
     telemetry.start(start)

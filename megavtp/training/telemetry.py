@@ -53,6 +53,7 @@ class Telemetry:
         self.progress = ProgressLine()
         self._seconds_per_step: float | None = None
         self._paused = self._waited = 0.0
+        self._replaced = 0
 
     def start(self, step: int) -> None:
         """Begin after ``step`` done steps: lines of later steps, which will be done again, are dropped."""
@@ -66,7 +67,7 @@ class Telemetry:
 
     def step(
         self, step: int, terms: Mapping[str, Tensor], grad_norm: Tensor | float, lr: float, wait_seconds: float,
-        tower_norms: Mapping[str, Tensor] = MappingProxyType({}),
+        tower_norms: Mapping[str, Tensor] = MappingProxyType({}), bad_samples: int = 0,
     ) -> None:
         """Note one step; write a line after every ``log_every``-th and the last. The device is not read in between.
 
@@ -76,9 +77,11 @@ class Telemetry:
                 change afterwards.
             wait_seconds: time spent waiting for data since the start.
             tower_norms: gradient norm of each tower, equal on all ranks.
+            bad_samples: how many different samples this rank has replaced by others since the start.
 
         In a line, terms, ``grad_norm`` and ``tower_grad_norms`` are means over its steps (and over ranks), without the
-        non-finite ones, whose number is ``nonfinite_steps``; ``grad_norm_max`` is the largest; ``lr`` is the last.
+        non-finite ones, whose number is ``nonfinite_steps``; ``grad_norm_max`` is the largest; ``lr`` is the last;
+        ``bad_samples`` are those that were newly replaced, over all ranks.
         """
         values = {**terms, **{_OF_TOWER + tower: norm for tower, norm in tower_norms.items()}, _NORM: grad_norm}
         self._names = self._names or list(values)
@@ -86,7 +89,7 @@ class Telemetry:
         self._rows.append(list(values.values()))
         done = step + 1
         if done % self.config.telemetry.log_every == 0 or done == self.config.train.steps:
-            self._line(done, lr, wait_seconds)
+            self._line(done, lr, wait_seconds, bad_samples)
 
     def event(self, kind: str, *, step: int, **fields: Any) -> None:
         """Record something that happened after ``step`` done steps; numbers among ``fields`` go to the trackers too."""
@@ -121,14 +124,14 @@ class Telemetry:
             self._file.close()
             self._file = None
 
-    def _line(self, done: int, lr: float, wait_seconds: float) -> None:
-        rows, wait = self._read(wait_seconds - self._waited)
+    def _line(self, done: int, lr: float, wait_seconds: float, bad_samples: int) -> None:
+        rows, wait, replaced = self._read(wait_seconds - self._waited, bad_samples - self._replaced)
         now = time.perf_counter()  # after the read, which waited for the device
         elapsed = max(now - self._since - self._paused, 1e-9)
         pace = elapsed / len(rows)
         past = pace if self._seconds_per_step is None else self._seconds_per_step
         self._seconds_per_step = _SPEED_MEMORY * past + (1 - _SPEED_MEMORY) * pace
-        self._since, self._paused, self._waited = now, 0.0, wait_seconds
+        self._since, self._paused, self._waited, self._replaced = now, 0.0, wait_seconds, bad_samples
         if not self.is_main:
             return
         columns = {name: list(filter(math.isfinite, column)) for name, column in zip(self._names, zip(*rows))}
@@ -140,6 +143,7 @@ class Telemetry:
             "tower_grad_norms": norms,
             "grad_norm": means[_NORM], "grad_norm_max": max(columns[_NORM], default=math.nan), "lr": lr,
             "nonfinite_steps": sum(not all(map(math.isfinite, row)) for row in rows),
+            "bad_samples": round(replaced * self.mesh.dp),
             "images_per_second": self.config.train.batch_size / pace, "seconds_per_step": pace,
             "data_wait": wait / elapsed,
             "mfu": self._flops / pace / self._peak_flops if self._flops and self._peak_flops else None,
@@ -147,19 +151,20 @@ class Telemetry:
             "eta_seconds": (self.config.train.steps - done) * self._seconds_per_step,
         })
 
-    def _read(self, wait: float) -> tuple[list[list[float]], float]:
-        """Return the rows of values by step and the seconds waited, all means over ranks, in one transfer.
+    def _read(self, wait: float, replaced: int) -> tuple[list[list[float]], float, float]:
+        """Return the rows of values by step, the seconds waited and the samples replaced, all means over ranks, in one
+        transfer.
 
         Norms that are numbers already are the same on every rank and stay as they are.
         """
         scalars = [value for row in self._rows for value in row if isinstance(value, Tensor)]
         vector = torch.stack([scalar.detach().reshape(()).to(self.device, torch.float32) for scalar in scalars])
-        vector = torch.cat([vector, vector.new_tensor([wait])])
-        *values, wait = (all_reduce(vector, self.mesh, "dp") / self.mesh.dp).tolist()
+        vector = torch.cat([vector, vector.new_tensor([wait, replaced])])
+        *values, wait, bad = (all_reduce(vector, self.mesh, "dp") / self.mesh.dp).tolist()
         read = iter(values)
         rows = [[next(read) if isinstance(value, Tensor) else value for value in row] for row in self._rows]
         self._rows = []
-        return rows, wait
+        return rows, wait, bad
 
     def _emit(self, record: dict[str, Any]) -> None:
         self._keep_folder()

@@ -117,7 +117,8 @@ class Trainer:
     def _step(self, batch: Any, loader: Loader) -> None:
         terms, result = self.do_step(batch)
         self.telemetry.step(
-            batch.step, terms, result.grad_norm, self.lr, loader.wait_seconds, tower_norms=result.tower_norms
+            batch.step, terms, result.grad_norm, self.lr, loader.wait_seconds, tower_norms=result.tower_norms,
+            bad_samples=len(loader.bad_samples),
         )
 
     def do_step(self, batch: Any) -> tuple[dict[str, Tensor], StepResult]:

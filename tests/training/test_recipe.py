@@ -67,6 +67,8 @@ class ToyLoader:
             x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(self.config.seed + step))
             yield ToyBatch(step, x * torch.nan if step + 1 == self.config.spoilt else x)
 
+    bad_samples: frozenset[str] = frozenset()
+
     def close(self) -> None:
         pass
 
@@ -190,6 +192,9 @@ def test_a_toy_recipe_trains_resumes_and_replays(tmp_path):
     records = list(read_metrics(tmp_path / "parts" / "metrics.jsonl"))
     losses = {record["step"]: record["terms"]["sums/square"] for record in records if record["kind"] == "step"}
     assert list(losses) == list(range(1, STEPS + 2)) and losses[STEPS] < losses[1]
+    started = [record for record in records if record["kind"] == "started"]
+    assert [record["step"] for record in started] == sorted(record["step"] for record in started)
+    assert started[0]["step"] == 0 and len(started) > 1 and started[0]["layout"]["processes"] == 1
     (changed,) = (record for record in records if record["kind"] == "data_changed")
     assert (changed["step"], changed["keys"]) == (STEPS, ["seed"])
 

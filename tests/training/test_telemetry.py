@@ -107,6 +107,16 @@ def test_rates(tmp_path, monkeypatch):
     assert second["eta_seconds"] == pytest.approx(4 * (0.7 * 2 + 0.3 * 1))
 
 
+def test_samples_that_were_replaced_are_counted_over_all_ranks(tmp_path, monkeypatch):
+    telemetry = make(tmp_path, log_every=2, total=6)
+    telemetry.mesh = Mesh(dp=2)
+    monkeypatch.setattr(telemetry_module, "all_reduce", lambda x, mesh, axis: x)  # the other rank has none
+    telemetry.start(0)
+    for step, replaced in enumerate((0, 3, 3, 3, 4, 5)):
+        telemetry.step(step, terms(step), 1.0, 0.1, 0.0, bad_samples=replaced)
+    assert [line["bad_samples"] for line in lines(tmp_path)] == [3, 0, 2]
+
+
 def test_non_finite_steps_are_counted_and_left_out_of_the_means(tmp_path):
     telemetry = make(tmp_path)
     telemetry.start(0)
@@ -157,7 +167,7 @@ def test_the_device_is_read_once_a_line(tmp_path, monkeypatch):
         run(telemetry, 0, 19)
         assert counter.reads == 0 and not transfers
         run(telemetry, 19, 40)
-    assert transfers == [(20 * 3 + 1,)] * 2 and counter.reads == 0
+    assert transfers == [(20 * 3 + 2,)] * 2 and counter.reads == 0
 
 
 def test_values_are_reduced_over_ranks_together(tmp_path, monkeypatch):
@@ -171,7 +181,7 @@ def test_values_are_reduced_over_ranks_together(tmp_path, monkeypatch):
     telemetry = make(tmp_path)
     telemetry.start(0)
     run(telemetry, 0, 8)
-    assert calls == [(13,), (13,)]
+    assert calls == [(14,), (14,)]
     assert lines(tmp_path)[0]["terms"]["contrastive/loss"] == 11.5
 
 

@@ -57,7 +57,7 @@ def gather_facts(member: Member) -> Facts:
 def _versions(gpu: bool) -> dict[str, str]:
     return {
         "python": platform.python_version(), "torch": torch.__version__, "deepspeed": _installed("deepspeed"),
-        "numpy": _installed("numpy"), "megavtp": _source_hash(), "CUDA of torch": torch.version.cuda or "",
+        "numpy": _installed("numpy"), "megavtp": source_hash(), "CUDA of torch": torch.version.cuda or "",
         "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if gpu else "", "GPU driver": _driver() if gpu else "",
     }
 
@@ -77,7 +77,7 @@ def _driver() -> str:
         return "unknown"
 
 
-def _source_hash() -> str:
+def source_hash() -> str:
     """Return a hash of this package's source files: two checkouts of one version may differ."""
     digest = hashlib.sha256()
     for file in sorted(_PACKAGE.rglob("*.py")):
