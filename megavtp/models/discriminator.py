@@ -27,6 +27,11 @@ TOKENS_SEEN = 9  # by a head's second convolution
 _PIXEL_WIDTHS = (64, 128, 256)
 
 
+def activation(x: Tensor) -> Tensor:
+    """Apply the activation between a head's convolutions."""
+    return F.leaky_relu(x, 0.2)
+
+
 class SpectralConv(nn.Module):
     """A convolution whose weight is divided by its largest singular value, on tokens or on pixels."""
 
@@ -57,10 +62,10 @@ class TokenHead(nn.Module):
 
     def forward(self, tokens: Tensor, directions: Directions, prefix: str) -> Tensor:
         x = tokens.transpose(1, 2)
-        x = F.leaky_relu(self.norm_mix(self.mix(x, directions[f"{prefix}.mix.weight"])), 0.2)
+        x = activation(self.norm_mix(self.mix(x, directions[f"{prefix}.mix.weight"])))
         ring = F.pad(x, (TOKENS_SEEN // 2, TOKENS_SEEN // 2), mode="circular")
         y = self.norm_neighbours(self.neighbours(ring, directions[f"{prefix}.neighbours.weight"]))
-        x = (x + F.leaky_relu(y, 0.2)) / math.sqrt(2)
+        x = (x + activation(y)) / math.sqrt(2)
         return self.answer(x, directions[f"{prefix}.answer.weight"]).flatten(1)
 
 
@@ -78,7 +83,7 @@ class PixelHead(nn.Module):
     def forward(self, x: Tensor, directions: Directions, prefix: str) -> Tensor:
         for i, down in enumerate(self.down):
             x = down(F.pad(x, (1, 1, 1, 1)), directions[f"{prefix}.down.{i}.weight"])
-            x = F.leaky_relu(self.norms[i - 1](x) if i else x, 0.2)
+            x = activation(self.norms[i - 1](x) if i else x)
         return self.answer(F.pad(x, (1, 1, 1, 1)), directions[f"{prefix}.answer.weight"]).flatten(1)
 
 

@@ -119,7 +119,7 @@ def test_rules():
         ("features=vit", "must be own, pixels, or timm:NAME"), ("features=timm", "must be own, pixels, or timm:NAME"),
         ("features=timm:vit_small_patch8_224", "is the file of a timm ViT's weights: name it"),
         ("features_weights=file", "leave it out with features = own"), ("start=0.2", "is before"),
-        ("discriminator_start=2", "discriminator_start = 2.0: must be between 0 and 1"),
+        ("start=2", "objectives.adversarial.start = 2.0: must be between 0 and 1"),
         ("features_size=40", "objectives.adversarial.features_size = 40 is not a multiple of model.patch_size"),
         ("features_size=16", "needs at least four patches"),
     ):

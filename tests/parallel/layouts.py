@@ -40,7 +40,8 @@ SECOND_STAGE = {
     "objectives": {
         "contrastive": {"weight": 0.0}, "self_distillation": {"weight": 0.0},
         "reconstruction": {"frozen_encoder": True, "decoder_momentum": 0.9},
-        "adversarial": {"weight": 0.75, "discriminator_start": 0.0, "start": 0.26},
+        # More tokens than the pictures have: the variance of four, by which a head divides, can be nearly nothing.
+        "adversarial": {"weight": 0.75, "discriminator_start": 0.0, "start": 0.26, "features_size": 64},
     },
 }
 

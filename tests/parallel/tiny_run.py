@@ -20,6 +20,7 @@ from megavtp.data.batch import Batch, StepDataset
 from megavtp.decoder import passes as decoder_passes
 from megavtp.decoder.recipe import build_features, model_kind
 from megavtp.decoder.recipe import build_passes as build_decoder_passes
+from megavtp.models import discriminator
 from megavtp.models.discriminator import Discriminator
 from megavtp.models.feature_networks import FeatureNetwork, OwnFeatures
 from megavtp.models.vtp import VTP
@@ -70,6 +71,8 @@ BASE = {
 
 # A pixel on the edge between two 8-bit values would jump with the last bit of float32.
 decoder_passes.to_uint8 = lambda images: denormalise(images.float()).clamp(0, 1) * 255
+# And so would the slope of an activation at its kink.
+discriminator.activation = lambda x: 0.6 * x + 0.4 * (x.square() + 0.01).sqrt()
 
 
 def tiny_config(extra: dict | None = None, world_size: int | None = None) -> Config:
@@ -237,10 +240,10 @@ def learning_rate(config: Config, step: int) -> Callable[[dict], float]:
     """Step -> group -> its rate, with what is frozen at first."""
     o, steps = config.objectives, config.train.steps
     prototypes = step < o.self_distillation.freeze_last_layer * steps
-    discriminator = step < round(o.adversarial.discriminator_start * steps)
+    not_started = step < round(o.adversarial.discriminator_start * steps)
 
     def rate(group: dict) -> float:
-        is_frozen = (prototypes and group["prototypes"]) or (discriminator and group["tower"] == "discriminator")
+        is_frozen = (prototypes and group["prototypes"]) or (not_started and group["tower"] == "discriminator")
         return 0.0 if is_frozen else config.train.optimizer.lr * group["lr_scale"]
 
     return rate
