@@ -109,10 +109,10 @@ def _reconstruction_hangs(rank: int) -> None:
     if rank == 1:
         inputs = passes.ReconstructionPass.inputs
 
-        def hang(self, micro):
+        def hang(self, micro, first):
             if self.batch.step == 2:
                 time.sleep(600)
-            return inputs(self, micro)
+            return inputs(self, micro, first)
 
         passes.ReconstructionPass.inputs = hang
 
@@ -123,6 +123,6 @@ def test_a_training_says_which_pass_hangs(recipe, tmp_path):
         assert ranks.wait(120) == [1, 1], ranks.output
     first, second = (log.read_text() for log in ranks.logs)
     told = r"rank 1 \(\S+\) hangs: no progress for [67] s \(limit: parallel.timeout = 6 s\), "
-    told += r"in step 3, pass reconstruction at passes.py:\d+ in "
+    told += r"in step 3, pass reconstruction at pipeline.py:\d+ in "
     assert re.search(r"\[rank 0\] ended because other ranks did: " + told, first), first
     assert re.search(r"\[rank 1\] " + told, second) and "in hang" in second  # of the stack
