@@ -76,12 +76,14 @@ class Curves:
         return {name: Interval(float(low), float(high)) for name, (low, high) in ends.items()}
 
 
-def fit_curves(x: Array, y: Array, *, samples: int = 1000, seed: int = 0) -> Curves:
+def fit_curves(
+    x: Array, y: Array, *, name: str = "the curve", samples: int = 1000, seed: int = 0
+) -> Curves:
     """Fit curves to points at ascending places (n,) with values (m, n), each by itself.
 
-    With fewer than 6 points b is 0. Raises UserError for fewer than 4 points.
+    With fewer than 6 points b is 0. Raises UserError, which names the curve, for fewer than 4 points.
     """
-    check_points(x, "the curve")
+    _check_points(x, name)
     rng = np.random.default_rng(seed)
     curves, points = y.shape
     shift = points >= _POINTS_FOR_SHIFT
@@ -103,7 +105,7 @@ def fit_curves(x: Array, y: Array, *, samples: int = 1000, seed: int = 0) -> Cur
     return Curves(x, fitted, refits, noise.transpose(0, 2, 1).reshape(curves, -1))
 
 
-def check_points(x: Array, name: str) -> None:
+def _check_points(x: Array, name: str) -> None:
     """Raise UserError if there are too few places for a curve of this name, or one is not positive."""
     if len(x) < LEAST_POINTS:
         raise UserError(
@@ -130,9 +132,8 @@ class Prediction:
 
 def predict_largest(x: Array, y: Array, held_out: int, name: str) -> list[Prediction]:
     """Predict the ``held_out`` largest of the points x, y (n,) from the others. UserError: these are too few."""
-    kept = len(x) - held_out
-    check_points(x[: max(kept, 0)], f"{name} without its {held_out} largest")
-    curves = fit_curves(x[:kept], y[None, :kept])
+    kept = max(len(x) - held_out, 0)
+    curves = fit_curves(x[:kept], y[None, :kept], name=f"{name} without its {held_out} largest")
     (values,), ends = curves.at(x[kept:]), curves.interval_of_points(x[kept:])
     return [
         Prediction(float(place), float(value), Interval(float(low), float(high)), float(seen), float(value / seen - 1))

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 _EXPONENTS = np.geomspace(0.05, 4.0, 24)
 # Of the geometric mean of x. A shift far beyond the data makes an exponential of the power law.
@@ -34,7 +35,7 @@ class PowerLaws:
         """Return the values (m, k) at places (k,) that all curves share, or at a row (m, k) of places of each."""
         return self.a[:, None] * (x + self.b[:, None]) ** -self.c[:, None] + self.d[:, None]
 
-    def __getitem__(self, index: slice | Array) -> PowerLaws:
+    def __getitem__(self, index: slice | NDArray[np.int64]) -> PowerLaws:
         return PowerLaws(self.a[index], self.b[index], self.c[index], self.d[index])
 
 
@@ -64,8 +65,9 @@ def fit_power_laws(
         start: a further place to start from, besides the grid's best ones.
     """
     unit = float(np.exp(np.log(x).mean()))
-    scale = np.maximum(y.std(axis=1), _TINY)
     middle = y.mean(axis=1)
+    scale = np.maximum(y.std(axis=1), 1e-9 * np.abs(middle))
+    scale[scale == 0] = 1
     places, values, limit = x / unit, (y - middle[:, None]) / scale[:, None], delta / scale
     starts = _grid_starts(places, values, shift)
     if start is not None:  # a curve that is known already needs one start of the grid beside it
@@ -154,7 +156,9 @@ def _step(x: Array, state: _State, damping: Array, shift: bool) -> Array:
     return np.clip(step / determinant[:, None], -1.0, 1.0)
 
 
-def _choose(first: Array, one: _State, other: _State) -> _State:
+def _choose(first: Mask, one: _State, other: _State) -> _State:
     """Return ``one`` where ``first`` (m,) says so, else ``other``."""
-    pick = lambda a, b: np.where(first if a.ndim == 1 else first[:, None], a, b)  # noqa: E731
-    return _State(**{name: pick(value, getattr(other, name)) for name, value in vars(one).items()})
+    chosen = {}
+    for name, value in vars(one).items():
+        chosen[name] = np.where(first if value.ndim == 1 else first[:, None], value, getattr(other, name))
+    return _State(**chosen)

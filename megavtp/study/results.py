@@ -1,0 +1,59 @@
+"""The results of a study: a table with a row for each finished cell, as CSV and JSON, and the curves through it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megavtp.data.files import write_atomic, write_json
+from megavtp.errors import UserError
+from megavtp.study.cells import Cell
+from megavtp.study.config import StudyConfig
+from megavtp.study.curves import fit_results
+from megavtp.study.record import is_finished, read_metrics, read_record
+
+Row = dict[str, Any]
+TABLE = "results"  # .csv and .json in the study's folder
+
+
+def rows_of(cells: list[Cell]) -> list[Row]:
+    """Return a row for each cell whose links have all finished: what it is, what it cost, what was measured."""
+    rows = []
+    for cell in cells:
+        if not all(is_finished(link, read_record(link)) for link in cell.links):
+            continue
+        metrics: dict[str, float] = {}
+        for link in cell.links:
+            if link.kind in ("evaluate", "generate"):
+                metrics |= read_metrics(link)
+        rows.append({
+            "cell": cell.name, **cell.choices, "steps": cell.look, "seed": cell.seed, "samples": cell.samples,
+            "flops": cell.flops, "all_flops": cell.all_flops, "encoder_parameters": cell.encoder,
+            **dict(sorted(metrics.items())),
+        })
+    return rows
+
+
+def write_results(study: StudyConfig, cells: list[Cell]) -> None:
+    """Write the table of the cells that have finished, and the curves through it; equal results give equal bytes.
+
+    UserError: a file cannot be written, or metrics are damaged.
+    """
+    rows = rows_of(cells)
+    folder = Path(study.output_dir)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    fits = fit_results(study, rows)
+    try:
+        write_atomic(folder / f"{TABLE}.csv", text.getvalue().encode())
+        write_json(folder / f"{TABLE}.json", {"rows": rows, "curves": asdict(fits)}, indent=1)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the results cannot be written ({error.strerror}); free disk space or set another output_dir"
+        ) from None
