@@ -55,21 +55,21 @@ def main() -> int:
     from megavtp.study.runner import run_study
 
     study = load_study(options.study, options.overrides)
-    if options.command == "run":
-        return run_study(study)
+    status = run_study(study) if options.command == "run" else 0
     cells = cells_of(study)
     if options.command == "plan" and options.gpus:
         flops = options.gpus * find_device(options.device).peak_tflops * 1e12 * options.utilization
         rates = rates_of([], CostConfig(flops_per_second=flops))
         print(plan_page(study, cells, rates, options.gpus))
     elif options.command == "plan":
-        print(plan_page(study, cells, rates_of(links_of(cells), study.cost), 1))
+        print(plan_page(study, cells, rates_of(links_of(cells), study.cost)))
     elif options.command == "status":
         print(status_page(cells, rates_of(links_of(cells), study.cost)))
     else:
-        write_results(study, cells)
+        if options.command == "results":
+            write_results(study, cells)
         print(curves_page(fit_results(study, rows_of(cells))))
-    return 0
+    return status
 
 
 if __name__ == "__main__":

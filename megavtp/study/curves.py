@@ -80,22 +80,25 @@ class Pair:
 
 @dataclass(frozen=True)
 class Fits:
-    """All that the curves say; ``noise`` between seeds is by measure."""
+    """All that the curves say; ``noise`` between seeds is by measure, as is the reason why one was left out."""
 
     x: str
     lines: tuple[Line, ...]
     pairs: tuple[Pair, ...]
     noise: dict[str, SeedNoise | None]
+    left_out: dict[str, str]
 
 
 def fit_results(study: StudyConfig, rows: Sequence[Mapping[str, Any]]) -> Fits:
-    """Fit what ``study.curves`` asks for to the finished rows. UserError: a measure is not among the results."""
+    """Fit what ``study.curves`` asks for to the finished rows, as far as they allow it."""
     lines, pairs = [], []
     noise: dict[str, SeedNoise | None] = {}
+    left_out = {}
     for measure, better in study.curves.better.items():
-        if rows and not any(measure in row for row in rows):
-            known = sorted(name for name, value in rows[0].items() if "/" in name)
-            raise UserError(f"curves.better.{measure}: no cell has this measure; there are {', '.join(known)}")
+        if not any(measure in row for row in rows):
+            known = sorted(name for row in rows[:1] for name in row if "/" in name and not name.startswith("chance/"))
+            left_out[measure] = f"no cell has this measure; there are {', '.join(known) or 'none yet'}"
+            continue
         groups = _lines(study, measure, rows)
         noise[measure] = noise_between_seeds([values for line in groups.values() for values in line.values()])
         fitted: dict[str, Curves] = {}
@@ -106,7 +109,7 @@ def fit_results(study: StudyConfig, rows: Sequence[Mapping[str, Any]]) -> Fits:
                 pairs.append(Pair(measure, one, other, crossing(fitted[one], fitted[other], better)))
             except UserError:  # they were looked at in different ranges, so that there is nothing to say
                 continue
-    return Fits(study.curves.x, tuple(lines), tuple(pairs), noise)
+    return Fits(study.curves.x, tuple(lines), tuple(pairs), noise, left_out)
 
 
 def _lines(

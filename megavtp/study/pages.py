@@ -14,8 +14,9 @@ from megavtp.study.links import Link
 from megavtp.study.record import Record, is_finished, read_record
 
 
-def plan_page(study: StudyConfig, cells: list[Cell], rates: Rates, devices: int) -> str:
-    """Return the cells with their costs, and the sum over all links, each of which counts once."""
+def plan_page(study: StudyConfig, cells: list[Cell], rates: Rates, devices: int | None = None) -> str:
+    """Return the cells with their costs, and the sum over all links, each of which counts once; on so many
+    ``devices``, or on this machine."""
     links = links_of(cells)
     rows = [["cell", "links", "pre-training", "all trainings", "hours"]]
     known: set[str] = set()
@@ -25,11 +26,12 @@ def plan_page(study: StudyConfig, cells: list[Cell], rates: Rates, devices: int)
         rows.append([cell.name, str(len(new)), _flops(cell.flops), _flops(cell.all_flops), _hours(new, rates)])
     unknown = sorted({link.kind for link in links if rates.estimate(link) is None})
     left = [link for link in links if not is_finished(link, read_record(link))]
+    where = "this machine" if devices is None else f"{devices} device{'s' if devices > 1 else ''}"
     lines = [
         *_aligned(rows), "",
         f"{len(cells)} cells of {len(links)} links: {_counts(links)}; a link counts in the first cell that needs it",
-        f"{_flops(sum(link.flops for link in links))} of training, {_hours(links, rates)} hours on "
-        f"{devices} device{'s' if devices > 1 else ''}; {_hours(left, rates)} of them are left",
+        f"{_flops(sum(link.flops for link in links))} of training; {_hours(links, rates)} hours on {where}, of which "
+        f"{_hours(left, rates)} are left",
     ]
     if unknown:
         lines.append(
@@ -75,6 +77,7 @@ def curves_page(fits: Fits) -> str:
         *(f"{measure}: standard deviation between seeds {noise.deviation:.4g} ({noise.groups} cells repeated)"
           if noise else f"{measure}: nothing was repeated with another seed"
           for measure, noise in fits.noise.items()),
+        *(f"curves.better.{measure}: {why}" for measure, why in fits.left_out.items()),
     ])
 
 
