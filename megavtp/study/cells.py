@@ -70,15 +70,19 @@ class _Combination:
         links, tokenizer = self._tokenizer(look, place)
         made = links[-1]
         if measures.tokenizer is not None:
-            links.append(self._measure(place / "evaluate", made, "tokenizer", ("--checkpoint", str(tokenizer))))
+            links.append(self._once(place / "evaluate", lambda folder: self._evaluate(folder, made, tokenizer)))
         if seed is not None:
             latents = self._once(place / "latents", lambda folder: self._latents(folder, made, tokenizer))
             place /= f"seed-{seed}"
             dit = self._once(place / "dit", lambda folder: self._dit(folder, latents, look, seed))
             links += [latents, dit]
+            drawn = ("--dit", str(dit.outputs[0]), "--tokenizer", str(tokenizer), "--seed", str(seed))
             if measures.generation is not None:
-                drawn = ("generation", "--dit", str(dit.outputs[0]), "--tokenizer", str(tokenizer), "--seed", str(seed))
-                links.append(self._measure(place / "generate", dit, "generation", drawn))
+                out, options = place / "generate" / "metrics.json", words(self.study, "measures.generation")
+                links.append(_tool("generate", ("generation", *drawn, *options), out, dit))
+            if measures.samples is not None:
+                out, options = place / "draw" / "samples.png", words(self.study, "measures.samples")
+                links.append(_tool("draw", (*drawn, *options), out, dit))
         config = self.recipes.pretraining(look)
         return Cell(
             str(place.relative_to(self.study.output_dir)), self.choices, look, seed, look * config.train.batch_size,
@@ -126,14 +130,12 @@ class _Combination:
         )
 
     def _convert(self, folder: Path, decoder: Link, checkpoint: Path) -> Link:
-        out = folder / "tokenizer"
         sources = ("--from", str(checkpoint), "--decoder", str(decoder.outputs[0]))
-        return _tool("convert", folder, (*sources, "--to", "hf-vtp", "--out", str(out)), out, decoder)
+        return _tool("convert", (*sources, "--to", "hf-vtp"), folder / "tokenizer", decoder)
 
     def _latents(self, folder: Path, made: Link, tokenizer: Path) -> Link:
-        out = folder / "latents"
-        arguments = ("--tokenizer", str(tokenizer), *words(self.study, "latents"), "--out", str(out))
-        return _tool("latents", folder, arguments, out, made)
+        arguments = ("--tokenizer", str(tokenizer), *words(self.study, "latents"))
+        return _tool("latents", arguments, folder / "latents", made)
 
     def _dit(self, folder: Path, latents: Link, look: int, seed: int) -> Link:
         own = (f"data.root={latents.outputs[0]}", f"seed={seed}", f"output_dir={folder}/run")
@@ -143,12 +145,10 @@ class _Combination:
             settings_of(config), latents, config.train.steps * dit_flops_per_step(config)["total"],
         )
 
-    def _measure(self, folder: Path, after: Link, name: str, places: tuple[str, ...]) -> Link:
-        kind: Kind = "evaluate" if name == "tokenizer" else "generate"
-        options = words(self.study, f"measures.{name}")
-        return self._once(folder, lambda folder: _tool(
-            kind, folder, (*places, *options, "--out", f"{folder}/metrics.json"), folder / "metrics.json", after
-        ))
+    def _evaluate(self, folder: Path, made: Link, tokenizer: Path) -> Link:
+        pictures = ("--pictures", f"{folder}/reconstructions.png")
+        arguments = ("--checkpoint", str(tokenizer), *words(self.study, "measures.tokenizer"), *pictures)
+        return _tool("evaluate", arguments, folder / "metrics.json", made)
 
     def _once(self, folder: Path, make: Callable[[Path], Link]) -> Link:
         if folder not in self._links:
@@ -156,8 +156,10 @@ class _Combination:
         return self._links[folder]
 
 
-def _tool(kind: Kind, folder: Path, arguments: tuple[str, ...], output: Path, after: Link) -> Link:
-    return Link(kind, folder, arguments, (output,), {"arguments": list(arguments)}, after)
+def _tool(kind: Kind, arguments: tuple[str, ...], out: Path, after: Link) -> Link:
+    """Return the link of a tool that writes ``out`` in the link's folder."""
+    arguments = (*arguments, "--out", str(out))
+    return Link(kind, out.parent, arguments, (out,), {"arguments": list(arguments)}, after)
 
 
 def _checkpoint(folder: Path, step: int) -> Path:

@@ -14,7 +14,9 @@ from megavtp.errors import UserError
 
 Stage = Literal["tokenizer", "decoder", "dit"]
 STAGES: tuple[Stage, ...] = ("tokenizer", "decoder", "dit")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+# Columns of the table of results that are no axes.
+COLUMNS = ("cell", "steps", "seed", "samples", "flops", "all_flops", "encoder_parameters")
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,11 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    """Options of tools/evaluate.py besides the places, in one line; None leaves the measure out."""
+    """Options of the commands that measure, besides the places and the seed, in one line; None leaves one out."""
 
-    tokenizer: str | None = None  # such as --data data/emoji
-    generation: str | None = None  # such as --reference data/emoji --samples 2000; each seed of the DiT draws its own
+    tokenizer: str | None = None  # tools/evaluate.py, such as --data data/emoji
+    generation: str | None = None  # tools/evaluate.py generation, such as --reference data/emoji --samples 2000
+    samples: str | None = None  # tools/sample.py, such as --classes all: a sheet of pictures
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class CostConfig:
     """What ``plan`` reckons with until links have been measured."""
 
     flops_per_second: float | None = None  # that the trainings reach, on all devices together
-    # By kind of link, for what is no training: convert, evaluate, latents, generate; and start, of every link.
+    # By kind of link, for what is no training: convert, evaluate, latents, generate, draw; and start, of every link.
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -85,15 +88,16 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
         min(study.seeds) >= 0 and len(set(study.seeds)) == len(study.seeds),
         f"seeds = {list(study.seeds)}: must be whole numbers from 0 on, each once",
     )
-    _need(
-        study.measures.generation is None or study.dit.recipe is not None,
-        "measures.generation needs a DiT: name dit.recipe, or leave the measure out",
-    )
+    for measure in ("generation", "samples"):
+        _need(
+            getattr(study.measures, measure) is None or study.dit.recipe is not None,
+            f"measures.{measure} needs a DiT: name dit.recipe, or leave the measure out",
+        )
     _need(
         study.measures.tokenizer is not None or study.measures.generation is not None,
         "measures: the study measures nothing; give measures.tokenizer or measures.generation",
     )
-    for name in ("launcher", "latents", "measures.tokenizer", "measures.generation"):
+    for name in ("launcher", "latents", "measures.tokenizer", "measures.generation", "measures.samples"):
         words(study, name)
     _need(bool(words(study, "launcher")), "launcher: name what starts the processes, such as deepspeed")
     _need(
@@ -121,8 +125,9 @@ def _check_axes(study: StudyConfig) -> None:
         for name in (axis, *choices):
             _need(
                 bool(_NAME.fullmatch(name)),
-                f"axes.{axis}: the name {name!r} becomes a folder's: use letters, digits, dots, + and -",
+                f"axes.{axis}: the name {name!r} becomes a folder's: use letters, digits, ., _, + and -",
             )
+        _need(axis not in COLUMNS, f"axes.{axis}: the table of results has a column of this name; choose another one")
         _need(bool(choices), f"axes.{axis}: has no choices; name one at least, or leave the axis out")
         for choice, stages in choices.items():
             for stage in stages:

@@ -34,14 +34,14 @@ class Rates:
 
 
 def rates_of(links: list[Link], given: CostConfig) -> Rates:
-    """Return the rates of the links that have finished; for the kinds of which none has, those that are given."""
+    """Return the rates of the links that have finished without a break; for other kinds, those that are given."""
     start = given.seconds.get(START, 0.0)
     rates = {} if given.flops_per_second is None else {"": given.flops_per_second}
     seconds = {kind: value for kind, value in given.seconds.items() if kind != START}
     measured: dict[str, list[tuple[float, float]]] = {}
     for link in links:
         record = read_record(link)
-        if record is not None and is_finished(link, record):
+        if record is not None and record.whole and is_finished(link, record):
             measured.setdefault(link.kind, []).append((link.flops, record.seconds))
     for kind, pairs in measured.items():
         took = sum(time for _, time in pairs)

@@ -13,7 +13,7 @@ from megavtp.config.load import to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 # In the order of a chain.
-Kind = Literal["pretrain", "decoder", "convert", "evaluate", "latents", "dit", "generate"]
+Kind = Literal["pretrain", "decoder", "convert", "evaluate", "latents", "dit", "generate", "draw"]
 # Keys that change no result, so that a link may go on with other values of them.
 _FREE = (
     "parallel.", "telemetry.", "deepspeed.", "data.workers", "data.prefetch", "train.checkpoint_every",
@@ -23,6 +23,7 @@ _SCRIPTS: dict[Kind, str] = {
     "pretrain": "launchers/pretrain.py", "decoder": "launchers/train_decoder.py",
     "convert": "tools/convert_checkpoint.py", "evaluate": "tools/evaluate.py", "latents": "tools/extract_latents.py",
     "dit": "launchers/train_dit.py", "generate": "tools/evaluate.py",
+    "draw": "tools/sample.py",
 }
 
 

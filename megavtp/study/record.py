@@ -20,7 +20,7 @@ RECORD = "link.json"
 
 @form
 class Record:
-    """``seconds`` counts all starts that ended by themselves; ``exit`` is the last one's status."""
+    """``seconds`` counts the starts that ended by themselves, ``whole`` says that all did; ``exit`` is of the last."""
 
     version: Literal[1]
     command: str
@@ -28,6 +28,7 @@ class Record:
     state: Literal["begun", "failed", "finished"]
     exit: int | None
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    whole: bool
 
 
 def read_record(link: Link) -> Record | None:

@@ -11,7 +11,7 @@ from typing import Any
 from megavtp.data.files import write_atomic, write_json
 from megavtp.errors import UserError
 from megavtp.study.cells import Cell
-from megavtp.study.config import StudyConfig
+from megavtp.study.config import COLUMNS, StudyConfig
 from megavtp.study.curves import fit_results
 from megavtp.study.record import is_finished, read_metrics, read_record
 
@@ -29,11 +29,8 @@ def rows_of(cells: list[Cell]) -> list[Row]:
         for link in cell.links:
             if link.kind in ("evaluate", "generate"):
                 metrics |= read_metrics(link)
-        rows.append({
-            "cell": cell.name, **cell.choices, "steps": cell.look, "seed": cell.seed, "samples": cell.samples,
-            "flops": cell.flops, "all_flops": cell.all_flops, "encoder_parameters": cell.encoder,
-            **dict(sorted(metrics.items())),
-        })
+        facts = (cell.name, cell.look, cell.seed, cell.samples, cell.flops, cell.all_flops, cell.encoder)
+        rows.append(cell.choices | dict(zip(COLUMNS, facts)) | dict(sorted(metrics.items())))
     return rows
 
 

@@ -73,7 +73,8 @@ def _failure(link: Link) -> str:
 
 def _finish(link: Link, record: Record | None, launcher: list[str], start: Start) -> bool:
     """Run a link's command and record how it ended; return whether it has finished."""
-    begun = Record(1, link.shown(launcher), dict(link.settings), "begun", None, record.seconds if record else 0.0)
+    before, whole = (record.seconds, record.whole and record.state != "begun") if record else (0.0, True)
+    begun = Record(1, link.shown(launcher), dict(link.settings), "begun", None, before, whole)
     write_record(link, begun)
     with _alone(link.folder) as lock:
         if link.wants_new_place:

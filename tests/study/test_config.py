@@ -1,5 +1,6 @@
 """Studies that cannot be: one line before anything runs. And the studies that are shipped."""
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ def axis(stage: str, *settings: str) -> dict:
     (axis("tokenizer", "train.steps=7"), "train.steps is set by the study itself"),
     (axis("dit", "seed=7"), "dit of objectives joint: seed is set by the study itself"),
     ({"axes": {"a/b": {"c": {}}}}, "axes.a/b: the name 'a/b' becomes a folder's"),
+    ({"axes": {"seed": {"a": {}}}}, "axes.seed: the table of results has a column of this name"),
     ({"axes": {"size": {}}}, "axes.size: has no choices"),
     ({"looks": []}, "looks: name the steps"),
     ({"looks": [100, 100]}, "looks = \\[100, 100\\]: must be whole numbers above 0, each larger"),
@@ -47,13 +49,14 @@ def axis(stage: str, *settings: str) -> dict:
     ({"tokenizer": {}}, "tokenizer.recipe: name the recipe"),
     ({"tokenizer": {"recipe": "nowhere.yaml"}}, "nowhere.yaml: no such config file"),
     ({"dit": {}}, "measures.generation needs a DiT"),
+    ({"dit": {}, "measures": {"samples": "--classes all"}}, "measures.samples needs a DiT"),
     ({"measures": {}}, "measures: the study measures nothing"),
     ({"measures": {"generation": "--reference 'data"}}, "measures.generation = --reference 'data: is no command line"),
     ({"latents": "--label group"}, "latents: the DiT needs a data set"),
     ({"launcher": " "}, "launcher: name what starts the processes"),
     ({"curves": {"x": "hours"}}, "curves.x = hours: must be flops, samples or an axis \\(objectives\\)"),
     ({"curves": {"x": "objectives"}}, "curves.x = objectives: its choice 'joint' is no number above 0"),
-    ({"curves": {"better": {"generation/fd": "less"}}}, "curves.better.generation/fd: expected one of 'lower', 'higher'"),
+    ({"curves": {"better": {"generation/fd": "less"}}}, "curves.better.generation/fd: expected one of 'lower'"),
     ({"curves": {"held_out": -1}}, "curves.held_out = -1: must be at least 0"),
     ({"cost": {"flops_per_second": 0}}, "cost.flops_per_second = 0.0: must be above 0"),
     ({"seed": 3}, "seed: unknown key; did you mean seeds"),
@@ -91,7 +94,8 @@ def commands(study) -> dict[str, list[str]]:
 def test_the_commands_of_a_chain(tmp_path):
     decoder = {"recipe": str(ROOT / "configs/demo/decoder_emoji.yaml"), "settings": ["train.steps=30"]}
     study = small_study(
-        tmp_path, looks=[100], seeds=[3], decoder=decoder, **axis("tokenizer", "model.bottleneck=32", "seed=5")
+        tmp_path, looks=[100], seeds=[3], decoder=decoder, **axis("tokenizer", "model.bottleneck=32", "seed=5"),
+        measures={"tokenizer": "--data data", "generation": "--reference data", "samples": "--classes all"},
     )
     found, place = commands(study), f"{tmp_path}/out/joint/step-00000100"
     checkpoint = f"{place}/pretrain/run/checkpoints/step-00000100"
@@ -110,15 +114,25 @@ def test_the_commands_of_a_chain(tmp_path):
         f"--out {place}/latents/latents"
     )
     assert {f"data.root={place}/latents/latents", "seed=3"} <= set(found["dit"])
+    assert found["evaluate"][1:] == shlex.split(
+        f"tools/evaluate.py --checkpoint {place}/convert/tokenizer --data data "
+        f"--pictures {place}/evaluate/reconstructions.png --out {place}/evaluate/metrics.json"
+    )
+    drawn = (
+        f"--dit {place}/seed-3/dit/run/checkpoints/step-00004000 --tokenizer {place}/convert/tokenizer --seed 3"
+    )
     assert found["generate"][1:] == shlex.split(
-        f"tools/evaluate.py generation --dit {place}/seed-3/dit/run/checkpoints/step-00004000 --tokenizer "
-        f"{place}/convert/tokenizer --seed 3 --reference data --out {place}/seed-3/generate/metrics.json"
+        f"tools/evaluate.py generation {drawn} --reference data --out {place}/seed-3/generate/metrics.json"
+    )
+    assert found["draw"][1:] == shlex.split(
+        f"tools/sample.py {drawn} --classes all --out {place}/seed-3/draw/samples.png"
     )
 
 
 def test_looks_at_checkpoints_share_one_run(tmp_path):
     study = small_study(tmp_path, looks=[100, 400, 600], looks_at="checkpoints")
-    (pretrain,) = [link for link in links_of(cells_of(study)) if link.kind == "pretrain" and "joint" in link.folder.parts]
+    pretrain = links_of(cells_of(study))[0]
+    assert sum(link.kind == "pretrain" for link in links_of(cells_of(study))) == len(study.axes["objectives"])
     assert {"train.checkpoint_every=100", "train.keep_last=11"} <= set(pretrain.arguments)
     assert [path.name for path in pretrain.outputs] == ["step-00000100", "step-00000400", "step-00000600"]
     assert [cell.flops for cell in cells_of(study)][0] * 9 == pytest.approx(pretrain.flops)  # 900 steps
@@ -135,15 +149,12 @@ def test_hours_are_from_the_given_rate_until_links_were_measured(tmp_path):
     assert given.estimate(pretrain) == pytest.approx(pretrain.flops / 1e11)
     assert {link.kind: given.estimate(link) for link in links}["generate"] == 60
 
-    class Slow(StandIn):
-        """Records of what took a second for each PFLOP, and a tool's ten."""
-
-    run_study(study, Slow(), lambda line: None)
-    for link in links:
+    run_study(study, StandIn(), lambda line: None)
+    for link in links:  # as if a training took a second for each TFLOP, and a tool ten
         record = link.folder / "link.json"
-        text = record.read_text()
-        start = text.index('"seconds"')
-        record.write_text(text[:start] + f'"seconds": {link.flops / 1e12 or 10.0}\n}}')
+        stored = json.loads(record.read_text())
+        assert stored["whole"]
+        record.write_text(json.dumps(stored | {"seconds": link.flops / 1e12 or 10.0}))
     measured = rates_of(links, study.cost)
     for link in links:
         assert measured.estimate(link) == pytest.approx(link.flops / 1e12 or 10.0)

@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from megavtp.errors import UserError
 from megavtp.study import pages, runner
 from megavtp.study.cells import cells_of, links_of
 from megavtp.study.costs import rates_of
+from megavtp.study.record import read_record
 from megavtp.study.runner import run_study
 
 TABLES = ("results.csv", "results.json")
@@ -154,6 +157,42 @@ def test_a_second_point_or_seed_adds_to_what_is_there(tmp_path):
     run_study(small_study(tmp_path), stand_in, quiet)
     assert {link.kind for link in stand_in.ran} == {"dit", "generate"}
     assert all("seed-1" in link.folder.parts for link in stand_in.ran)
+
+
+def test_the_time_of_a_broken_link_is_not_taken_for_a_rate(tmp_path):
+    study = small_study(tmp_path, looks=[100], seeds=[0])
+
+    class Broken(StandIn):
+        def __call__(self, command, link, lock):
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_study(study, Broken(), quiet)
+    assert run_study(study, StandIn(), quiet) == 0
+    joint, ae = (link for link in links_of(cells_of(study)) if link.kind == "pretrain")
+    assert not read_record(joint).whole and read_record(ae).whole
+    rate = ae.flops / read_record(ae).seconds
+    assert rates_of([joint, ae], study.cost).flops_per_second["pretrain"] == pytest.approx(rate)
+
+
+def test_a_study_that_is_told_to_stop_tells_its_command_and_waits_for_it(tmp_path):
+    (link,) = [link for link in links_of(cells_of(small_study(tmp_path, looks=[100]))) if link.kind == "pretrain"][:1]
+    link.folder.mkdir(parents=True)
+    code = (
+        "import signal, sys, time\n"
+        "def save(*_):\n time.sleep(0.2)\n print('saved', flush=True)\n sys.exit(143)\n"
+        "signal.signal(signal.SIGINT, save)\nprint('ready', flush=True)\ntime.sleep(60)"
+    )
+
+    def stop() -> None:
+        while not (link.log.exists() and "ready\n" in link.log.read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    with runner._alone(link.folder) as lock, pytest.raises(KeyboardInterrupt):
+        runner.run_command([sys.executable, "-c", code], link, lock)
+    assert link.log.read_text().endswith("saved\n")
 
 
 def test_a_command_writes_to_the_log_and_its_lock_outlives_a_killed_study(tmp_path):
