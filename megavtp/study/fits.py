@@ -120,14 +120,14 @@ def _check_points(x: Array, name: str) -> None:
 class Prediction:
     """A point that was held out: what the others predict, the interval for such a point, and what was found.
 
-    ``off`` is the prediction over the observed value, less 1.
+    ``off`` is the prediction over the observed value, less 1; None if that value is 0.
     """
 
     x: float
     predicted: float
     interval: Interval
     observed: float
-    off: float
+    off: float | None
 
 
 def predict_largest(x: Array, y: Array, held_out: int, name: str) -> list[Prediction]:
@@ -136,7 +136,10 @@ def predict_largest(x: Array, y: Array, held_out: int, name: str) -> list[Predic
     curves = fit_curves(x[:kept], y[None, :kept], name=f"{name} without its {held_out} largest")
     (values,), ends = curves.at(x[kept:]), curves.interval_of_points(x[kept:])
     return [
-        Prediction(float(place), float(value), Interval(float(low), float(high)), float(seen), float(value / seen - 1))
+        Prediction(
+            float(place), float(value), Interval(float(low), float(high)), float(seen),
+            float(value / seen - 1) if seen else None,
+        )
         for place, value, low, high, seen in zip(x[kept:], values, ends[0][0], ends[1][0], y[kept:])
     ]
 

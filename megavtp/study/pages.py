@@ -93,9 +93,10 @@ def _line(line: Line) -> list[str]:
     where = f"{line.measure} of {line.line}"
     told = [f"{what} left out: {why}" for what, why in line.left_out.items()]
     for point in line.predictions:
+        off = "" if point.off is None else f", off by {point.off:+.1%}"
         told.append(
             f"{where} at {point.x:.3g}: predicted {point.predicted:.4g} ({_interval(point.interval)}), found "
-            f"{point.observed:.4g}, off by {point.off:+.1%}"
+            f"{point.observed:.4g}{off}"
         )
     return told
 

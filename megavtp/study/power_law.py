@@ -20,6 +20,8 @@ _EXPONENTS = np.geomspace(0.05, 4.0, 24)
 _SHIFTS = np.concatenate([[0.0], np.geomspace(0.01, 10.0, 13)])
 _LEAST, _MOST = np.array([0.0, np.log(0.02)]), np.array([30.0, np.log(8.0)])  # of b and log c
 _TINY = 1e-300
+_LEAST_GAIN = 1e-10  # of the loss, for a step to be taken
+_STUCK = 1e3  # a damping from which on steps are too short to gain anything
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,10 @@ def _descend(x: Array, y: Array, delta: Array, at: Array, shift: bool, steps: in
     for _ in range(steps):
         proposed = np.clip(state.at + _step(x, state, damping, shift), _LEAST, _MOST)
         found = _evaluate(x, y, delta, proposed, state.weight)
-        better = found.loss < state.loss
-        gain = (state.loss - found.loss)[better]
+        better = found.loss < state.loss * (1 - _LEAST_GAIN)
         state = _choose(better, found, state)
         damping = np.clip(np.where(better, damping / 5, damping * 4), 1e-9, 1e6)
-        if not better.any() and damping.min() > 1e3 or better.any() and (gain < 1e-12).all() and damping.min() > 1e-2:
+        if damping.min() > _STUCK:
             break
     return state
 

@@ -115,6 +115,24 @@ def test_a_known_crossing_is_found_within_its_interval():
     assert found.at == pytest.approx(6, rel=0.1) and found.interval.low < 6 < found.interval.high
 
 
+@pytest.mark.slow
+def test_the_interval_of_a_crossing_holds_the_truth():
+    rng, held = np.random.default_rng(7), []
+    for _ in range(200):
+        power, level = rng.uniform(0.6, 1.2), rng.uniform(27, 35)
+        right = (60 / (level - 20)) ** (1 / power)
+        steep, flat = 60 * PLACES**-power + 20, level + 0 * PLACES
+        one, other = (fit_curves(PLACES, (y + 0.5 * rng.standard_normal(9))[None], samples=300) for y in (steep, flat))
+        ends = crossing(one, other, "lower").interval
+        held.append((ends.low is None or ends.low <= right) and (ends.high is None or right <= ends.high))
+    assert 0.93 <= np.mean(held) <= 0.99
+
+
+def test_a_value_of_zero_has_no_share_to_be_off_by():
+    (found,) = predict_largest(PLACES, np.array([1, 0.5, 0.3, 0.2, 0.1, 0.1, 0.05, 0.02, 0.0]), 1, "recall")
+    assert found.off is None and found.observed == 0
+
+
 def test_too_few_points_are_one_line():
     with pytest.raises(UserError, match="the curve: 3 points, a fit needs 4 at different places"):
         fit_curves(PLACES[:3], np.ones((1, 3)))
