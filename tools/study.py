@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
-from megavtp.cli import run  # noqa: E402
+from megavtp.cli import go_on_unread, run  # noqa: E402
 from megavtp.options import Options, place, real, whole  # noqa: E402
 
 COMMANDS = {
@@ -55,7 +55,10 @@ def main() -> int:
     from megavtp.study.runner import run_study
 
     study = load_study(options.study, options.overrides)
-    status = run_study(study) if options.command == "run" else 0
+    status = 0
+    if options.command == "run":
+        go_on_unread()
+        status = run_study(study)
     cells = cells_of(study)
     if options.command == "plan" and options.gpus:
         flops = options.gpus * find_device(options.device).peak_tflops * 1e12 * options.utilization

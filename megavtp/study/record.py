@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megavtp.data.files import write_json
+from megavtp.data.files import unwritable, write_json
 from megavtp.errors import UserError
 from megavtp.json_file import form, read_json
 from megavtp.study.links import Link
@@ -20,7 +20,7 @@ RECORD = "link.json"
 
 @form
 class Record:
-    """``seconds`` counts the starts that ended by themselves, ``whole`` says that all did; ``exit`` is of the last."""
+    """``seconds`` counts the starts that ended by themselves; ``whole`` says that the first one was the only one."""
 
     version: Literal[1]
     command: str
@@ -43,9 +43,7 @@ def write_record(link: Link, record: Record) -> None:
         link.folder.mkdir(parents=True, exist_ok=True)
         write_json(link.folder / RECORD, vars(record), indent=1)
     except OSError as error:
-        raise UserError(
-            f"{link.folder / RECORD}: cannot be written ({error.strerror}); free disk space or set another output_dir"
-        ) from None
+        raise unwritable(link.folder / RECORD, error) from None
 
 
 def is_finished(link: Link, record: Record | None) -> bool:

@@ -8,8 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megavtp.data.files import write_atomic, write_json
-from megavtp.errors import UserError
+from megavtp.data.files import unwritable, write_atomic, write_json
 from megavtp.study.cells import Cell
 from megavtp.study.config import COLUMNS, StudyConfig
 from megavtp.study.curves import fit_results
@@ -48,9 +47,8 @@ def write_results(study: StudyConfig, cells: list[Cell]) -> None:
     writer.writerows(rows)
     fits = fit_results(study, rows)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / f"{TABLE}.csv", text.getvalue().encode())
         write_json(folder / f"{TABLE}.json", {"rows": rows, "curves": asdict(fits)}, indent=1)
     except OSError as error:
-        raise UserError(
-            f"{folder}: the results cannot be written ({error.strerror}); free disk space or set another output_dir"
-        ) from None
+        raise unwritable(folder / TABLE, error) from None

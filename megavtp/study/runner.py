@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from megavtp import cli
+from megavtp.data.files import unwritable
 from megavtp.data.folder_lock import FolderLock
 from megavtp.errors import UserError
 from megavtp.study.cells import cells_of, links_of
@@ -30,7 +31,11 @@ _RUNNING = "running"  # the file that a link's process holds locked
 _POLL = 2.0  # seconds between two looks at a link that an earlier start left running
 
 
-def run_study(study: StudyConfig, start: Start | None = None, tell: Callable[[str], None] = print) -> int:
+def _tell(line: str) -> None:
+    print(line, flush=True)
+
+
+def run_study(study: StudyConfig, start: Start | None = None, tell: Callable[[str], None] = _tell) -> int:
     """Run what is left of a study and write its results; return the exit status, 1 if a link failed.
 
     Raises:
@@ -41,8 +46,11 @@ def run_study(study: StudyConfig, start: Start | None = None, tell: Callable[[st
     links = links_of(cells)
     for link in links:
         check_unchanged(link, read_record(link))
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FolderLock(folder, "set another output_dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(folder, "set another output_dir")
+    except OSError as error:
+        raise unwritable(folder, error) from None
     failed: dict[Path, Link] = {}  # by the folder of each link that cannot finish, the one that failed
     try:
         for number, link in enumerate(links, 1):
@@ -73,8 +81,8 @@ def _failure(link: Link) -> str:
 
 def _finish(link: Link, record: Record | None, launcher: list[str], start: Start) -> bool:
     """Run a link's command and record how it ended; return whether it has finished."""
-    before, whole = (record.seconds, record.whole and record.state != "begun") if record else (0.0, True)
-    begun = Record(1, link.shown(launcher), dict(link.settings), "begun", None, before, whole)
+    before = record.seconds if record else 0.0
+    begun = Record(1, link.shown(launcher), dict(link.settings), "begun", None, before, whole=record is None)
     write_record(link, begun)
     with _alone(link.folder) as lock:
         if link.wants_new_place:

@@ -78,6 +78,12 @@ def test_a_measure_that_no_cell_has_and_too_few_points_are_told(tmp_path):
     assert "generation/fd of objectives=joint: 3 points, a fit needs 4 at different places" in told
 
 
+def test_a_place_that_cannot_be_written_is_told(tmp_path):
+    study = small_study(tmp_path, output_dir=str(tmp_path / "study.yaml" / "out"))
+    with pytest.raises(UserError, match="study.yaml/out: cannot be written \\(Not a directory\\)"):
+        run_study(study, StandIn())
+
+
 def test_a_damaged_record_is_told(tmp_path):
     study = small_study(tmp_path)
     run_study(study, StandIn(), lambda line: None)
