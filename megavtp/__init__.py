@@ -1,7 +1,5 @@
 """MegaVTP: parallel pre-training of visual tokenizers."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -3,8 +3,6 @@
 Nothing heavy is imported here: the scripts call ``guard`` before the imports that take seconds.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import os
@@ -19,15 +17,10 @@ from megavtp.errors import UserError
 INTERRUPTED = 130  # exit status after Ctrl-C (128 + SIGINT)
 
 
-def print_any_name() -> None:
-    """Let stdout escape what it cannot encode, as stderr does: a file's name need not be UTF-8."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call ``main`` and exit: its result or 0; 2 on ``UserError``, 130 on Ctrl-C, 141 if the pipe's reader left."""
-    print_any_name()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name need not be UTF-8: it is escaped, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     guard()
     try:
         status = main() or 0
@@ -56,8 +49,7 @@ def guard() -> None:
 
 
 def go_on_unread() -> None:
-    """Drop output that nobody reads any more: it is no reason to stop a long run. What stdout cannot encode is escaped,
-    as in ``print_any_name``."""
+    """Drop output that nobody reads any more: it is no reason to stop a long run. What cannot be encoded is escaped."""
     guard()
     sys.stdout, sys.stderr = _forgiving(sys.stdout), _forgiving(sys.stderr)
 

@@ -1,6 +1,4 @@
-"""Conversion of a checkpoint from one format to another: this decides whether it is a tokenizer's or a DiT's."""
-
-from __future__ import annotations
+"""This converts a checkpoint from one format to another, after it has found whether it is a tokenizer's or a DiT's."""
 
 from pathlib import Path
 
@@ -42,7 +40,10 @@ def convert(
     found = source_format or detect(path)
     if found == "lightningdit" and Path(path).is_dir():
         raise UserError(f"{path} is a folder, a LightningDiT is a .pt file: leave --from-format out, or name the file")
-    is_a_dit = found == "lightningdit" or (found == "native" and _holds_dit(path))
+    is_a_dit = found == "lightningdit"
+    if found == "native":
+        with open_checkpoint(path, verify="sizes") as checkpoint:
+            is_a_dit = is_dit(checkpoint)
     if is_a_dit and (to == "hf-vtp" or captions or statistics or decoder):
         raise UserError(f"{path} is a DiT; --to hf-vtp, --captions, --statistics and --decoder are for tokenizers")
     if not is_a_dit and (to == "lightningdit" or tokenizer):
@@ -52,8 +53,3 @@ def convert(
     if is_a_dit:
         return convert_dit(path, to, out, tokenizer, module_prefix)
     return convert_tokenizer(path, to, out, captions, statistics, found, decoder)
-
-
-def _holds_dit(path: str | Path) -> bool:
-    with open_checkpoint(path, verify="sizes") as checkpoint:
-        return is_dit(checkpoint)

@@ -1,7 +1,5 @@
 """JSON from a file is checked against a form before it is used: types, bounds, unknown keys."""
 
-from __future__ import annotations
-
 import codecs
 import json
 from collections.abc import Callable

@@ -3,19 +3,19 @@
 This file is light to import, as a tool parses its options before it loads torch.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from megavtp.errors import UserError, is_text
 
+N = TypeVar("N", int, float)
 _PATIENCE = 15.0  # seconds that the first process has to print the error, before the launcher ends all processes
 
 
@@ -43,31 +43,22 @@ def _first_process() -> bool:
 
 def whole(low: int, high: int) -> Callable[[str], int]:
     """Return the type of an option that takes whole numbers from ``low`` to ``high``."""
-
-    def number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {low:,} to {high:,}, got {text[:40]!r}")
-        return value
-
-    return number
+    return _number(int, f"a whole number from {low:,} to {high:,}", lambda value: low <= value <= high)
 
 
 def real(low: float, high: float, *, above: bool = False, below: bool = False) -> Callable[[str], float]:
     """Return the type of an option of numbers from ``low`` to ``high``; ``above`` and ``below`` exclude ends."""
+    wanted = f"a number {'above' if above else 'at least'} {low:g} and {'below' if below else 'at most'} {high:g}"
+    excluded = [end for end, is_excluded in ((low, above), (high, below)) if is_excluded]
+    return _number(float, wanted, lambda value: low <= value <= high and value not in excluded)
 
-    def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high or (above and value == low) or (below and value == high):
-            words = f"{'above' if above else 'at least'} {low:g} and {'below' if below else 'at most'} {high:g}"
-            raise argparse.ArgumentTypeError(f"must be a number {words}, got {text[:40]!r}")
-        return value
+
+def _number(kind: Callable[[str], N], wanted: str, is_valid: Callable[[N], bool]) -> Callable[[str], N]:
+    def number(text: str) -> N:
+        with suppress(ValueError):
+            if is_valid(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text[:40]!r}")
 
     return number
 
@@ -139,9 +130,13 @@ def _try_to_write(folder: Path, text: str) -> None:
         with tempfile.TemporaryFile(dir=nearest) as file:
             file.write(b"x")
     except OSError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text} cannot be written ({error.strerror}); choose another place"
-        ) from None
+        raise argparse.ArgumentTypeError(f"{text} cannot be written ({error.strerror}); choose another place") from None
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a tool that one process runs or several share."""
+    parser.add_argument("--device", default="auto", help="of a single process: auto, cpu, cuda or cuda:N")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
 
 
 # Types of options that several tools have.

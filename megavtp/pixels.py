@@ -4,8 +4,6 @@ Images are stored and displayed as uint8 in 0..255. Models take floats, normalis
 ImageNet.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -39,5 +37,4 @@ def to_uint8(image: Tensor) -> Tensor:
 
 def _per_channel(image: Tensor, lines: list[tuple[float, float]]) -> Tensor:
     """Compute a * channel + b with plain numbers: copying constant tensors to the device would stall the host."""
-    channels = zip(image.unbind(-3), lines)
-    return torch.stack([channel * a + b for channel, (a, b) in channels], -3)
+    return torch.stack([channel * a + b for channel, (a, b) in zip(image.unbind(-3), lines)], -3)

@@ -5,9 +5,8 @@
     images = tokenizer.decode(latents)          # back, in 0..1
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from megavtp.pixels import denormalise, normalise
 def load_tokenizer(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *,
     latents: str | Path | None = None,
-) -> Tokenizer:
+) -> "Tokenizer":
     """Load the tokenizer in a run's checkpoint folder or a released model's folder.
 
     Args:
@@ -63,8 +62,8 @@ class Tokenizer:
         self.device = torch.device(device)
         self.model = build_tokenizer(source, self.device, dtype)
         self._captions_at = source.captions
-        self._captions: CaptionTokenizer | None = None
 
+    @torch.no_grad()
     def encode(self, images: Tensor, normalised: bool = False) -> Tensor:
         """Return latents (b, C, H / patch, W / patch), float32, on the tokenizer's device.
 
@@ -72,10 +71,10 @@ class Tokenizer:
             images: (b, 3, H, W); uint8 in 0..255, or floating point in 0..1.
             normalised: subtract the channels' mean and divide by their std, as a DiT wants them.
         """
-        with torch.no_grad():
-            latents = self.model("encode", images=self._pixels(images)).float()
-            return self.statistics.normalise(latents) if normalised else latents
+        latents = self.model("encode", images=self._pixels(images)).float()
+        return self.statistics.normalise(latents) if normalised else latents
 
+    @torch.no_grad()
     def decode(self, latents: Tensor, normalised: bool = False) -> Tensor:
         """Return images (b, 3, h * patch, w * patch), float32 in 0..1, clamped.
 
@@ -85,43 +84,39 @@ class Tokenizer:
         channels = self.artifact.latent_channels
         if latents.ndim != 4 or latents.shape[1] != channels:
             raise UserError(f"latents of shape {tuple(latents.shape)}: expected (b, {channels}, h, w)")
-        with torch.no_grad():
-            latents = latents.to(self.device, torch.float32)
-            latents = self.statistics.denormalise(latents) if normalised else latents
-            images = self.model("decode", latents=latents).float()
-            return denormalise(images, self.artifact.pixel_mean, self.artifact.pixel_std).clamp_(0, 1)
+        latents = latents.to(self.device, torch.float32)
+        latents = self.statistics.denormalise(latents) if normalised else latents
+        images = self.model("decode", latents=latents).float()
+        return denormalise(images, self.artifact.pixel_mean, self.artifact.pixel_std).clamp_(0, 1)
 
+    @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """Return unit features (b, E), float32, in the space of ``encode_text``; ``images`` are as for ``encode``."""
         self._need("contrastive", "image projection")
-        with torch.no_grad():
-            return self.model("encode_image", images=self._pixels(images))
+        return self.model("encode_image", images=self._pixels(images))
 
+    @torch.no_grad()
     def encode_text(self, texts: list[str] | Tensor) -> Tensor:
         """Return unit features (b, E), float32, of captions or of their token ids (b, context_length)."""
         self._need("contrastive", "text encoder")
-        with torch.no_grad():
-            tokens = self._ids(texts) if isinstance(texts, Tensor) else self.captions.encode(list(texts))
-            return self.model("encode_text", tokens=tokens.to(self.device))
+        tokens = self._ids(texts) if isinstance(texts, Tensor) else self.captions.encode(list(texts))
+        return self.model("encode_text", tokens=tokens.to(self.device))
 
-    @property
+    @cached_property
     def captions(self) -> CaptionTokenizer:
         """Open the caption tokenizer on first use. UserError if it is missing or belongs to another model."""
         self._need("contrastive", "text encoder")
-        if self._captions is None:
-            text = self.model.config.text
-            found = load_captions(str(self._captions_at), self.path, text.context_length)
-            if found.vocab_size != text.vocab_size:
-                raise UserError(
-                    f"the caption tokenizer {self._captions_at} has {found.vocab_size} ids, the model "
-                    f"{text.vocab_size}: put the one it was trained with into {self.path} as captions.model"
-                )
-            self._captions = found
-        return self._captions
+        text = self.model.config.text
+        found = load_captions(str(self._captions_at), self.path, text.context_length)
+        if found.vocab_size != text.vocab_size:
+            raise UserError(
+                f"the caption tokenizer {self._captions_at} has {found.vocab_size} ids, the model {text.vocab_size}: "
+                f"put the one it was trained with into {self.path} as captions.model"
+            )
+        return found
 
     @property
     def statistics(self) -> LatentStatistics:
-        """Return the statistics of the latents. UserError if none have been extracted."""
         return self.artifact.needed_statistics(str(self.path))
 
     def take_statistics(self, artifact: TokenizerArtifact, where: str) -> None:

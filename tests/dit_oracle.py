@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megavtp.dit.config import DiTModelConfig
-from megavtp.dit.model.build import build_dit, load_full_dit
+from megavtp.dit.model.build import build_dit
 from megavtp.dit.model.model import DiT
+from megavtp.models.fitting import load_whole
+from megavtp.parallel.mesh import SINGLE
 
 DATA = Path(__file__).parent / "data" / "lightningdit"
 OFFICIAL = DiTModelConfig(width=144, depth=2, heads=2, latent_size=4, latent_channels=8, num_classes=10)
@@ -30,7 +32,7 @@ def stored_json(name: str) -> dict:
 def official_dit() -> DiT:
     """With the stored weights."""
     model = build_dit(OFFICIAL)
-    load_full_dit(model, stored("state"))
+    load_whole(model, stored("state"), SINGLE, dict(model.named_parameters()))
     return model
 
 

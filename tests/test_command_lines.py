@@ -14,7 +14,7 @@ from megavtp import options
 from megavtp.decoder.launcher import train_decoder
 from megavtp.dit.launcher import train_dit
 from megavtp.errors import UserError
-from megavtp.evaluation.distances import features
+from megavtp.evaluation.distances import measure
 from megavtp.launch.doctor import check
 from megavtp.pretraining.launcher import pretrain
 
@@ -249,7 +249,7 @@ def contents(folder: Path) -> dict[Path, int]:
 @pytest.mark.parametrize("command, said", ROWS, ids=[f"{i}-{said[:40]}" for i, (_, said) in enumerate(ROWS)])
 def test_a_mistake_is_one_line_and_leaves_nothing(command, said, world, monkeypatch, capsys):
     monkeypatch.chdir(world)
-    monkeypatch.setattr(features, "load_efficientnet", lambda device: None)  # takes a moment, and an optional package
+    monkeypatch.setattr(measure, "load_efficientnet", lambda device: None)  # takes a moment, and an optional package
     before = contents(world)
     status, told = run(shlex.split(command), monkeypatch, capsys)
     assert status == 2, told

@@ -14,11 +14,9 @@ import pytest
 
 from megavtp.config.load import load_config
 from megavtp.config.schema import DEMO_CONFIG, Config
-from megavtp.decoder.validate import validate_decoder
-from megavtp.dit.config import DiTConfig
-from megavtp.dit.validate import validate_dit
-from megavtp.launch.arguments import launcher_parser
-from megavtp.pretraining.validate import validate_pretraining
+from megavtp.decoder.launcher import DECODER
+from megavtp.dit.launcher import DIT
+from megavtp.pretraining.launcher import PRETRAINING
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,10 +28,7 @@ LAUNCHER_FLAGS = {
 }
 HOSTFILE_PROCESSES = 64  # "8 nodes of 8 GPUs named in a hostfile"
 SLURM_TASKS = 16  # the job script's nodes x tasks
-LAUNCHERS = {
-    "launchers/pretrain.py": (Config, validate_pretraining), "launchers/train_decoder.py": (Config, validate_decoder),
-    "launchers/train_dit.py": (DiTConfig, validate_dit),
-}
+LAUNCHERS = {f"launchers/{launcher.name}": launcher for launcher in (PRETRAINING, DECODER, DIT)}
 PLAIN = {"source .venv/bin/activate"}
 
 
@@ -102,11 +97,11 @@ def check_launch(words):
 
 
 def check_run(script, rest, world):
-    parser = launcher_parser(Path(script).name, "", "", "")
-    arguments = parser.parse_intermixed_args(rest)
-    root, check = LAUNCHERS[script]
-    config = ROOT / arguments.config if arguments.config else DEMO_CONFIG
-    check(load_config(config, root, arguments.overrides, arguments.deepspeed_config), world)
+    launcher = LAUNCHERS[script]
+    arguments = launcher.parser().parse_intermixed_args(rest)
+    config = ROOT / arguments.config if arguments.config else launcher.default
+    settings = load_config(config, launcher.settings, arguments.overrides, arguments.deepspeed_config)
+    launcher.validate(settings, world)
 
 
 def check_sbatch(words):

@@ -1,7 +1,5 @@
 """Say whether this environment has the builds that constraints.txt names and that are tested together."""
 
-from __future__ import annotations
-
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,13 +9,13 @@ NEEDED = ("torch", "deepspeed", "megavtp")
 
 
 def pinned(text: str) -> dict[str, str]:
-    """``name==version`` lines of a constraints file."""
+    """Return the ``name==version`` lines of a constraints file."""
     lines = (line.partition("#")[0].strip() for line in text.splitlines())
     return {name.strip(): wanted.strip() for name, _, wanted in (line.partition("==") for line in lines if line)}
 
 
 def problems(pins: dict[str, str]) -> list[str]:
-    """One line for each package that is missing, or not of its pinned version (a local part such as +cpu aside)."""
+    """Say which packages are missing, or not of their pinned version (a local part such as +cpu aside)."""
     found = []
     for name in {**dict.fromkeys(NEEDED), **pins}:
         try:

@@ -7,8 +7,6 @@
     python tools/convert_checkpoint.py --from lightningdit.pt --to native --out dit-ckpt
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys
@@ -44,11 +42,10 @@ def main() -> None:
     from megavtp.conversion import convert
     from megavtp.data.files import refuse_hub_id
 
-    decoder = options.decoder and refuse_hub_id(options.decoder)
     notes = convert(
         refuse_hub_id(options.source), options.to, options.out, source_format=options.from_format,
-        captions=options.captions, statistics=options.statistics, decoder=decoder,
-        tokenizer=options.tokenizer, module_prefix=options.module_prefix,
+        captions=options.captions, statistics=options.statistics, tokenizer=options.tokenizer,
+        decoder=options.decoder and refuse_hub_id(options.decoder), module_prefix=options.module_prefix,
     )
     for note in notes:
         print(f"note: {note}")

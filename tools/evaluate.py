@@ -6,18 +6,15 @@
 Distances of generated images to a reference: python tools/evaluate.py generation --help
 """
 
-from __future__ import annotations
-
 import argparse
-import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
 from megavtp.cli import guard  # noqa: E402
-from megavtp.dit.sampling.options import add_sampling_options  # noqa: E402
-from megavtp.options import BATCH, IMAGES, PIXELS, Options, new_file, place, place_name  # noqa: E402
+from megavtp.dit.sampling.settings import add_sampling_options  # noqa: E402
+from megavtp.options import BATCH, IMAGES, PIXELS, Options, add_device, new_file, place, place_name  # noqa: E402
 
 GENERATION = """Distances of generated images to a reference: gFID, KID, precision and recall with the weights of
 Inception, FD-EfficientNet and its like without. docs/metrics.md says which numbers can be compared.
@@ -39,7 +36,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--captions", type=place_name, help='"clip" or a tokenizer\'s file (default: the run\'s)')
     parser.add_argument("--max-samples", type=IMAGES, help="of each split (default: the run's evaluation.max_samples)")
     parser.add_argument("--batch-size", type=BATCH, help="images at a time (default: the run's evaluation.batch_size)")
-    parser.add_argument("--device", default="auto", help="of a single process: auto, cpu, cuda or cuda:N")
+    add_device(parser)
     parser.add_argument("--frechet", action="store_true", help="also FD-EfficientNet of the reconstructions")
     parser.add_argument("--inception", type=place, help="FID's Inception weights: rFID in place of FD-EfficientNet")
     parser.add_argument("--out", type=new_file(), help="write all metrics to this JSON file")
@@ -48,9 +45,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def parse_generation(arguments: list[str]) -> argparse.Namespace:
-    parser = Options(
-        "evaluate.py generation", description=GENERATION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    shown_as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = Options("evaluate.py generation", description=GENERATION, formatter_class=shown_as_it_is)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--samples-from", type=place, help="folder of images, or .npz of ADM's form")
     source.add_argument("--dit", type=place, help="checkpoint of a DiT, which draws the samples")
@@ -68,7 +64,7 @@ def parse_generation(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--label", help="with --dit: classes as often as in this key of the reference's metadata")
     parser.add_argument("--batch-size", type=BATCH, default=64, help="images at a time on each process (default: 64)")
-    parser.add_argument("--device", default="auto", help="of a single process: auto, cpu, cuda or cuda:N")
+    add_device(parser)
     parser.add_argument("--out", type=new_file(), help="write everything to this JSON file")
     parser.add_argument("--save-reference", type=new_file(".npz"), help="write the reference's statistics to this file")
     add_sampling_options(parser.add_argument_group("with --dit, how samples are drawn"))
@@ -76,15 +72,14 @@ def parse_generation(arguments: list[str]) -> argparse.Namespace:
 
 
 def checkpoint(options: argparse.Namespace) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from megavtp.evaluation import format_table, write_metrics
-    from megavtp.evaluation.distances.features import load_network
+    from megavtp.evaluation.distances.measure import load_network
     from megavtp.evaluation.tokenizer.checkpoint import CheckpointEvaluation
-    from megavtp.launch.tool import choose_device, join_others
+    from megavtp.launch.tool import join_others
     from megavtp.parallel.collectives import together
     from megavtp.training.pictures import reconstruction_grid
 
-    device, mesh = join_others(options.device, choose_device)
+    device, mesh = join_others(options.device)
     wants_network = options.frechet or options.inception
     frechet = together(lambda: load_network(options.inception, device)) if wants_network else None
     job = together(lambda: CheckpointEvaluation(
@@ -108,13 +103,9 @@ def checkpoint(options: argparse.Namespace) -> None:
 
 
 def generation(options: argparse.Namespace) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from megavtp.evaluation.generation.job import run_generation
-    from megavtp.launch.tool import choose_device, join_others
 
-    device, mesh = join_others(options.device, choose_device)
-    for line in run_generation(options, device, mesh):
-        print(line)
+    run_generation(options)
 
 
 if __name__ == "__main__":
@@ -127,4 +118,4 @@ if __name__ == "__main__":
         main, told = checkpoint, parse(words)
     from megavtp.launch.tool import run_tool
 
-    run_tool(lambda: main(told))
+    run_tool(main, told)

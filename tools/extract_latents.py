@@ -9,17 +9,14 @@ Stopped or killed, the same command goes on, with any number of processes; the f
 CPU a process computes on one core.
 """
 
-from __future__ import annotations
-
 import argparse
-import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
 from megavtp.cli import guard  # noqa: E402
-from megavtp.options import BAD, BATCH, WORKERS, Options, new_folder, place, place_name  # noqa: E402
+from megavtp.options import BAD, BATCH, WORKERS, Options, add_device, new_folder, place, place_name  # noqa: E402
 
 
 def parse() -> argparse.Namespace:
@@ -37,25 +34,20 @@ def parse() -> argparse.Namespace:
         "--workers", type=WORKERS, help="processes that decode, for each that encodes (default: 4; CPU: 0)"
     )
     parser.add_argument("--max-bad", type=BAD, default=1000, help="unreadable samples that a process may leave out")
-    parser.add_argument("--device", default="auto", help="of a single process: auto, cpu, cuda or cuda:N")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
+    add_device(parser)
     return parser.parse_args()
 
 
 def main(options: argparse.Namespace) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-
     from megavtp.config.precision import compute_dtype
     from megavtp.data.shards import split_folder
     from megavtp.extraction.job import Extraction, ExtractionSettings
-    from megavtp.launch.tool import choose_device, join_others
+    from megavtp.launch.tool import join_others
     from megavtp.parallel.collectives import together
     from megavtp.tokenizer import load_tokenizer
 
-    settings = ExtractionSettings(
-        options.label, options.flip, options.captions, options.batch_size, options.precision
-    )
-    device, mesh = join_others(options.device, choose_device)
+    settings = ExtractionSettings(options.label, options.flip, options.captions, options.batch_size, options.precision)
+    device, mesh = join_others(options.device)
     tokenizer = load_tokenizer(options.tokenizer, device, compute_dtype(options.precision))
     workers = options.workers if options.workers is not None else 4 if device.type == "cuda" else 0
     data = together(lambda: split_folder(options.data, options.split))
@@ -81,4 +73,4 @@ if __name__ == "__main__":
     told = parse()  # before the imports, which take seconds
     from megavtp.launch.tool import run_tool
 
-    run_tool(lambda: main(told))
+    run_tool(main, told)

@@ -7,11 +7,10 @@ Nothing is trained and no GPU is needed. Memory and traffic are counted on the r
 bounds from the device's data sheet.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
@@ -22,7 +21,7 @@ from megavtp.options import Options, place, real, whole  # noqa: E402
 CLIP_VOCABULARY = 49_408
 
 
-def parse() -> tuple[argparse.Namespace, list[str]]:
+def parse() -> argparse.Namespace:
     parser = Options(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=place, help="YAML recipe (default: the demo's)")
     parser.add_argument("--gpus", type=whole(1, 1_000_000), required=True, help="how many, over all nodes")
@@ -35,12 +34,11 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--top", type=whole(1, 1000), default=5, help="layouts to print (default: 5)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the recipe's")
-    options = parser.parse_args()
-    return options, options.overrides
+    return parser.parse_args()
 
 
 def main() -> int:
-    options, overrides = parse()
+    options = parse()
     from megavtp.config.load import load_config
     from megavtp.config.run import ParallelConfig
     from megavtp.config.schema import DEMO_CONFIG, Config
@@ -55,7 +53,7 @@ def main() -> int:
 
     device = find_device(options.device)
     memory = device.memory if options.memory is None else options.memory
-    recipe = load_config(options.config or DEMO_CONFIG, Config, overrides)
+    recipe = load_config(options.config or DEMO_CONFIG, Config, options.overrides)
     # Of the recipe's layout only precision and kernels count: the rest is what is sought.
     given = recipe.parallel
     alone = ParallelConfig(precision=given.precision, attention=given.attention, timeout=given.timeout)
@@ -65,7 +63,7 @@ def main() -> int:
     if config.model.text.vocab_size is None:
         config = with_vocabulary(config, CLIP_VOCABULARY)
         print(f"vocabulary  taken as CLIP's {CLIP_VOCABULARY:,}; set model.text.vocab_size for your tokenizer's")
-    groups = lambda named: parameter_groups(named, config.train.optimizer)  # noqa: E731
+    groups = partial(parameter_groups, config=config.train.optimizer)
     planner = Planner(config, groups, device, options.gpus_per_node)
     budget = memory * (1 - options.margin) * GIB
     print("\n".join(report.model_lines(config, parameter_counts(config))))

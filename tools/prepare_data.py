@@ -6,8 +6,6 @@
     python tools/prepare_data.py check  data/own                       # decode everything, name what is bad
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -40,11 +38,10 @@ def parse() -> argparse.Namespace:
 
     def add_writer(name: str, text: str, fraction: float, vocab: int) -> Options:
         sub = add(name, text)
+        ids, share = whole(LEAST_IDS, MOST_IDS), real(0, 1, below=True)
         out = "folder to make, with train/, test/ and captions.model"
         sub.add_argument("--out", type=new_folder, required=True, help=out)
-        share = real(0, 1, below=True)
         sub.add_argument("--test-fraction", type=share, default=fraction, help="share that goes to test/")
-        ids = whole(LEAST_IDS, MOST_IDS)
         sub.add_argument("--vocab-size", type=ids, default=vocab, help="ids of the caption tokenizer, at most")
         sub.add_argument("--shard-size", type=IMAGES, default=1000, help="samples of one shard, at most")
         sub.add_argument("--seed", type=SEED, default=0, help="of the split and of the order")

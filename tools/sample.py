@@ -7,10 +7,7 @@
         --shift 0.075 --out samples.npz
 """
 
-from __future__ import annotations
-
 import argparse
-import logging
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
 from megavtp.cli import guard  # noqa: E402
-from megavtp.dit.sampling.options import add_sampling_options, place_of_samples  # noqa: E402
-from megavtp.options import BATCH, IMAGES, Options, place  # noqa: E402
+from megavtp.dit.sampling.settings import add_sampling_options, place_of_samples  # noqa: E402
+from megavtp.options import BATCH, IMAGES, Options, add_device, place  # noqa: E402
 
 
 def parse() -> argparse.Namespace:
@@ -32,29 +29,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=place_of_samples, required=True, help="x.png, x.npz (ADM's form) or a new folder")
     add_sampling_options(parser)
     parser.add_argument("--batch-size", type=BATCH, default=32, help="images at a time on each process (default: 32)")
-    parser.add_argument("--device", default="auto", help="of a single process: auto, cpu, cuda or cuda:N")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
+    add_device(parser)
     return parser.parse_args()
 
 
 def main(options: argparse.Namespace) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    from megavtp.config.precision import compute_dtype
-    from megavtp.dit.sampling.command import names_of, samples_of, settings_of
     from megavtp.dit.sampling.output import open_output
-    from megavtp.dit.sampling.sampler import all_images, open_sampler
-    from megavtp.launch.tool import choose_device, join_others
+    from megavtp.dit.sampling.sampler import all_images, sampler_of
+    from megavtp.dit.sampling.samples import names_of, samples_of
+    from megavtp.launch.tool import join_others
 
-    device, mesh = join_others(options.device, choose_device)
-    sampler = open_sampler(
-        options.dit, options.tokenizer, settings_of(options), device, average=options.weights == "average",
-        dtype=compute_dtype(options.precision),
-    )
+    device, mesh = join_others(options.device)
+    sampler = sampler_of(options, device)
     samples = samples_of(sampler.dit, options.classes, options.caption, options.per_class)
     first = mesh.rank == 0
     with open_output(options.out, names_of(sampler.dit, samples)) if first else nullcontext() as add:
-        quiet = not (first and sys.stderr.isatty())
-        for images in all_images(sampler, samples, options.batch_size, mesh, quiet):
+        for images in all_images(sampler, samples, options.batch_size, mesh, not (first and sys.stderr.isatty())):
             if add is not None:
                 add(images)
     if first:
@@ -66,4 +56,4 @@ if __name__ == "__main__":
     told = parse()  # before the imports, which take seconds
     from megavtp.launch.tool import run_tool
 
-    run_tool(lambda: main(told))
+    run_tool(main, told)

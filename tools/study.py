@@ -9,8 +9,6 @@
 Started again, `run` skips what has finished and goes on with what was broken off. docs/study.md describes the file.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """This runs one task at a time in the background and keeps its error for the next caller that waits."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 

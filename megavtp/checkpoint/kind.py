@@ -1,7 +1,5 @@
 """This tells the checkpoint of a DiT from that of a tokenizer."""
 
-from __future__ import annotations
-
 from megavtp.checkpoint.reading import Checkpoint
 
 FACTS = "dit"  # key in a DiT's metadata: {"visual_tokenizer": ..., "classes": names or None}

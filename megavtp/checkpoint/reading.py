@@ -1,7 +1,5 @@
 """This reads checkpoint folders: it verifies them, gives their content, and finds the newest intact one."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json
@@ -12,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -24,15 +22,12 @@ from megavtp.config.load import from_dict
 from megavtp.errors import UserError
 from megavtp.json_file import Count, check_form, form, parse_json
 
-_Format = Literal["megavtp-checkpoint"]
-_Version = Literal[1]
-FORMAT: _Format = "megavtp-checkpoint"
-VERSION: _Version = 1
+FORMAT, VERSION = "megavtp-checkpoint", 1
 INDEX = "checkpoint.json"
 LATEST = "latest"  # the name of the link to the newest checkpoint
 STEP_FOLDER = re.compile(r"step-(\d{8,})(\.replaced-.+)?")  # the second form is an intact one that was being replaced
 _STEP_IN_NAME = re.compile(r"step-(\d{8,})(?:\.|$)")
-_PARTIAL_FOLDER = re.compile(r"step-(\d{8,})\.partial-.+")
+UNFINISHED = re.compile(r"step-(\d{8,})\.(partial|deleting)-(.+)")
 _TENSOR_FILE = re.compile(r"tensors-\d{5}\.safetensors")  # nothing else is opened, so an index cannot name ../secrets
 _HASHERS = 8  # threads; hashlib releases the interpreter lock
 _OTHER = "use another checkpoint"
@@ -41,6 +36,7 @@ _Dtype = Annotated[str, Field(pattern=f"^({'|'.join(_CODES)})$")]
 
 T = TypeVar("T")
 R = TypeVar("R")
+Verify = bool | Literal["sizes"]
 log = logging.getLogger(__name__)
 
 
@@ -58,19 +54,19 @@ class TensorFacts:
 
 
 @form
-class Part:
-    """One writer's contribution: what is recorded of its file and of its tensors, by name."""
+class Contribution:
+    """What one writer records of its file and of its tensors, by name."""
 
     files: dict[str, FileFacts]
     tensors: dict[str, TensorFacts]
 
 
 @form
-class Index(Part):
+class Index(Contribution):
     """The content of ``checkpoint.json``."""
 
-    format: _Format
-    version: _Version
+    format: Literal["megavtp-checkpoint"]
+    version: Literal[1]
     step: Count
     meta: dict[str, Any]
     digest: str
@@ -81,7 +77,6 @@ def step_folder(step: int) -> str:
 
 
 def named_step(folder: str) -> int | None:
-    """Return the step in a folder's name, or None if there is none."""
     named = _STEP_IN_NAME.match(folder)
     return int(named[1]) if named else None
 
@@ -99,7 +94,7 @@ class Checkpoint:
     from pruning it.
     """
 
-    def __init__(self, path: Path, index: Index, lock: int):
+    def __init__(self, path: Path, index: Index, lock: BinaryIO):
         self.path = path
         self.step = index.step
         self.meta = index.meta
@@ -109,15 +104,11 @@ class Checkpoint:
         for name, tensor in index.tensors.items():
             self._told[tensor.file][name] = (_CODES[tensor.dtype], tensor.shape)
         self._handles: dict[str, Any] = {}
-        self._lock: int | None = lock
+        self._lock = lock
 
     @property
     def names(self) -> list[str]:
-        """The names of all tensors, sorted."""
         return sorted(self._tensors)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entry(name).shape)
@@ -127,31 +118,28 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Read the whole tensor into host memory."""
-        return self._handle(name).get_tensor(name)
+        file = self._entry(name).file
+        if file not in self._handles:
+            self._handles[file] = self._open(file)
+        return self._handles[file].get_tensor(name)
 
     def fact(self, name: str, expected: type[T]) -> T:
         """Return an entry of the metadata in the expected form, see ``json_file``. UserError if it does not have it."""
         return check_form(self.meta.get(name), expected, f"{self.path}: its meta.{name}", _OTHER)
 
     def config(self, root: type[T], checked: Callable[[T], R]) -> R:
-        """Read the configuration of the run that wrote this checkpoint as a ``root``, and return ``checked`` of it.
-
-        Raises:
-            UserError: it is no ``root``, or ``checked`` refuses it.
-        """
+        """Return ``checked`` of the configuration of the run that wrote this. UserError: it refuses it, or it is no
+        ``root``."""
         try:
             return checked(from_dict(self.fact("config", dict[str, Any]), root))
         except UserError as error:
             raise UserError(f"{self.path}: its configuration cannot be used: {error}; {_OTHER}") from None
 
     def close(self) -> None:
-        """Close the files and release the lock against pruning."""
         self._handles.clear()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.close()
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> "Checkpoint":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -164,12 +152,6 @@ class Checkpoint:
         if name not in self._tensors:
             raise UserError(f"{self.path}: no tensor {name!r} in this checkpoint; was it saved by another recipe?")
         return self._tensors[name]
-
-    def _handle(self, name: str) -> Any:
-        file = self._entry(name).file
-        if file not in self._handles:
-            self._handles[file] = self._open(file)
-        return self._handles[file]
 
     def _open(self, file: str) -> Any:
         """Open a file and check that its header describes the tensors as the index does, which no digest guarantees."""
@@ -191,7 +173,7 @@ class Checkpoint:
             self._open(file)
 
 
-def open_checkpoint(path: str | Path, verify: bool | Literal["sizes"] = True) -> Checkpoint:
+def open_checkpoint(path: str | Path, verify: Verify = True) -> Checkpoint:
     """Open one checkpoint folder.
 
     The name ``latest`` opens the newest folder beside it that verifies, wherever the link leads: a run may have been
@@ -202,11 +184,8 @@ def open_checkpoint(path: str | Path, verify: bool | Literal["sizes"] = True) ->
     Raises UserError that names the bad file and the remedy.
     """
     path = Path(path)
-    for _, newest in _newest_first(path.parent) if path.name == LATEST else ():
-        try:
-            return open_checkpoint(newest, verify)
-        except UserError as error:
-            log.warning("checkpoint skipped: %s", error)
+    if path.name == LATEST and (newest := _newest_intact(path.parent, verify)) is not None:
+        return newest[1]
     path = path.resolve()
     lock, index = _read_index(path)
     checkpoint = Checkpoint(path, index, lock)
@@ -221,36 +200,36 @@ def open_checkpoint(path: str | Path, verify: bool | Literal["sizes"] = True) ->
     return checkpoint
 
 
-def find_latest(
-    root: str | Path, verify: bool | Literal["sizes"] = True, last: int | None = None
-) -> Path | None:
-    """Find the newest checkpoint under ``root`` that verifies; each one that is skipped is logged with the reason.
+def find_latest(root: str | Path, verify: Verify = True, last: int | None = None) -> Path | None:
+    """Find the newest checkpoint under ``root`` that verifies and is not of a later step than ``last``.
 
-    ``last``: checkpoints of later steps are ignored.
+    Each one that is skipped is logged with the reason.
     """
     root = Path(root)
-    if not root.is_dir():
-        return None
-    found = None
     latest = math.inf if last is None else last
-    for step, entry in _newest_first(root):
-        if step > latest:
-            continue
-        try:
-            open_checkpoint(entry, verify).close()
-        except UserError as error:
-            log.warning("checkpoint skipped: %s", error)
-        else:
-            found = (step, entry)
-            break
-    for entry in root.iterdir():
-        match = _PARTIAL_FOLDER.fullmatch(entry.name)
-        if match and int(match[1]) <= latest and (found is None or int(match[1]) > found[0]):
+    folder, step = None, -1
+    if (found := _newest_intact(root, verify, latest)) is not None:
+        folder, step = found[0], found[1].step
+        found[1].close()
+    for entry in root.iterdir() if root.is_dir() else ():
+        match = UNFINISHED.fullmatch(entry.name)
+        if match and match[2] == "partial" and step < int(match[1]) <= latest:
             log.warning("checkpoint skipped: %s: its writing was interrupted", entry)
-    return found[1] if found else None
+    return folder
 
 
-def _newest_first(root: Path) -> Iterator[tuple[int, Path]]:
+def _newest_intact(root: Path, verify: Verify, last: float = math.inf) -> tuple[Path, Checkpoint] | None:
+    """Open the newest checkpoint of a step up to ``last`` that verifies; return its folder, too."""
+    for step, folder in newest_first(root):
+        if step <= last:
+            try:
+                return folder, open_checkpoint(folder, verify)
+            except UserError as error:
+                log.warning("checkpoint skipped: %s", error)
+    return None
+
+
+def newest_first(root: Path) -> Iterator[tuple[int, Path]]:
     """Give (step, folder) of every published checkpoint, intact or not, the newest first."""
     entries = root.iterdir() if root.is_dir() else ()
     matches = ((STEP_FOLDER.fullmatch(entry.name), entry) for entry in entries)
@@ -260,7 +239,7 @@ def _newest_first(root: Path) -> Iterator[tuple[int, Path]]:
 
 def has_checkpoints(root: str | Path) -> bool:
     """Tell whether ``root`` holds any published checkpoint, intact or not."""
-    return any(_newest_first(Path(root)))
+    return any(newest_first(Path(root)))
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -285,12 +264,12 @@ def try_exclusive(path: Path) -> int | None:
     return descriptor
 
 
-def _read_index(path: Path) -> tuple[int, Index]:
-    """Lock, read and check the index; return the locked descriptor and the index."""
+def _read_index(path: Path) -> tuple[BinaryIO, Index]:
+    """Lock, read and check the index; return the locked file and the index."""
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint folder; check the path")
     try:
-        descriptor = os.open(path / INDEX, os.O_RDONLY)
+        file = open(path / INDEX, "rb")
     except FileNotFoundError:
         inside = sorted(entry.name for entry in path.iterdir() if STEP_FOLDER.fullmatch(entry.name))
         remedy = f"name one of the checkpoints in it, such as {path / inside[-1]}" if inside else "use another one"
@@ -299,15 +278,14 @@ def _read_index(path: Path) -> tuple[int, Index]:
         raise UserError(f"{path / INDEX}: cannot be read ({error.strerror}); check its permissions") from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{path}: is just being deleted by the run that wrote it; use a newer one") from None
         except OSError:
             pass  # the file system has no locks: only the protection against pruning is missing
-        with open(descriptor, "rb", closefd=False) as file:
-            return descriptor, _parse_index(path / INDEX, file.read())
+        return file, _parse_index(path / INDEX, file.read())
     except BaseException:
-        os.close(descriptor)
+        file.close()
         raise
 
 

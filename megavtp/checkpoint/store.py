@@ -11,46 +11,31 @@
 There is no pickle and no ``torch.distributed``: writers meet only in the file system, so they must share it.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from megavtp.checkpoint import reading
 from megavtp.checkpoint.background import BackgroundTask
-from megavtp.checkpoint.reading import (
-    FORMAT,
-    INDEX,
-    LATEST,
-    STEP_FOLDER,
-    VERSION,
-    Checkpoint,
-    Part,
-    digest_of,
-    find_latest,
-    open_checkpoint,
-    step_folder,
-    try_exclusive,
-)
-from megavtp.checkpoint.tensor_file import flush_folder, write_tensors, write_text
+from megavtp.checkpoint.reading import Checkpoint, find_latest, open_checkpoint
+from megavtp.checkpoint.tensor_file import flush_folder, write_tensors
+from megavtp.data.files import write_atomic
 from megavtp.errors import UserError
 from megavtp.json_file import read_json
 from megavtp.launch import phase
 
 __all__ = ["Checkpoint", "CheckpointStore", "find_latest", "open_checkpoint"]
-
-_UNFINISHED = re.compile(r"step-(\d{8,})\.(partial|deleting)-(.+)")
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +74,12 @@ class CheckpointStore:
         assert (meta is not None) == (writer == 0), "writer 0, and only it, gives the metadata"
         self.wait()
         self._attempt += 1
-        private = {name: _private(tensor.detach(), copy) for name, tensor in tensors.items()}
+        private = {
+            name: tensor.detach().to("cpu", copy=copy and tensor.device.type == "cpu").contiguous()
+            for name, tensor in tensors.items()
+        }
         meta_text = json.dumps(meta)  # a snapshot, like the tensors
-        partial = self.root / f"{step_folder(step)}.partial-{self._token}-{self._attempt}"
+        partial = self.root / f"{reading.step_folder(step)}.partial-{self._token}-{self._attempt}"
         self._task.start(lambda: self._write(partial, step, private, meta_text, writer, writers), "checkpoint-writer")
 
     def wait(self) -> None:
@@ -102,13 +90,11 @@ class CheckpointStore:
         """Clean up after a run that was killed. Writer 0 of the run that continues from the checkpoint ``newest`` calls
         this before its first save."""
         plain = newest.with_name(newest.name.split(".")[0])
-        try:
+        with self._tidying():
             if newest != plain and plain.exists():
                 self._delete(plain)  # it is damaged: ``newest`` was about to be replaced by it
             self._clean(None)  # this gives an interrupted replacement its old name back
             self._prune(plain)
-        except OSError as error:
-            self._untidy(error)
         self._point_latest(plain)
 
     def _write(
@@ -130,7 +116,7 @@ class CheckpointStore:
             _leave_note(partial, writer, message)
             raise UserError(message) from error
 
-    def _wait_for_parts(self, partial: Path, writers: int) -> list[Part]:
+    def _wait_for_parts(self, partial: Path, writers: int) -> list[reading.Contribution]:
         deadline = time.monotonic() + self._part_timeout
         pause = 0.01
         while True:
@@ -140,7 +126,7 @@ class CheckpointStore:
             missing = [index for index in range(writers) if _part_name(index) not in present]
             if not missing:
                 paths = (partial / _part_name(index) for index in range(writers))
-                return [read_json(path, Part, "check the file system, then restart") for path in paths]
+                return [read_json(path, reading.Contribution, "check the file system, then restart") for path in paths]
             if time.monotonic() > deadline:
                 raise UserError(
                     f"checkpoint {partial}: no part from writer(s) {', '.join(map(str, missing))} within "
@@ -149,21 +135,22 @@ class CheckpointStore:
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
 
-    def _publish(self, partial: Path, step: int, meta: Any, parts: list[Part]) -> None:
+    def _publish(self, partial: Path, step: int, meta: Any, parts: list[reading.Contribution]) -> None:
         index: dict[str, Any] = {
-            "format": FORMAT, "version": VERSION, "step": step, "meta": meta, "files": {}, "tensors": {},
+            "format": reading.FORMAT, "version": reading.VERSION, "step": step, "meta": meta,
+            "files": {}, "tensors": {},
         }
         for part in map(asdict, parts):
             twice = index["tensors"].keys() & part["tensors"].keys()
             assert not twice, f"two writers gave the tensors {sorted(twice)}"
             index["tensors"].update(part["tensors"])
             index["files"].update(part["files"])
-        index["digest"] = digest_of(index)
-        write_text(partial / INDEX, json.dumps(index))
+        index["digest"] = reading.digest_of(index)
+        write_atomic(partial / reading.INDEX, json.dumps(index).encode(), flush=True)
         for writer in range(len(parts)):
             (partial / _part_name(writer)).unlink()  # the index now has its content
         flush_folder(partial)
-        final = self.root / step_folder(step)
+        final = self.root / reading.step_folder(step)
         replaced = None
         if final.exists():  # a damaged one, before which the run resumed, or the same step again
             replaced = final.with_name(f"{final.name}.replaced-{self._token}-{self._attempt}")
@@ -171,20 +158,21 @@ class CheckpointStore:
         os.rename(partial, final)
         flush_folder(self.root)
         self._point_latest(final)
-        try:
+        with self._tidying():
             if replaced is not None:
                 self._delete(replaced)
             self._set_aside_later(step)
             self._prune(final)
-        except OSError as error:  # the checkpoint itself is safe
-            self._untidy(error)
 
-    def _untidy(self, error: OSError) -> None:
-        log.warning("%s: old checkpoints could not be tidied up (%s)", self.root, error)
+    @contextmanager
+    def _tidying(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # the newest checkpoint itself is safe
+            log.warning("%s: old checkpoints could not be tidied up (%s)", self.root, error)
 
     def _point_latest(self, newest: Path) -> None:
-        """Let the link lead to the checkpoint ``newest``."""
-        latest, link = self.root / LATEST, self.root / f"{LATEST}.tmp"
+        latest, link = self.root / reading.LATEST, self.root / f"{reading.LATEST}.tmp"
         try:
             if latest.is_symlink() and os.readlink(latest) == newest.name:
                 return
@@ -203,21 +191,17 @@ class CheckpointStore:
                 log.warning("%s is newer than the step %d just written: kept aside as %s", folder, step, aside.name)
 
     def _prune(self, newest: Path) -> None:
-        for _, folder in sorted(self._published())[: -self._keep_last]:
+        for _, folder in self._published()[self._keep_last :]:
             if folder != newest:
                 self._delete(folder)
 
     def _published(self) -> list[tuple[int, Path]]:
-        found = []
-        for folder in self.root.iterdir():
-            match = STEP_FOLDER.fullmatch(folder.name)
-            if match and match[2] is None:
-                found.append((int(match[1]), folder))
-        return found
+        """Return step and folder of every checkpoint, the newest first, without those that are being replaced."""
+        return [(step, folder) for step, folder in reading.newest_first(self.root) if "." not in folder.name]
 
     def _delete(self, folder: Path) -> None:
         """Rename a checkpoint, so that nobody finds it half deleted, and delete it, unless somebody reads it."""
-        lock = try_exclusive(folder)
+        lock = reading.try_exclusive(folder)
         if lock is None:
             return
         try:
@@ -231,22 +215,16 @@ class CheckpointStore:
         """Remove what dead runs and failed attempts left; other writers may already be in ``partial``."""
         for folder in list(self.root.iterdir()):
             plain = folder.with_name(folder.name.split(".")[0])
-            if match := _UNFINISHED.fullmatch(folder.name):
-                if folder != partial and not self._is_ahead(match[3]):
+            if match := reading.UNFINISHED.fullmatch(folder.name):
+                token, _, attempt = match[3].rpartition("-")
+                is_ahead = token == self._token and int(attempt) > self._attempt
+                if folder != partial and not is_ahead:
                     shutil.rmtree(folder, ignore_errors=True)
-            elif STEP_FOLDER.fullmatch(folder.name) and folder != plain:  # a replacement was interrupted
+            elif reading.STEP_FOLDER.fullmatch(folder.name) and folder != plain:  # a replacement was interrupted
                 if plain.exists():
                     self._delete(folder)
                 else:
                     os.rename(folder, plain)
-
-    def _is_ahead(self, owner: str) -> bool:
-        token, _, attempt = owner.rpartition("-")
-        return token == self._token and int(attempt) > self._attempt
-
-
-def _private(tensor: Tensor, copy: bool) -> Tensor:
-    return tensor.to("cpu", copy=copy and tensor.device.type == "cpu").contiguous()
 
 
 def _part_name(writer: int) -> str:
@@ -267,13 +245,13 @@ def _write_part(partial: Path, writer: int, tensors: Mapping[str, Tensor]) -> No
         for name, tensor in tensors.items():
             dtype = str(tensor.dtype).removeprefix("torch.")
             part["tensors"][name] = {"file": file, "shape": list(tensor.shape), "dtype": dtype}
-    write_text(partial / _part_name(writer), json.dumps(part))
+    write_atomic(partial / _part_name(writer), json.dumps(part).encode(), flush=True)
 
 
 def _leave_note(partial: Path, writer: int, message: str) -> None:
     """Tell writer 0 at once, so that it does not wait for a part that will not come."""
     if writer != 0:
         try:
-            write_text(partial / f"part-{writer:05d}.failed", message)
+            write_atomic(partial / f"part-{writer:05d}.failed", message.encode(), flush=True)
         except OSError:
             log.warning("%s: writer 0 could not be told that writer %d failed", partial, writer)

@@ -5,8 +5,6 @@ also writes several entries of metadata in an order that changes from run to run
 Format: https://github.com/huggingface/safetensors#format (length of the header, JSON header, raw little-endian data).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -17,8 +15,6 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
-
-from megavtp.data.files import write_atomic
 
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -40,9 +36,7 @@ def write_tensors(
     for name in names:
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end],
-        }
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -61,11 +55,6 @@ def write_tensors(
         os.fsync(file.fileno())
         size = file.tell()
     return size, digest.hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` so that the file appears only when it is whole and on the disk. Raises OSError."""
-    write_atomic(path, text.encode(), flush=True)
 
 
 def flush_folder(path: Path) -> None:

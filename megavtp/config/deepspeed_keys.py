@@ -5,8 +5,6 @@ A key is passed on if it changes speed or memory, but not the numbers of a step:
 that it does not know, so the names are checked here, against release 0.19.8.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping
 from typing import Any
@@ -80,10 +78,9 @@ def check(section: Mapping[str, Any], zero_stage: int) -> None:
     if not isinstance(zero, Mapping):
         raise UserError(f"deepspeed.zero_optimization: expected a mapping of keys, got {zero!r}")
     for key in [*section, *(f"zero_optimization.{name}" for name in zero)]:
-        if key in OWNED:
-            raise UserError(f"deepspeed.{key}: is MegaVTP's to set; remove it: {OWNED[key]}")
-        if key in REFUSED:
-            raise UserError(f"deepspeed.{key}: does not work here; remove it: {REFUSED[key]}")
+        for table, why in ((OWNED, "is MegaVTP's to set"), (REFUSED, "does not work here")):
+            if key in table:
+                raise UserError(f"deepspeed.{key}: {why}; remove it: {table[key]}")
         if key not in PASSED:
             near = difflib.get_close_matches(key, [*PASSED, *OWNED, *REFUSED], n=1)
             hint = f"did you mean deepspeed.{near[0]}?" if near else "remove it"

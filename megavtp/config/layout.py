@@ -1,11 +1,11 @@
 """The rules of a layout that every kind of run has. Each error names the keys in question and the remedy."""
 
-from __future__ import annotations
-
+from collections.abc import Mapping
 from typing import Any
 
 from megavtp.config.ranges import divides, need
 from megavtp.config.run import ParallelConfig
+from megavtp.config.share import PassShare
 
 
 def check_pipeline(p: ParallelConfig, depth: int, depth_key: str, tower: str) -> None:
@@ -37,11 +37,38 @@ def check_pipeline(p: ParallelConfig, depth: int, depth_key: str, tower: str) ->
     )
 
 
-def check_sequence_parallel(p: ParallelConfig) -> None:
+def check_rotary(tower: Any, prefix: str) -> None:
+    """Check that the heads of a ``tower``, the section ``prefix``, take rotary positions on two axes."""
+    head = tower.width // tower.heads
+    need(
+        head % 4 == 0,
+        f"{prefix}.width = {tower.width} over {prefix}.heads = {tower.heads} gives heads of {head} channels: the "
+        "rotary position embedding needs a multiple of 4",
+    )
+
+
+def check_tensor_parallel(p: ParallelConfig, sizes: Mapping[str, int]) -> None:
+    """Check that tp divides ``sizes``, which are named for the message, and sequence parallelism."""
+    for key, size in sizes.items():
+        divides(p.tp, size, "parallel.tp", key, "use a tp that divides it")
     need(
         p.tp > 1 or not p.sequence_parallel,
         "parallel.sequence_parallel = true shares the tokens over tensor-parallel ranks, but parallel.tp = 1: raise "
         "parallel.tp, or set parallel.sequence_parallel=false",
+    )
+
+
+def check_streams(streams: int, batch: int, key: str) -> None:
+    """Check that every batch, ``key``, is an equal slice of every logical stream, whatever the layout."""
+    remedy = "every batch is an equal slice of every stream; change one of them"
+    divides(streams, batch, "data.streams", key, remedy)
+
+
+def check_micro_batch(part: PassShare, prefix: str, batch: str, dp: int) -> None:
+    """Check that micro-batches divide a rank's share of ``batch``, which is named for the message."""
+    divides(
+        part.micro_batch, part.local, f"{prefix}.micro_batch", f"a rank's share of {batch}",
+        f"the share is {part.batch} / {dp} data-parallel ranks; use a micro-batch that divides it",
     )
 
 

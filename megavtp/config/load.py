@@ -1,16 +1,14 @@
 """Read a run's configuration: a YAML recipe, then an optional DeepSpeed file, then ``a.b.c=value`` overrides."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import yaml
 
-from megavtp.config.typed import build, hints, is_section, unknown
+from megavtp.config.typed import convert, described, unknown
 from megavtp.errors import UserError, is_text
 
 C = TypeVar("C")
@@ -51,27 +49,39 @@ def _data(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return section if isinstance(section, Mapping) else {}
 
 
-def from_dict(values: Mapping[str, Any], root: type[C]) -> C:
-    """Invert ``to_dict``; keys that are absent take their defaults."""
-    return build(root, values)
+def from_dict(values: Any, cls: type[C], root: type | None = None, prefix: str = "") -> C:
+    """Invert ``to_dict``; a key or section that is absent, and a section that is null, take their defaults.
+
+    For a section, ``root`` is the whole configuration's type and ``prefix`` begins its keys. Raises UserError.
+    """
+    if values is None:
+        values = {}
+    if not isinstance(values, Mapping):
+        where = prefix.rstrip(".") or "the config"
+        raise UserError(f"{where}: expected a mapping of keys, got {described(values)}")
+    kinds, made = get_type_hints(cls), {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if key not in kinds:
+            raise unknown(path, root or cls)
+        kind = kinds[key]
+        is_section = is_dataclass(kind)
+        made[key] = from_dict(value, kind, root or cls, f"{path}.") if is_section else convert(value, kind, path)
+    return cls(**made)
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return the configuration as nested dicts of plain JSON types; tuples become lists."""
-    return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
+def to_dict(value: Any) -> Any:
+    """Return a configuration as nested dicts of plain JSON types; tuples become lists."""
+    if is_dataclass(value):
+        return {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {k: to_dict(v) for k, v in value.items()}
+    return [to_dict(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def to_yaml(config: Any) -> str:
     """Write out every key of the configuration as YAML text; ``load_config`` reads an equal configuration from it."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return to_dict(value)
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 class _Loader(yaml.SafeLoader):
@@ -100,22 +110,20 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
-                continue
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is written twice", key.start_mark
-                )
-            seen.add(key.value)
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    problem = f"the key {key.value!r} is written twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
-        raise yaml.YAMLError(f"the key {twice!r} is written twice")
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise yaml.YAMLError(f"the key {key!r} is written twice")
+        values[key] = value
     return values
 
 
@@ -173,7 +181,7 @@ def _check_values(values: Any, where: str) -> None:
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with the keys of ``over``; where both hold a mapping, the two are merged in turn."""
+    """Return ``base`` with the keys of ``over``; where both hold a mapping, the two are merged in turn."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
@@ -190,21 +198,19 @@ def _apply(raw: dict[str, Any], override: str, root: type) -> None:
         raise UserError(f"{override[:200]!r}: an override is written key=value, for example train.steps=100")
     kind: Any = root
     for part in parts:  # sections must exist; inside a free mapping (deepspeed, lr_scale) any name will do
-        if is_section(kind):
-            if part not in hints(kind):
-                raise unknown(path, root)
-            kind = hints(kind)[part]
-        elif get_origin(kind) is dict:
+        if get_origin(kind) is dict:
             break
-        else:
+        if not is_dataclass(kind) or part not in get_type_hints(kind):
             raise unknown(path, root)
-    if is_section(kind):
-        raise UserError(f"{path}: is a section; set one of its keys: {', '.join(f'{path}.{k}' for k in hints(kind))}")
+        kind = get_type_hints(kind)[part]
+    if is_dataclass(kind):
+        keys = ", ".join(f"{path}.{key}" for key in get_type_hints(kind))
+        raise UserError(f"{path}: is a section; set one of its keys: {keys}")
     value = _parse(text, f"{path}={text[:40]}", is_file=False)
     for i, part in enumerate(parts[:-1]):
         if raw.get(part) is None:
             raw[part] = {}
-        elif not isinstance(raw[part], dict):
-            raise UserError(f"{'.'.join(parts[: i + 1])}: expected a mapping of keys, got {raw[part]!r}")
         raw = raw[part]
+        if not isinstance(raw, dict):
+            raise UserError(f"{'.'.join(parts[: i + 1])}: expected a mapping of keys, got {raw!r}")
     raw[parts[-1]] = value

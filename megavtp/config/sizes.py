@@ -8,15 +8,16 @@ encoder has the shape of DINOv2's ViT-g (1536 x 40, 24 heads), its text tower th
 tiny is for a demonstration on a CPU. The 4-layer ViT-L decoder of the paper's scaling studies is set in a recipe.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+from megavtp.arithmetic import ceil_div
+from megavtp.config.ranges import Depth, Width
 from megavtp.config.schema import Config, DecoderConfig, ModelConfig, Size, TextConfig, VisionConfig
 
 Shape = tuple[int, int, int]  # width, depth, heads
 
+OBJECTIVES = ("contrastive", "self_distillation", "reconstruction")  # in the order in which a step runs them
 TOWERS = ("vision", "text", "decoder", "dino_head", "discriminator")  # learning rates and gradient norms are per tower
 GLOBAL_CROPS = 2  # of each image in self-distillation; DINO's cross-view term compares the two
 DECODER_MLP_RATIO = 4.0  # the official config has no key for it
@@ -31,26 +32,28 @@ DECODER: dict[Size, Shape] = {**VISION, "tiny": (192, 4, 3)}
 
 
 @dataclass(frozen=True)
-class ResolvedVision(VisionConfig):
-    width: int = field(kw_only=True)
-    depth: int = field(kw_only=True)
-    heads: int = field(kw_only=True)
+class Resolved:
+    """A transformer whose shape is known."""
+
+    width: Width = field(kw_only=True)
+    depth: Depth = field(kw_only=True)
+    heads: Width = field(kw_only=True)
 
 
 @dataclass(frozen=True)
-class ResolvedText(TextConfig):
+class ResolvedVision(Resolved, VisionConfig): ...
+
+
+@dataclass(frozen=True)
+class ResolvedText(Resolved, TextConfig):
     """A text tower whose vocabulary size may still be open: the caption tokenizer decides it."""
 
-    width: int = field(kw_only=True)
-    depth: int = field(kw_only=True)
-    heads: int = field(kw_only=True)
-
 
 @dataclass(frozen=True)
-class ResolvedDecoder(DecoderConfig):
-    width: int = field(kw_only=True)
-    depth: int = field(kw_only=True)
-    heads: int = field(kw_only=True)
+class ResolvedDecoder(Resolved, DecoderConfig): ...
+
+
+Tower = ResolvedVision | ResolvedText | ResolvedDecoder
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,14 @@ def resolve_model(model: ModelConfig) -> ResolvedModel:
     """Fill each tower's width, depth and heads that are None from ``model.size``. Idempotent."""
     return narrowed(
         model, ResolvedModel,
-        vision=_fill(model.vision, ResolvedVision, VISION[model.size]),
-        text=_fill(model.text, ResolvedText, TEXT[model.size]),
-        decoder=_fill(model.decoder, ResolvedDecoder, DECODER[model.size]),
+        vision=filled(model.vision, ResolvedVision, VISION[model.size]),
+        text=filled(model.text, ResolvedText, TEXT[model.size]),
+        decoder=filled(model.decoder, ResolvedDecoder, DECODER[model.size]),
     )
 
 
-def _fill(tower: Any, kind: type[R], shape: Shape) -> R:
+def filled(tower: Any, kind: type[R], shape: Shape) -> R:
+    """Return ``tower`` as a ``kind`` whose width, depth and heads, where they are None, are those of ``shape``."""
     sizes = dict(zip(("width", "depth", "heads"), shape))
     return narrowed(tower, kind, **{name: sizes[name] for name in sizes if getattr(tower, name) is None})
 
@@ -112,4 +116,4 @@ def ffn_hidden(kind: str, width: int, ratio: float) -> int:
     if kind == "mlp":
         return hidden
     align = int(kind.removeprefix("swiglu") or 8)
-    return -(-int(hidden * 2 / 3) // align) * align
+    return ceil_div(int(hidden * 2 / 3), align) * align

@@ -1,27 +1,16 @@
 """The rules between keys, checked before anything runs. Each error names the keys in question and the remedy."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
-from megavtp.config import deepspeed_keys
-from megavtp.config.layout import check_pipeline, check_sequence_parallel, data_parallel_size
+from megavtp.config import deepspeed_keys, layout
 from megavtp.config.precision import with_precision
-from megavtp.config.ranges import (
-    MAX_DEPTH,
-    MAX_PIXELS,
-    MAX_ROWS,
-    MAX_WIDTH,
-    check_evaluation,
-    check_numbers,
-    divides,
-    need,
-    within,
-)
+from megavtp.config.ranges import MAX_WIDTH, check_ranges, check_run, divides, need, ordered
 from megavtp.config.schema import Config, ModelConfig
-from megavtp.config.share import Share, share
+from megavtp.config.share import share
 from megavtp.config.sizes import (
     DECODER_MLP_RATIO,
+    OBJECTIVES,
+    TOWERS,
     ResolvedConfig,
     ResolvedModel,
     contrastive_size,
@@ -29,8 +18,6 @@ from megavtp.config.sizes import (
     narrowed,
     resolve_model,
 )
-
-__all__ = ["Share", "check_model", "check_stored", "share", "validate", "with_vocabulary"]
 
 
 def validate(config: Config, world_size: int | None) -> ResolvedConfig:
@@ -41,15 +28,18 @@ def validate(config: Config, world_size: int | None) -> ResolvedConfig:
     resolved = narrowed(
         config, ResolvedConfig, model=check_model(config.model), parallel=with_precision(config.parallel)
     )
-    check_numbers(resolved)
+    check_run(resolved, TOWERS)
+    _numbers(resolved)
     _objectives(resolved)
     _model(resolved)
     _tensor_parallel(resolved)
-    check_pipeline(resolved.parallel, resolved.model.vision.depth, "model.vision.depth", "encoder")
+    layout.check_pipeline(resolved.parallel, resolved.model.vision.depth, "model.vision.depth", "encoder")
     _batches(resolved)
     deepspeed_keys.check(resolved.deepspeed, resolved.parallel.zero_stage)
     if world_size is not None:
-        _layout(resolved, world_size)
+        dp = layout.data_parallel_size(resolved, world_size)
+        for name, part in share(resolved, dp).passes.items():
+            layout.check_micro_batch(part, f"objectives.{name}", f"the {name} batch", dp)
     return resolved
 
 
@@ -64,6 +54,28 @@ def with_vocabulary(config: ResolvedConfig, vocab_size: int) -> ResolvedConfig:
     divides(tp, vocab_size, "parallel.tp", "the vocabulary of data.captions", "use a tp that divides it")
     text = replace(config.model.text, vocab_size=vocab_size)
     return replace(config, model=replace(config.model, text=text))
+
+
+def _numbers(config: ResolvedConfig) -> None:
+    """Check what no ``Range`` says of a single key."""
+    o, augment = config.objectives, config.data.augment
+    for name in OBJECTIVES:
+        dropped = getattr(o, name).drop_path
+        need(dropped < 1, f"objectives.{name}.drop_path = 1: must be below 1, or no block would train")
+    need(
+        o.reconstruction.decoder_momentum < 1,
+        "objectives.reconstruction.decoder_momentum = 1: must be below 1, or the average would never move",
+    )
+    need(config.model.init_std > 0, f"model.init_std = {config.model.init_std}: must be above 0")
+    ordered(o.self_distillation, "objectives.self_distillation", "mask_ratio")
+    for name in ("plain_scale", "global_scale", "local_scale"):
+        ordered(augment, "data.augment", name)
+        scale = getattr(augment, name)
+        need(scale[0] > 0, f"data.augment.{name} = {list(scale)}: must start above 0")
+    templates = config.evaluation.templates
+    need(bool(templates), "evaluation.templates is empty: give at least one, such as ['{}']")
+    for template in templates:
+        need("{}" in template, f"evaluation.templates: {template!r} has no {{}}, the place of the class name")
 
 
 def _objectives(config: ResolvedConfig) -> None:
@@ -97,39 +109,28 @@ def _objectives(config: ResolvedConfig) -> None:
 
 
 def check_stored(config: Config) -> ResolvedConfig:
-    """Check what is built and evaluated from a checkpoint's ``config``, not the rules of a run; fill the model's sizes.
-
-    Raises UserError.
-    """
-    check_evaluation(config.evaluation)
+    """Fill the model's sizes; check what is built and evaluated of a checkpoint, not the rules of a run. UserError."""
+    check_ranges(config.evaluation, "evaluation.")
     return narrowed(config, ResolvedConfig, model=check_model(config.model))
 
 
 def check_model(given: ModelConfig) -> ResolvedModel:
-    """Fill the sizes of the model of a recipe or of a file with weights, and check each by itself.
-
-    Raises UserError.
-    """
+    """Fill the sizes of the model of a recipe or of a file with weights, and check each by itself. UserError."""
     model = resolve_model(given)
+    check_ranges(model, "model.")
     for name in ("vision", "text", "decoder"):
         _tower(model, name)
-    within(model, "model", 1, MAX_PIXELS, "image_size", "patch_size")
-    within(model, "model", 1, MAX_WIDTH, "bottleneck")
-    within(model.text, "model.text", 2, MAX_WIDTH, "context_length")
-    if model.text.vocab_size is not None:
-        within(model.text, "model.text", 1, MAX_ROWS, "vocab_size")
-    within(model.dino_head, "model.dino_head", 1, MAX_ROWS, "prototypes")
-    within(model.dino_head, "model.dino_head", 1, MAX_WIDTH, "hidden", "bottleneck")
-    within(model.dino_head, "model.dino_head", 1, MAX_DEPTH, "layers")
-    crop = "choose a size in whole patches"
-    divides(model.patch_size, model.image_size, "model.patch_size", "model.image_size", crop)
+    _whole_patches(model, model.image_size, "model.image_size")
     return model
+
+
+def _whole_patches(model: ResolvedModel, size: int, key: str) -> None:
+    divides(model.patch_size, size, "model.patch_size", key, "choose a size in whole patches")
 
 
 def _model(config: ResolvedConfig) -> None:
     model, o, augment = config.model, config.objectives, config.data.augment
-    crop = "choose a size in whole patches"
-    divides(model.patch_size, contrastive_size(config), "model.patch_size", "objectives.contrastive.image_size", crop)
+    _whole_patches(model, contrastive_size(config), "objectives.contrastive.image_size")
     need(
         0 < contrastive_size(config) <= model.image_size,
         f"objectives.contrastive.image_size = {o.contrastive.image_size} is not from {model.patch_size} to "
@@ -142,23 +143,16 @@ def _model(config: ResolvedConfig) -> None:
             "enlarge the image, or use lpips-vgg",
         )
     if o.self_distillation.weight > 0:
-        divides(model.patch_size, augment.global_size, "model.patch_size", "data.augment.global_size", crop)
+        _whole_patches(model, augment.global_size, "data.augment.global_size")
         if augment.local_crops:
-            divides(model.patch_size, augment.local_size, "model.patch_size", "data.augment.local_size", crop)
+            _whole_patches(model, augment.local_size, "data.augment.local_size")
 
 
 def _tower(model: ResolvedModel, name: str) -> None:
     tower, prefix = getattr(model, name), f"model.{name}"
-    within(tower, prefix, 1, MAX_WIDTH, "width", "heads")
-    within(tower, prefix, 1, MAX_DEPTH, "depth")
     divides(tower.heads, tower.width, f"{prefix}.heads", f"{prefix}.width", "change one of them")
     if name != "text":
-        head = tower.width // tower.heads
-        need(
-            head % 4 == 0,
-            f"{prefix}.width = {tower.width} over {prefix}.heads = {tower.heads} gives heads of {head} channels: the "
-            "rotary position embedding needs a multiple of 4",
-        )
+        layout.check_rotary(tower, prefix)
     if hasattr(tower, "mlp_ratio"):
         hidden = tower.mlp_ratio * tower.width
         need(
@@ -168,8 +162,7 @@ def _tower(model: ResolvedModel, name: str) -> None:
 
 
 def _tensor_parallel(config: ResolvedConfig) -> None:
-    model, tp = config.model, config.parallel.tp
-    use = "use a tp that divides it"
+    model = config.model
     sizes = {
         "model.vision.heads": model.vision.heads,
         "model.vision's feed-forward width": ffn_hidden(model.vision.ffn, model.vision.width, model.vision.mlp_ratio),
@@ -189,29 +182,16 @@ def _tensor_parallel(config: ResolvedConfig) -> None:
     if config.objectives.self_distillation.weight > 0:
         sizes["model.dino_head.prototypes"] = model.dino_head.prototypes
         sizes["model.dino_head.hidden"] = model.dino_head.hidden
-    for key, size in sizes.items():
-        divides(tp, size, "parallel.tp", key, use)
-    check_sequence_parallel(config.parallel)
+    layout.check_tensor_parallel(config.parallel, sizes)
 
 
 def _batches(config: ResolvedConfig) -> None:
-    """Every batch is an equal slice of every logical stream, whatever the layout."""
-    data, batch, o = config.data, config.train.batch_size, config.objectives
-    remedy = "every batch is an equal slice of every stream; change one of them"
-    divides(data.streams, batch, "data.streams", "train.batch_size", remedy)
+    streams, batch = config.data.streams, config.train.batch_size
+    layout.check_streams(streams, batch, "train.batch_size")
     for name in ("self_distillation", "reconstruction"):
-        objective = getattr(o, name)
+        objective = getattr(config.objectives, name)
         if objective.weight == 0:
             continue
         key = f"objectives.{name}.batch"
         need(objective.batch <= batch, f"{key} = {objective.batch} exceeds train.batch_size = {batch}: lower it")
-        divides(data.streams, objective.batch, "data.streams", key, remedy)
-
-
-def _layout(config: ResolvedConfig, world_size: int) -> None:
-    dp = data_parallel_size(config, world_size)
-    for name, part in share(config, dp).passes.items():
-        divides(
-            part.micro_batch, part.local, f"objectives.{name}.micro_batch", f"a rank's share of the {name} batch",
-            f"the share is {part.batch} / {dp} data-parallel ranks; use a micro-batch that divides it",
-        )
+        layout.check_streams(streams, objective.batch, key)

@@ -3,8 +3,6 @@
 Shape letters: b samples of the share, v rows of an objective's subset, N patches of a global crop, M masked patches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +12,12 @@ import torch
 from torch import Tensor
 
 from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig
-from megavtp.data.augment import dino_view, plain_view
+from megavtp.data.augment import random_view
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.decode import decode_image
 from megavtp.data.loader import LoadedBatch
 from megavtp.data.masking import block_mask, mask_counts
-from megavtp.data.order import SampleOrder, step_positions, step_subset
+from megavtp.data.order import SampleOrder, StepOrder
 from megavtp.data.randomness import generator
 from megavtp.data.shards import ShardDataset
 
@@ -45,143 +43,11 @@ class Batch(LoadedBatch):
 
 
 def masked_rows(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the indices (M,) of the True entries of ``masks.flatten()``, and their weights (M,).
-
-    A weight is 1 / number masked in the crop. ``masks`` (..., N) bool must lie on the CPU: on a device this would wait.
-    """
+    """Return the indices (M,) of the True entries of ``masks.flatten()``, and their weights (M,), 1 / number masked in
+    the crop. ``masks`` (..., N) bool must lie on the CPU: on a device this would wait."""
     rows = masks.flatten().nonzero().squeeze(1)
     counts = masks.sum(-1).flatten()
     return rows, counts[rows // masks.shape[-1]].float().reciprocal_()
-
-
-class StepDataset(torch.utils.data.Dataset):
-    """``self[step]`` is the share of data-parallel rank ``dp_rank`` of ``dp_size`` in that step.
-
-    What a position gets depends neither on the ranks, nor on the worker that runs this, nor on other objectives.
-    Raises ``UserError`` if streams, batch sizes and dp_size do not divide, or if all candidates for a broken sample are
-    broken too.
-    """
-
-    def __init__(
-        self, dataset: ShardDataset, tokenizer: CaptionTokenizer, config: ResolvedConfig, dp_rank: int = 0,
-        dp_size: int = 1,
-    ):
-        self.dataset = dataset
-        self.tokenizer = tokenizer
-        self.config = config
-        self.dp_rank = dp_rank
-        self.dp_size = dp_size
-        data = config.data
-        self.order = SampleOrder(dataset.shard_counts, data.streams, data.shuffle_block, config.seed)
-        for purpose in ("ssl", "rec"):
-            self._subset(0, purpose)  # refuses sizes that do not divide now rather than in a worker
-        step_positions(0, config.train.batch_size, data.streams, dp_rank, dp_size)
-
-    def __getitem__(self, step: int) -> Batch:
-        with one_thread():
-            return self._batch(step)
-
-    def _batch(self, step: int) -> Batch:
-        config, objectives = self.config, self.config.objectives
-        place = step_positions(step, config.train.batch_size, config.data.streams, self.dp_rank, self.dp_size)
-        b = len(place.positions)
-        ssl_rows, rec_rows = self._subset(step, "ssl"), self._subset(step, "rec")
-        contrastive = objectives.contrastive.weight != 0
-        plain = np.full(b, contrastive)
-        plain[rec_rows] = True
-        slots = dict(zip(ssl_rows.tolist(), range(len(ssl_rows)), strict=True))
-
-        images = self._empty_images(plain) if plain.any() else None
-        crops = self._empty_crops(len(ssl_rows)) if slots else None
-        ids, captions = [""] * b, [""] * b
-        bad: list[str] = []
-        for row, position in enumerate(place.positions.tolist()):
-            slot = slots.get(row)
-            if slot is None and not plain[row]:
-                continue
-            image, ids[row], captions[row] = self._sample(int(place.streams[row]), int(place.indices[row]), bad)
-            if images is not None and plain[row]:
-                images[row] = self._plain(image, step, position)
-            if crops is not None and slot is not None:
-                self._crops(image, step, position, *(views[:, slot] for views in crops))
-        global_crops, local_crops = crops or (None, None)
-        masks = self._masks(step, len(ssl_rows)) if slots else None
-        return Batch(
-            step, ids, torch.from_numpy(place.positions), images,
-            self.tokenizer.encode(captions) if contrastive else None,
-            torch.from_numpy(ssl_rows) if slots else None,
-            torch.from_numpy(rec_rows) if len(rec_rows) else None,
-            global_crops, local_crops, masks, bad=bad,
-        )  # fmt: skip
-
-    def _subset(self, step: int, purpose: str) -> np.ndarray:
-        """Return the rows of this share, ascending, that an objective takes; none if it is off."""
-        objectives, config = self.config.objectives, self.config
-        objective = objectives.self_distillation if purpose == "ssl" else objectives.reconstruction
-        if objective.weight == 0:
-            return np.zeros(0, dtype=np.int64)
-        return step_subset(
-            config.seed, step, purpose, config.train.batch_size, objective.batch, config.data.streams,
-            self.dp_rank, self.dp_size,
-        )  # fmt: skip
-
-    def _sample(self, stream: int, index: int, bad: list[str]) -> tuple[Tensor, str, str]:
-        """Return (image, name, caption) of the stream's ``index``-th sample, or of one in its place."""
-
-        def read(shard: int, row: int) -> tuple[Tensor, str, str]:
-            raw = self.dataset.read(shard, row)
-            return decode_image(raw.image, self.config.data.max_pixels), raw.id, raw.caption
-
-        return self.order.read(
-            stream, index, read, self.dataset, bad,
-            "find them with `python tools/prepare_data.py check FOLDER` and prepare the data again without them",
-        )
-
-    def _plain(self, image: Tensor, step: int, position: int) -> Tensor:
-        a = self.config.data.augment
-        rng = generator(self.config.seed, "plain", step, position)
-        return plain_view(
-            image, self.config.model.image_size, a.plain_scale, a.plain_flip, rng,
-            color_jitter=a.plain_color_jitter, grayscale=a.plain_grayscale,
-        )  # fmt: skip
-
-    def _crops(self, image: Tensor, step: int, position: int, global_out: Tensor, local_out: Tensor) -> None:
-        """Write the DINO views of one image: global_out (2, 3, g, g), local_out (L, 3, l, l)."""
-        a, seed = self.config.data.augment, self.config.seed
-        common = dict(flip=a.flip, color_jitter=a.color_jitter, grayscale=a.grayscale)
-        for i, out in enumerate(global_out):
-            rng = generator(seed, "global crop", step, position, i)
-            solarize = a.solarize if i == 1 else 0.0
-            out.copy_(dino_view(image, a.global_size, a.global_scale, rng, blur=a.blur[i], solarize=solarize, **common))
-        for i, out in enumerate(local_out):
-            rng = generator(seed, "local crop", step, position, i)
-            out.copy_(dino_view(image, a.local_size, a.local_scale, rng, blur=a.blur[2], **common))
-
-    def _masks(self, step: int, share: int) -> Tensor:
-        """Draw masks (2, share, N) bool. Crops are numbered over the whole step, so no mask depends on the layout."""
-        ssl, seed = self.config.objectives.self_distillation, self.config.seed
-        side = self.config.data.augment.global_size // self.config.model.patch_size
-        counts = mask_counts(
-            seed, step, GLOBAL_CROPS * ssl.batch, side * side, ssl.mask_probability, ssl.mask_ratio
-        )
-        masks = np.zeros((GLOBAL_CROPS, share, side, side), dtype=bool)
-        for view in range(GLOBAL_CROPS):
-            first = view * ssl.batch + self.dp_rank * share
-            for slot in np.flatnonzero(counts[first : first + share]).tolist():
-                crop = first + slot
-                masks[view, slot] = block_mask(generator(seed, "mask", step, crop), side, side, int(counts[crop]))
-        return torch.from_numpy(masks.reshape(GLOBAL_CROPS, share, side * side))
-
-    def _empty_images(self, used: np.ndarray) -> Tensor:
-        make = torch.empty if used.all() else torch.zeros
-        return make(len(used), 3, self.config.model.image_size, self.config.model.image_size, dtype=torch.uint8)
-
-    def _empty_crops(self, count: int) -> tuple[Tensor, Tensor]:
-        a = self.config.data.augment
-        return (
-            torch.empty(GLOBAL_CROPS, count, 3, a.global_size, a.global_size, dtype=torch.uint8),
-            torch.empty(a.local_crops, count, 3, a.local_size, a.local_size, dtype=torch.uint8),
-        )
 
 
 @contextmanager
@@ -193,3 +59,104 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+class StepDataset:
+    """``self[step]`` is the share of data-parallel rank ``dp_rank`` of ``dp_size`` in that step.
+
+    What a position gets depends neither on the ranks, nor on the worker that runs this, nor on other objectives. Raises
+    ``UserError`` as ``StepOrder`` does.
+    """
+
+    def __init__(
+        self, dataset: ShardDataset, tokenizer: CaptionTokenizer, config: ResolvedConfig, dp_rank: int = 0,
+        dp_size: int = 1,
+    ):
+        self.dataset, self.tokenizer, self.config, self.dp_rank = dataset, tokenizer, config, dp_rank
+        order = SampleOrder(dataset.shard_counts, config.data.streams, config.data.shuffle_block, config.seed)
+        self.order = StepOrder(order, config.train.batch_size, dp_rank, dp_size)
+        for purpose in ("ssl", "rec"):
+            self._subset(0, purpose)  # refuses sizes that do not divide now rather than in a worker
+
+    @one_thread()
+    def __getitem__(self, step: int) -> Batch:
+        positions = self.order.positions
+        ssl_rows, rec_rows = self._subset(step, "ssl"), self._subset(step, "rec")
+        contrastive = self.config.objectives.contrastive.weight != 0
+        plain = np.full(len(positions), contrastive)
+        plain[rec_rows] = True
+        slots = {row: slot for slot, row in enumerate(ssl_rows.tolist())}
+
+        images = crops = None
+        size, a = self.config.model.image_size, self.config.data.augment
+        if plain.any():
+            images = (torch.empty if plain.all() else torch.zeros)(len(plain), 3, size, size, dtype=torch.uint8)
+        if slots:
+            crops = [
+                torch.empty(views, len(slots), 3, side, side, dtype=torch.uint8)
+                for views, side in ((GLOBAL_CROPS, a.global_size), (a.local_crops, a.local_size))
+            ]
+        ids, captions = [""] * len(plain), [""] * len(plain)
+        bad: list[str] = []
+        for row, position in enumerate(positions.tolist()):
+            if row not in slots and not plain[row]:
+                continue
+            image, ids[row], captions[row] = self._sample(step, position, bad)
+            if images is not None and plain[row]:
+                images[row] = random_view(
+                    image, size, a.plain_scale, generator(self.config.seed, "plain", step, position), flip=a.plain_flip,
+                    color_jitter=a.plain_color_jitter, grayscale=a.plain_grayscale,
+                )
+            if crops is not None and row in slots:
+                self._crops(image, step, position, *(views[:, slots[row]] for views in crops))
+        global_crops, local_crops = crops or (None, None)
+        return Batch(
+            step, ids, torch.tensor(positions), images,
+            self.tokenizer.encode(captions) if contrastive else None,
+            torch.from_numpy(ssl_rows) if slots else None,
+            torch.from_numpy(rec_rows) if len(rec_rows) else None,
+            global_crops, local_crops, self._masks(step, len(slots)) if slots else None, bad=bad,
+        )
+
+    def _subset(self, step: int, purpose: str) -> np.ndarray:
+        """Return the rows of this share, ascending, that an objective takes; none if it is off."""
+        objectives = self.config.objectives
+        objective = objectives.self_distillation if purpose == "ssl" else objectives.reconstruction
+        if objective.weight == 0:
+            return np.zeros(0, dtype=np.int64)
+        return self.order.subset(step, purpose, objective.batch)
+
+    def _sample(self, step: int, position: int, bad: list[str]) -> tuple[Tensor, str, str]:
+        """Return (image, name, caption) of the sample at a position, or of one in its place."""
+
+        def read(shard: int, row: int) -> tuple[Tensor, str, str]:
+            raw = self.dataset.read(shard, row)
+            return decode_image(raw.image, self.config.data.max_pixels), raw.id, raw.caption
+
+        remedy = "find them with `python tools/prepare_data.py check FOLDER` and prepare the data again without them"
+        return self.order.read(step, position, read, self.dataset, bad, remedy)
+
+    def _crops(self, image: Tensor, step: int, position: int, global_out: Tensor, local_out: Tensor) -> None:
+        """Write the DINO views of one image: global_out (2, 3, g, g), local_out (L, 3, l, l)."""
+        a, seed = self.config.data.augment, self.config.seed
+        common = dict(flip=a.flip, color_jitter=a.color_jitter, grayscale=a.grayscale)
+        for i, out in enumerate(global_out):
+            rng = generator(seed, "global crop", step, position, i)
+            own = dict(blur=a.blur[i], solarize=a.solarize if i == 1 else 0.0)
+            out.copy_(random_view(image, a.global_size, a.global_scale, rng, **common, **own))
+        for i, out in enumerate(local_out):
+            rng = generator(seed, "local crop", step, position, i)
+            out.copy_(random_view(image, a.local_size, a.local_scale, rng, blur=a.blur[2], **common))
+
+    def _masks(self, step: int, share: int) -> Tensor:
+        """Draw masks (2, share, N) bool. Crops are numbered over the whole step, so no mask depends on the layout."""
+        ssl, seed = self.config.objectives.self_distillation, self.config.seed
+        side = self.config.data.augment.global_size // self.config.model.patch_size
+        counts = mask_counts(seed, step, GLOBAL_CROPS * ssl.batch, side * side, ssl.mask_probability, ssl.mask_ratio)
+        masks = np.zeros((GLOBAL_CROPS, share, side, side), dtype=bool)
+        for view in range(GLOBAL_CROPS):
+            first = view * ssl.batch + self.dp_rank * share
+            for slot in np.flatnonzero(counts[first : first + share]).tolist():
+                crop = first + slot
+                masks[view, slot] = block_mask(generator(seed, "mask", step, crop), side, side, int(counts[crop]))
+        return torch.from_numpy(masks.reshape(GLOBAL_CROPS, share, side * side))

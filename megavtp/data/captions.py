@@ -1,23 +1,22 @@
 """Caption tokenizers, which turn text into ids."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
 import sentencepiece
-import torch
 from torch import Tensor
 
-from megavtp.data.clip_bpe import ClipTokenizer
+from megavtp.arithmetic import ceil_div
+from megavtp.data.clip_bpe import ClipTokenizer, framed
 from megavtp.data.files import refuse_remote, write_atomic
 from megavtp.data.sample_text import encodable
 from megavtp.errors import UserError
 
 _RESERVED = 3  # padding (0), start and end of text (the two largest ids)
 _MULTIPLE = 8  # of the vocabulary size: the embedding is cut over tensor-parallel ranks
+TRAINING_CAPTIONS = 1_000_000  # the most that a tokenizer is trained on
 _MAX_CHARS = 100_000  # of one caption; the context holds far fewer
 
 
@@ -29,55 +28,41 @@ class CaptionTokenizer(Protocol):
     context_length: int
 
     def encode(self, captions: list[str]) -> Tensor:
-        """Return (n, context_length) int64: start, text, end, zeros. Longer text is cut, and still ends so."""
-        ...
+        """Return (n, context_length) int64; see ``framed``."""
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model whose ids are shifted by one: 0 pads, ``vocab_size - 2`` starts, ``vocab_size - 1`` ends.
-
-    ``vocab_size`` is rounded up to a multiple of 8; the ids between the last piece and the start are never used.
-    """
+    """A sentencepiece model whose ids are shifted by one. ``vocab_size`` is rounded up to a multiple of 8; the ids
+    between the last piece and the start are never used."""
 
     def __init__(self, path: str | Path, context_length: int = 77):
         self.context_length = context_length
-        self._path = Path(path)
-        self._model = _load(self._path)
-        used = self._model.get_piece_size() + _RESERVED
-        self.vocab_size = -(-used // _MULTIPLE) * _MULTIPLE
+        self._path = path = Path(path)
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=self._path.read_bytes())
+        except FileNotFoundError:
+            raise UserError(f"caption tokenizer {path} does not exist; make it with tools/prepare_data.py") from None
+        except (OSError, RuntimeError) as error:
+            remedy = "set data.captions to one, or to clip"
+            raise UserError(f"{path} is no sentencepiece model ({error}); {remedy}") from None
+        self.vocab_size = ceil_div(self._model.get_piece_size() + _RESERVED, _MULTIPLE) * _MULTIPLE
 
     def __reduce__(self):
         return SentencePieceTokenizer, (self._path, self.context_length)
 
     def encode(self, captions: list[str]) -> Tensor:
-        """Return (n, context_length) int64; see ``CaptionTokenizer``."""
-        out = torch.zeros(len(captions), self.context_length, dtype=torch.long)
-        for row, pieces in zip(out, self._model.encode([encodable(caption[:_MAX_CHARS]) for caption in captions])):
-            pieces = pieces[: self.context_length - 2]
-            row[0] = self.vocab_size - 2
-            row[1 : 1 + len(pieces)] = torch.tensor(pieces) + 1
-            row[1 + len(pieces)] = self.vocab_size - 1
-        return out
-
-
-def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
-    try:
-        return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"caption tokenizer {path} does not exist; make it with tools/prepare_data.py") from None
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} is no sentencepiece model ({error}); set data.captions to one, or to clip") from None
+        texts = self._model.encode([encodable(caption[:_MAX_CHARS]) for caption in captions])
+        ids = [[piece + 1 for piece in pieces] for pieces in texts]
+        return framed(ids, self.context_length, self.vocab_size)
 
 
 def train_sentencepiece(captions: Iterable[str], out: str | Path, vocab_size: int = 8192) -> SentencePieceTokenizer:
-    """Train a unigram model whose tokenizer has at most ``vocab_size`` ids, and write it to ``out``.
+    """Train a unigram model with at most ``vocab_size`` ids, fewer for a small corpus, and write it to ``out``.
 
-    The same captions in the same order give the same file. Any text can be encoded: characters that are not in the
-    captions fall back to bytes. A small corpus yields fewer pieces. Raises ``UserError`` for captions that are all
-    blank and for a ``vocab_size`` too small for the characters of the captions.
+    The same captions in the same order give the same file. Characters that are not in the captions fall back to bytes.
+    ``UserError`` if all captions are blank, or if ``vocab_size`` is too small for their characters.
     """
-    lines = [" ".join(encodable(caption).split()) for caption in captions]
-    lines = [line for line in lines if line]
+    lines = list(filter(None, (" ".join(encodable(caption).split()) for caption in captions)))
     if not lines:
         raise UserError("no caption to train the caption tokenizer on; give the images captions")
     model = io.BytesIO()

@@ -1,10 +1,7 @@
 """The byte-pair encoding of CLIP (arXiv 2103.00020), which the released VTP models read: 49,408 ids."""
 
-from __future__ import annotations
-
 import gzip
 import html
-import importlib.util
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megavtp.data.files import find_installed
 from megavtp.data.sample_text import encodable
 from megavtp.errors import UserError
 
@@ -21,29 +19,26 @@ _SPECIALS = ("<start_of_text>", "<end_of_text>")
 _INSTALL = 'pip install "megavtp[clip]"'
 
 
-def _byte_symbols() -> tuple[list[str], dict[int, str]]:
+def framed(texts: list[list[int]], context_length: int, vocab_size: int) -> Tensor:
+    """Return (n, context_length) int64: the start id ``vocab_size - 2``, a text's ids, the end id ``vocab_size - 1``,
+    zeros. A longer text is cut."""
+    out = torch.zeros(len(texts), context_length, dtype=torch.long)
+    for row, ids in zip(out, texts):
+        ids = [vocab_size - 2, *ids[: context_length - 2], vocab_size - 1]
+        row[: len(ids)] = torch.tensor(ids)
+    return out
+
+
+def _byte_symbols() -> dict[int, str]:
     """Return a printable character for each byte, in the order of CLIP's vocabulary (GPT-2's table): printable Latin-1
     characters come first and stand for themselves, the other bytes follow from U+0100 on."""
     own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [byte for byte in range(256) if byte not in own]
-    symbol = {byte: chr(byte) for byte in own} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
-    return [symbol[byte] for byte in (*own, *rest)], symbol
-
-
-def find_merges() -> Path:
-    """Find the merges file of an installed open_clip_torch without importing it."""
-    spec = importlib.util.find_spec("open_clip")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if (Path(folder) / _FILE).is_file():
-            return Path(folder) / _FILE
-    raise UserError(f"data.captions=clip needs {_FILE} of the open_clip_torch package; {_INSTALL}, or name the file")
+    return {byte: chr(byte) for byte in own} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
 
 
 class ClipTokenizer:
-    """CLIP's tokenizer: captions become (n, context_length) ids, start 49406, end 49407, then zeros.
-
-    A caption that is too long is cut and still ends with the end id.
-    """
+    """CLIP's tokenizer, whose start and end ids are 49406 and 49407; see ``captions.CaptionTokenizer``."""
 
     def __init__(self, context_length: int = 77, path: str | Path | None = None):
         try:
@@ -53,10 +48,16 @@ class ClipTokenizer:
             raise UserError(f"the CLIP tokenizer needs the packages ftfy and regex ({error}); {_INSTALL}") from None
         self._fix = ftfy.fix_text
         self.context_length = context_length
-        ordered, self._symbol = _byte_symbols()
-        self._path = Path(path) if path else find_merges()
-        merges = _read_merges(self._path)
-        vocabulary = [*ordered, *(s + "</w>" for s in ordered), *("".join(m) for m in merges), *_SPECIALS]
+        self._symbol = _byte_symbols()
+        found = Path(path) if path else find_installed("open_clip", _FILE)
+        if found is None:
+            raise UserError(
+                f"data.captions=clip needs {_FILE} of the open_clip_torch package; {_INSTALL}, or name the file"
+            )
+        self._path = found
+        merges = _read_merges(found)
+        ends = (symbol + "</w>" for symbol in self._symbol.values())
+        vocabulary = [*self._symbol.values(), *ends, *map("".join, merges), *_SPECIALS]
         self._ids = {token: i for i, token in enumerate(vocabulary)}
         self._rank = {merge: i for i, merge in enumerate(merges)}
         self.vocab_size = len(vocabulary)
@@ -69,43 +70,29 @@ class ClipTokenizer:
         return ClipTokenizer, (self.context_length, self._path)
 
     def encode(self, captions: list[str]) -> Tensor:
-        """Return (n, context_length) int64."""
-        out = torch.zeros(len(captions), self.context_length, dtype=torch.long)
-        start, end = self.vocab_size - 2, self.vocab_size - 1
-        for row, caption in zip(out, captions):
-            text = html.unescape(html.unescape(self._fix(encodable(caption))))
-            text = " ".join(text.split()).lower()
-            ids = [start, *(i for word in self._words.findall(text) for i in self._word_ids(word))]
-            ids = [*ids[: self.context_length - 1], end]
-            row[: len(ids)] = torch.tensor(ids)
-        return out
+        texts = (html.unescape(html.unescape(self._fix(encodable(caption)))) for caption in captions)
+        words = (self._words.findall(" ".join(text.split()).lower()) for text in texts)
+        ids = [[i for word in text for i in self._word_ids(word)] for text in words]
+        return framed(ids, self.context_length, self.vocab_size)
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         if word in _SPECIALS:
             return (self._ids[word],)
         parts = [self._symbol[byte] for byte in word.encode()]
         parts[-1] += "</w>"
-        worst = len(self._rank)
-        while len(parts) > 1:
-            pairs = list(pairwise(parts))
-            best = min(pairs, key=lambda pair: self._rank.get(pair, worst))
-            if best not in self._rank:
-                break
-            parts = _merge(parts, best)
+        while known := self._rank.keys() & set(pairwise(parts)):
+            parts = _merge(parts, min(known, key=self._rank.__getitem__))
         return tuple(self._ids[part] for part in parts)
 
 
 def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
     """Join every occurrence of ``pair``, from the left."""
     out: list[str] = []
-    i = 0
-    while i < len(parts):
-        if i + 1 < len(parts) and (parts[i], parts[i + 1]) == pair:
-            out.append(parts[i] + parts[i + 1])
-            i += 2
-        else:
-            out.append(parts[i])
-            i += 1
+    waiting = parts[::-1]
+    while waiting:
+        part = waiting.pop()
+        joins = waiting and (part, waiting[-1]) == pair
+        out.append(part + waiting.pop() if joins else part)
     return out
 
 

@@ -1,13 +1,11 @@
 """Decoding: image bytes, whatever they hold, become an RGB uint8 tensor or a ``BadSample``."""
 
-from __future__ import annotations
-
 import io
 import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 try:
@@ -15,40 +13,30 @@ try:
 except ImportError:  # optional: 2 to 3 times Pillow's speed on JPEG, same pixels within rounding
     simplejpeg = None
 
+MAX_PIXELS = 64_000_000  # of an image, unless the user sets another limit
 # Only these are ever tried: some other decoders of Pillow start programs (EPS), and no training data need the rest.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-_ORIENTATION = 0x0112  # in EXIF; 1 is upright
 
 
 class BadSample(Exception):
     """One sample that cannot be used; the message is the reason. Loaders skip it, count it and name it."""
 
 
-def decode_image(data: bytes, max_pixels: int = 64_000_000) -> Tensor:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode to (3, H, W) uint8 RGB, upright by its EXIF orientation, transparency over white.
 
-    The strides are those of an interleaved image (channels last), which saves a copy.
-    Raises ``BadSample`` for bytes that are no whole image, or that announce more than ``max_pixels`` pixels (checked
-    before anything is decoded).
+    The strides are those of an interleaved image (channels last), which saves a copy. ``BadSample`` for bytes that are
+    no whole image, or that announce more than ``max_pixels`` pixels, which is checked before anything is decoded.
     """
     try:
         image = open_image(data, max_pixels)
-        pixels = _decode_jpeg(data, image)
-        if pixels is None:
-            pixels = np.array(to_rgb(image))
+        fast = _decode_jpeg(data, image)
+        pixels = np.array(to_rgb(image)) if fast is None else fast
     except BadSample:
         raise
     except Exception as error:  # decoders raise nearly anything on damaged bytes: OSError, SyntaxError, struct.error
         raise BadSample(f"cannot decode image: {type(error).__name__}: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Raise ``BadSample`` for an empty image or one of more than ``max_pixels`` pixels."""
-    if width < 1 or height < 1:
-        raise BadSample(f"empty image: {width} x {height} pixels")
-    if width * height > max_pixels:
-        raise BadSample(f"image too large: {width} x {height} pixels, the limit is {max_pixels} (data.max_pixels)")
 
 
 def open_image(data: bytes, max_pixels: int) -> Image.Image:
@@ -61,7 +49,12 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
             raise BadSample(f"image too large: {error}") from error
         except UnidentifiedImageError:  # its message holds a memory address: no two would be alike
             raise BadSample(f"cannot decode image: not of a known format ({', '.join(FORMATS)})") from None
-    check_size(*image.size, max_pixels)
+    if not all(image.size):
+        raise BadSample(f"empty image: {image.width} x {image.height} pixels")
+    if image.width * image.height > max_pixels:
+        raise BadSample(
+            f"image too large: {image.width} x {image.height} pixels, the limit is {max_pixels} (data.max_pixels)"
+        )
     return image
 
 
@@ -85,7 +78,7 @@ def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
     forgives some, so that the same pictures are good with and without the optional decoder."""
     if simplejpeg is None or image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
-    if image.getexif().get(_ORIENTATION, 1) != 1:
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         return None
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB")

@@ -1,41 +1,50 @@
 """Small file helpers. Paths are local, and no file is ever half-written under its final name."""
 
-from __future__ import annotations
-
 import contextlib
+import importlib.util
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megavtp.errors import UserError
 
 
-def write_atomic(path: Path, data: bytes, flush: bool = False) -> None:
-    """Write beside ``path`` and rename into place, so readers see all or nothing. ``flush`` it to the disk first."""
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a path beside ``path``. The file that is written there takes the place of ``path`` if the block ends
+    without an error, so readers see all or nothing; else it is deleted, which gives the space back."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            if flush:
-                file.flush()
-                os.fsync(file.fileno())
+        yield partial
         os.replace(partial, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
-            partial.unlink()  # give the space back
+            partial.unlink()
         raise
 
 
-def unwritable(path: Path, error: OSError) -> UserError:
-    """Return the error for a file of a run that cannot be written."""
-    return UserError(f"{path}: cannot be written ({error.strerror or error}); free disk space or set output_dir")
+def write_atomic(path: Path, data: bytes, flush: bool = False) -> None:
+    """Write a file whole or not at all; ``flush`` it to the disk before it is to be seen."""
+    with replaced(path) as partial, open(partial, "wb") as file:
+        file.write(data)
+        if flush:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     separators = (",", ":") if indent is None else None
     write_atomic(path, json.dumps(value, indent=indent, separators=separators).encode() + b"\n")
+
+
+def find_installed(package: str, inside: str | os.PathLike) -> Path | None:
+    """Find a file or folder inside an installed package, which is not imported."""
+    spec = importlib.util.find_spec(package)
+    places = [Path(folder, inside) for folder in spec.submodule_search_locations or ()] if spec else []
+    return next((place for place in places if place.exists()), None)
 
 
 def refuse_hub_id(spec: str | os.PathLike) -> Path:

@@ -1,7 +1,5 @@
 """A lock on the folder that a run writes to. The system releases it when the process ends, however it ends."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
@@ -33,18 +31,14 @@ class _Owner:
 
 
 class FolderLock:
-    """A lock that is held until ``close``, or until the process ends.
+    """A lock of a folder that exists, held until ``close``, or until the process ends.
 
     It is a record lock (fcntl), not one of flock, so that forked children such as loader workers, which may outlive a
     killed run for a while, do not hold it. The system drops it when this process closes any descriptor of the file,
     so nothing else here opens the file.
 
-    Args:
-        folder: exists.
-        remedy: what the user can do if another run holds it, besides waiting for that one.
-
-    Raises:
-        UserError: another run holds it. OSError: the folder cannot be written.
+    Raises ``UserError`` if another run holds it; ``remedy`` says what the user can do besides waiting for that one.
+    Raises ``OSError`` if the folder cannot be written.
     """
 
     def __init__(self, folder: Path, remedy: str):
@@ -53,11 +47,8 @@ class FolderLock:
         self._descriptor: int | None = self._acquire(_PATIENCE)
 
     def renew(self) -> bool:
-        """Make and lock the folder again if it was deleted or moved away; return whether it was.
-
-        Raises:
-            UserError: another run has taken the place. OSError: it cannot be made.
-        """
+        """Make and lock the folder again if it was deleted or moved away; return whether it was. ``UserError`` if
+        another run has taken the place, ``OSError`` if it cannot be made."""
         if self._descriptor is None or leads_to(self.path, self._descriptor):
             return False
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,26 +76,22 @@ class FolderLock:
                         "%s: no lock on this file system (%s): see to it yourself that no other run writes there",
                         self.path.parent, error.strerror,
                     )
-                    return self._signed(descriptor)
+                    break
                 owner = _owner(descriptor)
                 os.close(descriptor)
                 if time.monotonic() >= deadline:
                     raise UserError(
-                        f"{self.path.parent} is in use by another run ({owner}); wait for it, end it, or "
-                        f"{self._remedy}"
+                        f"{self.path.parent} is in use by another run ({owner}); wait for it, end it, or {self._remedy}"
                     ) from None
                 time.sleep(0.1)
             else:
                 if leads_to(self.path, descriptor):
-                    return self._signed(descriptor)
+                    break
                 os.close(descriptor)  # its owner has just removed it
-
-    def _signed(self, descriptor: int) -> int:
-        """Write into the locked file who holds it, and return its descriptor."""
         started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        owner = _Owner(socket.gethostname(), os.getpid(), started, shlex.join(sys.argv))
+        me = _Owner(socket.gethostname(), os.getpid(), started, shlex.join(sys.argv))
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(vars(owner)).encode(), 0)
+        os.pwrite(descriptor, json.dumps(vars(me)).encode(), 0)
         return descriptor
 
 

@@ -5,8 +5,7 @@ Columns, one entry for each sample: the key, the image's offset, size and extens
 metadata; in bytes from the start of the tar, size 0 where there is no such member.
 """
 
-from __future__ import annotations
-
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -14,23 +13,18 @@ from megavtp.data.decode import BadSample
 from megavtp.data.files import refuse_remote, write_json
 from megavtp.data.report import SkipReport
 from megavtp.data.sample_text import caption_of, check_length, decode_text, parse_meta
-from megavtp.data.tar_scan import TarSample, find_tars, no_tars, scan_tar
+from megavtp.data.tar_scan import TarSample, find_tars, scan_tar
 from megavtp.data.workers import progress
 from megavtp.errors import UserError
 from megavtp.json_file import Count, Positive, form
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_COLUMNS = (
-    "keys", "image_offset", "image_size", "image_ext", "caption_offset", "caption_size", "meta_offset", "meta_size",
-)
 
 
 @form
 class SideCar:
-    """``SHARD.tar.index.json`` holds the tar's name and size, and the columns.
-
-    Only types are checked here: ``shards`` checks the numbers of a whole column at once, which is faster.
-    """
+    """``SHARD.tar.index.json`` holds the tar's name and size, and the columns. Only types are checked here: ``shards``
+    checks the numbers of a whole column at once, which is faster."""
 
     version: Literal[1]
     shard: str
@@ -45,6 +39,9 @@ class SideCar:
     meta_size: list[int]
 
 
+_COLUMNS = [column.name for column in fields(SideCar)][3:]
+
+
 @form
 class IndexedShard:
     file: str
@@ -53,7 +50,7 @@ class IndexedShard:
 
 
 @form
-class Index:
+class FolderIndex:
     """``index.json`` lists the shards of a folder; ``total`` counts the samples of all."""
 
     version: Literal[1]
@@ -66,49 +63,38 @@ def sidecar_path(shard: Path) -> Path:
 
 
 def index_shard(path: str | Path, report: SkipReport) -> int:
-    """Write the side-car of one tar; return the number of usable samples.
-
-    A usable sample has one image (jpg, jpeg, png, webp) and a caption that is not blank: KEY.txt, else "caption" in
-    KEY.json. The others are skipped and named in ``report``. Raises ``UserError`` as ``scan_tar`` does.
-    """
+    """Write the side-car of one tar; return the number of usable samples, which have an image (jpg, jpeg, png, webp)
+    and a caption that is not blank: KEY.txt, else "caption" in KEY.json. The others are skipped and named in
+    ``report``. Raises ``UserError`` as ``scan_tar`` does."""
     path = refuse_remote(path)
-    columns: dict[str, list] = {name: [] for name in _COLUMNS}
-    seen: set[str] = set()
-    any_meta = False
+    rows: dict[str, tuple] = {}
     with path.open("rb") as file:
         for sample in scan_tar(path, report):
             try:
                 row = _row(sample, file)
-                if sample.key in seen:
+                if sample.key in rows:
                     raise BadSample("key used twice")
-                if sample.before_cut and any_meta and not row[-1]:
+                if sample.before_cut and not row[-1] and any(other[-1] for other in rows.values()):
                     raise BadSample("sample cut off by the end of the tar")
             except BadSample as error:
                 report.skip(str(error), f"{path.name}: {sample.key}")
-                continue
-            seen.add(sample.key)
-            any_meta |= row[-1] > 0
-            for name, value in zip(_COLUMNS, row):
-                columns[name].append(value)
-    count = len(columns["keys"])
-    report.kept += count
+            else:
+                rows[sample.key] = row
+    report.kept += len(rows)
+    columns = {name: [row[i] for row in rows.values()] for i, name in enumerate(_COLUMNS)}
     write_json(sidecar_path(path), {"version": 1, "shard": path.name, "bytes": path.stat().st_size, **columns})
-    return count
+    return len(rows)
 
 
 def build_index(
     folder: str | Path, report: SkipReport | None = None, max_bad: int | None = None, quiet: bool = True
 ) -> SkipReport:
-    """Index every ``*.tar`` of a folder and write its ``index.json``; return what was kept and skipped.
-
-    Shards without a usable sample are left out of ``index.json``. Raises ``UserError`` where nothing usable is left, or
-    where more than ``max_bad`` samples had to be skipped; then there is no new ``index.json``.
-    """
+    """Index every ``*.tar`` of a folder and write its ``index.json``, which leaves out shards without a usable sample;
+    return what was kept and skipped. Raises ``UserError``, and writes no ``index.json``, where nothing usable is left
+    or more than ``max_bad`` samples had to be skipped."""
     folder = refuse_remote(folder)
     report = report or SkipReport()
     shards = find_tars(folder)
-    if not shards:
-        raise no_tars(folder)
     entries = []
     for shard in progress(shards, len(shards), f"index {folder.name}", quiet):
         try:
@@ -121,8 +107,8 @@ def build_index(
             entries.append(IndexedShard(shard.name, count, shard.stat().st_size))
     if not entries:
         raise UserError(f"no usable image-text sample in {folder}: {'; '.join(report.lines())}")
-    total = sum(entry.samples for entry in entries)
-    write_json(folder / "index.json", {"version": 1, "total": total, "shards": [vars(entry) for entry in entries]}, 1)
+    index = FolderIndex(1, sum(entry.samples for entry in entries), entries)
+    write_json(folder / "index.json", asdict(index), 1)
     return report
 
 

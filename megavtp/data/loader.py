@@ -3,8 +3,6 @@
 The loader limits the number of broken samples, and does not hang when a worker dies or hangs.
 """
 
-from __future__ import annotations
-
 import atexit
 import dataclasses
 import errno
@@ -20,8 +18,10 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, NoReturn, Protocol, Self, TypeVar
+from itertools import islice
+from typing import Any, NoReturn, Protocol, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -29,22 +29,20 @@ from torch.utils.data import DataLoader
 from megavtp.data.augment import center_crop
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.decode import BadSample, decode_image
-from megavtp.data.order import cumulated, locate
+from megavtp.data.order import locate
 from megavtp.data.shards import RawSample, ShardDataset
 from megavtp.data.workers import serve_parent
 from megavtp.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Workers decode and augment on the CPU and touch no device, so forking is safe even after CUDA has started here; with
-# one torch thread each they never enter a thread pool whose threads did not survive the fork. They start in
-# milliseconds, where spawn and forkserver import torch again for seconds. Outside Linux fork itself is not safe.
+# Workers touch no device, so forking is safe even after CUDA has started here; with one torch thread each they never
+# enter a thread pool whose threads did not survive the fork. They start in milliseconds, where spawn and forkserver
+# import torch again for seconds. Outside Linux fork itself is not safe.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 _LOOK = 0.5  # seconds between two looks at the workers while a batch is awaited
-# A worker has this share of parallel.timeout for a batch, so that the loader, which can name the worker, reports it
-# before the watchdog does.
-_PATIENCE = 0.9
+_PATIENCE = 0.9  # share of parallel.timeout for a batch: the loader, which can name the worker, precedes the watchdog
 _FIRST = 3  # the first batch, for which files are opened, may take so many times longer
 _CLOSING = 5.0  # seconds within which all workers together must end
 _WHY = {  # exit status of a worker -> the reason and the remedy
@@ -57,23 +55,19 @@ _WHY[-signal.SIGBUS] = _WHY[errno.ENOSPC]  # the page that it wrote to could not
 
 # Loaders that are still open are closed at exit: multiprocessing would wait for ever for workers that nobody told to
 # end. This module's handler is registered after torch's, and so runs before it.
-_open_loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
+_open_loaders: weakref.WeakSet["Loader"] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """What a loader delivers: a dataclass of tensors and other values.
+    """What a loader delivers: a dataclass of tensors and other values."""
 
-    Attributes:
-        bad: "name: reason" of each sample that was replaced by another.
-    """
-
-    bad: Sequence[str] = field(default=(), kw_only=True)
+    bad: Sequence[str] = field(default=(), kw_only=True)  # "name: reason" of each sample that another replaced
 
     def pin_memory(self) -> Self:
         """Move every tensor to page-locked memory (needs CUDA). torch's loader calls this in its pinning thread."""
-        values = vars(self).items()
-        pinned: dict[str, Any] = {name: value.pin_memory() for name, value in values if isinstance(value, Tensor)}
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         return dataclasses.replace(self, **pinned)
 
 
@@ -87,12 +81,11 @@ class StepSource(Protocol[B_co]):
     def __getitem__(self, step: int, /) -> B_co: ...
 
 
-class Loader(Generic[B]):
+class Loader(Iterator[B]):
     """Iterates the batches of the steps ``start_step`` .. ``stop_step - 1``, in order, once.
 
     Args:
-        workers: processes that prepare steps; 0 = this process does.
-        prefetch: steps that each worker prepares ahead.
+        workers: processes that prepare steps, ``prefetch`` ahead each; 0 = this process does.
         max_bad_samples: how many different samples may be broken.
         timeout: seconds that a step may take (parallel.timeout); 0 = no limit.
         pin: whether batches lie in page-locked memory; only where CUDA is available.
@@ -111,22 +104,14 @@ class Loader(Generic[B]):
         self.bad_samples: set[str] = set()  # names of the samples found broken so far
         self.wait_seconds = 0.0  # time spent waiting in here for data, in all
         self._loader = DataLoader(
-            _Guarded(source),
-            batch_size=None,
-            sampler=range(start_step, stop_step),
-            num_workers=workers,
-            prefetch_factor=max(1, prefetch) if workers else None,
-            multiprocessing_context=START_METHOD if workers else None,
+            _Guarded(source), batch_size=None, sampler=range(start_step, stop_step), num_workers=workers,
+            prefetch_factor=max(1, prefetch) if workers else None, timeout=_LOOK if workers else 0,
+            multiprocessing_context=START_METHOD if workers else None, worker_init_fn=_start_worker,
             pin_memory=pin and torch.cuda.is_available(),
-            worker_init_fn=_start_worker,
-            timeout=_LOOK if workers else 0,
             generator=torch.Generator(),  # its own: the default would draw from, and so advance, the global generator
         )
         self._steps: Iterator[B | UserError] | None = None
         _open_loaders.add(self)
-
-    def __iter__(self) -> Iterator[B]:
-        return self
 
     def __next__(self) -> B:
         start = time.perf_counter()
@@ -139,7 +124,17 @@ class Loader(Generic[B]):
         self._delivered += 1
         if isinstance(batch, UserError):
             raise batch
-        self._count(batch.bad)
+        for entry in batch.bad:
+            name = entry.partition(": ")[0]
+            if name in self.bad_samples:
+                continue  # met again in a later epoch
+            self.bad_samples.add(name)
+            logger.warning("bad sample replaced: %s", entry)
+            if len(self.bad_samples) > self.max_bad_samples:
+                raise UserError(
+                    f"{len(self.bad_samples)} bad samples, last: {entry}; list them with `python tools/prepare_data.py "
+                    f"check FOLDER`, or raise data.max_bad_samples={self.max_bad_samples}"
+                )
         return batch
 
     def _wait(self, steps: Iterator[B | UserError]) -> B | UserError:
@@ -150,7 +145,10 @@ class Loader(Generic[B]):
                 return next(steps)
             except RuntimeError as error:
                 if "DataLoader worker (pid" in str(error):
-                    raise UserError(self._ended()) from error
+                    number = next(number for number, worker in enumerate(self._workers) if not worker.is_alive())
+                    status = self._workers[number].exitcode
+                    why = _WHY.get(status, f"exit status {status}, its last words are above")
+                    raise UserError(f"data worker {number} (pid {self._workers[number].pid}) ended: {why}") from error
                 if not str(error).startswith("DataLoader timed out"):
                     raise
             pinning = getattr(steps, "_pin_memory_thread", None)
@@ -166,14 +164,6 @@ class Loader(Generic[B]):
                     f"{waited:.0f} s; look at the storage it reads from; a run's limit is parallel.timeout"
                 )
 
-    def _ended(self) -> str:
-        """Say which worker ended first, and why."""
-        workers = self._workers
-        number = next(number for number, worker in enumerate(workers) if not worker.is_alive())
-        status = workers[number].exitcode
-        why = _WHY.get(status, f"exit status {status}, its last words are above")
-        return f"data worker {number} (pid {workers[number].pid}) ended: {why}"
-
     @property
     def _workers(self) -> list[Any]:
         """The processes of torch's iterator; none if it prepares the batches in this process."""
@@ -184,10 +174,10 @@ class Loader(Generic[B]):
         steps: Any = self._steps
         workers = self._workers
         self._steps = iter(())
+        deadline = time.monotonic() + _CLOSING
+        for worker in workers:  # torch would give each one that hangs ten seconds, one after the other
+            worker.join = partial(_join_or_kill, worker, deadline)
         if workers:
-            deadline = time.monotonic() + _CLOSING
-            for worker in workers:  # torch would give each one that hangs ten seconds, one after the other
-                worker.join = partial(_join_or_kill, worker, deadline)
             # not left to the garbage collector: an exception's traceback may keep the iterator alive for long
             steps._shutdown_workers()
 
@@ -196,19 +186,6 @@ class Loader(Generic[B]):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _count(self, bad: Sequence[str]) -> None:
-        for entry in bad:
-            name = entry.partition(": ")[0]
-            if name in self.bad_samples:
-                continue  # met again in a later epoch
-            self.bad_samples.add(name)
-            logger.warning("bad sample replaced: %s", entry)
-            if len(self.bad_samples) > self.max_bad_samples:
-                raise UserError(
-                    f"{len(self.bad_samples)} bad samples, last: {entry}; list them with `python tools/prepare_data.py "
-                    f"check FOLDER`, or raise data.max_bad_samples={self.max_bad_samples}"
-                )
 
 
 @atexit.register
@@ -233,18 +210,17 @@ class _Guarded(torch.utils.data.Dataset):
 def _start(loader: DataLoader) -> Iterator[Any]:
     """Start the workers, and undo torch's SIGCHLD handler, which would raise in the midst of whatever this process does
     when a worker dies. The iterator notices that by itself within seconds, in a place where the user can be told."""
-    if threading.current_thread() is not threading.main_thread():
-        return iter(loader)  # torch sets the handler in the main thread only
     handler = signal.getsignal(signal.SIGCHLD)
     steps = iter(loader)
-    signal.signal(signal.SIGCHLD, handler)
+    if threading.current_thread() is threading.main_thread():  # torch sets its handler nowhere else
+        signal.signal(signal.SIGCHLD, handler)
     return steps
 
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
     # Ctrl-C and a scheduler's signals reach the whole process group. The trainer decides what they mean: it may
-    # write a checkpoint first. A worker ends when the trainer closes it or has ended.
+    # write a checkpoint first.
     serve_parent((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     # A batch that cannot be handed over would be lost, and awaited for ever.
     queue: Any = multiprocessing.queues.Queue  # whose handler its type stubs lack
@@ -265,19 +241,33 @@ def _join_or_kill(worker: multiprocessing.Process, deadline: float, timeout: flo
         type(worker).join(worker, 1.0)  # a read that cannot be interrupted keeps it until it returns
 
 
-class EvalDataset:
-    """Holds at most ``max_samples`` samples, spread evenly over the data set, in its order. Images are cropped to the
-    centre and resized to ``size`` pixels; nothing is random."""
+class CroppedSamples:
+    """The samples of a data set, numbered through all shards, with their images reduced and cut to the middle ``size``
+    pixels, as in the reconstruction protocol."""
+
+    def __init__(self, dataset: ShardDataset, size: int, max_pixels: int):
+        self.dataset, self.size, self.max_pixels = dataset, size, max_pixels
+        self._ends = np.cumsum(dataset.shard_counts)
+
+    def read(self, number: int) -> tuple[RawSample, Tensor]:
+        """Return a sample and its image, uint8 (3, size, size). ``BadSample``, with its name, if it is broken."""
+        shard, row = locate(self._ends, number)
+        try:
+            raw = self.dataset.read(shard, row)
+            return raw, center_crop(decode_image(raw.image, self.max_pixels), self.size)
+        except BadSample as error:
+            raise BadSample(f"{self.dataset.name(shard, row)}: {error}") from None
+
+
+class EvalDataset(CroppedSamples):
+    """At most ``max_samples`` samples, spread evenly over the data set, in its order; nothing is random."""
 
     def __init__(
         self, dataset: ShardDataset, tokenizer: CaptionTokenizer, size: int, max_samples: int, max_pixels: int
     ):
-        self.dataset = dataset
+        super().__init__(dataset, size, max_pixels)
         self.tokenizer = tokenizer
-        self.size = size
-        self.max_pixels = max_pixels
-        self._ends = cumulated(dataset.shard_counts)
-        self._total = sum(dataset.shard_counts)
+        self._total = len(dataset)
         self._count = min(self._total, max_samples)
 
     def __len__(self) -> int:
@@ -286,30 +276,18 @@ class EvalDataset:
     def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[dict[str, Any]]:
         """Yield the samples rank, rank + world, ... as dicts of index (b,), image uint8 (b, 3, size, size), tokens
         (b, T), caption list[str], meta list[dict]. A broken sample is left out and named in the log."""
-        rows: list[tuple[int, Tensor, RawSample]] = []
-        for index in range(rank, self._count, world):
-            row = self._row(index)
-            if row is not None:
-                rows.append(row)
-            if len(rows) == batch_size:
-                yield self._batch(rows)
-                rows = []
-        if rows:
-            yield self._batch(rows)
+        rows = self._rows(range(rank, self._count, world))
+        while batch := tuple(islice(rows, batch_size)):
+            indices, raws, images = zip(*batch, strict=True)
+            captions = [raw.caption for raw in raws]
+            yield {
+                "index": torch.tensor(indices), "image": torch.stack(images), "tokens": self.tokenizer.encode(captions),
+                "caption": captions, "meta": [raw.meta for raw in raws],
+            }
 
-    def _row(self, index: int) -> tuple[int, Tensor, RawSample] | None:
-        shard, row = locate(self._ends, index * self._total // self._count)
-        try:
-            raw = self.dataset.read(shard, row)
-            return index, center_crop(decode_image(raw.image, self.max_pixels), self.size), raw
-        except BadSample as error:
-            logger.warning("bad sample left out of the evaluation: %s: %s", self.dataset.name(shard, row), error)
-            return None
-
-    def _batch(self, rows: list[tuple[int, Tensor, RawSample]]) -> dict[str, Any]:
-        indices, images, raws = zip(*rows, strict=True)
-        captions = [raw.caption for raw in raws]
-        return {
-            "index": torch.tensor(indices), "image": torch.stack(images), "tokens": self.tokenizer.encode(captions),
-            "caption": captions, "meta": [raw.meta for raw in raws],
-        }  # fmt: skip
+    def _rows(self, indices: range) -> Iterator[tuple[int, RawSample, Tensor]]:
+        for index in indices:
+            try:
+                yield index, *self.read(index * self._total // self._count)
+            except BadSample as error:
+                logger.warning("bad sample left out of the evaluation: %s", error)

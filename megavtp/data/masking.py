@@ -4,8 +4,6 @@ The plan covers the step's 2 * B_ssl global crops (crop number = view * B_ssl + 
 (seed, step); the mask of one crop is a pure function of (seed, step, crop number). A rank draws only its own masks.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -23,8 +21,7 @@ def mask_counts(
     """Draw how many of the ``patches`` are masked in each of the step's ``crops``: int64 (crops,).
 
     round(probability * crops) crops are masked. Their ratios are one draw from each of as many equal strata of the
-    interval ``ratio``, so the total hardly varies from step to step. A crop never
-    has all its patches masked.
+    interval ``ratio``, so the total hardly varies from step to step. No crop has all its patches masked.
     """
     rng = generator(seed, "masks", step)
     chosen = rng.permutation(crops)[: round(probability * crops)]
@@ -36,17 +33,11 @@ def mask_counts(
 
 
 def block_mask(rng: np.random.Generator, height: int, width: int, count: int) -> np.ndarray:
-    """Draw bool (height, width) with exactly ``count`` True, in rectangles of random area and aspect ratio.
-
-    A rectangle is placed if it adds patches and does not exceed what is left. When no rectangle fits any more, single
-    random patches make up the rest.
-    """
+    """Draw bool (height, width) with exactly ``count`` True, in rectangles of random area and aspect ratio. One is
+    placed if it adds patches and does not exceed what is left; when none fits any more, single patches fill up."""
     mask = np.zeros((height, width), dtype=bool)
     left = count
-    while left >= MIN_BLOCK:
-        added = _add_block(rng, mask, left)
-        if added == 0:
-            break
+    while left >= MIN_BLOCK and (added := _add_block(rng, mask, left)):
         left -= added
     if left:
         free = np.flatnonzero(~mask)
@@ -55,18 +46,17 @@ def block_mask(rng: np.random.Generator, height: int, width: int, count: int) ->
 
 
 def _add_block(rng: np.random.Generator, mask: np.ndarray, at_most: int) -> int:
+    """Mask the first of ATTEMPTS random rectangles that fits; return how many patches it adds, or 0."""
     height, width = mask.shape
-    u = rng.random((ATTEMPTS, 4))  # area, aspect ratio, top, left
-    for area, aspect, top, left in u:
+    for area, aspect, top, left in rng.random((ATTEMPTS, 4)):
         area = MIN_BLOCK + (at_most - MIN_BLOCK) * area
         aspect = math.exp(math.log(ASPECT[0]) + math.log(ASPECT[1] / ASPECT[0]) * aspect)
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if not (1 <= h <= height and 1 <= w <= width):
-            continue
-        top, left = int(top * (height - h + 1)), int(left * (width - w + 1))
-        block = mask[top : top + h, left : left + w]
-        added = h * w - int(np.count_nonzero(block))
-        if 0 < added <= at_most:
-            block[:] = True
-            return added
+        if 1 <= h <= height and 1 <= w <= width:
+            top, left = int(top * (height - h + 1)), int(left * (width - w + 1))
+            block = mask[top : top + h, left : left + w]
+            added = h * w - int(np.count_nonzero(block))
+            if 0 < added <= at_most:
+                block[:] = True
+                return added
     return 0

@@ -1,7 +1,5 @@
 """What a source yields. It is separate from the writer so that worker processes start without loading torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -5,8 +5,6 @@ trained here see what DINOv2-style recipes mean by their numbers. Element-wise t
 Pillow's on the sizes of crops (see ``augment.py``).
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,10 +1,8 @@
 """Random generators that are pure functions of their purpose.
 
-Every draw of the data side comes from ``generator(seed, purpose, step, position, ...)``. Nothing depends on the rank,
-the worker, the world size or the order of calls, so a run continues bit for bit on any number of processes.
+Every draw comes from ``generator(seed, purpose, step, position, ...)``, never from the rank, the worker, the world size
+or the order of calls, so a run continues bit for bit on any number of processes.
 """
-
-from __future__ import annotations
 
 import hashlib
 

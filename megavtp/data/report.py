@@ -1,7 +1,5 @@
 """Skipped samples: how many, why, and which."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Caption and metadata of a sample: how they become bytes and text again. Others wrote them, so they are checked."""
 
-from __future__ import annotations
-
 import codecs
 import json
 from typing import Any

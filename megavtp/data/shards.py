@@ -1,10 +1,7 @@
 """Random access to the samples of indexed tar shards."""
 
-from __future__ import annotations
-
 import os
 import tarfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +11,7 @@ import numpy as np
 
 from megavtp.data.decode import BadSample
 from megavtp.data.files import refuse_remote
-from megavtp.data.index import Index, SideCar, sidecar_path
+from megavtp.data.index import FolderIndex, IndexedShard, SideCar, sidecar_path
 from megavtp.data.sample_text import caption_of, decode_text, parse_meta
 from megavtp.data.tar_scan import holds_shards, no_tars
 from megavtp.errors import UserError
@@ -41,15 +38,19 @@ class _Shard:
     def __init__(self, path: Path, samples: int, size: int, remedy: str):
         side = read_json(sidecar_path(path), SideCar, remedy)
         self.keys = side.keys
-        spans = (
+        columns = (
             side.image_offset, side.image_size, side.caption_offset, side.caption_size, side.meta_offset, side.meta_size
         )
-        if any(len(column) != samples for column in (side.keys, side.image_ext, *spans)):
+        if any(len(column) != samples for column in (side.keys, side.image_ext, *columns)):
             raise UserError(f"{sidecar_path(path)} does not match index.json; {remedy}")
-        found = _spans(spans, size)
-        if found is None:
+        try:
+            self.spans = np.array(columns, dtype=np.int64).T.copy()  # (samples, columns)
+            inside = self.spans.min() >= 0 and self.spans.max() <= size and self.spans[:, 1].min() > 0
+            inside = inside and (self.spans[:, ::2] + self.spans[:, 1::2]).max() <= size
+        except OverflowError:
+            inside = False
+        if not inside:
             raise UserError(f"{sidecar_path(path)} names bytes that {path.name} does not have; {remedy}")
-        self.spans = found
         try:
             self.fd = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -70,7 +71,7 @@ class _Shard:
         return header.isreg() and header.size == size
 
     def pread(self, offset: int, size: int) -> bytes:
-        data = os.pread(self.fd, size, offset)
+        data = b""
         while len(data) < size:  # the kernel may return less, and at most 2 GiB at a time
             more = os.pread(self.fd, size - len(data), offset + len(data))
             if not more:
@@ -83,57 +84,37 @@ class _Shard:
             os.close(self.fd)
 
 
-def _spans(columns: Sequence[list[int]], size: int) -> np.ndarray | None:
-    """Return offsets and sizes as (samples, columns), or None if one does not lie in a file of ``size`` bytes."""
-    try:
-        spans = np.array(columns, dtype=np.int64).T.copy()
-    except OverflowError:
-        return None
-    inside = spans.min() >= 0 and spans.max() <= size and (spans[:, ::2] + spans[:, 1::2]).max() <= size
-    return spans if inside and spans[:, 1].min() > 0 else None
-
-
 class ShardDataset:
-    """The image-text pairs of one folder of shards, addressed by (shard, row).
+    """The image-text pairs of one folder of shards, addressed by (shard, row). Files are opened on first use and read
+    with ``pread``, so an object may be forked, pickled to workers and used by several threads."""
 
-    Files are opened on first use and read with ``pread``, so an object may be forked, pickled to workers and used by
-    several threads. ``shard_counts``: samples of each shard.
-    """
-
-    def __init__(self, folder: Path, shards: list[tuple[str, int, int]]):
-        self.folder = folder
-        self._shards = shards  # file name, samples, bytes
-        self.shard_counts = tuple(samples for _, samples, _ in shards)
+    def __init__(self, folder: Path, shards: list[IndexedShard]):
+        self.folder, self._shards = folder, shards
+        self.shard_counts = tuple(shard.samples for shard in shards)
         self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
 
     def __len__(self) -> int:
         return sum(self.shard_counts)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "shards": self._shards}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardDataset, (self.folder, self._shards)  # the open files stay behind
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        ShardDataset.__init__(self, **state)  # the open files stay behind
-
-    def _open(self, shard: int) -> _Shard:
-        name, samples, size = self._shards[shard]
-        return _Shard(self.folder / name, samples, size, _remedy(self.folder))
+    def _open(self, number: int) -> _Shard:
+        shard = self._shards[number]
+        return _Shard(self.folder / shard.file, shard.samples, shard.bytes, _remedy(self.folder))
 
     def name(self, shard: int, row: int) -> str:
         """Return the sample's ``id`` without reading it, so that a log can name one that cannot be read."""
-        return f"{self._shards[shard][0].removesuffix('.tar')}/{self._shard(shard).keys[row]}"
+        return f"{self._shards[shard].file.removesuffix('.tar')}/{self._shard(shard).keys[row]}"
 
     def read(self, shard: int, row: int) -> RawSample:
-        """Read sample ``row`` of shard ``shard`` without decoding it.
-
-        Raises ``BadSample`` if its bytes are not there any more or its metadata is no JSON, ``UserError`` if the
-        side-car does not fit the tar.
-        """
-        opened = self._shard(shard)
+        """Read a sample without decoding it. Raises ``BadSample`` if its bytes are not there any more or its metadata
+        is no JSON, ``UserError`` if the side-car does not fit the tar."""
+        opened, meta = self._shard(shard), self.meta(shard, row)
         image_at, image_size, caption_at, caption_size, _, _ = opened.spans[row].tolist()
-        key, meta = opened.keys[row], self.meta(shard, row)
         caption = decode_text(opened.pread(caption_at, caption_size)) if caption_size else caption_of(meta)
-        return RawSample(key, opened.pread(image_at, image_size), caption, meta, self.name(shard, row))
+        image = opened.pread(image_at, image_size)
+        return RawSample(opened.keys[row], image, caption, meta, self.name(shard, row))
 
     def meta(self, shard: int, row: int) -> dict[str, Any]:
         """Read only the metadata of a sample, not its image. It raises what ``read`` raises."""
@@ -164,10 +145,8 @@ def split_folder(root: str | Path, split: str) -> Path:
 
 
 def open_dataset(folder: str | Path) -> ShardDataset:
-    """Open an indexed folder of shards, e.g. ROOT/train.
-
-    Raises ``UserError``, with the command to run, when the folder, its index or a shard is missing or has changed.
-    """
+    """Open an indexed folder of shards, e.g. ROOT/train. ``UserError``, with the command to run, when the folder, its
+    index or a shard is missing or has changed."""
     folder = refuse_remote(folder)
     if not folder.is_dir():
         make = f"python tools/prepare_data.py emoji --out {folder.parent}"
@@ -175,24 +154,17 @@ def open_dataset(folder: str | Path) -> ShardDataset:
     remedy = _remedy(folder)
     if not holds_shards(folder):
         raise no_tars(folder)
-    index = read_json(folder / "index.json", Index, remedy)
+    index = read_json(folder / "index.json", FolderIndex, remedy)
     names = [shard.file for shard in index.shards]
     if not names or len(set(names)) < len(names) or index.total != sum(shard.samples for shard in index.shards):
         raise UserError(f"{folder / 'index.json'} is damaged or empty; {remedy}")
-    sizes = {path.name: _size(path) for path in folder.glob("*.tar")}
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.tar") if os.path.exists(path)}
     for shard in index.shards:
         if sizes.get(shard.file) != shard.bytes:
             raise UserError(f"{folder / shard.file} is missing or has changed since it was indexed; {remedy}")
         if shard.samples * _LEAST_SAMPLE > shard.bytes:  # memory for all would be allocated before one is read
             raise UserError(f"{folder / shard.file} is too small for {shard.samples} samples; {remedy}")
-    return ShardDataset(folder, [(shard.file, shard.samples, shard.bytes) for shard in index.shards])
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
+    return ShardDataset(folder, index.shards)
 
 
 def _remedy(folder: Path) -> str:

@@ -1,7 +1,5 @@
 """Find the samples of a tar file by its headers alone, and trust none of them."""
 
-from __future__ import annotations
-
 import io
 import tarfile
 from collections.abc import Iterator
@@ -20,10 +18,8 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 @dataclass
 class TarSample:
-    """The members that share a key: extension (lower case, without the dot) -> (offset, size) in bytes.
-
-    ``before_cut`` marks the last sample before a damaged place, which may have lost members.
-    """
+    """The members that share a key: extension (lower case, without the dot) -> (offset, size) in bytes. ``before_cut``
+    marks the last sample before a damaged place, which may have lost members."""
 
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -35,8 +31,11 @@ def holds_shards(folder: Path) -> bool:
 
 
 def find_tars(folder: Path) -> list[Path]:
-    """Return the ``*.tar`` of a folder, sorted. ``UserError`` if one is no file: opening a pipe would block."""
+    """Return the ``*.tar`` of a folder, sorted. ``UserError`` if there is none, or if one is no file: opening a pipe
+    would block."""
     tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        raise no_tars(folder)
     if strange := next((path for path in tars if not path.is_file()), None):
         raise UserError(f"{strange} is not a file; move it out of the folder of shards, or rename it")
     return tars
@@ -67,9 +66,8 @@ def scan_tar(path: Path, report: SkipReport) -> Iterator[TarSample]:
     """Yield the samples of an uncompressed tar in file order: runs of members whose names agree up to the first dot.
 
     Members that are neither a plain file nor a folder, or have no extension, are skipped. A truncated or damaged tar
-    yields the samples before the damage. ``report`` counts everything that is skipped.
-
-    Raises ``UserError`` for a compressed tar and for absolute or ``..`` member names (a tar made to do harm).
+    yields the samples before the damage. ``report`` counts everything that is skipped. Raises ``UserError`` for a
+    compressed tar and for absolute or ``..`` member names (a tar made to do harm).
     """
     size = path.stat().st_size
     damage_before = report.reasons[DAMAGED]

@@ -1,17 +1,17 @@
 """Files of ``torch.save`` that other projects exchange: read with ``weights_only``, written from plain tensors."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megavtp.data.files import replaced
 from megavtp.errors import UserError
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that weights of other projects may have
@@ -19,38 +19,28 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes
 
 def read_torch_file(path: str | Path, remedy: str) -> Any:
     """Read tensors and plain containers of a ``.pt`` file to the host; large ones stay on the disk until they are used.
-
     Nothing in the file can run. A ``UserError``, which ends in ``remedy``, refuses a pickle that asks for any other
-    object, a file that is missing or damaged, and tensors whose numbers are not in the file.
-    """
+    object, a file that is missing or damaged, and tensors whose numbers are not in the file."""
+    load = partial(torch.load, path, map_location="cpu", weights_only=True)
+    refusal = "it holds more than tensors"
     try:
-        tree = _load(path, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # if an unusual form of the file matters, the error says so
+            try:
+                tree = load(mmap=True)
+            except RuntimeError as error:
+                if "mmap can only be used with files saved with" not in str(error):
+                    raise
+                refusal = "it is no file of tensors"  # if it has not the form before torch 1.6, which cannot be mapped
+                tree = load()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; {remedy}") from None
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: it holds more than tensors ({_reason(error)}); {remedy}") from None
+        raise UserError(f"{path} is refused: {refusal} ({_reason(error)}); {remedy}") from None
     except Exception as error:  # torch raises whatever the bytes lead it to
-        if "mmap can only be used with files saved with" not in str(error):
-            raise UserError(f"{path} is no whole file of torch.save ({_first_line(error)}); {remedy}") from None
-        tree = _read_old_form(path, remedy)
+        raise UserError(f"{path} is no whole file of torch.save ({_first_line(error)}); {remedy}") from None
     _check_tensors(tree, path, remedy)
     return tree
-
-
-def _load(path: str | Path, mmap: bool) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # if an unusual form of the file matters, the error says so
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-
-
-def _read_old_form(path: str | Path, remedy: str) -> Any:
-    """Read the form before torch 1.6, which cannot be mapped; text files and all others are refused here too."""
-    try:
-        return _load(path, mmap=False)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: it is no file of tensors ({_reason(error)}); {remedy}") from None
-    except Exception as error:
-        raise UserError(f"{path} is no whole file of torch.save ({_first_line(error)}); {remedy}") from None
 
 
 def _check_tensors(tree: Any, path: str | Path, remedy: str) -> None:
@@ -87,20 +77,12 @@ def no_floats(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def write_torch_file(path: str | Path, tree: dict[str, Any]) -> None:
-    """Write tensors in nested dicts so that any ``torch.load`` reads them; beside ``path``, then renamed into place.
-
-    Only files that are exchanged with other projects have this form, and all of them are written here. Raises OSError.
-    """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            torch.save(tree, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write tensors in nested dicts, whole or not at all, so that any ``torch.load`` reads them. Raises OSError. Only
+    files that are exchanged with other projects have this form, and all of them are written here."""
+    with replaced(Path(path)) as beside, open(beside, "wb") as file:
+        torch.save(tree, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _reason(error: Exception) -> str:

@@ -1,7 +1,5 @@
 """A file of weights from another project, as safetensors or in torch's own form."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,8 @@ from megavtp.errors import UserError
 
 
 def read_weights_file(path: Path, otherwise: str, remedy: str) -> dict[str, Any]:
-    """Read the dictionary in the file. No tensor in it claims more numbers than the file holds.
-
-    A UserError, which ends with ``remedy``, refuses a damaged file, and one that holds something else; ``otherwise``
-    says what that means.
+    """Read the dictionary in the file. No tensor in it claims more numbers than the file holds. A ``UserError``, which
+    ends with ``remedy``, refuses a damaged file, and one that holds something else; ``otherwise`` says what that means.
     """
     if path.suffix == ".safetensors":
         return read_safetensors(path, remedy)

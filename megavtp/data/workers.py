@@ -1,7 +1,5 @@
 """Worker processes: how they end with the process that started them, and a map over jobs in order."""
 
-from __future__ import annotations
-
 import ctypes
 import multiprocessing
 import os

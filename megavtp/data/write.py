@@ -1,14 +1,12 @@
 """Write a data set: shuffled shards, their index, the caption tokenizer and a description."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megavtp.data.captions import train_sentencepiece
+from megavtp.data.captions import TRAINING_CAPTIONS, train_sentencepiece
 from megavtp.data.files import refuse_remote, write_json
 from megavtp.data.index import build_index
 from megavtp.data.new_sample import NewSample, Skipped
@@ -16,17 +14,14 @@ from megavtp.data.report import SkipReport
 from megavtp.data.sample_text import pack_text
 from megavtp.errors import UserError
 
-_TOKENIZER_CAPTIONS = 1_000_000  # of the training split, that the tokenizer is trained on
 _SHARD_BYTES = 1_000_000_000
 _CONTENT = ("train", "test", "captions.model", "dataset.json")  # of a data set's folder
 
 
 @contextmanager
 def staged_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a new folder beside ``out`` that takes its place only if the block ends without an exception.
-
-    Raises ``UserError`` if ``out`` exists and ``overwrite`` is off, or if it is no data set (then it is never deleted).
-    """
+    """Yield a new folder beside ``out`` that takes its place only if the block ends without an exception. ``UserError``
+    if ``out`` exists and ``overwrite`` is off, or if it is no data set (then it is never deleted)."""
     out = refuse_remote(out)
     if out.exists():
         if not overwrite:
@@ -52,56 +47,43 @@ def staged_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_split(
-    folder: Path, samples: Iterable[NewSample | Skipped], shard_size: int, max_bad: int, report: SkipReport
-) -> Iterator[NewSample]:
-    """Write the samples to WebDataset shards of ``shard_size`` in ``folder`` and index them; yields each one written.
-
-    The same samples give the same bytes. Raises ``UserError`` after more than ``max_bad`` skipped ones.
-    """
-    import webdataset
-
-    folder.mkdir()
-    pattern = str(folder / "shard-%06d.tar")
-    count = 0
-    with webdataset.ShardWriter(
-        pattern, maxcount=shard_size, maxsize=_SHARD_BYTES, verbose=0, encoder=False, mtime=0
-    ) as writer:
-        for sample in samples:
-            if isinstance(sample, Skipped):
-                report.skip(sample.reason, sample.name)
-                report.limit(max_bad)
-                continue
-            caption, meta = pack_text(sample.caption, sample.meta)
-            writer.write({"__key__": sample.key, sample.extension: sample.image, "txt": caption, "json": meta})
-            count += 1
-            yield sample
-    if count:
-        build_index(folder, report)
-
-
 def write_dataset(
     root: Path, splits: Mapping[str, Iterable[NewSample | Skipped]], info: dict[str, Any], report: SkipReport, *,
     label_fields: tuple[str, ...] = (), vocab_size: int = 8192, shard_size: int = 1000, max_bad: int = 1000,
 ) -> dict[str, Any]:
-    """Write ``root/train`` and so on, ``captions.model`` from the training captions, and ``dataset.json``.
+    """Write indexed shards in ``root/train`` and so on, ``captions.model`` from the training captions, and
+    ``dataset.json``, which is returned. The same samples give the same bytes.
 
-    ``label_fields``: metadata keys whose values are class names; ``dataset.json``, which is returned, lists them under
-    "labels". Raises ``UserError`` when nothing of the training split is usable.
+    ``label_fields``: metadata keys whose values are class names; ``dataset.json`` lists them under "labels". Raises
+    ``UserError`` after more than ``max_bad`` skipped samples, and if nothing of the training split is usable.
     """
+    import webdataset  # the processes that prepare samples need none of it
+
     captions: list[str] = []
-    counts: dict[str, int] = {}
+    counts = dict.fromkeys(splits, 0)
     labels: dict[str, set[str]] = {name: set() for name in label_fields}
     for split, samples in splits.items():
-        counts[split] = 0
-        for sample in write_split(root / split, samples, shard_size, max_bad, report):
-            counts[split] += 1
-            if split == "train" and len(captions) < _TOKENIZER_CAPTIONS:
-                captions.append(sample.caption)
-            for name in label_fields:
-                if isinstance(sample.meta.get(name), str):
-                    labels[name].add(sample.meta[name])
-        if not counts[split]:
+        (root / split).mkdir()
+        with webdataset.ShardWriter(
+            str(root / split / "shard-%06d.tar"), maxcount=shard_size, maxsize=_SHARD_BYTES, verbose=0, encoder=False,
+            mtime=0,
+        ) as writer:
+            for sample in samples:
+                if isinstance(sample, Skipped):
+                    report.skip(sample.reason, sample.name)
+                    report.limit(max_bad)
+                    continue
+                caption, meta = pack_text(sample.caption, sample.meta)
+                writer.write({"__key__": sample.key, sample.extension: sample.image, "txt": caption, "json": meta})
+                counts[split] += 1
+                if split == "train" and len(captions) < TRAINING_CAPTIONS:
+                    captions.append(sample.caption)
+                for name in label_fields:
+                    if isinstance(sample.meta.get(name), str):
+                        labels[name].add(sample.meta[name])
+        if counts[split]:
+            build_index(root / split, report)
+        else:
             shutil.rmtree(root / split)
     if not captions:
         raise UserError(f"no usable image with a caption; {'; '.join(report.lines()) or 'the source is empty'}")

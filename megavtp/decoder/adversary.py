@@ -1,9 +1,5 @@
 """What the two passes of the second stage share on the last pipeline rank: the discriminator as it stands in a step."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -13,7 +9,6 @@ from megavtp.config.sizes import ResolvedConfig
 from megavtp.models.discriminator import Discriminator, first_direction, power_iteration
 from megavtp.models.feature_networks import FeatureNetwork
 from megavtp.nn.precision import computing_in
-from megavtp.objectives.diff_augment import augment, draw_augmentation
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.pipeline import Runner
 
@@ -32,7 +27,7 @@ class Adversary:
     """
 
     def __init__(self, config: ResolvedConfig, features: FeatureNetwork, mesh: Mesh, device: torch.device):
-        self.config, self.settings, self.features = config, config.objectives.adversarial, features
+        self.settings, self.features = config.objectives.adversarial, features
         self.mesh, self.device = mesh, device
         self.dtype = compute_dtype(config.parallel.precision)
         with torch.device("meta"):
@@ -69,15 +64,6 @@ class Adversary:
     def teaches(self) -> bool:
         """Whether the decoder learns from it in this step."""
         return self.step >= self.starts
-
-    def augmented(self, pictures: Tensor, places: Sequence[int], tag: str) -> Tensor:
-        """Augment pictures (b, 3, H, W) between -1 and 1, which are at these places in the global batch."""
-        draws = draw_augmentation(seed=self.config.seed, step=self.step, pictures=places, tag=tag)
-        s = self.settings
-        return augment(
-            pictures, draws.to(self.device, non_blocking=True), brightness=s.brightness, saturation=s.saturation,
-            contrast=s.contrast, translation=s.translation,
-        )
 
     def answers(self, pictures: Tensor) -> Tensor:
         """Return the discriminator's answers (b, M) with this step's weights; only ``pictures`` get a gradient."""

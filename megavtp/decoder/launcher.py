@@ -1,7 +1,5 @@
 """What `launchers/train_decoder.py` starts."""
 
-from __future__ import annotations
-
 from megavtp.config.schema import Config
 from megavtp.decoder.recipe import DecoderTraining
 from megavtp.decoder.validate import validate_decoder

@@ -1,7 +1,5 @@
 """The passes of the second stage: reconstruction as it trains the decoder alone, and the discriminator's own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +11,7 @@ from megavtp.config.sizes import ResolvedConfig
 from megavtp.data.batch import Batch
 from megavtp.decoder.adversary import Adversary
 from megavtp.objectives.adversarial import adaptive_weight, hinge, last_layer_gradient, persuasion
+from megavtp.objectives.diff_augment import augment, draw_augmentation
 from megavtp.objectives.reconstruction import reconstruction_terms
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.passes import Pass
@@ -36,11 +35,9 @@ class DecoderPass(ReconstructionPass):
         )
         return count
 
-    def inputs(self, micro: int) -> dict[str, Any]:
-        return {"latents": self._latents[micro], "noise": self.noise(micro)}
-
-    def later_inputs(self, micro: int) -> dict[str, Any]:
-        return {"latents": self._latents[micro].to("meta")}
+    def inputs(self, micro: int, first: bool = True) -> dict[str, Any]:
+        latents = self._latents[micro]
+        return {"latents": latents, "noise": self.noise(micro)} if first else {"latents": latents.to("meta")}
 
 
 class AdversarialDecoderPass(DecoderPass):
@@ -64,20 +61,22 @@ class AdversarialDecoderPass(DecoderPass):
         self.over_batch = self.adversary.teaches and self.adversary.settings.adaptive
         return super().prepare(run, batch)
 
-    def inputs(self, micro: int) -> dict[str, Any]:
-        return super().inputs(micro) | {"with_head_input": True}
+    def inputs(self, micro: int, first: bool = True) -> dict[str, Any]:
+        return super().inputs(micro, first) | {"with_head_input": True}
 
-    def later_inputs(self, micro: int) -> dict[str, Any]:
-        return super().later_inputs(micro) | {"with_head_input": True}
-
-    def places(self, micro: int) -> range:
-        """Return the places of a micro-batch's images in the objective's global batch."""
-        rows, first = self.rows(micro), self.mesh.dp_rank * self.share.local
-        return range(first + rows.start, first + rows.stop)
+    def augmented(self, pictures: Tensor, micro: int, tag: str) -> Tensor:
+        """Augment a micro-batch's pictures between -1 and 1; ``tag`` tells the draws for different uses apart."""
+        rows, first, s = self.share.rows(micro), self.mesh.dp_rank * self.share.local, self.adversary.settings
+        places = range(first + rows.start, first + rows.stop)  # in the objective's global batch
+        draws = draw_augmentation(seed=self.config.seed, step=self.batch.step, pictures=places, tag=tag)
+        return augment(
+            pictures, self.to_device(draws), brightness=s.brightness, saturation=s.saturation, contrast=s.contrast,
+            translation=s.translation,
+        )
 
     def real_pixels(self, micro: int) -> Tensor:
         """Return the pictures of a micro-batch on the device, as uint8."""
-        return self.to_device(self.images[self.rec_rows[self.rows(micro)]])
+        return self.to_device(self.images[self.rec_rows[self.share.rows(micro)]])
 
     def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
         images, _ = outputs
@@ -91,7 +90,7 @@ class AdversarialDecoderPass(DecoderPass):
         return {**terms, "adversarial": adversarial, "adaptive_weight": zero + float(self.adversary.teaches)}
 
     def _adversarial(self, images: Tensor, micro: int) -> Tensor:
-        seen = self.adversary.augmented(denormalise(images.float()) * 2 - 1, self.places(micro), "decoder")
+        seen = self.augmented(denormalise(images.float()) * 2 - 1, micro, "decoder")
         return persuasion(self.adversary.answers(seen)).sum() / self.share.local
 
     def global_inputs(self, outputs: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -102,7 +101,7 @@ class AdversarialDecoderPass(DecoderPass):
         values: dict[str, Tensor] = {}
         gradients: dict[str, list[Tensor]] = {}
         for micro in range(self.share.micro_batches):
-            own = images[self.rows(micro)].detach().requires_grad_()
+            own = images[self.share.rows(micro)].detach().requires_grad_()
             with torch.enable_grad():
                 terms = reconstruction_terms(
                     own, self.device_images(micro), self.perceptual, images_total_local=self.share.local
@@ -152,14 +151,11 @@ class DiscriminatorPass(Pass):
     def prepare(self, run: Runner, batch: Batch) -> int:
         return self.share.micro_batches if self.adversary.learns else 1
 
-    def inputs(self, micro: int) -> dict[str, Any]:
+    def inputs(self, micro: int, first: bool = True) -> dict[str, Any]:
         if not self.adversary.learns:
             return {}
-        places = self.decoder.places(micro)
-        seen = [
-            self.adversary.augmented(pixels / 127.5 - 1, places, tag)
-            for tag, pixels in (("real", self.decoder.real_pixels(micro)), ("fake", self.adversary.fakes.pop(micro)))
-        ]
+        pixels = {"real": self.decoder.real_pixels(micro), "fake": self.adversary.fakes.pop(micro)}
+        seen = [self.decoder.augmented(x / 127.5 - 1, micro, tag) for tag, x in pixels.items()]
         with torch.no_grad():
             features = self.adversary.features(torch.cat(seen))
         return {"features": features, "directions": self.adversary.directions}

@@ -1,7 +1,5 @@
 """The recipe of the second stage: reconstruction alone, with an adversarial term if asked for, moves the decoder."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
@@ -85,8 +83,7 @@ def build_passes(
     features: FeatureNetwork | None,
 ) -> list[Pass]:
     """Make the decoder's pass and, with ``features``, the discriminator's, which follows it."""
-    share = shares.reconstruction
-    assert share is not None, "the decoder's rules ask for reconstruction"
+    share = shares.passes["reconstruction"]
     if features is None:
         return [DecoderPass(config, share, mesh, device, perceptual)]
     adversary = Adversary(config, features, mesh, device)

@@ -1,7 +1,5 @@
 """The rules of the decoder's training."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from megavtp.config.layout import check_pipeline

@@ -3,9 +3,8 @@
 Letters: b samples of the share, C channels, h = w positions, E caption features.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,10 +12,12 @@ from torch import Tensor
 
 from megavtp.config.sizes import known
 from megavtp.data.loader import LoadedBatch
-from megavtp.data.order import SampleOrder, step_positions
+from megavtp.data.order import SampleOrder, StepOrder
 from megavtp.data.randomness import generator
 from megavtp.dit.config import CompleteDiTConfig
 from megavtp.latents.folder import LatentFolder, LatentSample
+
+_REMEDY = "extract them again with tools/extract_latents.py"
 
 
 @dataclass(frozen=True)
@@ -32,25 +33,7 @@ class LatentBatch(LoadedBatch):
     conditions: Tensor  # labels (b,) int64 or caption features (b, E) float32, some dropped
 
 
-@dataclass(frozen=True)
-class Draw:
-    """The random choices for one sample, which are functions of (seed, step, position) and of the settings."""
-
-    flip: bool
-    drop: bool
-    time: float
-    noise: np.ndarray
-
-    @classmethod
-    def of(cls, config: CompleteDiTConfig, step: int, position: int, shape: tuple[int, ...]) -> Draw:
-        rng, settings = generator(config.seed, "flow", step, position), config.flow_matching
-        flip, drop = rng.random(2)
-        time = 1 / (1 + np.exp(-(settings.time_mu + settings.time_sigma * rng.standard_normal())))
-        noise = rng.standard_normal(shape, dtype=np.float32)
-        return cls(flip < config.data.flip, drop < settings.condition_dropout, time, noise)
-
-
-class LatentStepDataset(torch.utils.data.Dataset):
+class LatentStepDataset:
     """``self[step]`` is the share of data-parallel rank ``dp_rank`` of ``dp_size`` in that step.
 
     ``config`` has the sizes of the folder. Raises ``UserError`` if streams, batch and dp_size do not divide, or if all
@@ -59,26 +42,31 @@ class LatentStepDataset(torch.utils.data.Dataset):
 
     def __init__(self, folder: LatentFolder, config: CompleteDiTConfig, dp_rank: int = 0, dp_size: int = 1):
         self.folder, self.config = folder, config
-        self.dp_rank, self.dp_size = dp_rank, dp_size
-        data = config.data
-        self.order = SampleOrder(folder.shard_counts, data.streams, data.shuffle_block, config.seed)
-        step_positions(0, config.train.batch_size, data.streams, dp_rank, dp_size)
+        order = SampleOrder(folder.shard_counts, config.data.streams, config.data.shuffle_block, config.seed)
+        self.order = StepOrder(order, config.train.batch_size, dp_rank, dp_size)
 
     def __getitem__(self, step: int) -> LatentBatch:
-        place = step_positions(step, self.config.train.batch_size, self.config.data.streams, self.dp_rank, self.dp_size)
         bad: list[str] = []
-        draws = [Draw.of(self.config, step, position, self.folder.shape) for position in place.positions.tolist()]
+        positions = self.order.positions.tolist()
+        flips, drops, times, noise = zip(*(self._draw(step, position) for position in positions))
         samples = [
-            self._sample(stream, index, draw.flip, bad)
-            for stream, index, draw in zip(place.streams.tolist(), place.indices.tolist(), draws)
+            self.order.read(step, position, partial(self.folder.read, flip=flip), self.folder, bad, _REMEDY)
+            for position, flip in zip(positions, flips)
         ]
         return LatentBatch(
-            step=step, ids=[sample.id for sample in samples], positions=torch.from_numpy(place.positions),
+            step=step, ids=[sample.id for sample in samples], positions=torch.tensor(positions),
             latents=self.folder.statistics.normalise(torch.stack([sample.latents for sample in samples])),
-            noise=torch.from_numpy(np.stack([draw.noise for draw in draws])),
-            times=torch.tensor([draw.time for draw in draws], dtype=torch.float32),
-            conditions=self._conditions(samples, torch.tensor([draw.drop for draw in draws])), bad=bad,
+            noise=torch.from_numpy(np.stack(noise)), times=torch.tensor(times, dtype=torch.float32),
+            conditions=self._conditions(samples, torch.tensor(drops)), bad=bad,
         )
+
+    def _draw(self, step: int, position: int) -> tuple[bool, bool, float, np.ndarray]:
+        """Draw for one sample whether it is mirrored, whether its condition is dropped, its time and its noise."""
+        rng, settings = generator(self.config.seed, "flow", step, position), self.config.flow_matching
+        flip, drop = rng.random(2)
+        time = 1 / (1 + np.exp(-(settings.time_mu + settings.time_sigma * rng.standard_normal())))
+        noise = rng.standard_normal(self.folder.shape, dtype=np.float32)
+        return flip < self.config.data.flip, drop < settings.condition_dropout, time, noise
 
     def _conditions(self, samples: list[LatentSample], drop: Tensor) -> Tensor:
         model = self.config.model
@@ -87,10 +75,3 @@ class LatentStepDataset(torch.utils.data.Dataset):
             return torch.tensor([sample.label for sample in samples]).masked_fill(drop, none)
         captions = [sample.caption for sample in samples if sample.caption is not None]
         return torch.stack(captions).masked_fill(drop[:, None], 0.0)
-
-    def _sample(self, stream: int, index: int, flip: bool, bad: list[str]) -> LatentSample:
-        """Return the stream's ``index``-th sample, or one in its place."""
-        return self.order.read(
-            stream, index, lambda shard, row: self.folder.read(shard, row, flip), self.folder, bad,
-            "extract them again with tools/extract_latents.py",
-        )

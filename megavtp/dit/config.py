@@ -4,19 +4,19 @@
 ``config/run.py``; the rules between keys are in ``dit/validate.py``.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from megavtp.config.run import LoggingConfig, ParallelConfig, TrainConfig
-from megavtp.config.sizes import narrowed
+from megavtp.config.ranges import Above0, Depth, Fraction, NotNegative, Positive, Range, Rows, Width
+from megavtp.config.run import ReadingConfig, RunConfig
+from megavtp.config.sizes import Resolved, Shape, filled, known, narrowed
 
 DiTSize = Literal["tiny", "b", "l", "xl", "1p0b", "1p6b"]
 Condition = Literal["class", "caption"]
+Side = Annotated[int, Range(1, 512)]  # positions of a latent map's side: 512 are 8192 pixels in patches of 16
 
 # Width, depth, heads of LightningDiT's models; tiny is for a demonstration on a CPU.
-SIZES: dict[DiTSize, tuple[int, int, int]] = {
+SIZES: dict[DiTSize, Shape] = {
     "tiny": (192, 8, 3), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16), "1p0b": (1536, 24, 24),
     "1p6b": (1792, 28, 28),
 }
@@ -28,16 +28,16 @@ class DiTModelConfig:
     """A LightningDiT has RMS norms, SwiGLU, rotary and fixed sine positions, and adaptive norms."""
 
     size: DiTSize = "xl"
-    width: int | None = None  # None = of the size, as depth and heads
-    depth: int | None = None
-    heads: int | None = None
-    patch_size: int = 1  # latent positions of a token's side
+    width: Width | None = None  # None = of the size, as depth and heads
+    depth: Depth | None = None
+    heads: Width | None = None
+    patch_size: Side = 1  # latent positions of a token's side
     qk_norm: bool = False
-    latent_size: int | None = None  # positions of the latent map's side; None = that of data.root, as the next
-    latent_channels: int | None = None
+    latent_size: Side | None = None  # positions of the latent map's side; None = that of data.root, as the next
+    latent_channels: Width | None = None
     condition: Condition = "class"
-    num_classes: int | None = None  # None = those of data.root
-    caption_width: int | None = None  # of a caption's feature; None = that of data.root
+    num_classes: Rows | None = None  # None = those of data.root
+    caption_width: Width | None = None  # of a caption's feature; None = that of data.root
 
 
 @dataclass(frozen=True)
@@ -45,52 +45,38 @@ class FlowMatchingConfig:
     """The objective (arXiv 2210.02747) has LightningDiT's random times and its cosine term (arXiv 2501.01423)."""
 
     time_mu: float = 0.0  # t = sigmoid(mu + sigma z): t = 0 is noise, t = 1 data
-    time_sigma: float = 1.0
-    cosine_weight: float = 1.0  # of 1 - cosine similarity of the velocities, beside their squared error
-    condition_dropout: float = 0.1  # share of the samples that train without class or caption, for guidance
-    micro_batch: int | None = None  # latents of one data-parallel rank in one forward; None = all of its share
+    time_sigma: Above0 = 1.0
+    cosine_weight: NotNegative = 1.0  # of 1 - cosine similarity of the velocities, beside their squared error
+    condition_dropout: Fraction = 0.1  # share of the samples that train without class or caption, for guidance
+    micro_batch: Positive | None = None  # latents of one data-parallel rank in one forward; None = all of its share
 
 
 @dataclass(frozen=True)
-class LatentDataConfig:
+class LatentDataConfig(ReadingConfig):
     root: str = "data/latents"  # folder of latent shards with the tokenizer's facts and statistics
-    flip: float = 0.5  # probability of the latents of the mirrored image
-    streams: int = 64  # logical streams; every data-parallel size must divide it, it must divide the batch
-    shuffle_block: int = 4096  # samples permuted together inside a stream
-    workers: int = 4  # loader processes of each rank; 0 = read in the training process
-    prefetch: int = 2  # steps each worker prepares ahead
-    max_bad_samples: int = 1000  # in one run of one process; more is an error
+    flip: Fraction = 0.5  # probability of the latents of the mirrored image
 
 
 @dataclass(frozen=True)
-class DiTConfig:
-    seed: int = 0
+class DiTConfig(RunConfig):
     output_dir: str = "runs/dit"
     model: DiTModelConfig = field(default_factory=DiTModelConfig)
     flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     ema_momentum: float = 0.9999  # of the averaged weights, which sampling uses
     data: LatentDataConfig = field(default_factory=LatentDataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)  # a step's batch counts latents
-    telemetry: LoggingConfig = field(default_factory=LoggingConfig)
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed keys, passed through
 
 
 @dataclass(frozen=True)
-class ResolvedDiT(DiTModelConfig):
+class ResolvedDiT(Resolved, DiTModelConfig):
     """The model's own sizes are known; those of the latents may still be open."""
-
-    width: int = field(kw_only=True)
-    depth: int = field(kw_only=True)
-    heads: int = field(kw_only=True)
 
 
 @dataclass(frozen=True)
 class CompleteDiT(ResolvedDiT):
     """The sizes of the latents are known, too, so that a model can be built."""
 
-    latent_size: int = field(kw_only=True)
-    latent_channels: int = field(kw_only=True)
+    latent_size: Side = field(kw_only=True)
+    latent_channels: Width = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -105,16 +91,14 @@ class CompleteDiTConfig(ResolvedDiTConfig):
 
 def resolve_dit(model: DiTModelConfig) -> ResolvedDiT:
     """Fill the width, depth and heads that are None from ``model.size``. Idempotent."""
-    sizes = dict(zip(("width", "depth", "heads"), SIZES[model.size]))
-    kind = CompleteDiT if isinstance(model, CompleteDiT) else ResolvedDiT
-    return narrowed(model, kind, **{name: size for name, size in sizes.items() if getattr(model, name) is None})
+    return filled(model, CompleteDiT if isinstance(model, CompleteDiT) else ResolvedDiT, SIZES[model.size])
 
 
 def complete_dit(model: DiTModelConfig) -> CompleteDiT:
     """Return the model as one whose sizes are all known; ValueError if those of the latents are not."""
-    if model.latent_size is None or model.latent_channels is None:
-        raise ValueError("model.latent_size and model.latent_channels are still open; with_latents fills them")
-    return narrowed(resolve_dit(model), CompleteDiT)
+    for name in ("latent_size", "latent_channels"):
+        known(getattr(model, name), f"model.{name}")
+    return filled(model, CompleteDiT, SIZES[model.size])
 
 
 def complete_config(config: DiTConfig) -> CompleteDiTConfig:

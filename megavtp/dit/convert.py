@@ -1,20 +1,14 @@
 """This converts a DiT's checkpoint between the native format and LightningDiT's."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from megavtp.checkpoint.formats.convert import WEIGHTS_ONLY, Format, check_fitting, write_native
-from megavtp.checkpoint.kind import FACTS
 from megavtp.checkpoint.reading import is_checkpoint, open_checkpoint
-from megavtp.config.sizes import narrowed
-from megavtp.data.new_path import new_path
+from megavtp.data.all_or_nothing import all_or_nothing
 from megavtp.data.torch_file import write_torch_file
-from megavtp.dit.checkpoint import AVERAGE, TRAINED, artifact_of, dit_config, dit_tensors
-from megavtp.dit.config import CompleteDiTConfig, DiTConfig
-from megavtp.dit.lightningdit import LightningDiT, lightningdit_tree, read_lightningdit
+from megavtp.dit.checkpoint import AVERAGE, TRAINED, WholeDiT, dit_tensors, read_facts, stored_facts
+from megavtp.dit.lightningdit import lightningdit_tree, read_lightningdit
 from megavtp.latents.artifact import TokenizerArtifact, check_same_tokenizer
 
 
@@ -31,22 +25,24 @@ def convert_dit(
         module_prefix: see ``lightningdit_tree``.
     """
     path, out = Path(path), Path(out)
-    dit = _read_native_dit(path) if path.is_dir() or is_checkpoint(path) else read_lightningdit(path)
+    dit = _read_native_dit(path) if is_checkpoint(path) or path.is_dir() else read_lightningdit(path)
     notes = list(dit.notes)
     if tokenizer is not None:
         artifact = TokenizerArtifact.read(tokenizer)
-        check_fitting(artifact.needed_statistics(str(tokenizer)), dit.config.latent_channels, str(tokenizer))
+        check_fitting(artifact.needed_statistics(str(tokenizer)), dit.config.model.latent_channels, str(tokenizer))
         if dit.artifact is not None:
             check_same_tokenizer(dit.artifact, str(path), artifact, str(tokenizer))
         dit = replace(dit, artifact=artifact)
     if to == "native":
         if dit.artifact is None:
             notes.append("which tokenizer it belongs to is not known: name its folder with --tokenizer to state it")
-        with new_path(out) as folder:
-            _save_native_dit(folder, dit)
+        with all_or_nothing(out) as folder:
+            sets = {TRAINED: dit.weights, AVERAGE: dit.average}
+            tensors = {prefix + name: tensor for prefix, state in sets.items() for name, tensor in state.items()}
+            write_native(folder, dit.step, tensors, dit.config, stored_facts(dit.artifact, dit.classes))
         return [*notes, WEIGHTS_ONLY]
-    tree = lightningdit_tree(dit.config, dit.weights, dit.average, module_prefix=module_prefix)
-    with new_path(out) as new:
+    tree = lightningdit_tree(dit, module_prefix=module_prefix)
+    with all_or_nothing(out) as new:
         file = new
         if out.suffix != ".pt":
             new.mkdir()
@@ -55,21 +51,8 @@ def convert_dit(
     return notes
 
 
-def _read_native_dit(path: Path) -> LightningDiT:
+def _read_native_dit(path: Path) -> WholeDiT:
     with open_checkpoint(path) as checkpoint:
-        artifact = artifact_of(checkpoint)  # this comes first, as it tells if there is no DiT
-        config = dit_config(checkpoint)
-        weights, average = (dit_tensors(checkpoint, config.model, prefix) for prefix in (TRAINED, AVERAGE))
-        facts = checkpoint.fact(FACTS, dict[str, Any])
-        return LightningDiT(config.model, weights, average, checkpoint.step, [], artifact, config, facts)
-
-
-def _save_native_dit(folder: Path, dit: LightningDiT) -> None:
-    tensors = {
-        f"{prefix}{name}": tensor
-        for prefix, state in ((TRAINED, dit.weights), (AVERAGE, dit.average)) for name, tensor in state.items()
-    }
-    config = narrowed(dit.run or DiTConfig(), CompleteDiTConfig, model=dit.config)
-    artifact = dit.artifact.to_dict() if dit.artifact else None
-    facts = {"classes": None, **(dit.facts or {}), "visual_tokenizer": artifact}
-    write_native(folder, dit.step, tensors, config, {FACTS: facts})
+        facts = read_facts(checkpoint)
+        weights, average = (dit_tensors(checkpoint, facts.config.model, prefix) for prefix in (TRAINED, AVERAGE))
+        return WholeDiT(**vars(facts), weights=weights, average=average, notes=[])

@@ -1,7 +1,5 @@
 """This is what `launchers/train_dit.py` starts."""
 
-from __future__ import annotations
-
 from megavtp.dit.config import DiTConfig
 from megavtp.dit.recipe import DiTTraining
 from megavtp.dit.summary import dit_summary

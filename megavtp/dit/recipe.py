@@ -1,35 +1,26 @@
 """The recipe that trains a DiT has one pass, flow matching, over a folder of latents."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from megavtp.checkpoint.kind import FACTS
 from megavtp.checkpoint.store import Checkpoint
 from megavtp.config.precision import compute_dtype
 from megavtp.data.loader import Loader
 from megavtp.dit.batch import LatentStepDataset
-from megavtp.dit.config import CompleteDiT, CompleteDiTConfig, ResolvedDiTConfig
-from megavtp.dit.flops import dit_flops_per_step
-from megavtp.dit.model.average import AveragedDiT, build_averaged_dit
+from megavtp.dit.checkpoint import check_goes_on, stored_facts
+from megavtp.dit.config import CompleteDiTConfig
+from megavtp.dit.flow_matching import FlowMatchingPass
 from megavtp.dit.model.block import DiTBlock
-from megavtp.dit.passes import FlowMatchingPass
-from megavtp.dit.resume import check_goes_on
+from megavtp.dit.model.build import build_averaged_dit
+from megavtp.dit.summary import dit_flops
 from megavtp.dit.validate import TOWER, flow_share, with_latents
 from megavtp.latents.folder import LatentFolder
 from megavtp.parallel.engine import Engine
-from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.passes import Pass
 from megavtp.training.optimizer import build_optimizer
-from megavtp.training.pictures import loss_curves
 from megavtp.training.recipe import Recipe
 from megavtp.training.state import decides_samples
 from megavtp.training.step import Pairs
-from megavtp.training.telemetry import METRICS_FILE, Telemetry
 
 
 class DiTTraining(Recipe):
@@ -39,11 +30,18 @@ class DiTTraining(Recipe):
 
     def open(self) -> None:
         self.folder = LatentFolder(self.config.data.root)
-        self.config = with_sizes_of(self.folder, self.config)
+        self.config = with_latents(self.config, self.folder)
 
     def build(self) -> None:
-        self.model = build_model(self.config, self.mesh, self.device)
-        self.engine = build_engine(self.model, self.config, self.mesh)
+        config, p = self.config, self.config.parallel
+        self.model = build_averaged_dit(
+            config.model, self.mesh, seed=config.seed, device=self.device, recompute=p.recompute, attention=p.attention,
+            compute_dtype=compute_dtype(p.precision),
+        )
+        optimizer = build_optimizer(
+            self.model.named_parameters(), config.train.optimizer, zero_stage=p.zero_stage, tower_of=lambda name: TOWER
+        )
+        self.engine = Engine.of_run(self.model, optimizer, self.mesh, config, leaf_classes=(DiTBlock,))
 
     def passes(self) -> list[Pass]:
         return [FlowMatchingPass(self.config, flow_share(self.config, self.mesh.dp), self.device)]
@@ -53,7 +51,7 @@ class DiTTraining(Recipe):
         return self.loader_of(dataset, start, self.config.data)
 
     def flops_per_step(self) -> float:
-        return dit_flops_per_step(self.config)["total"]
+        return 3.0 * self.config.train.batch_size * dit_flops(self.config.model)
 
     @staticmethod
     def decides_data(key: str) -> bool:
@@ -70,55 +68,14 @@ class DiTTraining(Recipe):
         check_goes_on(checkpoint, self.config.model, self.folder)
 
     def facts(self) -> Mapping[str, Any]:
-        return facts_of(self.folder)
+        return stored_facts(self.folder.artifact, self.folder.classes)
 
     def notes(self) -> list[tuple[str, str]]:
-        note = untrained_classes(self.config.model, self.folder)
-        return [] if note is None else [("untrained_classes", note)]
-
-    def finish(self, telemetry: Telemetry) -> None:
-        if self.mesh.rank == 0:
-            output = Path(self.config.output_dir)
-            loss_curves(output / METRICS_FILE, output / "loss_curves.png")
-
-
-def with_sizes_of(folder: LatentFolder, config: ResolvedDiTConfig) -> CompleteDiTConfig:
-    """Return ``config`` with the sizes that the latents decide."""
-    channels, size, _ = folder.shape
-    return with_latents(
-        config, latent_size=size, latent_channels=channels, num_classes=folder.num_classes,
-        caption_width=folder.caption_width, has_flips=folder.has_flips,
-    )
-
-
-def untrained_classes(model: CompleteDiT, folder: LatentFolder) -> str | None:
-    """Return a note if the model has room for more classes than the latents have."""
-    if model.condition != "class" or model.num_classes == folder.num_classes:
-        return None
-    return (
-        f"model.num_classes = {model.num_classes}, but the labels in {folder.folder} are of {folder.num_classes}: the "
-        "others learn nothing; model.num_classes=null takes those that are there"
-    )
-
-
-def facts_of(folder: LatentFolder) -> dict:
-    """Return what a checkpoint states besides its weights: which latents they are for."""
-    return {FACTS: {"visual_tokenizer": folder.artifact.to_dict(), "classes": folder.classes}}
-
-
-def build_model(config: CompleteDiTConfig, mesh: Mesh, device: torch.device) -> AveragedDiT:
-    """Build the DiT, with its average as a copy of it."""
-    p = config.parallel
-    return build_averaged_dit(
-        config.model, mesh, seed=config.seed, device=device, recompute=p.recompute, attention=p.attention,
-        compute_dtype=compute_dtype(p.precision),
-    )
-
-
-def build_engine(model: AveragedDiT, config: CompleteDiTConfig, mesh: Mesh) -> Engine:
-    """Build the engine around a model, with its optimizer."""
-    optimizer = build_optimizer(
-        model.named_parameters(), config.train.optimizer, zero_stage=config.parallel.zero_stage,
-        tower_of=lambda name: TOWER,
-    )
-    return Engine.of_run(model, optimizer, mesh, config, leaf_classes=(DiTBlock,))
+        model, folder = self.config.model, self.folder
+        if model.condition != "class" or model.num_classes == folder.num_classes:
+            return []
+        return [(
+            "untrained_classes",
+            f"model.num_classes = {model.num_classes}, but the labels in {folder.folder} are of {folder.num_classes}: "
+            "the others learn nothing; model.num_classes=null takes those that are there",
+        )]

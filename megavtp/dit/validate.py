@@ -1,11 +1,11 @@
 """A DiT's keys are checked before anything runs. Each error names the keys and the remedy."""
 
-from __future__ import annotations
+from dataclasses import replace
+from typing import Any
 
-from megavtp.config import deepspeed_keys
-from megavtp.config.layout import check_pipeline, check_sequence_parallel, data_parallel_size
+from megavtp.config import deepspeed_keys, layout
 from megavtp.config.precision import with_precision
-from megavtp.config.ranges import INF, MAX_DEPTH, MAX_ROWS, MAX_WIDTH, check_run, divides, need, within
+from megavtp.config.ranges import check_ranges, check_run, divides, need, within
 from megavtp.config.share import PassShare
 from megavtp.config.sizes import narrowed
 from megavtp.dit.config import (
@@ -18,9 +18,9 @@ from megavtp.dit.config import (
     resolve_dit,
     swiglu_hidden,
 )
+from megavtp.latents.folder import LatentFolder
 
 TOWER = "dit"  # the only tower, by which learning rates and gradient norms go
-_MAX_SIDE = 512  # positions of a latent map's side: 8192 pixels in patches of 16
 
 
 def validate_dit(config: DiTConfig, world_size: int | None) -> ResolvedDiTConfig:
@@ -32,52 +32,55 @@ def validate_dit(config: DiTConfig, world_size: int | None) -> ResolvedDiTConfig
         config, ResolvedDiTConfig, model=check_dit_model(config.model), parallel=with_precision(config.parallel)
     )
     check_run(resolved, (TOWER,))
-    _numbers(resolved)
-    _tensor_parallel(resolved)
-    check_pipeline(resolved.parallel, resolved.model.depth, "model.depth", "DiT")
-    divides(
-        resolved.data.streams, resolved.train.batch_size, "data.streams", "train.batch_size",
-        "every batch is an equal slice of every stream; change one of them",
+    within(resolved, "config", 0, 1, "ema_momentum")
+    need(
+        resolved.flow_matching.condition_dropout < 1,
+        "flow_matching.condition_dropout = 1: must be below 1, or no sample would train with its class or caption",
     )
+    model = resolved.model
+    layout.check_tensor_parallel(resolved.parallel, {
+        "model.heads": model.heads, "model.width": model.width,
+        "the feed-forward width of model.width": swiglu_hidden(model.width),
+    })
+    layout.check_pipeline(resolved.parallel, model.depth, "model.depth", "DiT")
+    layout.check_streams(resolved.data.streams, resolved.train.batch_size, "train.batch_size")
     deepspeed_keys.check(resolved.deepspeed, resolved.parallel.zero_stage)
     if world_size is not None:
-        _layout(resolved, world_size)
+        dp = layout.data_parallel_size(resolved, world_size)
+        layout.check_micro_batch(flow_share(resolved, dp), "flow_matching", "the batch", dp)
     return resolved
 
 
-def with_latents(
-    config: ResolvedDiTConfig, *, latent_size: int, latent_channels: int, num_classes: int, caption_width: int | None,
-    has_flips: bool,
-) -> CompleteDiTConfig:
-    """Return ``config`` with the sizes of the latents in ``data.root``; keys that are given must agree with them.
+def with_latents(config: ResolvedDiTConfig, folder: LatentFolder) -> CompleteDiTConfig:
+    """Return ``config`` with the sizes of the latents in ``folder``; keys that are given must agree with them.
 
     More classes than the latents have may be given: these may be a part of a data set.
     """
     model = config.model
-    found: dict[str, int | None] = {"latent_size": latent_size, "latent_channels": latent_channels}
+    channels, size, _ = folder.shape
+    found: dict[str, Any] = {"latent_size": size, "latent_channels": channels}
     if model.condition == "caption":
         need(
-            caption_width is not None,
+            folder.caption_width is not None,
             f"model.condition = caption, but the latents in data.root = {config.data.root} have no captions: extract "
             "them with captions, or set model.condition=class",
         )
-        found["caption_width"] = caption_width
+        found["caption_width"] = folder.caption_width
     else:
-        found["num_classes"] = max(num_classes, model.num_classes or 0)
-    for key, size in found.items():
+        found["num_classes"] = max(folder.num_classes, model.num_classes or 0)
+    for key, of_latents in found.items():
         given = getattr(model, key)
         need(
-            given in (None, size),
-            f"model.{key} = {given}, but the latents in data.root = {config.data.root} have {size}: set "
+            given in (None, of_latents),
+            f"model.{key} = {given}, but the latents in data.root = {config.data.root} have {of_latents}: set "
             f"model.{key}=null, which takes theirs, or another data.root",
         )
     need(
-        has_flips or config.data.flip == 0,
+        folder.has_flips or config.data.flip == 0,
         f"data.flip = {config.data.flip}, but data.root = {config.data.root} has no latents of mirrored images: "
         "extract them, or set data.flip=0",
     )
-    sized = check_dit_model(narrowed(model, type(model), **found))
-    return complete_config(narrowed(config, type(config), model=sized))
+    return complete_config(replace(config, model=check_dit_model(replace(model, **found))))
 
 
 def flow_share(config: DiTConfig, dp: int) -> PassShare:
@@ -86,73 +89,23 @@ def flow_share(config: DiTConfig, dp: int) -> PassShare:
     return PassShare(config.train.batch_size, local, config.flow_matching.micro_batch or local)
 
 
-def _numbers(config: ResolvedDiTConfig) -> None:
-    flow = config.flow_matching
-    need(flow.time_sigma > 0, f"flow_matching.time_sigma = {flow.time_sigma}: must be above 0")
-    within(flow, "flow_matching", 0, INF, "cosine_weight")
-    within(flow, "flow_matching", 0, 1, "condition_dropout")
-    need(
-        flow.condition_dropout < 1,
-        "flow_matching.condition_dropout = 1: must be below 1, or no sample would train with its class or caption",
-    )
-    if flow.micro_batch is not None:
-        within(flow, "flow_matching", 1, INF, "micro_batch")
-    within(config, "config", 0, 1, "ema_momentum")
-    within(config.data, "data", 0, 1, "flip")
-
-
 def check_dit_model(given: DiTModelConfig) -> ResolvedDiT:
     """Fill and check the sizes of a model, which a recipe or a file with weights gives, on their own.
 
     Raises UserError.
     """
     model = resolve_dit(given)
-    within(model, "model", 1, MAX_WIDTH, "width", "heads")
-    within(model, "model", 1, MAX_DEPTH, "depth")
-    within(model, "model", 1, _MAX_SIDE, "patch_size")
-    for name, high in (
-        ("latent_size", _MAX_SIDE), ("latent_channels", MAX_WIDTH), ("num_classes", MAX_ROWS),
-        ("caption_width", MAX_WIDTH),
-    ):
-        if getattr(model, name) is not None:
-            within(model, "model", 1, high, name)
+    check_ranges(model, "model.")
     divides(model.heads, model.width, "model.heads", "model.width", "change one of them")
-    head = model.width // model.heads
-    need(
-        head % 4 == 0,
-        f"model.width = {model.width} over model.heads = {model.heads} gives heads of {head} channels: the rotary "
-        "position embedding needs a multiple of 4",
-    )
+    layout.check_rotary(model, "model")
     if model.latent_size is not None:
         divides(
             model.patch_size, model.latent_size, "model.patch_size", "model.latent_size", "choose a patch that divides"
         )
+    condition = model.condition
+    other = "num_classes" if condition == "caption" else "caption_width"
     need(
-        model.condition == "class" or model.num_classes is None,
-        f"model.num_classes = {model.num_classes} is given, but model.condition = caption: remove one of them",
-    )
-    need(
-        model.condition == "caption" or model.caption_width is None,
-        f"model.caption_width = {model.caption_width} is given, but model.condition = class: remove one of them",
+        getattr(model, other) is None,
+        f"model.{other} = {getattr(model, other)} is given, but model.condition = {condition}: remove one of them",
     )
     return model
-
-
-def _tensor_parallel(config: ResolvedDiTConfig) -> None:
-    model, tp = config.model, config.parallel.tp
-    sizes = {
-        "model.heads": model.heads, "model.width": model.width,
-        "the feed-forward width of model.width": swiglu_hidden(model.width),
-    }
-    for key, size in sizes.items():
-        divides(tp, size, "parallel.tp", key, "use a tp that divides it")
-    check_sequence_parallel(config.parallel)
-
-
-def _layout(config: ResolvedDiTConfig, world_size: int) -> None:
-    dp = data_parallel_size(config, world_size)
-    part = flow_share(config, dp)
-    divides(
-        part.micro_batch, part.local, "flow_matching.micro_batch", "a rank's share of the batch",
-        f"the share is {part.batch} / {dp} data-parallel ranks; use a micro-batch that divides it",
-    )

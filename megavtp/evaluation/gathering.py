@@ -1,7 +1,5 @@
 """Every data-parallel rank collects the per-sample results of all."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any
@@ -24,16 +22,13 @@ def gather_rows(x: Tensor, mesh: Mesh, device: torch.device) -> Tensor:
     if mesh.dp == 1:
         return x.cpu()
     counts = all_gather(torch.tensor([len(x)], device=device), mesh, "dp").tolist()
-    longest = max(counts)
     step = max(1, _CHUNK_ELEMENTS // max(1, math.prod(x.shape[1:])))
     pieces: list[list[Tensor]] = [[x[:0].cpu()] for _ in counts]
-    for start in range(0, longest, step):
-        width = min(step, longest - start)
-        own = x[start : start + width]
-        padded = torch.zeros(width, *x.shape[1:], dtype=x.dtype, device=device)
+    for start in range(0, max(counts), step):
+        own = x[start : start + step]
+        padded = torch.zeros(min(step, max(counts) - start), *x.shape[1:], dtype=x.dtype, device=device)
         padded[: len(own)] = own
-        everyone = all_gather(padded, mesh, "dp").cpu().chunk(mesh.dp)
-        for rank, rows in enumerate(everyone):
+        for rank, rows in enumerate(all_gather(padded, mesh, "dp").cpu().chunk(mesh.dp)):
             pieces[rank].append(rows[: max(0, counts[rank] - start)])
     return torch.cat([piece for rank in pieces for piece in rank])
 
@@ -44,5 +39,4 @@ def gather_objects(objects: list[Any], mesh: Mesh, device: torch.device) -> list
         return list(objects)
     text = "".join(json.dumps(value) + "\n" for value in objects)
     blob = torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).copy())
-    merged = bytes(gather_rows(blob, mesh, device).numpy())
-    return [json.loads(line) for line in merged.splitlines()]
+    return [json.loads(line) for line in bytes(gather_rows(blob, mesh, device).numpy()).splitlines()]

@@ -3,8 +3,6 @@
 Letters: q queries, g gallery entries, E features.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

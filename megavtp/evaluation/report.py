@@ -1,13 +1,11 @@
 """Metrics are written for people and for programs."""
 
-from __future__ import annotations
-
-import math
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megavtp.data.files import write_json
+from megavtp.data.files import write_atomic
 from megavtp.errors import UserError
 
 _CHANCE = "chance/"
@@ -16,18 +14,16 @@ _NUMBERS = ("reconstruction/", "generation/")  # all others are shares of the sa
 
 def format_table(metrics: Mapping[str, float], compare: Mapping[str, Mapping[str, float]] | None = None) -> str:
     """Format a plain-text table: a line per metric with its value, a column for each of ``compare``, and chance."""
-    compare = dict(compare or {})
-    rows = [["metric", "value", *compare, "chance"]]
+    columns = {"value": metrics, **(compare or {})}
+    rows = [["metric", *columns, "chance"]]
     for name in metrics:
         if not name.startswith(_CHANCE):
-            sources = [metrics, *compare.values()]
-            rows.append([name, *(_show(name, m.get(name)) for m in sources), _show(name, metrics.get(_CHANCE + name))])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+            shown = [_show(name, column.get(name)) for column in columns.values()]
+            rows.append([name, *shown, _show(name, metrics.get(_CHANCE + name))])
+    widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
-        for row in rows
-    )
+    lines = [[name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])] for name, *cells in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def _show(name: str, value: float | None) -> str:
@@ -42,15 +38,14 @@ def _show(name: str, value: float | None) -> str:
 
 def write_metrics(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write nested metrics as JSON and rename the file into place; a value that is not finite becomes null."""
-    path = Path(path)
+    finite = json.loads(json.dumps(content), parse_constant=lambda name: None)
+    write_file(path, json.dumps(finite, indent=2).encode() + b"\n")
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """Write a file that the user named, make its folder, and rename it into place. Raises ``UserError``."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, _finite(content), indent=2)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(path), data)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; free disk space or name another file") from None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

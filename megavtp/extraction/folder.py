@@ -8,12 +8,11 @@ A shard is renamed into place when it is whole, with its sums in its header, so 
 tokenizer's facts, without which nobody opens the folder, come last.
 """
 
-from __future__ import annotations
-
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megavtp.checkpoint.tensor_file import flush_folder, write_tensors
-from megavtp.data.files import refuse_remote, write_json
+from megavtp.data.files import refuse_remote, replaced, write_json
 from megavtp.data.folder_lock import LOCK_FILE, FolderLock
 from megavtp.errors import UserError
-from megavtp.extraction.moments import Moments, join_all
+from megavtp.extraction.moments import Moments
 from megavtp.json_file import read_json
 from megavtp.latents.artifact import FILE, STATISTICS_FILE, TokenizerArtifact, check_same_tokenizer
 from megavtp.latents.folder import CLASSES_FILE
@@ -35,9 +34,8 @@ SETTINGS_FILE = "extraction.json"
 class UnfinishedLatents:
     """A folder that is filled with ``shards`` files.
 
-    Args:
-        artifact: facts of the tokenizer; if they hold statistics, the folder takes those.
-        settings: JSON values that decide what the files hold, ``artifact`` aside.
+    If ``artifact`` holds statistics, the folder takes those. ``settings`` are JSON values that decide what the files
+    hold, ``artifact`` aside.
     """
 
     def __init__(self, folder: str | Path, artifact: TokenizerArtifact, settings: Mapping[str, Any], shards: int):
@@ -50,14 +48,12 @@ class UnfinishedLatents:
         """Make the folder, unless it was begun already, and lock it until ``release``. UserError if it cannot be
         written or another process fills it; see ``check``."""
         self.check()
-        try:
+        with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.folder, "choose another --out")
             self.check()  # again, now that nobody else changes it
             if not (self.folder / SETTINGS_FILE).exists():
                 write_json(self.folder / SETTINGS_FILE, self.settings, indent=1)
-        except OSError as error:
-            raise self._cannot_write(error) from None
 
     def check(self) -> None:
         """Raise UserError if the folder holds something else, was begun with other settings or finished with other
@@ -75,19 +71,15 @@ class UnfinishedLatents:
                 done = TokenizerArtifact.read(self.folder)
                 check_same_tokenizer(done, str(self.folder), self.artifact, "the given tokenizer")
             return
-        if self.folder.exists() and not self._is_empty():
+        # what an extraction leaves that is killed before it has written its settings
+        left = {LOCK_FILE, f"{SETTINGS_FILE}.partial"}
+        found = {file.name for file in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if not found <= left or (self.folder.exists() and not self.folder.is_dir()):
             raise UserError(f"{self.folder} exists and was not made by an extraction; choose another --out")
 
     def release(self) -> None:
-        """Let other processes have the folder."""
         if self._lock is not None:
             self._lock.close()
-
-    def _is_empty(self) -> bool:
-        """Whether it holds at most what an extraction leaves that is killed before it has written its settings."""
-        return self.folder.is_dir() and {file.name for file in self.folder.iterdir()} <= {
-            LOCK_FILE, f"{SETTINGS_FILE}.partial"
-        }
 
     def missing(self) -> list[int]:
         """Return the numbers of the shards that are missing or not whole."""
@@ -100,28 +92,20 @@ class UnfinishedLatents:
 
     def write(self, shard: int, tensors: Mapping[str, Tensor], moments: Moments | None) -> None:
         """Write a shard's tensors, see ``latents.folder``. A shard of which no image can be read has no tensors, and
-        ``moments`` is None; only that is recorded."""
-        path = self.path(shard)
-        if moments is None:
-            path = self._empty(shard)
+        ``moments`` is None; only that is recorded, in a file whose name hides it from readers of latents."""
+        path = self.path(shard) if moments else self.path(shard).with_suffix(".empty")
         metadata = {
             "total_size": str(moments.images if moments else 0), "dtype": "torch.float32", "device": "cpu",
             "tokenizer": self.artifact.fingerprint, "moments": moments.dump() if moments else "",
         }
-        partial = path.with_name(path.name + ".partial")
-        try:
-            write_tensors(partial, tensors, metadata)
-            os.replace(partial, path)
+        with self._writing():
+            with replaced(path) as partial:
+                write_tensors(partial, tensors, metadata)
             flush_folder(self.folder)
-        except OSError as error:
-            raise self._cannot_write(error) from None
 
     def finish(self, classes: list[str] | None) -> TokenizerArtifact:
-        """Write what belongs to all shards; returns the tokenizer's facts with the statistics.
-
-        Raises:
-            UserError: shards are missing, none holds an image, or a channel never changes.
-        """
+        """Write what belongs to all shards, and return the tokenizer's facts with the statistics. UserError: shards are
+        missing, none holds an image, or a channel never changes."""
         headers = [self._header(shard) for shard in range(self.shards)]
         if None in headers:
             raise UserError(
@@ -134,25 +118,19 @@ class UnfinishedLatents:
         ]
         if not parts:
             raise UserError(f"{self.folder}: not one image of the data set can be read")
-        own = join_all(parts).statistics()
+        own = reduce(Moments.joined, parts).statistics()  # a channel that never changes is refused in any case
         statistics = self.artifact.statistics or own
         finished = replace(self.artifact, statistics=statistics)
-        try:
+        with self._writing():
             if classes is not None:
                 write_json(self.folder / CLASSES_FILE, classes, indent=1)
             statistics.write(self.folder / STATISTICS_FILE)
             finished.write(self.folder)
-        except OSError as error:
-            raise self._cannot_write(error) from None
         return finished
-
-    def _empty(self, shard: int) -> Path:
-        """Return the file that stands for a shard without images; its name hides it from readers of latents."""
-        return self.path(shard).with_suffix(".empty")
 
     def _header(self, shard: int) -> str | None:
         """Return the moments in the header of a whole file, "" if it is empty, None if it is missing."""
-        for path in (self.path(shard), self._empty(shard)):
+        for path in (self.path(shard), self.path(shard).with_suffix(".empty")):
             try:
                 with safe_open(path, framework="pt") as file:  # compares the file's length with its header
                     return (file.metadata() or {}).get("moments")
@@ -160,8 +138,12 @@ class UnfinishedLatents:
                 continue
         return None
 
-    def _cannot_write(self, error: OSError) -> UserError:
-        return UserError(
-            f"{self.folder} cannot be written ({error.strerror or error}); choose another --out or free some space; "
-            "what is there is kept"
-        )
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be written ({error.strerror or error}); choose another --out or free some "
+                "space; what is there is kept"
+            ) from None

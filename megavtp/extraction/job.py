@@ -1,23 +1,24 @@
 """All processes together encode a data set. They can resume, and their number does not change a byte of the result.
 
 The data set is cut into shards of consecutive samples, whose number depends on its size alone, and each shard into
-batches. A process takes every n-th of the shards that are missing, so nothing that it computes depends on how many
-others there are.
+batches. A process takes every n-th of the missing shards, and computes the same of each whoever takes the others.
 """
-
-from __future__ import annotations
 
 import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial, reduce
+from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megavtp.arithmetic import ceil_div
 from megavtp.checkpoint.background import BackgroundTask
 from megavtp.data.batch import one_thread
 from megavtp.data.loader import Loader
@@ -25,14 +26,15 @@ from megavtp.data.shards import ShardDataset, open_dataset
 from megavtp.errors import UserError
 from megavtp.extraction.folder import UnfinishedLatents
 from megavtp.extraction.images import ImageBatch, ImageBatches
-from megavtp.extraction.labels import Labels, find_labels
-from megavtp.extraction.moments import Moments, channel_moments, join_all
+from megavtp.extraction.labels import Labelling, find_labels
+from megavtp.extraction.moments import Moments, channel_moments
 from megavtp.latents.artifact import TokenizerArtifact
 from megavtp.launch import phase
 from megavtp.parallel.collectives import all_gather_object, broadcast_object, together
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.tokenizer import Tokenizer
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _SHARDS = 512  # enough to be shared out evenly among many processes
@@ -42,21 +44,13 @@ _TIMEOUT = 600  # seconds that a batch may take to decode
 
 @dataclass(frozen=True)
 class ExtractionSettings:
-    """The settings that decide the latents, besides data set and tokenizer.
+    """The settings that decide the latents, besides data set and tokenizer."""
 
-    Attributes:
-        label: key of the samples' metadata with their class; None = all labels are 0.
-        flip: also the latents of the mirrored images.
-        captions: also the tokenizer's caption features.
-        batch_size: images at a time; it may change the last bits.
-        precision: of the tokenizer's matrix products, see ``load_tokenizer``.
-    """
-
-    label: str | None = None
-    flip: bool = True
-    captions: bool = False
-    batch_size: int = 32
-    precision: str = "fp32"
+    label: str | None = None  # key of the samples' metadata with their class; None = all labels are 0
+    flip: bool = True  # also the latents of the mirrored images
+    captions: bool = False  # also the tokenizer's caption features
+    batch_size: int = 32  # images at a time; it may change the last bits
+    precision: str = "fp32"  # of the tokenizer's matrix products, see ``load_tokenizer``
 
 
 class Extraction:
@@ -69,8 +63,7 @@ class Extraction:
         max_bad: how many unreadable samples a process may leave out.
         on_shard: called with a shard's number after it has been written.
 
-    Raises:
-        UserError: see ``labels``, ``folder``; ``settings.captions`` without a text encoder.
+    Raises ``UserError``: see ``labels``, ``folder``; ``settings.captions`` without a text encoder.
     """
 
     def __init__(
@@ -86,55 +79,50 @@ class Extraction:
         self.images_per_shard = shard_size(len(self.data), settings.batch_size)
         index = hashlib.sha256((self.data.folder / "index.json").read_bytes()).hexdigest()
         decisive = {"data": index, "images_per_shard": self.images_per_shard, **asdict(settings)}
-        self.folder = UnfinishedLatents(
-            out, tokenizer.artifact, decisive, -(-len(self.data) // self.images_per_shard)
-        )
+        count = ceil_div(len(self.data), self.images_per_shard)
+        self.folder = UnfinishedLatents(out, tokenizer.artifact, decisive, count)
         self.left_out = 0
 
     def run(self) -> tuple[TokenizerArtifact, int]:
-        """Do what is missing. This is a collective call.
-
-        Returns the tokenizer's facts with statistics, and how many samples were left out since this start.
-        """
+        """Do what is missing in a collective call; return the tokenizer's facts with statistics, and how many samples
+        were left out since this start."""
         phase.enter("preparing the extraction", slow=True)
-        together(lambda: self.folder.check() if self.mesh.rank == 0 else None)  # before all metadata are read
+        self._on_first(self.folder.check)  # before all metadata are read
         labels = find_labels(self.data, self.settings.label, self.mesh)  # a wrong key leaves nothing behind
         try:
-            together(lambda: self.folder.claim() if self.mesh.rank == 0 else None)
+            self._on_first(self.folder.claim)
             return self._fill(labels)
         finally:
             self.folder.release()
 
-    def _fill(self, labels: Labels) -> tuple[TokenizerArtifact, int]:
+    def _on_first(self, work: Callable[[], T]) -> T:
+        """Return to all processes what the first one's work returns."""
+        return broadcast_object(together(lambda: work() if self.mesh.rank == 0 else None))
+
+    def _fill(self, labels: Labelling) -> tuple[TokenizerArtifact, int]:
         # One process looks: on a network file system others may see an older state of the folder.
-        missing = together(lambda: self.folder.missing() if self.mesh.rank == 0 else None)
-        own = broadcast_object(missing)[self.mesh.dp_rank :: self.mesh.dp]
+        own = self._on_first(self.folder.missing)[self.mesh.dp_rank :: self.mesh.dp]
         phase.enter("extracting latents", slow=True)
         # On a CPU the last bits of a product depend on the number of threads, and that on the number of processes.
         with torch.no_grad(), one_thread() if self.tokenizer.device.type == "cpu" else nullcontext():
             self._extract(own, labels)
         phase.enter("finishing the latents", slow=True)
         left_out = sum(all_gather_object(self.left_out))
-        finished = together(lambda: self.folder.finish(labels.names) if self.mesh.rank == 0 else None)
-        return broadcast_object(finished), left_out
+        return self._on_first(lambda: self.folder.finish(labels.names)), left_out
 
-    def _extract(self, shards: list[int], labels: Labels) -> None:
+    def _extract(self, shards: list[int], labels: Labelling) -> None:
         ranges = [self._batches(shard) for shard in shards]
-        source = ImageBatches(
-            self.data, [batch for part in ranges for batch in part], self.tokenizer.artifact.image_size, labels
-        )
+        source = ImageBatches(self.data, list(chain(*ranges)), self.tokenizer.artifact.image_size, labels)
         background = BackgroundTask()
-        total = sum(map(len, source.ranges))
-        with (
-            Loader(
-                source, 0, len(source.ranges), workers=self.workers, timeout=_TIMEOUT,
-                pin=self.tokenizer.device.type == "cuda",
-            ) as batches,
-            tqdm(total=total, desc="images", disable=self.quiet) as bar,
-        ):
+        loader = Loader(
+            source, 0, len(source.ranges), workers=self.workers, timeout=_TIMEOUT,
+            pin=self.tokenizer.device.type == "cuda",
+        )
+        images = sum(map(len, source.ranges))
+        with loader as batches, tqdm(total=images, desc="images", disable=self.quiet) as bar:
             for shard, parts in zip(shards, ranges, strict=True):
                 encoded = [self._encode(next(batches), len(part), bar) for part in parts]
-                background.start(self._writer(shard, *self._whole(shard, encoded)), "latents")
+                background.start(partial(self._write, shard, *self._whole(shard, encoded)), "latents")
             background.wait()
 
     def _batches(self, shard: int) -> list[range]:
@@ -144,7 +132,14 @@ class Extraction:
 
     def _encode(self, batch: ImageBatch, samples: int, bar: tqdm) -> dict[str, Tensor] | None:
         """Encode a batch. Latents and moments stay on the device, so nothing waits before the shard is complete."""
-        self._count(batch.left_out)
+        for entry in batch.left_out:
+            log.warning("left out: %s", entry)
+            self.left_out += 1
+            if self.left_out > self.max_bad:
+                raise UserError(
+                    f"{self.left_out} samples cannot be read, last: {entry}; list them with `python "
+                    "tools/prepare_data.py check FOLDER`, or allow more with --max-bad"
+                )
         bar.update(samples)
         if not len(batch.images):
             return None
@@ -162,7 +157,8 @@ class Extraction:
         parts = [part for part in encoded if part is not None]
         if not parts:
             return {}, None
-        moments = join_all(Moments.of(part["latents"].shape, part.pop("moments").cpu()) for part in parts)
+        own = (Moments.of(part["latents"].shape, part.pop("moments").cpu()) for part in parts)
+        moments = reduce(Moments.joined, own)
         whole = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
         if not all(bool(tensor.isfinite().all()) for tensor in whole.values()):
             first = shard * self.images_per_shard
@@ -172,26 +168,13 @@ class Extraction:
             )
         return whole, moments
 
-    def _writer(self, shard: int, tensors: dict[str, Tensor], moments: Moments | None) -> Callable[[], None]:
-        def write() -> None:
-            self.folder.write(shard, tensors, moments)
-            self.on_shard(shard)
-
-        return write
-
-    def _count(self, left_out: list[str]) -> None:
-        for entry in left_out:
-            log.warning("left out: %s", entry)
-            self.left_out += 1
-            if self.left_out > self.max_bad:
-                raise UserError(
-                    f"{self.left_out} samples cannot be read, last: {entry}; list them with `python "
-                    "tools/prepare_data.py check FOLDER`, or allow more with --max-bad"
-                )
+    def _write(self, shard: int, tensors: dict[str, Tensor], moments: Moments | None) -> None:
+        self.folder.write(shard, tensors, moments)
+        self.on_shard(shard)
 
 
 def shard_size(samples: int, batch_size: int) -> int:
     """Return the images of one shard: whole batches, which depend on the size of the data set alone."""
     low, high = _SHARD_IMAGES
-    wanted = min(max(-(-samples // _SHARDS), low), high)
-    return -(-wanted // batch_size) * batch_size
+    wanted = min(max(ceil_div(samples, _SHARDS), low), high)
+    return ceil_div(wanted, batch_size) * batch_size

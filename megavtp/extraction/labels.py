@@ -1,12 +1,9 @@
 """Class labels of the samples of shards, from a key of their metadata."""
 
-from __future__ import annotations
-
 import reprlib
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from megavtp.data.decode import BadSample
@@ -20,9 +17,9 @@ _KEYS_TOLD = 20
 
 
 @dataclass(frozen=True)
-class Labels:
-    """How metadata become labels. ``key`` of the metadata names the class; if it is None, all labels are 0. ``names``
-    are those of the labels 0, 1, ...; if they are None, the values of the key are the labels."""
+class Labelling:
+    """How metadata become labels. ``key`` of the metadata names the class; if it is None, all labels are 0. The sorted
+    ``names`` are those of the labels 0, 1, ...; if they are None, the values of the key are the labels."""
 
     key: str | None = None
     names: list[str] | None = None
@@ -31,11 +28,7 @@ class Labels:
         if self.key is None:
             return 0
         value = meta[self.key]
-        return value if self.names is None else self._number[value]
-
-    @cached_property
-    def _number(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.names or ())}
+        return value if self.names is None else bisect_left(self.names, value)
 
 
 @dataclass
@@ -48,36 +41,21 @@ class _Found:
     first_lacking: str = ""
     keys: Counter[str] = field(default_factory=Counter)
 
-    def see(self, meta: dict[str, Any], key: str, name: str) -> None:
-        value = meta.get(key)
-        if isinstance(value, str) and value:
-            self.names.add(value)
-        elif isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_CLASSES:
-            self.numbers = True
-        else:
-            self.lacking += 1
-            self.first_lacking = self.first_lacking or f"{name}: {reprlib.repr(value)}"
-            self.keys.update(k for k, v in meta.items() if isinstance(v, str | int))
 
-
-def find_labels(folder: ShardDataset, key: str | None, mesh: Mesh) -> Labels:
+def find_labels(folder: ShardDataset, key: str | None, mesh: Mesh) -> Labelling:
     """Read the metadata of all samples, each process its share; a collective call.
 
-    Names are numbered in alphabetical order, so the labels do not depend on the order of the samples.
-
-    Raises:
-        UserError: samples without ``key``, values that are neither all names nor all numbers from 0, or too many.
+    Names are numbered in alphabetical order, so the labels do not depend on the order of the samples. Raises
+    ``UserError``: samples without ``key``, values that are neither all names nor all numbers from 0, or too many.
     """
     if key is None:
-        return Labels()
-    found = [_Found(**values) for values in all_gather_object(vars(_scan(folder, key, mesh)))]
+        return Labelling()
+    found: list[_Found] = all_gather_object(_scan(folder, key, mesh))
     names = set().union(*(part.names for part in found))
     lacking = sum(part.lacking for part in found)
     if lacking:
         first = next(part.first_lacking for part in found if part.lacking)
-        keys: Counter[str] = Counter()
-        for part in found:
-            keys += part.keys
+        keys = sum((part.keys for part in found), Counter[str]())
         others = ", ".join(k for k, _ in keys.most_common(_KEYS_TOLD)) or "none"
         raise UserError(
             f"--label {key}: {lacking} of {len(folder)} samples in {folder.folder} have no such name, nor a whole "
@@ -87,23 +65,25 @@ def find_labels(folder: ShardDataset, key: str | None, mesh: Mesh) -> Labels:
         raise UserError(f"--label {key}: some of its values are names, some numbers; make them all one or the other")
     if len(names) > _MOST_CLASSES:
         raise UserError(f"--label {key} has {len(names)} different values; choose a key that names classes")
-    return Labels(key, sorted(names) if names else None)
+    return Labelling(key, sorted(names) if names else None)
 
 
 def _scan(folder: ShardDataset, key: str, mesh: Mesh) -> _Found:
+    """Read this process's samples, which are neighbours, so that few processes read the same file."""
     found = _Found()
-    for shard, row in _share(folder.shard_counts, mesh):
-        try:
-            meta = folder.meta(shard, row)
-        except BadSample:
-            continue  # the extraction leaves it out
-        found.see(meta, key, folder.name(shard, row))
+    for shard, count in enumerate(folder.shard_counts):
+        for row in range(count * mesh.dp_rank // mesh.dp, count * (mesh.dp_rank + 1) // mesh.dp):
+            try:
+                meta = folder.meta(shard, row)
+            except BadSample:
+                continue  # the extraction leaves it out
+            value = meta.get(key)
+            if isinstance(value, str) and value:
+                found.names.add(value)
+            elif isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_CLASSES:
+                found.numbers = True
+            else:
+                found.lacking += 1
+                found.first_lacking = found.first_lacking or f"{folder.name(shard, row)}: {reprlib.repr(value)}"
+                found.keys.update(k for k, v in meta.items() if isinstance(v, str | int))
     return found
-
-
-def _share(counts: Iterable[int], mesh: Mesh) -> Iterable[tuple[int, int]]:
-    """Yield the (shard, row) of this process; they are neighbours, so that few processes read the same file."""
-    return (
-        (shard, row) for shard, count in enumerate(counts)
-        for row in range(count * mesh.dp_rank // mesh.dp, count * (mesh.dp_rank + 1) // mesh.dp)
-    )

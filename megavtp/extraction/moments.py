@@ -1,9 +1,6 @@
 """Mean and variance of each latent channel in one pass, in float64 (Chan, Golub and LeVeque, 1979)."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -42,13 +39,13 @@ class Moments:
     squares: np.ndarray
 
     @classmethod
-    def of(cls, latents_shape: tuple[int, ...], values: Tensor) -> Moments:
+    def of(cls, latents_shape: tuple[int, ...], values: Tensor) -> "Moments":
         """Make them from the result of ``channel_moments`` on the host; ``latents_shape`` is (b, C, h, w)."""
         images, _, height, width = latents_shape
         return cls(images, images * height * width, *values.numpy())
 
-    def joined(self, other: Moments) -> Moments:
-        """Return the moments of both together. Another order of additions may change the last bits."""
+    def joined(self, other: "Moments") -> "Moments":
+        """Return the moments of both together; another order of joining may change the last bits."""
         count = self.count + other.count
         apart = other.mean - self.mean
         return Moments(
@@ -66,18 +63,10 @@ class Moments:
         return json.dumps([self.images, self.count, self.mean.tolist(), self.squares.tolist()])
 
     @classmethod
-    def load(cls, text: str, channels: int, where: str) -> Moments:
+    def load(cls, text: str, channels: int, where: str) -> "Moments":
         """Invert ``dump``. UserError if the text is something else, or has another number of channels."""
         remedy = "remove that file, then start again"
         images, count, mean, squares = parse_json(text, _Dumped, where, remedy)
         if not len(mean) == len(squares) == channels:
             raise UserError(f"{where}: its sums are not of {channels} channels; {remedy}")
         return cls(images, count, np.array(mean), np.array(squares))
-
-
-def join_all(parts: Iterable[Moments]) -> Moments:
-    """Join at least one part, in the given order."""
-    first, *others = parts
-    for part in others:
-        first = first.joined(part)
-    return first

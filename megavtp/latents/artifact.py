@@ -4,8 +4,6 @@
 mapping) in the checkpoint of a DiT trained on them. The fingerprint tells whether they belong together.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -53,15 +51,11 @@ class _Stored:
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """The mean and standard deviation of each latent channel over images and positions.
-
-    Attributes:
-        images: how many images they were taken over; None = unknown (a file of another project).
-    """
+    """The mean and standard deviation of each latent channel over images and positions."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    images: int | None = None
+    images: int | None = None  # how many they were taken over; None = unknown (a file of another project)
 
     def __post_init__(self) -> None:
         values = (*self.mean, *self.std)
@@ -74,21 +68,18 @@ class LatentStatistics:
             )
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """Return (x - mean) / std per channel, (..., C, h, w)."""
+        """Return (x - mean) / std per channel of (..., C, h, w)."""
         mean, std = self._tensors(latents)
         return (latents - mean) / std
 
     def denormalise(self, latents: Tensor) -> Tensor:
-        """Return x * std + mean per channel, (..., C, h, w)."""
+        """Return x * std + mean per channel of (..., C, h, w)."""
         mean, std = self._tensors(latents)
         return latents * std + mean
 
-    def agree(self, other: LatentStatistics) -> bool:
+    def agree(self, other: "LatentStatistics") -> bool:
         """Whether both are equal in float32, to which ``latents_stats.pt`` rounds them."""
-        return all(
-            torch.equal(torch.tensor(getattr(self, name)), torch.tensor(getattr(other, name)))
-            for name in ("mean", "std")
-        )
+        return all(torch.equal(*map(torch.tensor, pair)) for pair in ((self.mean, other.mean), (self.std, other.std)))
 
     def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
         if like.ndim < 3 or like.shape[-3] != len(self.mean):
@@ -98,7 +89,7 @@ class LatentStatistics:
         return mean[:, None, None], std[:, None, None]
 
     @classmethod
-    def read(cls, path: str | Path) -> LatentStatistics:
+    def read(cls, path: str | Path) -> "LatentStatistics":
         """Read LightningDiT's ``latents_stats.pt``. Raises UserError."""
         remedy = "extract the latents again, which writes it"
         tree = read_torch_file(path, remedy)
@@ -108,8 +99,8 @@ class LatentStatistics:
             raise UserError(f"{path} does not hold the floating point tensors mean and std; {remedy}")
         if wrong := [tuple(t.shape) for t in tensors if t.numel() != max(t.shape, default=1)]:
             raise UserError(f"{path}: mean and std are one number per channel, not of shape {wrong[0]}; {remedy}")
+        mean, std = (tuple(t.flatten().tolist()) for t in tensors)
         try:
-            mean, std = (tuple(t.flatten().tolist()) for t in tensors)
             return cls(mean, std)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
@@ -122,50 +113,37 @@ class LatentStatistics:
 
 @dataclass(frozen=True)
 class TokenizerArtifact:
-    """The facts of a visual tokenizer.
+    """The facts of a visual tokenizer."""
 
-    Attributes:
-        fingerprint: of the encoder (its weights and what else decides a latent); a fine-tuned decoder keeps it.
-        image_size: pixels of the side it was trained on.
-        patch_size: pixels per latent position.
-        latent_channels: C of the latents (b, C, H / patch_size, W / patch_size).
-        pixel_mean, pixel_std: the encoder takes (pixels in 0..1 - mean) / std.
-        captions: "clip", or the caption tokenizer's file name beside this one; None = no text encoder.
-        statistics: of the latents; None until they have been extracted.
-    """
-
-    fingerprint: str
-    image_size: int
-    patch_size: int
-    latent_channels: int
-    pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
+    fingerprint: str  # of the encoder: its weights and what else decides a latent; a fine-tuned decoder keeps it
+    image_size: int  # pixels of the side it was trained on
+    patch_size: int  # pixels per latent position
+    latent_channels: int  # C of the latents (b, C, H / patch_size, W / patch_size)
+    pixel_mean: tuple[float, float, float] = IMAGENET_MEAN  # the encoder takes (pixels in 0..1 - mean) / std
     pixel_std: tuple[float, float, float] = IMAGENET_STD
-    captions: str | None = None
-    statistics: LatentStatistics | None = None
+    captions: str | None = None  # "clip", or the caption tokenizer's file name beside this one; None = no text encoder
+    statistics: LatentStatistics | None = None  # of the latents; None until they have been extracted
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts as plain JSON types."""
         return {"version": 1, **asdict(self)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str) -> TokenizerArtifact:
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> "TokenizerArtifact":
         """Invert ``to_dict``; ``where`` names the source in errors."""
         remedy = "convert the tokenizer, or extract the latents, again"
         stored = check_form(dict(values), _Stored, where, remedy)
         found = stored.statistics
         if found is not None and len(found.mean) != stored.latent_channels:
-            raise UserError(
-                f"{where}: statistics of {len(found.mean)} channels do not belong to latents of "
-                f"{stored.latent_channels}; {remedy}"
-            )
+            channels = f"statistics of {len(found.mean)} channels do not belong to latents of {stored.latent_channels}"
+            raise UserError(f"{where}: {channels}; {remedy}")
         if stored.image_size % stored.patch_size or min(stored.pixel_std) <= 0:
             raise UserError(f"{where}: its sizes do not fit one another, or pixel_std is not above 0; {remedy}")
-        given = {f.name: getattr(stored, f.name) for f in fields(cls)}
-        statistics = found and LatentStatistics(found.mean, found.std, found.images)
-        return cls(**{**given, "statistics": statistics})
+        given = {field.name: getattr(stored, field.name) for field in fields(cls)}
+        return cls(**given | {"statistics": found and LatentStatistics(found.mean, found.std, found.images)})
 
     @classmethod
-    def read(cls, folder: str | Path) -> TokenizerArtifact:
+    def read(cls, folder: str | Path) -> "TokenizerArtifact":
         """Read ``folder/visual_tokenizer.json``. UserError if it is missing or damaged."""
         path = Path(folder) / FILE
         remedy = "make it with tools/convert_checkpoint.py (a tokenizer) or tools/extract_latents.py (latents)"
@@ -184,9 +162,7 @@ class TokenizerArtifact:
         return self.statistics
 
 
-def check_same_tokenizer(
-    one: TokenizerArtifact, where_one: str, other: TokenizerArtifact, where_other: str
-) -> None:
+def check_same_tokenizer(one: TokenizerArtifact, where_one: str, other: TokenizerArtifact, where_other: str) -> None:
     """Raise UserError unless both have the same encoder and input, and their statistics, if both have them, agree."""
     for name, what in (
         ("fingerprint", "tokenizers"), ("pixel_mean", "pixel normalisations"), ("pixel_std", "pixel normalisations")
@@ -196,7 +172,7 @@ def check_same_tokenizer(
                 f"{where_one} and {where_other} belong to different {what} ({_short(getattr(one, name))} and "
                 f"{_short(getattr(other, name))}); use the tokenizer that made the latents"
             )
-    if one.statistics is not None and other.statistics is not None and not one.statistics.agree(other.statistics):
+    if one.statistics and other.statistics and not one.statistics.agree(other.statistics):
         raise UserError(
             f"{where_one} and {where_other} have different latent statistics; use those the DiT was trained with"
         )

@@ -13,8 +13,6 @@
 Letters: n images of a shard, C channels, h = w positions, E caption features.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +49,7 @@ class LatentFolder:
 
     Attributes:
         artifact: the facts of the tokenizer that made them; statistics: of the latents.
-        shard_counts: images of each shard. shape: (C, h, w).
-        has_flips: whether the mirrored images' latents are there.
+        shard_counts: images of each shard. shape: (C, h, w). has_flips: whether the mirrored images' latents are there.
         num_classes: of the labels. classes: their names, if known. caption_width: E, or None without captions.
 
     Raises ``UserError``: no shards, no statistics, shards of different shapes, tensors or tokenizers, bad labels.
@@ -70,14 +67,24 @@ class LatentFolder:
         if not self._paths:
             raise UserError(f"{self.folder} holds no *.safetensors; {_REMEDY}")
         self._open: dict[int, Any] = {}
-        first = self._shapes(0)
+        shapes = [self._shapes(shard) for shard in range(len(self._paths))]
+        first = shapes[0]
+        for path, found in zip(self._paths, shapes):
+            expected = {name: (*found["latents"][:1], *shape[1:]) for name, shape in first.items()}
+            if found != expected:
+                raise UserError(f"{path} holds {found}, which are not those of the first shard ({expected}); {_REMEDY}")
+        self.shard_counts = [found["latents"][0] for found in shapes]
         self.shape = first["latents"][1:]
         self.has_flips = "latents_flip" in first
         self.caption_width = first["captions"][1] if "captions" in first else None
-        self._check_statistics()
-        self.shard_counts = [self._count(shard, first) for shard in range(len(self._paths))]
+        if self.shape[0] != len(self.statistics.mean):
+            raise UserError(
+                f"{self.folder}: the latents have {self.shape[0]} channels, their statistics "
+                f"{len(self.statistics.mean)}; {_REMEDY}"
+            )
         self._labels = [self._read_labels(shard) for shard in range(len(self._paths))]
-        self.classes = self._class_names()
+        names = self.folder / CLASSES_FILE
+        self.classes = read_json(names, list[str], _REMEDY) if names.exists() else None
         highest = max(int(labels.max()) for labels in self._labels)
         self.num_classes = highest + 1 if self.classes is None else len(self.classes)
         if highest >= self.num_classes:
@@ -134,31 +141,8 @@ class LatentFolder:
                 raise UserError(f"{path}: {name} is of {dtype}, not of floating point numbers; {_REMEDY}")
         return shapes
 
-    def _count(self, shard: int, first: dict[str, tuple[int, ...]]) -> int:
-        shapes = self._shapes(shard)
-        count = shapes["latents"][0]
-        expected = {name: (count, *shape[1:]) for name, shape in first.items()}
-        if shapes != expected:
-            raise UserError(
-                f"{self._paths[shard]} holds {shapes}, which are not those of the first shard ({expected}); {_REMEDY}"
-            )
-        return count
-
-    def _check_statistics(self) -> None:
-        channels = len(self.statistics.mean)
-        if self.shape[0] != channels:
-            raise UserError(
-                f"{self.folder}: the latents have {self.shape[0]} channels, their statistics {channels}; {_REMEDY}"
-            )
-
     def _read_labels(self, shard: int) -> Tensor:
         labels = self._handle(shard).get_tensor("labels")
         if labels.dtype not in _INTEGERS or int(labels.min()) < 0 or int(labels.max()) >= _MAX_CLASSES:
             raise UserError(f"{self._paths[shard]}: labels must be integers from 0 below {_MAX_CLASSES}; {_REMEDY}")
         return labels.to(torch.int32)  # kept for the whole data set
-
-    def _class_names(self) -> list[str] | None:
-        path = self.folder / CLASSES_FILE
-        if not path.exists():
-            return None
-        return read_json(path, list[str], _REMEDY)

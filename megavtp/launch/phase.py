@@ -1,7 +1,5 @@
 """Where this rank is in its work, for messages about a rank that failed, is lost or hangs."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Iterator
@@ -9,14 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass
 class Phase:
     """What a rank is doing.
 
     Attributes:
         number: how many phases the rank has entered. All ranks enter the same ones in the same order, so the rank with
             a smaller number is behind the others.
-        since: ``time.monotonic()`` when it began.
+        since: ``time.monotonic()`` when it began, plus the seconds for which this process was suspended in it.
         slow: it reads or writes much, or runs an evaluation, and may take longer than the others.
     """
 
@@ -24,6 +22,11 @@ class Phase:
     name: str
     since: float
     slow: bool
+
+    @property
+    def age(self) -> float:
+        """Seconds since it began, without those of a suspension."""
+        return time.monotonic() - self.since
 
 
 _current = Phase(0, "starting", time.monotonic(), True)

@@ -1,7 +1,5 @@
 """Process start-up and shutdown under the deepspeed launcher, torchrun, srun, or alone."""
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import signal
@@ -19,8 +17,8 @@ import torch.distributed as dist
 from megavtp import cli
 from megavtp.errors import UserError
 from megavtp.launch import phase
-from megavtp.launch.meeting import meet
-from megavtp.launch.rendezvous import Place, detect, gloo_interface
+from megavtp.launch.meeting import NO_LIMIT, meet
+from megavtp.launch.rendezvous import Member, detect, gloo_interface
 from megavtp.launch.verdict import limit_of
 from megavtp.launch.watchdog import Watchdog
 from megavtp.parallel.deepspeed_adapter import import_deepspeed
@@ -31,7 +29,6 @@ STOPPED = 143  # exit status after a signal (128 + SIGTERM): the state is saved,
 _PATIENCE = 15.0
 _VERDICT_PATIENCE = 15.0  # seconds until it is known which rank's end broke a connection
 _TERM_PATIENCE = 8.0  # the same for a rank that its launcher ends, as launchers kill after 30 s
-_NO_LIMIT = timedelta(days=30)  # for the process group, when the watchdog has no limit
 # What gloo, NCCL and the rendezvous store say when another process has gone.
 _PEER_GONE = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was likely closed",
@@ -57,38 +54,36 @@ def start(timeout: float = 600) -> torch.device:
     Raises:
         UserError: more local ranks than GPUs, or the rendezvous fails.
     """
-    place = detect()
-    return join(place, meet(place, timeout), timeout)
+    member = detect()
+    return join(member, meet(member, timeout), timeout)
 
 
-def join(place: Place, store: dist.Store, timeout: float) -> torch.device:
+def join(member: Member, store: dist.Store, timeout: float) -> torch.device:
     """Do the second half of ``start``, once the ranks have met at ``store``."""
     global _watchdog
-    device, backend = _device(place)
+    device, backend = _device(member)
     import_deepspeed()
     os.environ.update(
-        RANK=str(place.rank), LOCAL_RANK=str(place.local_rank), WORLD_SIZE=str(place.world),
-        MASTER_ADDR=place.master_addr, MASTER_PORT=str(place.master_port),
+        RANK=str(member.rank), LOCAL_RANK=str(member.local_rank), WORLD_SIZE=str(member.world),
+        MASTER_ADDR=member.master_addr, MASTER_PORT=str(member.master_port),
     )
-    if backend == "gloo" and (interface := gloo_interface(place)):
+    if backend == "gloo" and (interface := gloo_interface(member)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    if not dist.is_initialized():
-        _watchdog = Watchdog(store, place.rank, place.world, socket.gethostname(), timeout)
-        _watchdog.start()
-        limit = timedelta(seconds=limit_of(timeout, True) + 60) if timeout else _NO_LIMIT  # after the watchdog's
-        try:
-            dist.init_process_group(
-                backend, store=dist.PrefixStore("group", store), rank=place.rank, world_size=place.world, timeout=limit
-            )
-        except (RuntimeError, ValueError) as error:
-            if _lost_others(error):
-                raise
-            raise UserError(
-                f"rank {place.rank} of {place.world} could not join the others at {place.master_addr}:"
-                f"{place.master_port}: {str(error).splitlines()[0]}; python launchers/doctor.py looks for the reason"
-            ) from None
-        for name in cli.stop_signals():
-            signal.signal(name, _on_stop_signal)
+    _watchdog = Watchdog(store, member.rank, member.world, socket.gethostname(), timeout)
+    _watchdog.start()
+    limit = timedelta(seconds=min(limit_of(timeout, slow=True) + 60, NO_LIMIT))  # after the watchdog's
+    group = dist.PrefixStore("group", store)
+    try:
+        dist.init_process_group(backend, store=group, rank=member.rank, world_size=member.world, timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        if _lost_others(error):
+            raise
+        raise UserError(
+            f"rank {member.rank} of {member.world} could not join the others at {member.master}: "
+            f"{str(error).splitlines()[0]}; python launchers/doctor.py looks for the reason"
+        ) from None
+    for name in cli.stop_signals():
+        signal.signal(name, _on_stop_signal)
     import deepspeed
 
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
@@ -96,11 +91,11 @@ def join(place: Place, store: dist.Store, timeout: float) -> torch.device:
     return device
 
 
-def _device(place: Place) -> tuple[torch.device, str]:
+def _device(member: Member) -> tuple[torch.device, str]:
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         # srun can show each task one GPU alone, which is number 0 in all of them.
-        index = 0 if place.launcher == "srun" and count == 1 else place.local_rank
+        index = 0 if member.launcher == "srun" and count == 1 else member.local_rank
         if index >= count:
             raise UserError(
                 f"local rank {index} has no GPU: this machine has {count}; start at most that many processes on it "
@@ -109,7 +104,7 @@ def _device(place: Place) -> tuple[torch.device, str]:
         torch.cuda.set_device(index)
         return torch.device("cuda", index), "nccl"
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // member.local_world))
     return torch.device("cpu"), "gloo"
 
 
@@ -154,62 +149,54 @@ def _tell_all(error: BaseException) -> int:
     """Say on this rank's stderr, and to the other ranks, why this one ends; return the exit status."""
     if isinstance(error, UserError):
         return _user_error(error)
-    if isinstance(error, _Terminated):
-        return _terminated(str(error))
     if isinstance(error, KeyboardInterrupt):
         cli.tell_interrupted()
         _tell("was interrupted")
         return cli.INTERRUPTED
     where = phase.current().name
-    if _lost_others(error):
-        _say(f"ended because other ranks did: {_reason(error)} (this rank: {where})")
+    told_to_end = isinstance(error, _Terminated)  # by somebody who ends the job, or as another rank has gone
+    if told_to_end or _lost_others(error):
+        patience = _TERM_PATIENCE if told_to_end else _VERDICT_PATIENCE
+        known = _watchdog.reason(patience) if _watchdog is not None else None
+        if told_to_end and not known:
+            _say(f"was told to end ({error}) (this rank: {where})")
+            return STOPPED
+        known = known or f"if they left no message they were killed (memory?) [{str(error).splitlines()[0]}]"
+        _say(f"ended because other ranks did: {known} (this rank: {where})")
     else:
-        trace = "".join(traceback.format_exception(error))
-        _say(f"failed in {where}:\n{trace}")
+        _say(f"failed in {where}:\n{''.join(traceback.format_exception(error))}")
         _tell(f"failed, {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
     return 1
+
+
+def _user_error(error: UserError) -> int:
+    rank = _rank()
+    joined = dist.is_initialized() and dist.get_world_size() > 1
+    if rank > 0 and not joined:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # rank 0 has spoken and its launcher ends this one
+        time.sleep(_PATIENCE)
+    where = f"[rank {rank}] " if rank > 0 or joined else ""
+    print(f"{where}error: {error}", file=sys.stderr, flush=True)
+    _tell(f"met an error: {error}")
+    return 2
 
 
 def _say(text: str) -> None:
     print(f"[rank {_rank()}] {text}", file=sys.stderr, flush=True)
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
-
-
-def _user_error(error: UserError) -> int:
-    try:
-        place = detect()
-    except UserError:  # what the launcher set is wrong
-        place = None
-    joined = dist.is_initialized() and dist.get_world_size() > 1
-    if place is not None and place.rank > 0 and not joined:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # rank 0 has spoken and its launcher ends this one
-        time.sleep(_PATIENCE)
-    where = f"[rank {place.rank}] " if place is not None and (place.rank > 0 or joined) else ""
-    print(f"{where}error: {error}", file=sys.stderr, flush=True)
-    _tell(f"met an error: {error}")
-    return 2
-
-
-def _terminated(name: str) -> int:
-    """Find out who ends this rank: somebody ends the job, or the launcher does because another rank has gone."""
-    known = _watchdog.reason(_TERM_PATIENCE) if _watchdog is not None else None
-    text = f"ended because other ranks did: {known}" if known else f"was told to end ({name})"
-    _say(f"{text} (this rank: {phase.current().name})")
-    return 1 if known else STOPPED
-
-
 def _tell(text: str) -> None:
-    """Let the other ranks know why this one ends, and where it was."""
     if _watchdog is not None:
-        _watchdog.tell(f"rank {_rank()} ({socket.gethostname()}) in {phase.current().name} {text}")
+        _watchdog.tell(text)
 
 
-def _reason(error: BaseException) -> str:
-    known = _watchdog.reason(_VERDICT_PATIENCE) if _watchdog is not None else None
-    return known or f"if they left no message they were killed (memory?) [{str(error).splitlines()[0]}]"
+def _rank() -> int:
+    if dist.is_initialized():
+        return dist.get_rank()
+    try:
+        return detect().rank
+    except UserError:  # what the launcher set is wrong
+        return 0
 
 
 def _lost_others(error: BaseException) -> bool:

@@ -1,10 +1,10 @@
 """Signals ask a run to stop, and all ranks agree on the step after which they do."""
 
-from __future__ import annotations
-
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 import psutil
 import torch
@@ -28,7 +28,7 @@ class StopSignal:
 
     - `deepspeed` is two processes above the ranks of a node, the runner and the node's launcher. On a single node the
       runner handles no signal: SIGTERM ends it alone, and the ranks would go on with nobody waiting for them. So they
-      watch the chain of launchers above them, and a link that is gone counts as a signal.
+      watch the chain of launchers above them, and one that is gone counts as a signal.
     - When the node's launcher is killed, the runner ends with 0, as if all were done. Only the ranks can tell.
     - The node's launcher (Ctrl-C and schedulers reach it, as they signal the whole group) sends SIGTERM to one rank
       after the other with all its descendants, kills each after 30 s, and exits with 1. It is enough that
@@ -36,71 +36,58 @@ class StopSignal:
     - torchrun passes SIGTERM, SIGINT and SIGHUP on to all ranks, kills after 30 s, and exits with 1.
 
     Loader workers get these signals too and ignore them: the trainer closes them.
+
+    Attributes:
+        told: what told this rank to stop; "" if nothing did.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
-        self.reason = "another rank was told to"
-        self._raised = False
-        self._pending: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
+        self.told = ""
+        self._flag = torch.zeros(())  # what the ranks agreed on in the step before, once it is copied
+        self._copied: torch.cuda.Event | None = None
         self._next_watch = 0.0
         interrupt = [] if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else [signal.SIGINT]  # as ``cli.guard``
         self._previous = {name: signal.signal(name, self._handle) for name in (*interrupt, *stop_signals())}
 
-    def _handle(self, signum, frame) -> None:
-        self._raise(signal.Signals(signum).name)
-
-    def _raise(self, reason: str) -> None:
-        self._raised, self.reason = True, reason
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self.told = signal.Signals(signum).name
 
     def agreed(self) -> bool:
         """Tell whether any rank had been told to stop before the last call; every rank calls this once per step."""
-        arrived = False
-        if self._pending is not None:
-            flag, event = self._pending
-            if event is not None:
-                event.synchronize()
-            arrived = bool(flag)
-        self._watch_launchers()
-        # Filled on the device: a copied host value would wait for all that is still to be computed.
-        flag, event = torch.full((), float(self._raised), device=self._device), None
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        if flag.is_cuda:
-            flag, event = flag.to("cpu", non_blocking=True), torch.cuda.Event()
-            event.record()
-        self._pending = (flag, event)
-        return arrived
-
-    def _watch_launchers(self) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
+        arrived = bool(self._flag)
         if time.monotonic() >= self._next_watch:
-            if not self._raised and not all(_holds(*link) for link in _LAUNCHER_LINKS):
-                self._raise("the launcher has gone")
+            if not self.told and not all(_is_parent(parent, process) for process, parent in _CHAIN):
+                self.told = "the launcher has gone"
             self._next_watch = time.monotonic() + _WATCH_SECONDS
+        # Filled on the device: a copied host value would wait for all that is still to be computed.
+        self._flag, self._copied = torch.full((), float(bool(self.told)), device=self._device), None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self._flag, dist.ReduceOp.MAX)
+        if self._flag.is_cuda:
+            self._flag, self._copied = self._flag.to("cpu", non_blocking=True), torch.cuda.Event()
+            self._copied.record()
+        return arrived
 
     def close(self) -> None:
         for name, handler in self._previous.items():
             signal.signal(name, handler)
 
 
-def _launcher_links() -> list[tuple[psutil.Process, int]]:
+def _chain() -> list[tuple[psutil.Process, int]]:
     """Return (process, its parent's id) from this process up, as long as the parent is a launcher."""
-    links = []
-    try:
+    found = []
+    with suppress(psutil.Error):  # one that is gone or hidden cannot be watched
         process = psutil.Process()
-        while (parent := process.parent()) is not None and _is_launcher(parent):
-            links.append((process, parent.pid))
+        while (parent := process.parent()) and _LAUNCHERS & {Path(argument).name for argument in parent.cmdline()[:4]}:
+            found.append((process, parent.pid))
             process = parent
-    except psutil.Error:
-        pass  # it is gone or hidden, and cannot be watched
-    return links
+    return found
 
 
-def _is_launcher(process: psutil.Process) -> bool:
-    return any(Path(argument).name in _LAUNCHERS for argument in process.cmdline()[:4])
-
-
-def _holds(process: psutil.Process, parent: int) -> bool:
+def _is_parent(parent: int, process: psutil.Process) -> bool:
     """Tell whether the parent still lives: an orphan gets another parent at once."""
     try:
         return process.ppid() == parent
@@ -108,4 +95,4 @@ def _holds(process: psutil.Process, parent: int) -> bool:
         return False
 
 
-_LAUNCHER_LINKS = _launcher_links()  # at start-up, so that a runner that ends before the first step is missed
+_CHAIN = _chain()  # at start-up, so that a runner that ends before the first step is missed

@@ -1,7 +1,7 @@
 """A tool that can share its work runs in all processes of a launcher, or alone."""
 
-from __future__ import annotations
-
+import argparse
+import logging
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -17,36 +17,32 @@ from megavtp.parallel.mesh import SINGLE, Mesh, build_mesh
 _ARRIVAL = 600.0  # seconds that the processes have to find each other
 
 
-def run_tool(main: Callable[[], int | None]) -> NoReturn:
-    """Call ``main`` and exit, as ``cli.run`` does, or under a launcher as ``ranks.run_ranks`` does.
+def run_tool(main: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> NoReturn:
+    """Call ``main`` with the options and exit, as ``cli.run`` does, or under a launcher as ``ranks.run_ranks`` does.
 
     What stops one process then stops all.
     """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         alone = detect().world == 1
     except UserError:
         alone = True  # ``main`` meets the same error, and reports it
-    (cli.run if alone else ranks.run_ranks)(main)
+    (cli.run if alone else ranks.run_ranks)(lambda: main(options))
 
 
-def join_others(device: str, choose: Callable[[str], torch.device]) -> tuple[torch.device, Mesh]:
+def join_others(device: str) -> tuple[torch.device, Mesh]:
     """Return this process's device, and the mesh of all processes as data-parallel ranks.
 
-    Args:
-        device: the name that the user gave.
-        choose: makes a device of it, for a single process.
-
     Raises:
-        UserError: as ``ranks.start`` does; or a device was named, and there are several processes.
+        UserError: as ``ranks.start`` does; there is no such ``device``, or one was named for several processes.
     """
-    place = detect()
-    if place.world == 1:
-        return choose(device), SINGLE
+    member = detect()
+    if member.world == 1:
+        return choose_device(device), SINGLE
     if device != "auto":
         raise UserError(f"--device {device} is for a single process; several take a GPU each, or the CPU")
     # How long a share takes depends on the user's data, so no process counts as hung. A lost one is still found.
-    own = ranks.join(place, meet(place, _ARRIVAL), 0)
-    return own, build_mesh(1, 1)
+    return ranks.join(member, meet(member, _ARRIVAL), 0), build_mesh(1, 1)
 
 
 def choose_device(name: str) -> torch.device:

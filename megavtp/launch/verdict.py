@@ -1,23 +1,21 @@
 """Which rank is lost or hangs, judged from what the ranks report of themselves."""
 
-from __future__ import annotations
-
 import json
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from megavtp.launch import phase
 
 REPORTS = "watch"  # prefix of the ranks' reports in the store of the rendezvous, by rank
-SLOW = 3  # factor on the limits in phases that read or write much
-SILENCE = 60.0  # seconds without a sign of life, at most; less if the limit for hangs is less
-SILENCE_AFTER_LOSS = 5.0  # the same limit, once a rank has noticed that a connection broke
+_SLOW = 3  # factor on the limits in phases that read or write much
+_SILENCE = 60.0  # seconds without a sign of life, at most; less if the limit for hangs is less
+_SILENCE_AFTER_LOSS = 5.0  # the same limit, once a rank has noticed that a connection broke
 _MUTE = 3.0  # seconds; a rank that hangs and is silent for longer is stuck as a whole, not just its main thread
-LOST = "no sign of life: killed (out of memory?), crashed, stuck in C code, or the machine is lost"
+_LOST = "no sign of life: killed (out of memory?), crashed, stuck in C code, or the machine is lost"
 # Code in these files waits for other ranks.
 _COLLECTIVE = (
     "/torch/distributed/", "/deepspeed/comm/", "megavtp/parallel/collectives.py", "megavtp/parallel/messages.py",
@@ -25,8 +23,19 @@ _COLLECTIVE = (
 _OURS = str(Path(__file__).resolve().parents[1])
 
 
+class _Json:
+    """What a dataclass needs to go through the store, as JSON."""
+
+    def dump(self) -> str:
+        return json.dumps(vars(self))
+
+    @classmethod
+    def load(cls, text: bytes | str) -> Self:
+        return cls(**json.loads(text))
+
+
 @dataclass(frozen=True)
-class Report:
+class Report(_Json):
     """What a rank tells of itself, about once a second.
 
     Attributes:
@@ -46,37 +55,23 @@ class Report:
     at: str
     in_collective: bool
 
-    def dump(self) -> str:
-        return json.dumps(asdict(self))
-
-
-def load_report(text: bytes | str) -> Report:
-    return Report(**json.loads(text))
-
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(_Json):
     """Why all ranks end: ``text`` says so, and ``ranks`` are those to blame."""
 
     text: str
-    ranks: tuple[int, ...]
-
-    def dump(self) -> str:
-        return json.dumps(asdict(self))
-
-
-def load_verdict(text: bytes | str) -> Verdict:
-    fields = json.loads(text)
-    return Verdict(fields["text"], tuple(fields["ranks"]))
+    ranks: list[int]
 
 
 def limit_of(timeout: float, slow: bool) -> float:
     """Return the seconds that a phase may take; ``timeout`` 0 means no limit."""
-    return (timeout or float("inf")) * (SLOW if slow else 1)
+    return (timeout or float("inf")) * (_SLOW if slow else 1)
 
 
-def silence_of(timeout: float, slow: bool) -> float:
-    return min(SILENCE, timeout or SILENCE) * (SLOW if slow else 1)
+def silence_of(timeout: float, slow: bool, broken: bool = False) -> float:
+    """Return the seconds without a sign of life after which a rank counts as lost; fewer once a connection broke."""
+    return _SILENCE_AFTER_LOSS if broken else min(_SILENCE, timeout or _SILENCE) * (_SLOW if slow else 1)
 
 
 def judge(
@@ -90,12 +85,9 @@ def judge(
         broken: whether the judge's own connection to another rank broke.
     """
     broken = broken or any(report.broken for report in reports.values())
-    gone = [
-        rank for rank, report in reports.items()
-        if silent[rank] > (SILENCE_AFTER_LOSS if broken else silence_of(timeout, report.slow))
-    ]
+    gone = [rank for rank, report in reports.items() if silent[rank] > silence_of(timeout, report.slow, broken)]
     if gone:
-        return _lost(gone, reports)
+        return lost(gone, reports)
     # A rank that waits for another has come as far as the other, or farther.
     first = min(report.number for report in reports.values())
     behind = [rank for rank, report in reports.items() if report.number == first]
@@ -106,41 +98,36 @@ def judge(
     if not any(ages[rank] > limit_of(timeout, reports[rank].slow) and not reports[rank].broken for rank in behind):
         return None
     if all(silent[rank] > _MUTE for rank in behind):
-        return _lost(behind, reports)
+        return lost(behind, reports)
     age = max(ages.values())
     return Verdict(
-        f"{_those(behind, reports)} {_verb(behind, 'hangs', 'hang')}: no progress for {age:.0f} s (limit: "
-        f"parallel.timeout = {timeout:g} s), {_where(behind, reports)}", tuple(behind),
+        f"{_those(behind, reports)} hang{'s' * (len(behind) == 1)}: no progress for {age:.0f} s (limit: "
+        f"parallel.timeout = {timeout:g} s), {_where(behind, reports)}", behind,
     )
 
 
-def _lost(ranks: Sequence[int], reports: Mapping[int, Report]) -> Verdict:
-    return Verdict(f"{_those(ranks, reports)}: {LOST}; last seen {_where(ranks, reports)}", tuple(ranks))
+def lost(ranks: list[int], reports: Mapping[int, Report]) -> Verdict:
+    return Verdict(f"{_those(ranks, reports)}: {_LOST}; last seen {_where(ranks, reports)}", ranks)
 
 
 def _those(ranks: Sequence[int], reports: Mapping[int, Report]) -> str:
     named = [f"{rank} ({reports[rank].host})" for rank in ranks[:8]]
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return _verb(ranks, "rank ", "ranks ") + ", ".join(named) + more
-
-
-def _verb(ranks: Sequence[int], one: str, several: str) -> str:
-    return one if len(ranks) == 1 else several
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(named)}{more}"
 
 
 def _where(ranks: Sequence[int], reports: Mapping[int, Report]) -> str:
-    """Say where the ranks were seen last, each place once."""
-    places = {f"{reports[r].phase}" + (f" at {reports[r].at}" if reports[r].at else ""): r for r in reversed(ranks)}
-    if len(places) == 1:
-        return f"in {next(iter(places))}"
-    return "; ".join(f"rank {rank} in {place}" for place, rank in sorted(places.items(), key=lambda x: x[1])[:8])
+    """Say where the ranks were seen last, each line of code once."""
+    seen = {reports[r].phase + (f" at {reports[r].at}" if reports[r].at else ""): r for r in reversed(ranks)}
+    if len(seen) == 1:
+        return f"in {next(iter(seen))}"
+    return "; ".join(f"rank {rank} in {where}" for where, rank in sorted(seen.items(), key=lambda x: x[1])[:8])
 
 
 def own_report(host: str, broken: bool = False) -> Report:
-    """Return this rank's report of now."""
     now = phase.current()
     at, waits = position()
-    return Report(host, now.name, now.number, now.slow, time.monotonic() - now.since, broken, at, waits)
+    return Report(host, now.name, now.number, now.slow, now.age, broken, at, waits)
 
 
 def position() -> tuple[str, bool]:
@@ -155,7 +142,7 @@ def position() -> tuple[str, bool]:
     waits = waits or (frame is not None and frame.f_code.co_name in ("wait", "synchronize"))
     while frame is not None:
         file = frame.f_code.co_filename
-        waits = waits or any(part in file for part in _COLLECTIVE)
+        waits = waits or any(path in file for path in _COLLECTIVE)
         if file.startswith(_OURS):
             return f"{Path(file).name}:{frame.f_lineno} in {frame.f_code.co_name}", waits
         frame = frame.f_back

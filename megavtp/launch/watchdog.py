@@ -7,39 +7,23 @@ thread ends the process, also when the first waits in vain for a store whose mac
 device.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import sys
 import threading
 import time
-from dataclasses import replace
+from contextlib import suppress
 
 import torch.distributed as dist
 
 from megavtp.launch import phase
-from megavtp.launch.verdict import (
-    LOST,
-    REPORTS,
-    SILENCE,
-    SILENCE_AFTER_LOSS,
-    SLOW,
-    Report,
-    Verdict,
-    judge,
-    limit_of,
-    load_report,
-    load_verdict,
-    own_report,
-    silence_of,
-)
+from megavtp.launch.verdict import REPORTS, Report, Verdict, judge, limit_of, lost, own_report, silence_of
 
 _BEAT = 1.0  # seconds between two reports
 _GRACE = 3.0  # seconds for the main thread to end by itself; it can say more than the watchdog knows
 # Seconds after which a rank ends if its main thread lets no other thread run, because C code holds the interpreter lock
 # and none of our Python can run. The others take it for lost before that.
-STUCK = 2 * SLOW * SILENCE
+STUCK = 2 * silence_of(0, slow=True)
 _LAST_WORDS = 20.0  # seconds the main thread may take to end, once it has begun to
 _VERDICT = "verdict"
 
@@ -64,7 +48,6 @@ class Watchdog:
         self._talk = threading.Lock()  # held while the store is used
         self._looking = threading.Lock()
         self._last_beat = self._last_look = time.monotonic()
-        self._suspended = (0, 0.0)  # the number of a phase, and for how long it was suspended
         self._talker = threading.Thread(target=self._beats, name="watchdog-store", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -73,22 +56,21 @@ class Watchdog:
         self._watcher.start()
 
     def tell(self, text: str) -> None:
-        """Say, from the main thread, that this rank ends for the given reason, so that all ranks end."""
+        """Say, from the main thread, why this rank ends, as in "was interrupted", so that all ranks end."""
         self._ending.set()
-        try:
-            self._propose(Verdict(text, (self._rank,)))
+        with suppress(RuntimeError):  # rank 0 has gone already, so the others know
+            self._propose(self._own_verdict(text))
             self._let_others_hear()
-        except RuntimeError:
-            pass  # rank 0 has gone already, so the others know
 
     def reason(self, patience: float) -> str | None:
         """Wait, in the main thread, for the verdict after a connection to another rank broke, and return it."""
         self._ending.set()
         self._broken = True
         self._known.wait(patience if self._world > 1 else 0)
-        if self._verdict is not None and self._rank == 0:
-            self._let_others_hear()
-        return None if self._verdict is None else self._verdict.text
+        if self._verdict is None:
+            return None
+        self._let_others_hear()
+        return self._verdict.text
 
     def close(self) -> None:
         """Stop watching, once all ranks have done their work."""
@@ -103,13 +85,15 @@ class Watchdog:
             if self._world > 1:  # a single process may be suspended (Ctrl-Z) for longer than that
                 faulthandler.dump_traceback_later(STUCK, exit=True)
             now = self._look()
-            slow = phase.current().slow
-            patience = SILENCE_AFTER_LOSS if self._broken else silence_of(self._timeout, slow)
-            if self._world > 1 and now - self._last_beat > patience:
-                self._decide(self._store_verdict(f"no answer for {now - self._last_beat:.0f} s"))
+            current = phase.current()
+            silent = now - self._last_beat
+            if self._world > 1 and silent > silence_of(self._timeout, current.slow, self._broken):
+                self._decide(self._store_verdict(f"no answer for {silent:.0f} s"))
             # Nobody is there to judge: a rank that waits for others may rightly be older than its own phase's limit.
-            if self._own_age() > limit_of(self._timeout, slow=True) + 30:
-                self._decide(Verdict(self._overdue_text(), (self._rank,)))
+            if current.age > limit_of(self._timeout, slow=True) + 30:
+                self._decide(
+                    self._own_verdict(f"made no progress for {current.age:.0f} s, and no verdict came from rank 0")
+                )
             if self._known.wait(_BEAT) and not self._closed.is_set() and self._verdict is not None:
                 self._end(self._verdict)
 
@@ -120,14 +104,9 @@ class Watchdog:
             if (gap := now - self._last_look) > 5 * _BEAT:
                 self._last_beat = now
                 self._heard = {rank: (text, now) for rank, (text, _) in self._heard.items()}
-                number = phase.current().number
-                self._suspended = (number, gap + self._suspended_in(number))
+                phase.current().since += gap
             self._last_look = now
         return now
-
-    def _suspended_in(self, number: int) -> float:
-        """Return for how many seconds this process was suspended in a phase."""
-        return self._suspended[1] if self._suspended[0] == number else 0.0
 
     def _beats(self) -> None:
         while not (self._closed.wait(_BEAT) or self._known.is_set()):
@@ -142,9 +121,9 @@ class Watchdog:
     def _beat(self) -> None:
         self._look()
         with self._talk:
-            self._store.set(str(self._rank), self._report().dump())
+            self._store.set(str(self._rank), own_report(self._host, self._broken).dump())
             if self._store.check([_VERDICT]):
-                self._hear(load_verdict(self._store.get(_VERDICT)))
+                self._hear(Verdict.load(self._store.get(_VERDICT)))
                 return
             watched = range(self._world) if self._rank == 0 else [0]
             texts = self._store.multi_get([str(rank) for rank in watched])
@@ -152,7 +131,7 @@ class Watchdog:
         for rank, text in zip(watched, texts):
             if self._heard.get(rank, (None,))[0] != text:
                 self._heard[rank] = (text, now)
-        reports = {rank: load_report(text) for rank, (text, _) in self._heard.items()}
+        reports = {rank: Report.load(text) for rank, (text, _) in self._heard.items()}
         silent = {rank: now - since for rank, (_, since) in self._heard.items()}
         # The others judge rank 0 alone, and only whether it lives.
         found = judge(reports, silent, self._timeout if self._rank == 0 else 0, self._broken)
@@ -162,7 +141,7 @@ class Watchdog:
     def _propose(self, verdict: Verdict) -> None:
         """Put the verdict into the store, unless there is one: the first one counts."""
         with self._talk:
-            self._hear(load_verdict(self._store.compare_set(_VERDICT, "", verdict.dump())))
+            self._hear(Verdict.load(self._store.compare_set(_VERDICT, "", verdict.dump())))
 
     def _hear(self, verdict: Verdict) -> None:
         if self._decide(verdict):
@@ -176,31 +155,18 @@ class Watchdog:
         self._known.set()
         return True
 
-    def _report(self) -> Report:
-        return replace(own_report(self._host, self._broken), age=self._own_age())
-
-    def _own_age(self) -> float:
-        now = phase.current()
-        return time.monotonic() - now.since - self._suspended_in(now.number)
-
-    def _overdue_text(self) -> str:
-        now = phase.current()
-        return (
-            f"rank {self._rank} ({self._host}) made no progress for {self._own_age():.0f} s in {now.name}, and no "
-            "verdict came from rank 0"
-        )
+    def _own_verdict(self, text: str) -> Verdict:
+        return Verdict(f"rank {self._rank} ({self._host}) in {phase.current().name} {text}", [self._rank])
 
     def _store_verdict(self, reason: str) -> Verdict:
         text = "the store of the rendezvous cannot be reached"
         if self._rank > 0 and 0 in self._heard:
-            last = load_report(self._heard[0][0])
-            text = f"rank 0 ({last.host}): {LOST}; last seen in {last.phase}"
-        return Verdict(f"{text} [{reason}]", (0,))
+            text = lost([0], {0: Report.load(self._heard[0][0])}).text
+        return Verdict(f"{text} [{reason}]", [0])
 
     def _end(self, verdict: Verdict) -> None:
         """End this process; the main thread may be stuck for good."""
-        hangs = self._rank in verdict.ranks and not self._ending.is_set()
-        if hangs:
+        if self._rank in verdict.ranks and not self._ending.is_set():  # it hangs
             print(f"[rank {self._rank}] {verdict.text}; the stack:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
         elif self._ending.wait(_GRACE):
@@ -208,8 +174,7 @@ class Watchdog:
         else:
             print(f"[rank {self._rank}] ended because other ranks did: {verdict.text}", file=sys.stderr)
         sys.stderr.flush()
-        if self._rank == 0:
-            self._let_others_hear()
+        self._let_others_hear()
         os._exit(1)
 
     def _let_others_hear(self) -> None:
@@ -217,11 +182,9 @@ class Watchdog:
         if self._rank > 0:
             return
         deadline = time.monotonic() + _GRACE
-        try:
+        with suppress(RuntimeError):  # torchrun's store, whose agent has gone
             while time.monotonic() < deadline:
                 with self._talk:
                     if self._store.add("heard", 0) >= self._world:
                         return
                 time.sleep(0.1)
-        except RuntimeError:
-            pass  # torchrun's store, whose agent has gone

@@ -1,7 +1,5 @@
 """This builds a VTP in which no weight stays uninitialised, and fills one from whole tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager

@@ -1,13 +1,10 @@
 """This is the DINO projection head (arXiv 2104.14294); one head serves class tokens and masked patches."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavtp.config.schema import DinoHeadConfig
-from megavtp.nn.split import share
 from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.sharding import Shard, mark
@@ -18,7 +15,7 @@ class Prototypes(nn.Module):
 
     def __init__(self, bottleneck: int, prototypes: int, mesh: Mesh):
         super().__init__()
-        local = share(prototypes, mesh, "model.dino_head.prototypes")
+        local = mesh.tp_part(prototypes, "model.dino_head.prototypes")
         self.weight_g = nn.Parameter(torch.empty(local, 1))
         self.weight_v = nn.Parameter(torch.empty(local, bottleneck))
         mark(self.weight_g, Shard(0))
@@ -28,15 +25,20 @@ class Prototypes(nn.Module):
         return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
 
 
+def head_widths(in_dim: int, config: DinoHeadConfig) -> list[int]:
+    """Return the widths before, between and after the head's matrices, the prototypes included."""
+    return [in_dim, *[config.hidden] * (config.layers - 1), config.bottleneck, config.prototypes]
+
+
 def _mlp(sizes: list[int], mesh: Mesh) -> nn.Sequential:
     """Stack linears and GELU. The linears are column- and row-parallel in turn; an odd last one reads all of x."""
     layers: list[nn.Module] = []
     for index, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
         if index % 2 == 0 and index + 2 < len(sizes):
-            share(fan_out, mesh, "model.dino_head.hidden")
+            mesh.tp_part(fan_out, "model.dino_head.hidden")
             layers.append(ColumnParallelLinear(fan_in, fan_out, mesh=mesh))
         else:
-            share(fan_in, mesh, "the DINO head's input or hidden width")
+            mesh.tp_part(fan_in, "the DINO head's input or hidden width")
             layers.append(RowParallelLinear(fan_in, fan_out, mesh=mesh, input_is_parallel=index % 2 == 1))
         layers.append(nn.GELU())
     return nn.Sequential(*layers[:-1])
@@ -47,7 +49,7 @@ class DinoHead(nn.Module):
 
     def __init__(self, in_dim: int, config: DinoHeadConfig, mesh: Mesh = SINGLE):
         super().__init__()
-        self.mlp = _mlp([in_dim] + [config.hidden] * (config.layers - 1) + [config.bottleneck], mesh)
+        self.mlp = _mlp(head_widths(in_dim, config)[:-1], mesh)
         self.last_layer = Prototypes(config.bottleneck, config.prototypes, mesh)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,6 @@ to step, so that its modules hold nothing but parameters.
 Letters: b pictures, N tokens, C channels, M answers for a picture.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -4,8 +4,6 @@
 whole on every rank that uses them, as the perceptual network is: no group of ranks has to wait for another.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megavtp.arithmetic import ceil_div
 from megavtp.config.schema import AdversarialConfig
 from megavtp.config.sizes import ResolvedModel
 from megavtp.data.weights_file import read_weights_file
@@ -49,7 +48,7 @@ class PixelFeatures:
 
 def quarters(depth: int) -> list[int]:
     """Return the blocks at which a quarter of a network's depth is done, two, three and all: 2, 5, 8, 11 of 12."""
-    return sorted({-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)})
+    return sorted({ceil_div(depth * quarter, 4) - 1 for quarter in (1, 2, 3, 4)})
 
 
 def known_widths(settings: AdversarialConfig, model: ResolvedModel) -> Sequence[int | None] | None:

@@ -1,7 +1,5 @@
 """Whole tensors are checked against a model here: every misfit is found before anything is loaded or written."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -33,10 +31,7 @@ def faults(tensors: Mapping[str, Tensor], shapes: Shapes, required: Collection[s
     return misfits(tensors, shapes, required) + no_floats(tensors)
 
 
-def check(
-    tensors: Mapping[str, Tensor], shapes: Shapes, what: str, required: Collection[str] | None = None
-) -> None:
-    """Raise a UserError that lists all ``faults``, if there are any."""
+def check(tensors: Mapping[str, Tensor], shapes: Shapes, what: str, required: Collection[str] | None = None) -> None:
     if found := faults(tensors, shapes, required):
         raise UserError(f"{what} does not fit its model config: {'; '.join(found)}")
 

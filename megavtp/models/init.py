@@ -5,8 +5,6 @@ distributions are those of the official training class: a truncated normal (0.02
 own scheme (arXiv 2103.00020) for the text tower, torch's defaults for the rest.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from megavtp.config.sizes import ResolvedModel, feature_width
+from megavtp.config.sizes import ResolvedModel, Tower, feature_width
 from megavtp.models.vtp import DEFAULT_LOGIT_SCALE
 from megavtp.nn.rope import AxialRope
 from megavtp.nn.seeded import named_generator
@@ -51,15 +49,13 @@ def _trunc_normal(std: float) -> Fill:
 
 def _rules(config: ResolvedModel) -> list[tuple[str, Fill]]:
     """Pair patterns of the whole logical name with distributions; the first match counts."""
-    text, width = config.text, config.text.width
-    residual = width**-0.5 * (2 * text.depth) ** -0.5
-    scale = DEFAULT_LOGIT_SCALE if not config.init_logit_scale else config.init_logit_scale
+    width = config.text.width
+    residual = width**-0.5 * (2 * config.text.depth) ** -0.5
+    towers: dict[str, Tower] = {"trunk": config.vision, "pixel_decoder": config.decoder, "text": config.text}
     return [
         (r".*norm\w*\.weight", constant(1.0)),
         (r".*norm\w*\.bias", constant(0.0)),
-        (r"trunk\..*\.gamma", constant(config.vision.layer_scale or 0.0)),
-        (r"pixel_decoder\..*\.gamma", constant(config.decoder.layer_scale or 0.0)),
-        (r"text\..*\.gamma", constant(text.layer_scale or 0.0)),
+        *[(rf"{name}\..*\.gamma", constant(tower.layer_scale or 0.0)) for name, tower in towers.items()],
         (r"trunk\.cls_token", normal(0.02)),
         (r"trunk\.mask_token", constant(0.0)),
         (r"trunk\.patch_embed\.proj\.(weight|bias)", _uniform(3 * config.patch_size**2)),
@@ -70,7 +66,7 @@ def _rules(config: ResolvedModel) -> list[tuple[str, Fill]]:
         (r"text\.blocks\.\d+\.mlp\.fc1\.weight", normal((2 * width) ** -0.5)),
         (r"text\.projection\.weight", normal(width**-0.5)),
         (r"visual_proj\.weight", _uniform(feature_width(config))),
-        (r"logit_scale", constant(scale)),
+        (r"logit_scale", constant(config.init_logit_scale or DEFAULT_LOGIT_SCALE)),
         (r"logit_bias", constant(config.init_logit_bias or 0.0)),
         (r"dino_head\.last_layer\.weight_g", constant(1.0)),
         (r"dino_head\.last_layer\.weight_v", _uniform(config.dino_head.bottleneck)),
@@ -97,10 +93,8 @@ def fill_parameters(
     for name, parameter in named:
         fill = next((fill for pattern, fill in compiled if pattern.fullmatch(name)), None)
         assert fill is not None, f"no initial distribution for {name}"
-        parameter.data.copy_(cut(_draw(name, parameter, fill, mesh, seed), shard_of(parameter), mesh.tp_rank, mesh.tp))
-
-
-def _draw(name: str, parameter: Tensor, fill: Fill, mesh: Mesh, seed: int) -> Tensor:
-    shape = whole_shape(parameter.shape, shard_of(parameter), mesh.tp)
-    with torch.no_grad():
-        return fill(torch.empty(shape), named_generator(f"init/{seed}/{name}"))
+        shard = shard_of(parameter)
+        with torch.no_grad():
+            empty = torch.empty(whole_shape(parameter.shape, shard, mesh.tp))
+            whole = fill(empty, named_generator(f"init/{seed}/{name}"))
+            parameter.copy_(cut(whole, shard, mesh.tp_rank, mesh.tp))

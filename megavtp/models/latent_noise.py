@@ -7,8 +7,6 @@ drown the noise.
 Letters: b images, C channels, h = w positions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

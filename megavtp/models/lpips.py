@@ -3,8 +3,6 @@
 Letters: b images, C channels of a tapped layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavtp.errors import UserError
+from megavtp.models.fitting import misfits
 
 Net = Literal["alex", "vgg"]
 
@@ -73,10 +72,7 @@ class LPIPS(nn.Module):
         """``weights`` must have the names and shapes of ``weight_shapes``; else this raises UserError."""
         super().__init__()
         self.layers = NETS[net]
-        expected = weight_shapes(net)
-        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        if found != expected:
-            wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        if wrong := misfits(weights, weight_shapes(net)):
             raise UserError(f"these tensors are not those of LPIPS-{net}: {', '.join(wrong)}; give other weights")
         # Buffers, not parameters: nothing here is trained, averaged or saved.
         for name, tensor in weights.items():

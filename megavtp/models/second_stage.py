@@ -1,8 +1,6 @@
 """The model of the decoder's second stage: a tokenizer whose encoder is frozen, a moving average of its decoder, and a
 discriminator."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, ClassVar
 

@@ -1,6 +1,6 @@
 """This is the causal text encoder of CLIP (arXiv 2103.00020)."""
 
-from __future__ import annotations
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,18 +10,14 @@ from megavtp.config.sizes import ResolvedText, known
 from megavtp.errors import UserError
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Kernel
-from megavtp.nn.block import Block, Recompute
+from megavtp.nn.block import Block, Recompute, run_blocks
 from megavtp.nn.feed_forward import MLP, quick_gelu
 from megavtp.nn.norms import LayerNorm
-from megavtp.nn.split import share
-from megavtp.nn.stack import run_blocks
 from megavtp.parallel.layers import RowParallelLinear, VocabParallelEmbedding
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.striping import Stripe, whole
 
-
-def _norm(width: int) -> LayerNorm:
-    return LayerNorm(width, 1e-5)
+_norm = partial(LayerNorm, eps=1e-5)
 
 
 class TextEncoder(nn.Module):
@@ -39,7 +35,7 @@ class TextEncoder(nn.Module):
         self.pool, self.recompute = config.pool, recompute
         self.context_length = config.context_length
         vocabulary = known(config.vocab_size, "model.text.vocab_size")
-        share(vocabulary, mesh, "the vocabulary (model.text.vocab_size)")
+        mesh.tp_part(vocabulary, "the vocabulary (model.text.vocab_size)")
         self.stripe = stripe = stripe or whole(config.depth)
         if stripe.first:
             self.token_embedding = VocabParallelEmbedding(vocabulary, width, mesh=mesh)

@@ -3,37 +3,33 @@
 Letters: b images, N patches, D width. A sequence has one class token, then the patches in row-major order.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from megavtp.config.sizes import ResolvedModel
+from megavtp.config.sizes import ResolvedDecoder, ResolvedModel, ResolvedVision
 from megavtp.errors import UserError
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Kernel, Segments
-from megavtp.nn.block import Block, Recompute
+from megavtp.nn.block import Block, Recompute, run_blocks
 from megavtp.nn.drop_path import DropPlan
 from megavtp.nn.feed_forward import feed_forward
 from megavtp.nn.norms import NORMS
 from megavtp.nn.rope import AxialRope
-from megavtp.nn.split import share
-from megavtp.nn.stack import run_blocks
 from megavtp.parallel.layers import RowParallelLinear
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.striping import Stripe, whole
 
 
 class PatchEmbed(nn.Module):
-    """Embeds images (b, 3, H, W) as patches (b, N, D) in row-major order."""
+    """Embeds images (b, channels, H, W) as patches (b, N, D) in row-major order."""
 
-    def __init__(self, patch: int, width: int):
+    def __init__(self, patch: int, width: int, channels: int = 3):
         super().__init__()
         self.patch = patch
-        self.proj = nn.Conv2d(3, width, patch, patch)
+        self.proj = nn.Conv2d(channels, width, patch, patch)
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
@@ -42,6 +38,19 @@ class PatchEmbed(nn.Module):
                 f"an image of {height}x{width} pixels does not divide into patches of {self.patch}; resize or crop it"
             )
         return self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+def vit_blocks(
+    tower: ResolvedVision | ResolvedDecoder, mlp_ratio: float, numbers: Iterable[int], kernel: Kernel, mesh: Mesh
+) -> nn.ModuleDict:
+    """Make blocks of a ViT, by their numbers in the whole tower."""
+    return nn.ModuleDict({
+        str(number): Block(
+            tower.width, Attention(tower.width, tower.heads, qk_norm=tower.qk_norm, kernel=kernel, mesh=mesh),
+            feed_forward(tower.ffn, tower.width, mlp_ratio, mesh), NORMS[tower.norm], tower.layer_scale or None,
+        )
+        for number in numbers
+    })
 
 
 class VisionEncoder(nn.Module):
@@ -53,27 +62,20 @@ class VisionEncoder(nn.Module):
     ):
         super().__init__()
         vision = config.vision
-        width, heads = vision.width, vision.heads
+        width = vision.width
         self.patch, self.recompute = config.patch_size, recompute
-        norm = NORMS[vision.norm]
         self.stripe = stripe = stripe or whole(vision.depth)
         if stripe.first:
             self.cls_token = nn.Parameter(torch.empty(1, 1, width))
             self.mask_token = nn.Parameter(torch.empty(1, width))
             self.patch_embed = PatchEmbed(config.patch_size, width)
-        self.rope_embed = AxialRope(width // heads, config.rope_dtype)
-        self.blocks = nn.ModuleDict({
-            str(index): Block(
-                width, Attention(width, heads, qk_norm=vision.qk_norm, kernel=attention, mesh=mesh),
-                feed_forward(vision.ffn, width, vision.mlp_ratio, mesh), norm, vision.layer_scale or None,
-            )
-            for index in stripe.blocks
-        })
+        self.rope_embed = AxialRope(width // vision.heads, config.rope_dtype)
+        self.blocks = vit_blocks(vision, vision.mlp_ratio, stripe.blocks, attention, mesh)
         self.feature_bottleneck: RowParallelLinear | None = None
         if stripe.last:
-            self.norm = norm(width)
+            self.norm = NORMS[vision.norm](width)
         if stripe.last and config.bottleneck != width:
-            share(width, mesh, "the encoder width")
+            mesh.tp_part(width, "the encoder width")
             self.feature_bottleneck = RowParallelLinear(
                 width, config.bottleneck, bias=False, mesh=mesh, input_is_parallel=False
             )

@@ -3,10 +3,8 @@
 Letters: b images, c global crops, N patches, D width, E embedding width, K prototypes, m masked patches.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
@@ -27,13 +25,13 @@ from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute
 from megavtp.nn.drop_path import DropPlan
 from megavtp.nn.precision import computing_in
-from megavtp.nn.split import share
 from megavtp.parallel.layers import RowParallelLinear
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.striping import ActivationSpec, Stripe
 
 OBJECTIVES = frozenset({"contrastive", "self_distillation", "reconstruction"})
 DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
+Result = Tensor | tuple[Tensor, ...]  # of a leg: at the tower's end a tensor, before it the activations
 Leg = Callable[..., Any]  # a method (chunk, activations, **inputs) that runs one chunk of one tower
 
 
@@ -103,7 +101,7 @@ class VTP(nn.Module):
 
     def _add_contrastive_head(self) -> None:
         width = feature_width(self.config)
-        share(width, self.mesh, "the width of the contrastive image feature")
+        self.mesh.tp_part(width, "the width of the contrastive image feature")
         self.visual_proj = RowParallelLinear(
             width, self.config.text.width, bias=False, mesh=self.mesh, input_is_parallel=False
         )
@@ -159,7 +157,6 @@ class VTP(nn.Module):
         return len(images), self.config.bottleneck, rows, columns
 
     def precision(self) -> AbstractContextManager[object]:
-        """Return the context in which the model computes."""
         return computing_in(self.compute_dtype, self.trunk.rope_embed.periods.device)
 
     # Legs. Each runs one chunk of a tower (None: all of it) and returns the activations for the next, or at the tower's
@@ -232,7 +229,7 @@ class VTP(nn.Module):
     def _encode(
         self, chunk: int | None, activations: Sequence[Tensor], images: Tensor, drop: DropPlan | None = None,
         noise: LatentNoise | None = None,
-    ) -> Tensor | tuple[Tensor, ...]:
+    ) -> Result:
         """Encode normalised images (b, 3, H, W) to latents (b, bottleneck, H / patch, W / patch)."""
         tokens = self._run_trunk(chunk, activations, [images], drop=drop)
         if not self._ends(chunk):
@@ -244,7 +241,7 @@ class VTP(nn.Module):
         self, chunk: int | None, activations: Sequence[Tensor], latents: Tensor | None = None,
         images: Tensor | None = None, drop: DropPlan | None = None, noise: LatentNoise | None = None,
         decoder: PixelDecoder | None = None, with_head_input: bool = False,
-    ) -> Tensor | tuple[Tensor, ...]:
+    ) -> Result:
         """Decode latents to images (b, 3, H, W), normalised as the encoder's input; ``noise`` is added to them first.
 
         The latents are given, or the previous leg has just encoded them from ``images``. For ``with_head_input`` see
@@ -259,16 +256,12 @@ class VTP(nn.Module):
         x = (decoder or self.pixel_decoder)(latents, chunk, x, with_head_input)
         return x if self._ends(chunk) else (x,)
 
-    def _embed_image(
-        self, chunk: int | None, activations: Sequence[Tensor], images: Tensor
-    ) -> Tensor | tuple[Tensor, ...]:
+    def _embed_image(self, chunk: int | None, activations: Sequence[Tensor], images: Tensor) -> Result:
         """Return unit image features (b, E) in float32."""
         tokens = self._run_trunk(chunk, activations, [images])
         return self._image_feature(tokens[0]) if self._ends(chunk) else (tokens,)
 
-    def _embed_text(
-        self, chunk: int | None, activations: Sequence[Tensor], tokens: Tensor
-    ) -> Tensor | tuple[Tensor, ...]:
+    def _embed_text(self, chunk: int | None, activations: Sequence[Tensor], tokens: Tensor) -> Result:
         """Return unit text features (b, E) in float32."""
         x = self.text(tokens, chunk, *activations)
         return F.normalize(x.float(), dim=-1) if self._ends(chunk) else (x,)
@@ -325,15 +318,10 @@ class VTP(nn.Module):
         """Pair the parameters of an average (the teacher's) with the trained ones, always in the same order."""
         if "self_distillation" not in self.objectives:
             return []
-        return [(self.get_parameter(f"teacher.{name}"), student) for name, student in self._distilled()]
+        return [(teacher, self.get_parameter(name)) for name, teacher in self.teacher.named_parameters()]
 
     def start_averages(self) -> None:
         """Make every average a copy of what it follows."""
         with torch.no_grad():
             for average, trained in self.averaged():
                 average.copy_(trained)
-
-    def _distilled(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for tower in ("trunk", "dino_head"):
-            if getattr(self, tower) is not None:  # the head is on the last pipeline rank
-                yield from getattr(self, tower).named_parameters(prefix=tower)

@@ -1,17 +1,14 @@
 """Multi-head self-attention over packed sequences; tensor-parallel ranks share the heads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from megavtp.errors import UserError
-from megavtp.nn.attention_kernels import Kernel, Segments, attend, check_kernel
+from megavtp.nn.attention_kernels import Kernel, Segments, attend, check_kernel, spans
 from megavtp.nn.norms import RMSNorm, rms_norm
 from megavtp.nn.rope import RotaryTable, rotate
-from megavtp.nn.split import share
 from megavtp.parallel.collectives import copy_to_tp
 from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megavtp.parallel.mesh import SINGLE, Mesh
@@ -48,7 +45,7 @@ class Attention(nn.Module):
             raise UserError(f"width {width} is not a multiple of heads {heads}; change one of them")
         check_kernel(kernel)
         self.mesh = mesh
-        self.local_heads = share(heads, mesh, "the number of attention heads")
+        self.local_heads = mesh.tp_part(heads, "the number of attention heads")
         self.head_dim = width // heads
         self.causal, self.kernel, self.rotation = causal, kernel, rotation
         self.qkv = ColumnParallelLinear(width, 3 * width, mesh=mesh, parts=3)
@@ -67,22 +64,17 @@ class Attention(nn.Module):
     def contract(
         self, qkv: Tensor, cut: TokenCut | None, segments: Segments, tables: Sequence[RotaryTable] | None = None
     ) -> Tensor:
-        """Compute all that follows the first matrix product."""
         q, k, v = qkv.unflatten(-1, (3, self.local_heads, self.head_dim)).unbind(1)
         if self.q_norm is not None and self.k_norm is not None:
             # The norm's float32 weights may have raised 16 bits to 32, which the fast kernels do not take.
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if tables is not None:
-            q, k = (_rotate_packed(y, segments, tables, self.rotation) for y in (q, k))
+            q, k = self._rotated(q, segments, tables), self._rotated(k, segments, tables)
         return self.proj(attend(q, k, v, segments, self.causal, self.kernel).flatten(1), cut)
 
-
-def _rotate_packed(
-    x: Tensor, segments: Segments, tables: Sequence[RotaryTable], rotation: Callable[[Tensor, RotaryTable], Tensor]
-) -> Tensor:
-    pieces, start = [], 0
-    for (sequences, length), table in zip(segments, tables):
-        end = start + sequences * length
-        pieces.append(rotation(x[start:end].unflatten(0, (sequences, length)), table).flatten(0, 1))
-        start = end
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    def _rotated(self, x: Tensor, segments: Segments, tables: Sequence[RotaryTable]) -> Tensor:
+        pieces = [
+            self.rotation(x[place].unflatten(0, segment), table).flatten(0, 1)
+            for segment, place, table in zip(segments, spans(segments), tables)
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -3,11 +3,11 @@
 Letters: T tokens of all sequences, H local heads, h head dimension, b sequences of length L in one segment.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
@@ -25,19 +25,17 @@ Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]  # q, k, 
 def find_varlen() -> Varlen | None:
     """Find a variable-length kernel: flash-attn's, else torch's, else None. An import decides, not package metadata, as
     flash-attn can be installed without its compiled part."""
-    try:
+    with suppress(ImportError, OSError):
         from flash_attn import flash_attn_varlen_func
 
         return lambda q, k, v, cu, longest, causal: flash_attn_varlen_func(
             q, k, v, cu, cu, longest, longest, causal=causal
         )
-    except (ImportError, OSError):
-        pass
-    try:
+    with suppress(ImportError):
         from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return adapt_torch_varlen(varlen_attn)
+
+        return adapt_torch_varlen(varlen_attn)
+    return None
 
 
 def adapt_torch_varlen(varlen_attn: Callable[..., Any]) -> Varlen | None:
@@ -70,15 +68,20 @@ def _varlen_of(q: Tensor) -> Varlen | None:
     return find_varlen() if suits else None
 
 
+def spans(segments: Segments) -> list[slice]:
+    """Return where each segment's tokens are among all."""
+    ends = accumulate((sequences * length for sequences, length in segments), initial=0)
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
 def sequence_offsets(segments: Segments, device: torch.device) -> Tensor:
     """Return every sequence's start and the last one's end, (sequences + 1,) int32, without a copy from the host."""
-    pieces, start = [], 0
-    for sequences, length in segments:
-        end = start + sequences * length
-        pieces.append(torch.arange(start, end, length, dtype=torch.int32, device=device))
-        start = end
-    pieces.append(torch.full((1,), start, dtype=torch.int32, device=device))
-    return torch.cat(pieces)
+    places = spans(segments)
+    starts = [
+        torch.arange(place.start, place.stop, length, dtype=torch.int32, device=device)
+        for (_, length), place in zip(segments, places)
+    ]
+    return torch.cat([*starts, torch.full((1,), places[-1].stop, dtype=torch.int32, device=device)])
 
 
 def attend(
@@ -98,12 +101,10 @@ def attend(
     if wants_varlen and (varlen := _varlen_of(q)) is not None:
         longest = max(length for _, length in segments)
         return varlen(q, k, v, sequence_offsets(segments, q.device), longest, causal)
-    outputs, start = [], 0
-    for sequences, length in segments:
-        end = start + sequences * length
-        own_q, own_k, own_v = (x[start:end].unflatten(0, (sequences, length)).transpose(1, 2) for x in (q, k, v))
+    outputs = []
+    for segment, place in zip(segments, spans(segments)):
+        own_q, own_k, own_v = (x[place].unflatten(0, segment).transpose(1, 2) for x in (q, k, v))
         outputs.append(_sdpa(own_q, own_k, own_v, causal).transpose(1, 2).flatten(0, 1))
-        start = end
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

@@ -15,10 +15,8 @@ recomputed, so it costs L / (6 D) of a forward for sequences of length L; "full"
 With sequence parallelism a rank holds only its rows of the residual stream, so that all terms are divided by tp.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +24,10 @@ from torch.utils.checkpoint import checkpoint
 
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Segments
-from megavtp.nn.drop_path import BranchDrop, add_branch
+from megavtp.nn.drop_path import BranchDrop, DropPlan, add_branch
 from megavtp.nn.rope import RotaryTable
 from megavtp.parallel.layers import to_compute_dtype
-from megavtp.parallel.sequence import TokenCut
+from megavtp.parallel.sequence import TokenCut, on_own_rows
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -43,17 +41,15 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
-        return x * (self.gamma if cut is None else cut.share(self.gamma))
+        return x * on_own_rows(self.gamma, cut)
 
 
 class TwoHalves(Protocol):
     """A network that is called in two halves: its first matrix product, and all that follows it."""
 
-    @property
-    def expand(self) -> Callable[..., Tensor]: ...
+    def expand(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
-    @property
-    def contract(self) -> Callable[..., Tensor]: ...
+    def contract(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
 
 class Block(nn.Module):
@@ -113,6 +109,33 @@ def branch(
 def run_block(block: nn.Module, recompute: Recompute, *arguments: Any) -> Tensor:
     """Run ``block(*arguments, recompute)``; with "full", only the arguments are held for the backward pass."""
     return redo(block, *arguments, recompute) if recompute == "full" else block(*arguments, recompute)
+
+
+def run_blocks(
+    blocks: Iterable[tuple[int, nn.Module]], x: Tensor, segments: Segments, tables: Sequence[RotaryTable] | None = None,
+    drop: DropPlan | None = None, recompute: Recompute = "none", taken: dict[int, Tensor | None] | None = None,
+) -> Tensor:
+    """Run packed tokens (T, width) through ``blocks`` and return (T, width).
+
+    Under sequence parallelism the tensor-parallel ranks share the tokens inside this function; input and output are
+    whole, and the same on each rank.
+
+    Args:
+        blocks: pairs (number in the whole tower, block) in order; without any, x is returned.
+        segments, tables: segments says how x is packed; tables has a rotary table per segment.
+        drop: the plan of the whole tower.
+        recompute: what the backward pass recomputes.
+        taken: its keys name blocks; the output (T, width) of each that is among ``blocks`` becomes its value.
+    """
+    chosen = [(index, cast(Block, block)) for index, block in blocks]
+    cut = TokenCut(chosen[0][1].mesh, len(x)) if chosen and chosen[0][1].mesh.sequence_parallel else None
+    x = x if cut is None else cut.split(x)
+    for index, block in chosen:
+        choice = None if drop is None else drop.blocks[index]
+        x = run_block(block, recompute, x, segments, tables, choice, cut)
+        if taken is not None and index in taken:
+            taken[index] = x if cut is None else cut.join(x)
+    return x if cut is None else cut.join(x)
 
 
 def redo(function: Callable[..., Tensor], *arguments: Any) -> Tensor:

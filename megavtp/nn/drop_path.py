@@ -5,16 +5,14 @@ The subset is chosen outside the modules, from (seed, step) alone, so that every
 micro-batch split and every recomputation sees the same choice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from megavtp.nn.attention_kernels import Segments
+from megavtp.nn.attention_kernels import Segments, spans
 from megavtp.nn.seeded import named_generator
 from megavtp.parallel.sequence import TokenCut
 
@@ -34,7 +32,7 @@ class DropPlan:
 
     blocks: tuple[tuple[BranchDrop, BranchDrop], ...]
 
-    def to(self, device: torch.device | str) -> DropPlan:
+    def to(self, device: torch.device | str) -> "DropPlan":
         """Move the plan to ``device`` in one transfer."""
         branches = [branch for block in self.blocks for branch in block]
         rows = [row for branch in branches for row in branch.rows]
@@ -81,11 +79,9 @@ def _global_choice(
     return [[draw(size) for size in sizes] for _ in range(2 * depth)]
 
 
-Branch = Callable[[Tensor, Segments, TokenCut | None], Tensor]
-
-
 def add_branch(
-    x: Tensor, branch: Branch, segments: Segments, drop: BranchDrop | None, cut: TokenCut | None = None
+    x: Tensor, branch: Callable[[Tensor, Segments, TokenCut | None], Tensor], segments: Segments,
+    drop: BranchDrop | None, cut: TokenCut | None = None,
 ) -> Tensor:
     """Compute x + branch(x), (T, width), with the branch on the sequences that ``drop`` keeps, scaled; None keeps all.
 
@@ -94,7 +90,10 @@ def add_branch(
     """
     if drop is None:
         return x + branch(x, segments, cut)
-    tokens = _kept_tokens(segments, drop, x.device)
+    tokens = torch.cat([  # positions of the kept sequences' tokens among all
+        (kept[:, None] * length + torch.arange(place.start, place.start + length, device=x.device)).flatten()
+        for (_, length), place, kept in zip(segments, spans(segments), drop.rows, strict=True)
+    ])
     kept_segments = tuple((len(kept), length) for (_, length), kept in zip(segments, drop.rows))
     scales = torch.cat([
         torch.full((sequences * length, 1), scale, dtype=x.dtype, device=x.device)
@@ -103,15 +102,6 @@ def add_branch(
     if cut is None:
         y = branch(x.index_select(0, tokens), kept_segments, None)
         return x.index_add(0, tokens, y.to(x.dtype) * scales)
-    y = branch(x, kept_segments, cut.keeping(tokens))
+    y = branch(x, kept_segments, replace(cut, kept=tokens))
     scales = cut.own_rows(scales.new_zeros(cut.total, 1).index_copy_(0, tokens, scales))
     return x + y.to(x.dtype) * scales  # what is dropped has scale 0
-
-
-def _kept_tokens(segments: Segments, drop: BranchDrop, device: torch.device) -> Tensor:
-    """Return the positions of the kept sequences' tokens among all tokens."""
-    rows, start = [], 0
-    for (sequences, length), kept in zip(segments, drop.rows, strict=True):
-        rows.append((kept[:, None] * length + torch.arange(start, start + length, device=device)).flatten())
-        start += sequences * length
-    return torch.cat(rows)

@@ -3,8 +3,6 @@
 ``expand`` computes the first matrix product, ``contract`` all that follows; for ``cut`` see ``nn.block``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavtp.config.sizes import ffn_hidden
-from megavtp.nn.split import share
 from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear, enter, joint_linear
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.sequence import TokenCut
@@ -52,7 +49,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, mesh: Mesh = SINGLE):
         super().__init__()
-        share(hidden, mesh, "the feed-forward hidden width")
+        mesh.tp_part(hidden, "the feed-forward hidden width")
         self.mesh = mesh
         self.w1 = ColumnParallelLinear(width, hidden, mesh=mesh, copy_input=False)
         self.w2 = ColumnParallelLinear(width, hidden, mesh=mesh, copy_input=False)
@@ -75,7 +72,7 @@ class MLP(nn.Module):
         self, width: int, hidden: int, *, activation: Callable[[Tensor], Tensor] = F.gelu, mesh: Mesh = SINGLE
     ):
         super().__init__()
-        share(hidden, mesh, "the feed-forward hidden width")
+        mesh.tp_part(hidden, "the feed-forward hidden width")
         self.activation = activation
         self.fc1 = ColumnParallelLinear(width, hidden, mesh=mesh)
         self.fc2 = RowParallelLinear(hidden, width, mesh=mesh)

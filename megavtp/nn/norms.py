@@ -3,8 +3,6 @@
 With ``cut`` (sequence parallelism) the input has only this rank's rows of the tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -13,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megavtp.parallel.sequence import TokenCut
+from megavtp.parallel.sequence import TokenCut, on_own_rows
 
 
 @cache
@@ -21,9 +19,7 @@ def _apex() -> Any | None:
     """Return apex's functional norms if its compiled extension loads, which an import alone does not show."""
     try:
         from apex.normalization import FusedLayerNorm, FusedRMSNorm, fused_layer_norm
-    except (ImportError, OSError, RuntimeError):
-        return None
-    try:
+
         FusedLayerNorm(8), FusedRMSNorm(8)  # their constructors load the compiled extension
     except (ImportError, OSError, RuntimeError):
         return None
@@ -44,7 +40,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
-        return rms_norm(x, self.weight if cut is None else cut.share(self.weight), self.eps)
+        return rms_norm(x, on_own_rows(self.weight, cut), self.eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -57,8 +53,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class LayerNorm(nn.Module):
-    """A layer norm over the last dimension with weight and bias."""
-
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.width, self.eps = width, eps
@@ -66,7 +60,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
-        weight, bias = (p if cut is None else cut.share(p) for p in (self.weight, self.bias))
+        weight, bias = on_own_rows(self.weight, cut), on_own_rows(self.bias, cut)
         if (fused := _fused(x, weight)) is not None:
             return fused.fused_layer_norm_affine(x, weight, bias, (self.width,), self.eps)
         return F.layer_norm(x, (self.width,), weight, bias, self.eps)

@@ -1,7 +1,5 @@
 """Matrix products in 16 bits, with weights in float32."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 
 import torch

@@ -3,8 +3,6 @@
 Letters: L tokens, N = rows * columns patches, h head dimension.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 

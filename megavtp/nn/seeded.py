@@ -1,7 +1,5 @@
 """A random generator can be a pure function of a name."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

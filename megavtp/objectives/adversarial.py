@@ -4,8 +4,6 @@ them with the reconstruction (VQGAN, arXiv 2012.09841, equation 7).
 Letters: b pictures, M answers for a picture, p pixels of a patch's side, D width of the decoder.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

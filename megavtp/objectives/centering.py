@@ -6,8 +6,6 @@ vector (K_local,), and no target matrix exists.
 Shape letters: n rows of this rank, d feature size, K_local prototypes on this rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -24,8 +22,8 @@ KEEP_ELEMENTS = 2**26
 
 @torch.no_grad()
 def sinkhorn_bias(
-    features: Sequence[Tensor], W: Tensor, temperature: float, *, iterations: int, chunk: int = 1024,
-    mesh: Mesh = SINGLE,
+    features: Sequence[Tensor], W: Tensor, temperature: float, *, iterations: int,
+    rows_at_once: int = 1024, mesh: Mesh = SINGLE,
 ) -> Tensor:
     """Run Sinkhorn-Knopp over the rows of all micro-batches and data-parallel ranks -> bias (K_local,), float32.
 
@@ -35,7 +33,7 @@ def sinkhorn_bias(
     so no logit is too large. If there is no row anywhere the bias is 0. No host synchronisation.
     """
     with torch.autocast(W.device.type, enabled=False):
-        blocks = [block for part in features if part.shape[0] for block in part.split(chunk)]
+        blocks = [block for part in features if part.shape[0] for block in part.split(rows_at_once)]
         keep = sum(block.shape[0] for block in blocks) * W.shape[0] <= KEEP_ELEMENTS
         kept = [prototype_logits(block, W, temperature) for block in blocks] if keep else None
         bias = torch.zeros(W.shape[0], dtype=torch.promote_types(W.dtype, torch.float32), device=W.device)
@@ -48,15 +46,11 @@ def sinkhorn_bias(
                 higher = torch.maximum(peak, logits.amax(0))
                 total = total * (peak - higher).exp() + (logits - higher).exp_().sum(0)
                 peak = higher
-            bias = -_logsumexp_over_dp(peak, total, mesh)
+            highest = all_reduce(peak, mesh, "dp", "max")  # a rank without rows has the peak -inf
+            total = all_reduce(total * (peak - highest).exp(), mesh, "dp")
+            # minus log sum_rows exp(logit), over all ranks; without any row the total is NaN (-inf - -inf)
+            bias = -torch.where(total > 0, highest + total.log(), 0.0)
         return bias
-
-
-def _logsumexp_over_dp(peak: Tensor, total: Tensor, mesh: Mesh) -> Tensor:
-    """Return log sum_ranks total * exp(peak), each (K_local,); 0 without any row. A rank without rows has peak -inf."""
-    highest = all_reduce(peak, mesh, "dp", "max")
-    total = all_reduce(total * (peak - highest).exp(), mesh, "dp")
-    return torch.where(total > 0, highest + total.log(), 0.0)  # without any row total is NaN (-inf - -inf)
 
 
 def center_bias(center: Tensor, temperature: float) -> Tensor:

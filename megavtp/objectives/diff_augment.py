@@ -6,8 +6,6 @@ ones by heart. All draws are a pure function of (seed, step, picture).
 Letters: b pictures.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

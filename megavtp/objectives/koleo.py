@@ -3,8 +3,6 @@
 Shape letters: c crops, b images on this data-parallel rank, B = dp * b images in all, D feature size.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,14 +32,9 @@ def koleo(features: Tensor, mesh: Mesh = SINGLE) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         x = F.normalize(features.float(), eps=_EPS, dim=-1)
         everyone = gather_from_dp(x.transpose(0, 1).contiguous(), mesh).transpose(0, 1)  # (c, B, D)
-        nearest = _nearest(x.detach(), everyone.detach(), mesh.dp_rank * rows)
+        similarity = x.detach() @ everyone.detach().transpose(1, 2)  # (c, b, B)
+        similarity.diagonal(mesh.dp_rank * rows, 1, 2).fill_(-torch.inf)  # of each image with itself
+        nearest = similarity.argmax(-1)
         neighbour = everyone.gather(1, nearest.unsqueeze(-1).expand_as(x))
         distance = F.pairwise_distance(x, neighbour, eps=_EPS).clamp_min(_MIN_DISTANCE)  # eps avoids 0 / 0 in backward
         return -torch.log(distance + _EPS).mean(-1).sum()
-
-
-def _nearest(own: Tensor, everyone: Tensor, offset: int) -> Tensor:
-    """Return the index (c, b) among the B rows of the most similar other row; own row i is row offset + i of them."""
-    similarity = own @ everyone.transpose(1, 2)
-    similarity.diagonal(offset, 1, 2).fill_(-torch.inf)
-    return similarity.argmax(-1)

@@ -1,13 +1,11 @@
 """Cross-entropy between the prototype distributions of teacher and student, without ever holding all logits.
 
 65,536 prototypes for some ten thousand crops and masked patches would need gigabytes of float32 logits for the
-student, as much for the teacher and again for the gradient. So value and gradient are computed together, chunk by
-chunk, from the head's features; prototypes are cut over tensor-parallel ranks.
+student, as much for the teacher and again for the gradient. So value and gradient are computed together, some
+rows at a time, from the head's features; prototypes are cut over tensor-parallel ranks.
 
 Shape letters: s student views, v teacher views, n samples, d feature size, K_local prototypes on this rank.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -20,13 +18,13 @@ from megavtp.parallel.mesh import SINGLE, Mesh
 def prototype_cross_entropy(
     student: Tensor, student_W: Tensor, teacher: Tensor, teacher_W: Tensor, *,
     student_temperature: float, teacher_temperature: float, teacher_bias: Tensor, row_weights: Tensor | None = None,
-    chunk: int = 1024, mesh: Mesh = SINGLE,
+    rows_at_once: int = 1024, mesh: Mesh = SINGLE,
 ) -> Tensor:
-    """sum_i w_i sum_s sum_v CE(softmax(teacher_vi W_t^T / T_t + b), softmax(student_si W_s^T / T_s)).
+    """Compute sum_i w_i sum_s sum_v CE(softmax(teacher_vi W_t^T / T_t + b), softmax(student_si W_s^T / T_s)).
 
     student (s, n, d) or (n, d); teacher (v, n, d) or (n, d): every student view of a sample meets every teacher view
     of it. student_W, teacher_W (K_local, d); b = teacher_bias (K_local,) from Sinkhorn or centering; w = row_weights
-    (n,), None means ones. n may be 0. ``chunk``: rows whose logits exist at one time.
+    (n,), None means ones. n may be 0. ``rows_at_once``: how many rows' logits exist at one time.
 
     Products run in the features' dtype with float32 results, softmax in float32 (float64 for float64). The teacher
     side gets no gradient. Returns a scalar, equal on all tp ranks; the gradient of the student's features is summed
@@ -35,14 +33,15 @@ def prototype_cross_entropy(
     student = copy_to_tp(student if student.dim() == 3 else student.unsqueeze(0), mesh)
     teacher = teacher if teacher.dim() == 3 else teacher.unsqueeze(0)
     grads = (torch.is_grad_enabled() and student.requires_grad, torch.is_grad_enabled() and student_W.requires_grad)
-    return _PrototypeCrossEntropy.apply(
-        student, student_W, teacher.detach(), teacher_W.detach(), student_temperature, teacher_temperature,
-        teacher_bias.detach(), row_weights, chunk, mesh, grads,
-    )
+    with torch.autocast(student.device.type, enabled=False):
+        return _PrototypeCrossEntropy.apply(
+            student, student_W, teacher.detach(), teacher_W.detach(), student_temperature, teacher_temperature,
+            teacher_bias.detach(), row_weights, rows_at_once, mesh, grads,
+        )
 
 
 def prototype_logits(features: Tensor, W: Tensor, temperature: float) -> Tensor:
-    """features (n, d) W (K_local, d) -> features W^T / temperature (n, K_local), float32 or wider, a new tensor."""
+    """Compute features W^T / temperature, (n, d) and (K_local, d) -> (n, K_local), float32 or wider, a new tensor."""
     return matmul_wide(features, W.to(features.dtype).T).div_(temperature)
 
 
@@ -65,17 +64,41 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
-    """Its gradient is computed in forward, while a chunk's logits exist, and only scaled in backward."""
+    """Its gradient is computed in forward, while the rows' logits exist, and only scaled in backward."""
 
     @staticmethod
-    def forward(ctx, student, student_W, teacher, teacher_W, student_T, teacher_T, bias, weights, chunk, mesh, grads):
-        with torch.autocast(student.device.type, enabled=False):
-            value, grad_student, grad_W = _forward(
-                student, student_W, teacher, teacher_W, student_T, teacher_T, bias, weights, chunk, mesh, grads
-            )
+    def forward(
+        ctx, student, student_W, teacher, teacher_W, student_T, teacher_T, bias, weights, rows_at_once, mesh, grads
+    ):
+        (s, n, d), v = student.shape, teacher.shape[0]
+        wide = _wide(student.dtype)
+        value = torch.zeros((), dtype=wide, device=student.device)
+        grad_student = torch.empty_like(student, dtype=wide) if grads[0] else None
+        grad_W = torch.zeros_like(student_W, dtype=wide) if grads[1] else None
+        W = student_W.to(student.dtype)
+        teacher_W = teacher_W.to(teacher.dtype)
+        step = max(1, rows_at_once // max(s, v))
+        for start in range(0, n, step):
+            part = slice(start, start + step)
+            target = _target(teacher[:, part], teacher_W, teacher_T, bias, mesh).to(wide)
+            rows = student[:, part].reshape(-1, d)
+            log_p = prototype_logits(rows, W, student_T)
+            log_p = log_p.sub_(row_logsumexp(log_p, mesh)).view(s, -1, log_p.shape[-1])
+            row_losses = (log_p * target).sum(-1)  # (s, step)
+            w = None if weights is None else weights[part].to(wide)
+            value -= (row_losses if w is None else row_losses * w).sum()
+            if not any(grads):
+                continue
+            slope = log_p.exp_().mul_(v).sub_(target)  # gradient by student logits / T
+            slope = (slope.div_(student_T) if w is None else slope.mul_((w / student_T).unsqueeze(-1))).flatten(0, 1)
+            slope = slope.to(student.dtype)
+            if grad_student is not None:
+                grad_student[:, part] = matmul_wide(slope, W).view(s, -1, d)
+            if grad_W is not None:
+                grad_W += matmul_wide(slope.T, rows)
         ctx.save_for_backward(grad_student, grad_W)
         ctx.dtypes = student.dtype, student_W.dtype
-        return value
+        return all_reduce(value, mesh, "tp")
 
     @staticmethod
     @once_differentiable
@@ -84,39 +107,8 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         return *scaled, *(None,) * 9
 
 
-def _forward(student, student_W, teacher, teacher_W, student_T, teacher_T, bias, weights, chunk, mesh, grads):
-    """Return the value (scalar), and the gradients by student (s, n, d) and student_W (K_local, d) or ``None``."""
-    (s, n, d), v = student.shape, teacher.shape[0]
-    wide = _wide(student.dtype)
-    value = torch.zeros((), dtype=wide, device=student.device)
-    grad_student = torch.empty_like(student, dtype=wide) if grads[0] else None
-    grad_W = torch.zeros_like(student_W, dtype=wide) if grads[1] else None
-    W = student_W.to(student.dtype)
-    teacher_W = teacher_W.to(teacher.dtype)
-    step = max(1, chunk // max(s, v))
-    for start in range(0, n, step):
-        part = slice(start, start + step)
-        target = _target(teacher[:, part], teacher_W, teacher_T, bias, mesh).to(wide)
-        rows = student[:, part].reshape(-1, d)
-        log_p = prototype_logits(rows, W, student_T)
-        log_p = log_p.sub_(row_logsumexp(log_p, mesh)).view(s, -1, log_p.shape[-1])
-        row_losses = (log_p * target).sum(-1)  # (s, step)
-        w = None if weights is None else weights[part].to(wide)
-        value -= (row_losses if w is None else row_losses * w).sum()
-        if not any(grads):
-            continue
-        slope = log_p.exp_().mul_(v).sub_(target)  # gradient by student logits / T
-        slope = (slope.div_(student_T) if w is None else slope.mul_((w / student_T).unsqueeze(-1))).flatten(0, 1)
-        slope = slope.to(student.dtype)
-        if grad_student is not None:
-            grad_student[:, part] = matmul_wide(slope, W).view(s, -1, d)
-        if grad_W is not None:
-            grad_W += matmul_wide(slope.T, rows)
-    return all_reduce(value, mesh, "tp"), grad_student, grad_W
-
-
 def _target(teacher: Tensor, W: Tensor, temperature: float, bias: Tensor, mesh: Mesh) -> Tensor:
-    """Teacher views (v, n, d) -> their probabilities, summed over views: (n, K_local)."""
+    """Return the probabilities of teacher views (v, n, d), summed over the views: (n, K_local)."""
     v, n, d = teacher.shape
     p = prototype_logits(teacher.reshape(-1, d), W, temperature).add_(bias)
     p = p.sub_(row_logsumexp(p, mesh)).exp_()

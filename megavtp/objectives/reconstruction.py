@@ -1,7 +1,5 @@
 """Pixel reconstruction: L1 plus a perceptual distance (VTP equation 1; LPIPS, arXiv 1801.03924)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor

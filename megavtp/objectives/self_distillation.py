@@ -4,8 +4,6 @@ Shape letters: m images in this micro-batch, L local crops, p masked patches, bn
 K_local prototypes on this rank. Crops are crop-major: all first crops, then all second.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import NamedTuple
 
@@ -54,7 +52,7 @@ def self_distillation_loss(
     local_crops = student.local_cls.shape[0] // images
     cross_entropy = partial(
         prototype_cross_entropy, student_temperature=config.student_temperature,
-        teacher_temperature=teacher_temperature, chunk=config.chunk, mesh=mesh,
+        teacher_temperature=teacher_temperature, rows_at_once=config.chunk, mesh=mesh,
     )
     terms = {}
     if config.dino_weight:

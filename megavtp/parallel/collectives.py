@@ -1,7 +1,5 @@
 """Collectives, with and without gradients. Each is the identity on an axis of size 1."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -25,7 +23,7 @@ def all_reduce(x: Tensor, mesh: Mesh, axis: Axis, op: Literal["sum", "max"] = "s
     x = x.detach()
     if group is None:
         return x
-    x = x.clone()
+    x = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, _OPS[op], group=group)
     return x
 
@@ -52,81 +50,52 @@ def reduce_scatter(x: Tensor, mesh: Mesh, axis: Axis) -> Tensor:
     return own
 
 
-class _CopyToTP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+def gather_pieces(x: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Return the equally shaped ``x`` of all ranks of ``group``, in rank order; no gradient flows."""
+    pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(pieces, x.contiguous(), group=group)
+    return pieces
 
 
-class _ReduceFromTP(torch.autograd.Function):
+class _Pair(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group):
-        x = x.contiguous().clone()
-        dist.all_reduce(x, group=group)
-        return x
+    def forward(ctx, x, forward, backward):
+        # A plain attribute of the context: saved tensors would come after a matrix product, and recomputation, which
+        # ends with the last saved tensor, would have to repeat that product too.
+        ctx.of_gradient = backward
+        return forward(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None
+        return ctx.of_gradient(grad), None, None
 
 
-class _ScatterToTP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, mesh):
-        ctx.mesh = mesh
-        return x.chunk(mesh.tp, -1)[mesh.tp_rank].contiguous()
-
-    @staticmethod
-    def backward(ctx, grad):
-        pieces = [torch.empty_like(grad, memory_format=torch.contiguous_format) for _ in range(ctx.mesh.tp)]
-        dist.all_gather(pieces, grad.contiguous(), group=ctx.mesh.tp_group)
-        return torch.cat(pieces, -1), None
-
-
-class _GatherFromTP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, mesh):
-        ctx.mesh = mesh
-        pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(mesh.tp)]
-        dist.all_gather(pieces, x.contiguous(), group=mesh.tp_group)
-        return torch.cat(pieces, -1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.chunk(ctx.mesh.tp, -1)[ctx.mesh.tp_rank].contiguous(), None
-
-
-class _GatherFromDP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, mesh):
-        ctx.mesh = mesh
-        return all_gather(x, mesh, "dp")
-
-    @staticmethod
-    def backward(ctx, grad):
-        return reduce_scatter(grad, ctx.mesh, "dp"), None
+def with_gradient(x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return ``forward(x)``; the gradient of x is ``backward`` of the result's gradient."""
+    return _Pair.apply(x, forward, backward)
 
 
 def copy_to_tp(x: Tensor, mesh: Mesh) -> Tensor:
     """Enter a tensor-parallel region: identity forward, gradient summed over tp (Megatron's f)."""
-    return x if mesh.tp == 1 else _CopyToTP.apply(x, mesh.tp_group)
+    return x if mesh.tp == 1 else with_gradient(x, lambda x: x, lambda grad: all_reduce(grad, mesh, "tp"))
 
 
 def reduce_from_tp(x: Tensor, mesh: Mesh) -> Tensor:
     """Leave a tensor-parallel region: sum over tp forward, identity gradient (Megatron's g)."""
-    return x if mesh.tp == 1 else _ReduceFromTP.apply(x, mesh.tp_group)
+    return x if mesh.tp == 1 else with_gradient(x, lambda x: all_reduce(x, mesh, "tp"), lambda grad: grad)
+
+
+def _own_slice(x: Tensor, mesh: Mesh) -> Tensor:
+    return x.chunk(mesh.tp, -1)[mesh.tp_rank].contiguous()
+
+
+def _all_slices(x: Tensor, mesh: Mesh) -> Tensor:
+    return torch.cat(gather_pieces(x, mesh.tp_group), -1)
 
 
 def scatter_to_tp(x: Tensor, mesh: Mesh) -> Tensor:
     """Keep this rank's slice of the last dimension; the gradient is gathered."""
-    return x if mesh.tp == 1 else _ScatterToTP.apply(x, mesh)
+    return x if mesh.tp == 1 else with_gradient(x, lambda x: _own_slice(x, mesh), lambda grad: _all_slices(grad, mesh))
 
 
 def gather_from_tp(x: Tensor, mesh: Mesh) -> Tensor:
@@ -134,7 +103,7 @@ def gather_from_tp(x: Tensor, mesh: Mesh) -> Tensor:
 
     What follows must be the same on every rank: each keeps its own slice of the gradient.
     """
-    return x if mesh.tp == 1 else _GatherFromTP.apply(x, mesh)
+    return x if mesh.tp == 1 else with_gradient(x, lambda x: _all_slices(x, mesh), lambda grad: _own_slice(grad, mesh))
 
 
 def gather_from_dp(x: Tensor, mesh: Mesh) -> Tensor:
@@ -143,15 +112,17 @@ def gather_from_dp(x: Tensor, mesh: Mesh) -> Tensor:
     The gradient of a row is the *sum* of all ranks' gradients of it. With a loss that is the mean over own rows, and
     an engine that averages over dp, parameters get the exact gradient of the global mean.
     """
-    return x if mesh.dp == 1 else _GatherFromDP.apply(x, mesh)
+    if mesh.dp == 1:
+        return x
+    return with_gradient(x, lambda x: all_gather(x, mesh, "dp"), lambda grad: reduce_scatter(grad, mesh, "dp"))
 
 
-def broadcast_object(value: Any) -> Any:
-    """Return rank 0's ``value`` (small, picklable) on every rank of the world."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def broadcast_object(value: Any, group: dist.ProcessGroup | None = None, source: int = 0) -> Any:
+    """Return rank ``source``'s ``value`` (small, picklable) on every rank of ``group``; None is the world."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return value
     holder = [value]
-    dist.broadcast_object_list(holder, src=0)
+    dist.broadcast_object_list(holder, group=group, group_src=source)
     return holder[0]
 
 

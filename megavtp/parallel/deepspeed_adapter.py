@@ -6,23 +6,23 @@ around here are silent. Each work-around states its reason; ``tests/parallel/tes
 it, and also tells when a later DeepSpeed no longer needs it.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pydantic import ValidationError
 from torch import nn
 
+from megavtp.arithmetic import ceil_div
 from megavtp.config.load import merged
 from megavtp.errors import UserError
 from megavtp.parallel import gradient_norm
-from megavtp.parallel.mesh import Mesh
-from megavtp.parallel.mpu import Mpu
+from megavtp.parallel.mesh import Axis, Mesh
 
 SUPPORTED_VERSION = "0.19.8"
 
@@ -40,9 +40,7 @@ def import_deepspeed() -> Any:
     try:
         import deepspeed
     except ImportError as error:
-        raise UserError(
-            f"deepspeed cannot be imported ({error}): pip install deepspeed=={SUPPORTED_VERSION}"
-        ) from None
+        raise UserError(f"deepspeed cannot be imported ({error}): pip install deepspeed=={SUPPORTED_VERSION}") from None
     if deepspeed.__version__.split("+")[0] != SUPPORTED_VERSION:
         raise UserError(
             f"deepspeed {deepspeed.__version__} is not supported (other versions return wrong ZeRO-3 gathers or "
@@ -62,7 +60,7 @@ def build_config(zero_stage: int, clip_grad: float, parameters: int, extra: Mapp
     Args:
         parameters: trainable numel of this rank; caps the communication buckets, which DeepSpeed allocates whole.
     """
-    bucket = -(-min(parameters, 50_000_000) // 1024) * 1024  # a multiple of its alignment
+    bucket = ceil_div(min(parameters, 50_000_000), 1024) * 1024  # a multiple of its alignment
     config = {
         "train_micro_batch_size_per_gpu": 1,  # never used: the trainer owns the batch
         "gradient_accumulation_steps": 1,
@@ -96,7 +94,7 @@ def initialize(
         # Gather a transformer block's parameters in one collective instead of one per sub-module.
         deepspeed.utils.set_z3_leaf_modules(module, list(leaf_classes))
     try:
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, mpu=Mpu(mesh))
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, mpu=_mpu(mesh))
     except ValidationError as error:  # only the user's values can be wrong, and their names were checked before
         first = error.errors()[0]
         raise UserError("deepspeed: DeepSpeed does not take {loc[0]} = {input!r}: {msg}".format(**first)) from None
@@ -107,6 +105,26 @@ def initialize(
     engine.megavtp_hold = hold and stage == 3
     gradient_norm.install(engine, mesh)
     return engine
+
+
+def _mpu(mesh: Mesh) -> SimpleNamespace:
+    """Return the mesh as Megatron's model-parallel unit, which DeepSpeed asks for groups, ranks and sizes.
+
+    The model-parallel group is the tp x pp ranks of one replica, and the model-parallel rank counts over both: the
+    gradient norm is summed over that group.
+    """
+    # DeepSpeed needs a group also for an axis of size 1, and every rank takes part in creating each one.
+    alone = [dist.new_group([rank]) for rank in range(mesh.world_size)][mesh.rank]
+    axes: list[tuple[str, Axis, int]] = [
+        ("data", "dp", mesh.dp_rank), ("model", "mp", mesh.pp_rank * mesh.tp + mesh.tp_rank),
+        ("tensor_model", "tp", mesh.tp_rank), ("pipeline_model", "pp", mesh.pp_rank),
+    ]
+    unit = SimpleNamespace()
+    for name, axis, rank in axes:
+        answers = {"group": mesh.group(axis) or alone, "rank": rank, "world_size": mesh.size(axis)}
+        for question, answer in answers.items():
+            setattr(unit, f"get_{name}_parallel_{question}", lambda answer=answer: answer)
+    return unit
 
 
 def before_step(engine: Any) -> None:

@@ -1,19 +1,16 @@
 """The engine that a trainer sees: forward, backward, update and whole-tensor state, on any ZeRO stage."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megavtp.config.run import RunConfig
 from megavtp.parallel import deepspeed_adapter as adapter
 from megavtp.parallel import engine_state, gradient_norm, pipeline
+from megavtp.parallel.collectives import gather_pieces
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.messages import connect
 from megavtp.parallel.orders import Schedule
@@ -25,17 +22,9 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did.
-
-    Attributes:
-        applied: False when the gradient norm was not finite, and nothing moved.
-        grad_norm: the global gradient norm before clipping.
-        tower_norms: the same norm over the parameter groups of each ``tower``.
-    """
-
-    applied: bool
-    grad_norm: Tensor | float
-    tower_norms: dict[str, Tensor]
+    applied: bool  # False when the gradient norm was not finite, and nothing moved
+    grad_norm: Tensor | float  # over all parameters, before clipping
+    tower_norms: dict[str, Tensor]  # the same norm over the parameter groups of each ``tower``
 
 
 class Engine(Generic[M]):
@@ -71,8 +60,7 @@ class Engine(Generic[M]):
     def of_run(
         cls, module: M, optimizer: torch.optim.Optimizer, mesh: Mesh, config: RunConfig,
         leaf_classes: tuple[type[nn.Module], ...],
-    ) -> Engine[M]:
-        """Make the engine that a run's settings ask for."""
+    ) -> "Engine[M]":
         p = config.parallel
         return cls(
             module, optimizer, mesh, zero_stage=p.zero_stage, clip_grad=config.train.optimizer.clip_grad,
@@ -104,11 +92,9 @@ class Engine(Generic[M]):
     def step(self) -> StepResult:
         """Clip by the global norm and update, or skip on every rank when that norm is not finite."""
         self._engine.step()
-        skipped = gradient_norm.step_was_skipped(self._engine)
-        return StepResult(not skipped, gradient_norm.grad_norm(self._engine), gradient_norm.tower_norms(self._engine))
+        return StepResult(*gradient_norm.of_step(self._engine))
 
     def set_lr(self, lr_of: Callable[[dict[str, Any]], float]) -> None:
-        """Set the learning rate of every parameter group."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr_of(group)
 
@@ -126,44 +112,30 @@ class Engine(Generic[M]):
         """
         engine_state.ensure_optimizer_state(self._engine)
         kept: dict[str, Tensor] = {}
-        for number, (name, read, parameter) in enumerate(self._readers()):
-            whole = self._whole(read(), parameter)
+        for number, (name, kind, parameter) in enumerate(self._tensors()):
+            whole = self._whole(parameter, kind)
             if wanted(number):
-                kept[name] = whole
+                kept[f"{kind}/{name}"] = whole
         return kept
 
-    def _readers(self) -> Iterator[tuple[str, Callable[[], Tensor], nn.Parameter]]:
-        for parameter, name in self.names.items():
-            yield f"model/{name}", partial(engine_state.read_parameter, self._engine, parameter), parameter
-            if parameter.requires_grad:
-                for moment in engine_state.MOMENTS:
-                    read = partial(engine_state.read_moment, self._engine, parameter, moment)
-                    yield f"{moment}/{name}", read, parameter
+    def _tensors(self) -> list[tuple[str, str, nn.Parameter]]:
+        return [(name, kind, p) for p, name in self.names.items() for kind in engine_state.kinds(p)]
 
-    def _whole(self, piece: Tensor, parameter: nn.Parameter) -> Tensor:
-        shard = shard_of(parameter)
+    def _whole(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        piece, shard = engine_state.read(self._engine, parameter, kind), shard_of(parameter)
         if shard is None or self.mesh.tp == 1:
             return piece
-        pieces = [torch.empty_like(piece, memory_format=torch.contiguous_format) for _ in range(self.mesh.tp)]
-        dist.all_gather(pieces, piece.contiguous(), group=self.mesh.tp_group)
-        return merge(pieces, shard)
+        return merge(gather_pieces(piece, self.mesh.tp_group), shard)
 
     def load(self, tensor: Callable[[str], Tensor], optimizer_steps: int) -> None:
         """Fill parameters and moments; ``tensor(name)`` gives the whole tensors that ``export`` names."""
-
-        def own(kind: str, name: str, parameter: nn.Parameter) -> Tensor:
-            return cut(tensor(f"{kind}/{name}"), shard_of(parameter), self.mesh.tp_rank, self.mesh.tp)
-
-        def pieces() -> Iterator[tuple[nn.Parameter, Tensor, dict[str, Tensor]]]:
-            for parameter, name in self.names.items():
-                kinds = engine_state.MOMENTS if parameter.requires_grad else ()
-                moments = {kind: own(kind, name, parameter) for kind in kinds}
-                yield parameter, own("model", name, parameter), moments
-
-        engine_state.write_state(self._engine, pieces(), optimizer_steps)
+        pieces = (
+            (parameter, kind, cut(tensor(f"{kind}/{name}"), shard_of(parameter), self.mesh.tp_rank, self.mesh.tp))
+            for name, kind, parameter in self._tensors()
+        )
+        engine_state.write_state(self._engine, pieces, optimizer_steps)
 
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each whole parameter by name."""
         return {
             name: whole_shape(engine_state.gathered_shape(parameter), shard_of(parameter), self.mesh.tp)
             for parameter, name in self.names.items()

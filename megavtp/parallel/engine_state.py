@@ -4,14 +4,13 @@ All functions that take the engine are collective over the data-parallel group. 
 version of DeepSpeed and the tests.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from megavtp.parallel.collectives import gather_pieces
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -68,39 +67,25 @@ def optimizer_steps(engine: Any) -> int:
     return max((int(state["step"]) for state in counted if "step" in state), default=0)
 
 
-def _set_optimizer_steps(inner: torch.optim.Optimizer, steps: int) -> None:
-    if not isinstance(inner, torch.optim.AdamW):
-        for group in inner.param_groups:
-            group["step"] = steps
-    for state in inner.state.values():
-        if "step" in state:  # each gets its own tensor: they are advanced in place
-            state["step"] = torch.full_like(state["step"], float(steps))
+def kinds(parameter: nn.Parameter) -> tuple[str, ...]:
+    """Return what a run's state has of a parameter: "model" (its value) and, if it trains, Adam's moments."""
+    return ("model", *MOMENTS) if parameter.requires_grad else ("model",)
 
 
-def read_parameter(engine: Any, parameter: nn.Parameter) -> Tensor:
-    """Gather this rank's whole tensor-parallel piece of a parameter over dp. It is float32 and must not be changed."""
-    if _stage(engine) < 3:
-        return parameter.data
-    return _gather_partition(stored(parameter), parameter, engine)
-
-
-def read_moment(engine: Any, parameter: nn.Parameter, moment: str) -> Tensor:
-    """Gather this rank's whole tensor-parallel piece of one of Adam's moments. It must not be changed."""
+def read(engine: Any, parameter: nn.Parameter, kind: str) -> Tensor:
+    """Gather this rank's whole tensor-parallel piece of a parameter or moment over dp. It must not be changed."""
     from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
 
     stage = _stage(engine)
+    if stage == 3:
+        own = stored(parameter) if kind == "model" else safe_get_local_optimizer_state(parameter, kind)
+        pieces, shape = gather_pieces(own, engine.mpu.get_data_parallel_group()), gathered_shape(parameter)
+        return torch.cat(pieces)[: shape.numel()].view(shape)
+    if kind == "model":
+        return parameter.data
     if stage == 0:
-        return inner_optimizer(engine).state[parameter][moment]
-    if stage < 3:
-        return safe_get_full_optimizer_state(parameter, moment).view(parameter.shape)
-    return _gather_partition(safe_get_local_optimizer_state(parameter, moment), parameter, engine)
-
-
-def _gather_partition(local: Tensor, parameter: nn.Parameter, engine: Any) -> Tensor:
-    group, shape = engine.mpu.get_data_parallel_group(), gathered_shape(parameter)
-    pieces = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(pieces, local.contiguous(), group=group)
-    return torch.cat(pieces)[: shape.numel()].view(shape)
+        return inner_optimizer(engine).state[parameter][kind]
+    return safe_get_full_optimizer_state(parameter, kind).view(parameter.shape)
 
 
 def _partition(full: Tensor, like: Tensor, engine: Any) -> Tensor:
@@ -111,50 +96,47 @@ def _partition(full: Tensor, like: Tensor, engine: Any) -> Tensor:
     return flat[rank * numel : (rank + 1) * numel]
 
 
-def write_state(
-    engine: Any, pieces: Iterator[tuple[nn.Parameter, Tensor, dict[str, Tensor]]], steps: int
-) -> None:
+def write_state(engine: Any, pieces: Iterable[tuple[nn.Parameter, str, Tensor]], steps: int) -> None:
     """Set parameters and moments from whole tensor-parallel pieces, then everything DeepSpeed derives from them.
 
     Args:
-        pieces: (parameter, weights, moments) where frozen parameters have no moments.
+        pieces: (parameter, kind, value), all ``kinds`` of each parameter.
         steps: Adam's update count.
     """
-    from deepspeed.utils import (
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
-
     stage = _stage(engine)
     if stage == 3:
         engine.optimizer.checkpoint_event_prologue()
     ensure_optimizer_state(engine)
-    for parameter, weights, moments in pieces:
-        device = engine.device
-        weights = weights.to(device)
-        if stage == 3:
-            own = _partition(weights, stored(parameter), engine)
-            stored(parameter).copy_(own)
-            if parameter.requires_grad:
-                safe_set_local_fp32_param(parameter, own)
-        else:
-            parameter.data.copy_(weights)
-            if stage > 0 and parameter.requires_grad:
-                safe_set_full_fp32_param(parameter, weights)
-        for moment, value in moments.items():
-            value = value.to(device)
-            if stage == 0:
-                inner_optimizer(engine).state[parameter][moment].copy_(value)
-            elif stage == 3:
-                safe_set_local_optimizer_state(parameter, _partition(value, stored(parameter), engine), moment)
-            else:
-                safe_set_full_optimizer_state(parameter, value, moment)
-    _set_optimizer_steps(inner_optimizer(engine), steps)
+    for parameter, kind, value in pieces:
+        _write(engine, parameter, kind, value.to(engine.device))
+    inner = inner_optimizer(engine)
+    if not isinstance(inner, torch.optim.AdamW):
+        for settings in inner.param_groups:
+            settings["step"] = steps
+    for state in inner.state.values():
+        if "step" in state:  # each gets its own tensor: they are advanced in place
+            state["step"] = torch.full_like(state["step"], float(steps))
     if stage in (1, 2):
         engine.optimizer.update_lp_params()
     if stage == 3:
         for group in range(len(engine.optimizer.fp16_groups)):
             engine.optimizer._reassign_or_swap_out_partitioned_parameters(group)
         engine.optimizer.checkpoint_event_epilogue()
+
+
+def _write(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+    from deepspeed import utils
+
+    stage = _stage(engine)
+    set_master, set_moment = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
+    if stage == 3:
+        set_master, set_moment = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
+        value = _partition(value, stored(parameter), engine)
+    if kind == "model":
+        stored(parameter).copy_(value)
+        if stage > 0 and parameter.requires_grad:
+            set_master(parameter, value)
+    elif stage == 0:
+        inner_optimizer(engine).state[parameter][kind].copy_(value)
+    else:
+        set_moment(parameter, value, kind)

@@ -4,8 +4,6 @@ DeepSpeed counts replicated parameters more than once and does not know that pip
 groups. See ``deepspeed_adapter`` for the version of DeepSpeed and the tests.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +32,7 @@ def install(engine: Any, mesh: Mesh) -> None:
     """Let the engine compute the norm as this file says, whatever its ZeRO stage."""
     # Pipeline ranks have different parameter groups: a head is on the last one only.
     towers = {group["tower"] for group in engine.optimizer.param_groups if "tower" in group}
-    engine.megavtp_towers = sorted(set().union(*all_gather_object(towers)))
+    engine.megavtp_tower_norms = dict.fromkeys(sorted(set().union(*all_gather_object(towers))))
     forget(engine)
     if engine.zero_optimization_stage() == 0:
         own_stage0_norm(engine, mesh)
@@ -44,7 +42,8 @@ def install(engine: Any, mesh: Mesh) -> None:
 
 def forget(engine: Any) -> None:
     """Drop the towers' norms of the step before."""
-    engine.megavtp_tower_norms = []
+    nothing = torch.full((), torch.nan, device=engine.device)
+    engine.megavtp_tower_norms = dict.fromkeys(engine.megavtp_tower_norms, nothing)
 
 
 def own_stage0_norm(engine: Any, mesh: Mesh) -> None:
@@ -113,7 +112,7 @@ def _total_norm(engine: Any, mesh: Mesh, norms: list[Any], of_group: Mapping[int
 
     ``of_group`` gives the parameter group of each norm. A total that is not finite is returned as infinity.
     """
-    groups, towers = engine.optimizer.param_groups, engine.megavtp_towers
+    groups, towers = engine.optimizer.param_groups, list(engine.megavtp_tower_norms)
     squares = torch.zeros(len(towers) + 1, dtype=torch.float32, device=engine.device)  # the last: groups of no tower
     for index, norm in enumerate(norms):
         tower = groups[of_group[index]].get("tower")
@@ -122,25 +121,16 @@ def _total_norm(engine: Any, mesh: Mesh, norms: list[Any], of_group: Mapping[int
         squares[len(towers) if tower is None else towers.index(tower)] += norm.square()
     if mesh.mp_group is not None:
         dist.all_reduce(squares, group=mesh.mp_group)
-    engine.megavtp_tower_norms = list(squares[:-1].sqrt().unbind())
+    engine.megavtp_tower_norms = dict(zip(towers, squares[:-1].sqrt().unbind()))
     norm = squares.sum().sqrt()
     return torch.where(norm.isfinite(), norm, torch.inf)
 
 
-def step_was_skipped(engine: Any) -> bool:
-    """Tell whether the last ``engine.step()`` left the weights alone because the gradient norm was not finite."""
-    return bool(getattr(engine.optimizer, "overflow", False))
+def of_step(engine: Any) -> tuple[bool, Tensor | float, dict[str, Tensor]]:
+    """Tell whether the last step was applied, its global gradient norm before clipping, and that of each tower.
 
-
-def grad_norm(engine: Any) -> Tensor | float:
-    """Return the global gradient norm of the last step, before clipping."""
-    return engine.optimizer._global_grad_norm
-
-
-def tower_norms(engine: Any) -> dict[str, Tensor]:
-    """Return the gradient norm of each tower's parameter groups in the last step, before clipping, over all ranks.
-
-    A norm is NaN where it was not finite, or where the step was given up before it was computed.
+    A step is skipped if the norm is not finite. A tower's norm is NaN where it was not finite, or where the step was
+    given up before it was computed.
     """
-    nothing = torch.full((), torch.nan, device=engine.device)
-    return dict(zip(engine.megavtp_towers, engine.megavtp_tower_norms or [nothing] * len(engine.megavtp_towers)))
+    applied = not getattr(engine.optimizer, "overflow", False)
+    return applied, engine.optimizer._global_grad_norm, engine.megavtp_tower_norms

@@ -6,15 +6,13 @@ rank's rows of the packed tokens.
 Weights are created uninitialised in the local shape; the model's initialiser fills them (see ``models/init.py``).
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavtp.parallel.collectives import copy_to_tp, reduce_from_tp, scatter_to_tp
 from megavtp.parallel.mesh import SINGLE, Mesh
-from megavtp.parallel.sequence import TokenCut
+from megavtp.parallel.sequence import TokenCut, on_own_rows
 from megavtp.parallel.sharding import Shard, mark
 
 
@@ -34,11 +32,9 @@ class ColumnParallelLinear(nn.Module):
         self.mesh = mesh
         self.copy_input = copy_input
         self.weight = nn.Parameter(torch.empty(out_features // mesh.tp, in_features))
-        mark(self.weight, Shard(0, parts))
-        self.bias = None
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features // mesh.tp))
-            mark(self.bias, Shard(0, parts))
+        self.bias = nn.Parameter(torch.empty(out_features // mesh.tp)) if bias else None
+        for parameter in self.parameters():
+            mark(parameter, Shard(0, parts))
 
     def forward(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
         if self.copy_input:
@@ -95,8 +91,7 @@ class RowParallelLinear(nn.Module):
         y = reduce_from_tp(y, self.mesh) if cut is None else cut.reduce(y)
         if self.bias is None:
             return y
-        bias = self.bias if cut is None else cut.share(self.bias)
-        return y + bias.to(y.dtype)  # the bias is added once, after the sum
+        return y + on_own_rows(self.bias, cut).to(y.dtype)  # the bias is added once, after the sum
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -3,13 +3,13 @@
 rank = dp_rank * (pp * tp) + pp_rank * tp + tp_rank, so tensor-parallel peers are neighbours (the fastest links).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+
+from megavtp.errors import UserError
 
 Axis = Literal["tp", "pp", "dp", "mp"]
 
@@ -64,6 +64,12 @@ class Mesh:
     def group(self, axis: Axis) -> dist.ProcessGroup | None:
         return getattr(self, f"{axis}_group")
 
+    def tp_part(self, total: int, what: str) -> int:
+        """Return ``total / tp``. UserError if tp does not divide it; ``what`` names the quantity in the message."""
+        if total % self.tp:
+            raise UserError(f"{what} is {total}, which parallel.tp={self.tp} does not divide; choose a tp that does")
+        return total // self.tp
+
 
 SINGLE = Mesh()
 
@@ -82,7 +88,6 @@ def build_mesh(tp: int, pp: int, virtual_stages: int = 1, sequence_parallel: boo
     lists["pp_down"] = lists["pp"]
     groups: dict[str, dist.ProcessGroup | None] = {}
     for axis, members in lists.items():
-        groups[axis] = None
         for ranks in members:  # creation is collective: every rank creates every group, also those it is not in
             group = dist.new_group(ranks) if len(ranks) > 1 else None
             if rank in ranks:

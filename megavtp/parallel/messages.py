@@ -1,7 +1,5 @@
 """Messages between pipeline ranks during one pass: activations to the next stage, gradients to the one before."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megavtp.parallel.collectives import broadcast_object
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.orders import Op
 from megavtp.parallel.striping import ActivationSpec
@@ -35,50 +34,43 @@ class Messages:
     ):
         self._mesh, self._device, self._stages, self._specs = mesh, device, stages, specs
         self._expected = {
-            source: deque(need for op in order if (need := self._enables(op)) and need.stage % mesh.pp == mesh.pp_rank)
+            source: deque(
+                need for op in order if (need := op.along(1, stages)) and need.stage % mesh.pp == mesh.pp_rank
+            )
             for source, order in enumerate(orders) if source != mesh.pp_rank
         }
         self._coming: dict[Op, tuple[list[Tensor], list[Any]]] = {}
         self._sent: deque[tuple[list[Tensor], list[Any]]] = deque()
 
-    def _enables(self, op: Op) -> Op | None:
-        """Return the operation that gets a message when ``op`` is done."""
-        stage = op.stage + (1 if op.kind == "F" else -1)
-        return Op(op.kind, stage, op.micro) if 0 <= stage < self._stages else None
-
-    def _source(self, op: Op) -> int | None:
-        """Return the rank whose message ``op`` needs."""
-        stage = op.stage - (1 if op.kind == "F" else -1)
-        return stage % self._mesh.pp if 0 <= stage < self._stages else None
+    def _specs_at(self, op: Op) -> list[ActivationSpec]:
+        """Return what ``op`` is sent: activations, or gradients like the activations that left its stage."""
+        return self._specs(op.stage if op.kind == "F" else op.stage + 1)
 
     def post(self, op: Op) -> None:
         """Begin to receive what ``op`` needs, and what its sender sends before that."""
-        source = self._source(op)
-        if source is None:
+        sender = op.along(-1, self._stages)
+        if sender is None:
             return
+        source = sender.stage % self._mesh.pp
         group = _group(self._mesh, source, self._mesh.pp_rank)
         while op not in self._coming:
             message = self._expected[source].popleft()
-            specs = self._specs(message.stage if message.kind == "F" else message.stage + 1)
-            tensors = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in specs]
-            work = [dist.irecv(tensor, group=group, group_src=source) for tensor in tensors]
-            self._coming[message] = tensors, work
+            tensors = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in self._specs_at(message)]
+            self._coming[message] = tensors, [dist.irecv(x, group=group, group_src=source) for x in tensors]
 
     def take(self, op: Op) -> list[Tensor]:
         """Return what ``op`` needs; on a GPU only the stream waits for it, not the host."""
-        if self._source(op) is None:
-            return []
         self.post(op)
-        tensors, work = self._coming.pop(op)
+        tensors, work = self._coming.pop(op, ([], []))  # the first stage's forward and the last's backward get none
         for one in work:
             one.wait()
         return tensors
 
     def send(self, op: Op, tensors: Sequence[Tensor]) -> None:
         """Send on what ``op`` has made, without waiting; its shapes must be those of ``specs``."""
-        target = self._enables(op)
+        target = op.along(1, self._stages)
         assert target is not None, f"nobody waits for what {op} makes"
-        specs = self._specs(target.stage if op.kind == "F" else op.stage)
+        specs = self._specs_at(target)
         made = [(tuple(x.shape), x.dtype) for x in tensors]
         assert made == list(specs), f"{op} makes {made}, its receiver expects {specs}"
         rank = target.stage % self._mesh.pp
@@ -127,8 +119,4 @@ def broadcast_last_stage(x: Tensor, mesh: Mesh) -> Tensor:
 
 def broadcast_last_stage_object(value: Any, mesh: Mesh) -> Any:
     """Return the last pipeline rank's ``value`` (small, picklable) on all ranks."""
-    if mesh.pp_group is None:
-        return value
-    holder = [value]
-    dist.broadcast_object_list(holder, group=mesh.pp_group, group_src=mesh.pp - 1)
-    return holder[0]
+    return value if mesh.pp_group is None else broadcast_object(value, mesh.pp_group, mesh.pp - 1)

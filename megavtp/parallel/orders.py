@@ -7,9 +7,8 @@ Sources: GPipe arXiv 1811.06965; 1F1B arXiv 2006.09503; interleaved 1F1B arXiv 2
 torch.distributed.pipelining where it has one (``tests/parallel/test_orders.py``); here m may be any number.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from graphlib import CycleError, TopologicalSorter
 from typing import Literal, NamedTuple
 
 Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b"]
@@ -21,6 +20,11 @@ class Op(NamedTuple):
     kind: Literal["F", "B"]
     stage: int
     micro: int
+
+    def along(self, hops: int, stages: int) -> "Op | None":
+        """Return the same operation ``hops`` stages on, which for a backward is down; None past an end of the pass."""
+        stage = self.stage + (hops if self.kind == "F" else -hops)
+        return self._replace(stage=stage) if 0 <= stage < stages else None
 
 
 def forward_order(p: int, rank: int, V: int, m: int) -> list[Op]:
@@ -69,34 +73,24 @@ def simulate(orders: Sequence[Sequence[Op]], stages: int, forward: float = 1.0, 
     Every operation waits for what it needs: a forward for the stage before, a backward for the stage after it and, on
     the last stage, for its own forward. ValueError if the orders wait for each other for ever.
     """
+    before: dict[Op, list[Op]] = {}
+    for order in orders:
+        for own, op in zip([None, *order], order):
+            need = op.along(-1, stages)
+            if need is None and op.kind == "B":
+                need = Op("F", op.stage, op.micro)
+            before[op] = [x for x in (own, need) if x is not None]
     done: dict[Op, float] = {}
-    clocks, positions = [0.0] * len(orders), [0] * len(orders)
-    moved = True
-    while moved:
-        moved = False
-        for rank, order in enumerate(orders):
-            while positions[rank] < len(order):
-                op = order[positions[rank]]
-                needs = _needs(op, stages)
-                if needs is not None and needs not in done:
-                    break
-                start = clocks[rank] if needs is None else max(clocks[rank], done[needs])
-                clocks[rank] = done[op] = start + (forward if op.kind == "F" else backward)
-                positions[rank] += 1
-                moved = True
-    if any(position < len(order) for position, order in zip(positions, orders)):
-        raise ValueError("the orders of the ranks wait for each other")
-    return clocks
-
-
-def _needs(op: Op, stages: int) -> Op | None:
-    if op.kind == "F":
-        return None if op.stage == 0 else Op("F", op.stage - 1, op.micro)
-    return Op("F", op.stage, op.micro) if op.stage == stages - 1 else Op("B", op.stage + 1, op.micro)
+    try:
+        for op in TopologicalSorter(before).static_order():
+            start = max((done[x] for x in before[op]), default=0.0)
+            done[op] = start + (forward if op.kind == "F" else backward)
+    except CycleError:
+        raise ValueError("the orders of the ranks wait for each other") from None
+    return [done[order[-1]] for order in orders]
 
 
 def bubble(schedule: Schedule, p: int, V: int, m: int) -> float:
     """Return a rank's idle time over its busy time in a training pass: (p - 1) / (V m) where p divides m or V is 1."""
-    busy = 3.0 * V * m
     clocks = simulate([train_order(schedule, p, rank, V, m) for rank in range(p)], V * p)
-    return max(clocks) / busy - 1
+    return max(clocks) / (3.0 * V * m) - 1

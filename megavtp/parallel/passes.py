@@ -1,13 +1,10 @@
 """A pass: one objective's way through the towers, declared independently of any layout, and its execution."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import reduce
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,38 +19,27 @@ class Pass(ABC):
 
     Loss terms are local values whose mean over data-parallel ranks is the global term, summed over micro-batches.
     Under pipeline parallelism every rank prepares and gives inputs, but only the last one has outputs and terms.
-
-    Attributes:
-        name: prefix of its terms.
-        mode: which forward of the model it calls, and so which route through the towers.
-        weight: the objective's weight in the total loss.
-        term_weights: weights of its terms inside the objective; 1 where none is given.
-        over_batch: whether it has terms over the whole batch (``global_terms``).
-        term_names: filled in by the first execution.
-        state_shard: how the tensors of ``state`` are cut over tensor-parallel ranks; None if they are whole.
-        on_last_stage: it goes through no tower but one that is whole on the last pipeline rank, which runs it alone.
     """
 
-    name: str
-    mode: str
-    weight: float
-    term_weights: Mapping[str, float] = MappingProxyType({})
-    over_batch: bool = False
-    term_names: tuple[str, ...] | None = None
-    state_shard: Shard | None = None
-    on_last_stage: bool = False
+    name: str  # prefix of its terms
+    mode: str  # which forward of the model it calls, and so which route through the towers
+    weight: float  # in the total loss
+    term_weights: Mapping[str, float] = MappingProxyType({})  # inside the objective; 1 where none is given
+    over_batch: bool = False  # whether it has terms over the whole batch (``global_terms``)
+    term_names: tuple[str, ...] | None = None  # filled in by the first execution
+    state_shard: Shard | None = None  # how tensors of ``state`` are cut over tensor-parallel ranks
+    on_last_stage: bool = False  # its one tower is whole on the last pipeline rank, which runs it alone
 
     @abstractmethod
     def prepare(self, run: Runner, batch: Any) -> int:
         """Take this rank's share of a step and run what has no backward (a teacher); return how many micro-batches."""
 
     @abstractmethod
-    def inputs(self, micro: int) -> dict[str, Any]:
-        """Return the keyword inputs of the forward of one micro-batch."""
+    def inputs(self, micro: int, first: bool = True) -> dict[str, Any]:
+        """Return the keyword inputs of the forward of one micro-batch, for the first pipeline stage or a later one.
 
-    def later_inputs(self, micro: int) -> dict[str, Any]:
-        """Return the inputs for a later pipeline stage; what only the first one reads may be a meta tensor."""
-        return self.inputs(micro)
+        What only the first stage reads may be a meta tensor in those for a later one.
+        """
 
     def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
         """Return the loss terms that need only this micro-batch, unweighted."""
@@ -96,11 +82,11 @@ def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
     forward is seeded with these. Random choices are inputs, so both forwards agree.
     """
     count = objective.prepare(run, batch)
-    inputs = lambda micro, first: objective.inputs(micro) if first else objective.later_inputs(micro)  # noqa: E731
     terms: dict[str, Tensor] = {}
     seeds: _Seeds | None = None
+
     if count > 1 and objective.over_batch:
-        outputs = forward(run, objective.mode, inputs, count)
+        outputs = forward(run, objective.mode, objective.inputs, count)
         if outputs:  # on the last pipeline rank
             seeds, terms = _first_pass(objective, outputs)
 
@@ -118,11 +104,11 @@ def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
         return _not_finite_with(terms.values(), reduce(torch.add, total) * objective.weight)
 
     if not objective.on_last_stage:
-        train(run, objective.mode, inputs, count, loss)
+        train(run, objective.mode, objective.inputs, count, loss)
     elif run.mesh.is_last_stage:
         for micro in range(count):
             run.backward(loss(run(objective.mode, **objective.inputs(micro)), micro))
-    return {f"{objective.name}/{name}": value for name, value in _on_all_stages(objective, run, terms).items()}
+    return {f"{objective.name}/{name}": value for name, value in _terms_everywhere(objective, run, terms).items()}
 
 
 def _not_finite_with(terms: Iterable[Tensor], loss: Tensor) -> Tensor:
@@ -135,7 +121,7 @@ def _not_finite_with(terms: Iterable[Tensor], loss: Tensor) -> Tensor:
     return loss * torch.where(finite, 1.0, torch.nan)
 
 
-def _on_all_stages(objective: Pass, run: Runner, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+def _terms_everywhere(objective: Pass, run: Runner, terms: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give every pipeline rank the last one's terms as float32, without waiting for the device."""
     if run.mesh.pp == 1:
         return terms
@@ -147,10 +133,11 @@ def _on_all_stages(objective: Pass, run: Runner, terms: dict[str, Tensor]) -> di
     return dict(zip(objective.term_names, broadcast_last_stage(values, run.mesh).unbind()))
 
 
-@dataclass(frozen=True)
-class _Seeds:
-    """Gradients of the whole-batch terms by the row tensors, per micro-batch, and by the shared values; a row tensor
-    that the terms read without gradient has None."""
+class _Seeds(NamedTuple):
+    """The gradients of the whole-batch terms by the row tensors, per micro-batch, and by the shared values.
+
+    A row tensor that the terms read without gradient has None.
+    """
 
     rows: list[tuple[Tensor, ...] | None]
     shared: tuple[Tensor, ...]

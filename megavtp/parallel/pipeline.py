@@ -3,11 +3,8 @@
 With one pipeline rank the whole pass is one stage, and the same loop is a plain forward and backward per micro-batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -44,7 +41,8 @@ class Runner(Striped, Protocol):
 
 
 class _Seed(torch.autograd.Function):
-    """A scalar whose backward puts given gradients on tensors: a stage's part of the backward of a later loss."""
+    """A scalar zero whose backward is that of ``outputs`` with ``gradients``, which it uses up: a stage's part of the
+    backward of a later loss. Called with the number of outputs, the outputs and their gradients."""
 
     @staticmethod
     def forward(ctx, count, *tensors):
@@ -56,37 +54,30 @@ class _Seed(torch.autograd.Function):
         return None, *(gradient.mul_(upstream) for gradient in ctx.gradients), *(None for _ in ctx.gradients)
 
 
-def seed(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """A scalar zero; its backward is that of ``outputs`` with ``gradients``, which it uses up."""
-    return _Seed.apply(len(outputs), *outputs, *gradients)
-
-
-@dataclass
 class _Trip:
-    """A pass under way on this rank."""
+    """A pass under way on this rank.
 
-    run: Runner
-    mode: str
-    inputs: Inputs
-    orders: list[list[Op]]
-    held: dict[tuple[int, int], tuple[list[Tensor], Any]] = field(default_factory=dict)  # graphs waiting for a backward
-    specs: dict[int, list[ActivationSpec]] = field(default_factory=dict)
+    Args:
+        order_of: (pipeline ranks, rank, chunks of the pass on a rank) -> the operations of that rank in order.
 
-    def __post_init__(self) -> None:
-        mesh = self.run.mesh
-        self.single = mesh.pp == 1
-        self.stages = 1 if self.single else self.run.legs(self.mode) * mesh.chunks
-        self.order = self.orders[mesh.pp_rank]
-        device = None if self.single else self.run.device
-        self.messages = Messages(mesh, device, self.orders, self.stages, self._specs_of)
+    Attributes:
+        held: what came in and what came out of the forwards that wait for their backward, by (stage, micro-batch).
+    """
 
-    def _specs_of(self, stage: int) -> list[ActivationSpec]:
-        if stage not in self.specs:  # the micro-batches of a pass are alike
-            self.specs[stage] = self.run.activation_specs(self.mode, stage, **self.inputs(0, False))
-        return self.specs[stage]
+    def __init__(self, run: Runner, mode: str, inputs: Inputs, order_of: Callable[[int, int, int], list[Op]]):
+        self.run, self.mode, self.inputs, self.mesh = run, mode, inputs, run.mesh
+        chunks, device = 1, None
+        if self.mesh.pp > 1:
+            chunks, device = run.legs(mode) * self.mesh.virtual_stages, run.device
+        orders = [order_of(self.mesh.pp, rank, chunks) for rank in range(self.mesh.pp)]
+        self.order, self.stages = orders[self.mesh.pp_rank], chunks * self.mesh.pp
+        # The micro-batches of a pass are alike.
+        specs = cache(lambda stage: run.activation_specs(mode, stage, **inputs(0, False)))
+        self.messages = Messages(self.mesh, device, orders, self.stages, specs)
+        self.held: dict[tuple[int, int], tuple[list[Tensor], Any]] = {}
 
     def operations(self) -> Iterator[Op]:
-        """This rank's operations in order; what the next one needs begins to arrive before it is asked for."""
+        """Yield this rank's operations in order; what the next one needs begins to arrive before it is asked for."""
         for op, following in zip(self.order, [*self.order[1:], None]):
             self.messages.post(op)
             if following is not None:
@@ -95,12 +86,12 @@ class _Trip:
         self.messages.finish()
 
     def forward(self, op: Op) -> tuple[list[Tensor], Any, bool]:
-        """The activations that came in, what came out, and whether that is the result of the pass."""
+        """Return the activations that came in, what came out, and whether that is the result of the pass."""
         activations = self.messages.take(op)
         if torch.is_grad_enabled():
             activations = [x.requires_grad_() for x in activations]
         inputs = self.inputs(op.micro, op.stage == 0)
-        if not self.single:
+        if self.mesh.pp > 1:
             inputs |= {"stage": op.stage, "activations": activations}
         out = self.run(self.mode, **inputs)
         is_last = op.stage == self.stages - 1
@@ -118,35 +109,25 @@ class _Trip:
             if len(activations) == len(out) and all(a is b for a, b in zip(activations, out)):
                 self.messages.send(op, gradients)
                 return
-            self.run.backward(seed(out, gradients))
+            self.run.backward(_Seed.apply(len(out), *out, *gradients))
         if activations:
             # ``send`` notices if one is None.
             self.messages.send(op, [x.grad for x in activations if x.grad is not None])
 
 
-def _orders(run: Runner, mode: str, make: Callable[[int, int, int], list[Op]]) -> list[list[Op]]:
-    """The order of every pipeline rank; ``make``: (ranks, rank, chunks of the pass on a rank) -> that rank's."""
-    p = run.mesh.pp
-    chunks = 1 if p == 1 else run.legs(mode) * run.mesh.virtual_stages
-    return [make(p, rank, chunks) for rank in range(p)]
-
-
 @torch.no_grad()
 def forward(run: Runner, mode: str, inputs: Inputs, micro_batches: int) -> list[Any]:
-    """Forwards without graph; the results by micro-batch on the last pipeline rank, nothing on the others."""
-    trip = _Trip(run, mode, inputs, _orders(run, mode, partial(forward_order, m=micro_batches)))
-    results = []
-    for op in trip.operations():
-        _, out, is_last = trip.forward(op)
-        if is_last:
-            results.append(out)
-    return results
+    """Run forwards without graph; return the results by micro-batch on the last pipeline rank, on the others none."""
+    trip = _Trip(run, mode, inputs, partial(forward_order, m=micro_batches))
+    done = (trip.forward(op) for op in trip.operations())
+    return [out for _, out, is_last in done if is_last]
 
 
 def forward_everywhere(
     run: Runner, mode: str, inputs: Inputs, micro_batches: int, spec: Callable[[], ActivationSpec]
 ) -> list[Tensor]:
-    """``forward`` of a pass whose result is one tensor, which every pipeline rank gets; ``spec``: shape and dtype."""
+    """Run ``forward`` of a pass whose result is one tensor, and give it to every pipeline rank; ``spec``: its shape and
+    dtype."""
     results = forward(run, mode, inputs, micro_batches)
     if run.mesh.pp == 1:
         return results
@@ -156,17 +137,16 @@ def forward_everywhere(
 
 
 def _on_all_stages(run: Runner, tensors: list[Tensor], specs: Sequence[ActivationSpec]) -> list[Tensor]:
-    """The last pipeline rank's ``tensors`` on every one; ``specs``: their shapes and dtypes."""
+    """Return the last pipeline rank's ``tensors`` on every one; ``specs``: their shapes and dtypes."""
     if not run.mesh.is_last_stage:
         tensors = [torch.empty(shape, dtype=dtype, device=run.device) for shape, dtype in specs]
     return [broadcast_last_stage(x.contiguous(), run.mesh) for x in tensors]
 
 
 def train(run: Runner, mode: str, inputs: Inputs, micro_batches: int, loss: Callable[[Any, int], Tensor]) -> None:
-    """Forwards and backwards of all micro-batches; ``loss``: (result, micro-batch) -> scalar, on the last rank."""
+    """Run forward and backward of all micro-batches; ``loss``: (result, micro-batch) -> scalar, on the last rank."""
     schedule = run.schedule if run.mesh.pp > 1 else "1f1b"
-    orders = _orders(run, mode, partial(train_order, schedule, m=micro_batches))
-    trip = _Trip(run, mode, inputs, orders)
+    trip = _Trip(run, mode, inputs, partial(train_order, schedule, m=micro_batches))
     for op in trip.operations():
         if op.kind == "F":
             activations, out, is_last = trip.forward(op)
@@ -176,14 +156,14 @@ def train(run: Runner, mode: str, inputs: Inputs, micro_batches: int, loss: Call
 
 
 def infer(run: Runner, mode: str, **inputs: Any) -> Any:
-    """The result of a forward-only pass, a tensor or several, on every pipeline rank. For evaluation: it waits."""
+    """Return the result of a forward-only pass, one tensor or several, on every pipeline rank. For evaluation: the
+    host waits."""
     results = forward(run, mode, lambda micro, first: dict(inputs), 1)
     if run.mesh.pp == 1:
         return results[0]
     result: Any = results[0] if results else ()
     alone = isinstance(result, Tensor)
     tensors = [result] if alone else list(result)
-    specs = [(x.shape, x.dtype) for x in tensors]
-    alone, specs = broadcast_last_stage_object((alone, specs), run.mesh)
+    alone, specs = broadcast_last_stage_object((alone, [(x.shape, x.dtype) for x in tensors]), run.mesh)
     tensors = _on_all_stages(run, tensors, specs)
     return tensors[0] if alone else tuple(tensors)

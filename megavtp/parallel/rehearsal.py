@@ -4,14 +4,13 @@ It counts what a piece of the model would hold, need at most and send, for any s
 milliseconds and without memory. So the planner has no second description of the model that could go stale.
 """
 
-from __future__ import annotations
-
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -27,18 +26,12 @@ from megavtp.parallel.traffic import Transfer, count_traffic
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What a piece of the model held, needed and sent, in bytes.
+    """What a piece of the model held, needed and sent, in bytes."""
 
-    Attributes:
-        held: alive at the end of its forward: what the backward needs, and the result.
-        peak: most alive at one time, forward and backward.
-        forward, backward: what this rank took part in sending in each.
-    """
-
-    held: int
-    peak: int
-    forward: tuple[Transfer, ...] = ()
-    backward: tuple[Transfer, ...] = ()
+    held: int  # alive at the end of its forward: what the backward needs, and the result
+    peak: int  # most alive at one time, forward and backward
+    forward: tuple[Transfer, ...]  # what this rank took part in sending, here and in the backward
+    backward: tuple[Transfer, ...]
 
 
 @contextmanager
@@ -55,7 +48,8 @@ def rehearsal(*, tp: int = 1, dp: int = 1, fused_norms: bool = False, **fields: 
     try:
         tp_group = dist.new_group(list(range(tp))) if tp > 1 else None
         dp_group = dist.new_group(list(range(0, tp * dp, tp))) if dp > 1 else None
-        with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings(), _norms(fused_norms):
+        norms = patch.object(F, "rms_norm", _fused_norm) if fused_norms else nullcontext()
+        with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings(), norms:
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             yield Mesh(tp=tp, dp=dp, tp_group=tp_group, dp_group=dp_group, **fields)
     finally:
@@ -107,19 +101,6 @@ def _fused_norm(
     return _FusedNorm.apply(input, weight)
 
 
-@contextmanager
-def _norms(fused: bool) -> Iterator[None]:
-    if not fused:
-        yield
-        return
-    plain = F.rms_norm
-    F.rms_norm = _fused_norm
-    try:
-        yield
-    finally:
-        F.rms_norm = plain
-
-
 class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that were made inside and are still alive, and the most there were."""
 
@@ -131,20 +112,14 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor):
-                self._see(x.untyped_storage(), before)
+        for storage in [x.untyped_storage() for x in tree_leaves(result) if isinstance(x, Tensor)]:
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._known and key not in before:
+                self._known.add(key)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._drop, key, size)
         return result
-
-    def _see(self, storage: torch.UntypedStorage, before: set[int]) -> None:
-        key = storage._cdata
-        if key in self._known or key in before:
-            return
-        size = storage.nbytes()
-        self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
         self._known.discard(key)

@@ -3,8 +3,6 @@
 The checkpoint, the gradient norm and the tests read it from there; no name pattern is matched anywhere.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

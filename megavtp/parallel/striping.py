@@ -5,8 +5,6 @@ holds a share of all of them and none idles while another tower runs. A pass goe
 (its *legs*): stage s is chunk s mod (p v) of leg s // (p v), and lies on rank s mod p.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -73,13 +71,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Stripe:
-    """How one tower is cut, and what of it one pipeline rank holds.
+    """How one tower is cut, and what of it one pipeline rank holds."""
 
-    Attributes:
-        chunks: block numbers of each chunk; ``pp`` divides their number.
-    """
-
-    chunks: tuple[range, ...]
+    chunks: tuple[range, ...]  # block numbers of each chunk; ``pp`` divides the number of chunks
     pp: int = 1
     rank: int = 0
 

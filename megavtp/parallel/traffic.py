@@ -1,7 +1,5 @@
 """The traffic between ranks as it really is, counted below our collectives, the pipeline and DeepSpeed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,31 +7,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megavtp.parallel.mesh import Mesh
 
-# torch.distributed ends in these operators, whichever of its functions was called. Each has its name here and the
-# number of the argument that holds the whole payload. A message counts where it is sent, not where it is received.
-_OPS: dict[str, tuple[str, int]] = {
-    "allreduce_": ("all_reduce", 0),
-    "allreduce_coalesced_": ("all_reduce", 0),
-    "allgather_": ("all_gather", 0),
-    "_allgather_base_": ("all_gather", 0),
-    "allgather_coalesced_": ("all_gather", 0),
-    "allgather_into_tensor_coalesced_": ("all_gather", 0),
-    "reduce_scatter_": ("reduce_scatter", 1),
-    "_reduce_scatter_base_": ("reduce_scatter", 1),
-    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
-    "broadcast_": ("broadcast", 0),
-    "reduce_": ("reduce", 0),
-    "alltoall_": ("all_to_all", 1),
-    "alltoall_base_": ("all_to_all", 1),
-    "gather_": ("gather", 1),
-    "scatter_": ("scatter", 0),
-    "send": ("send", 0),
+# torch.distributed ends in these operators, whichever of its functions was called. Each operation has the number of the
+# argument that holds the whole payload, and its operators. A message counts where it is sent, not where it is received.
+_OPS = {
+    "all_reduce": (0, "allreduce_ allreduce_coalesced_"),
+    "all_gather": (0, "allgather_ _allgather_base_ allgather_coalesced_ allgather_into_tensor_coalesced_"),
+    "reduce_scatter": (1, "reduce_scatter_ _reduce_scatter_base_ reduce_scatter_tensor_coalesced_"),
+    "broadcast": (0, "broadcast_"), "reduce": (0, "reduce_"), "all_to_all": (1, "alltoall_ alltoall_base_"),
+    "gather": (1, "gather_"), "scatter": (0, "scatter_"), "send": (0, "send"),
 }
+_OPERATORS = {name: (op, payload) for op, (payload, names) in _OPS.items() for name in names.split()}
 _SILENT = {"recv_", "recv_any_source_", "barrier", "monitored_barrier_"}
 # Each of these steps sends (n - 1) / n of the payload.
 _RING_STEPS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
@@ -41,19 +29,12 @@ _RING_STEPS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_al
 
 @dataclass(frozen=True)
 class Transfer:
-    """One call of this rank.
+    """One call of this rank."""
 
-    Attributes:
-        axis: the mesh axis whose group it ran in; "world", or "other" for a group that is neither.
-        op: all_reduce, all_gather, reduce_scatter, broadcast, reduce, all_to_all, gather, scatter or send.
-        bytes: size of the payload: an all-gather's whole result, a reduce-scatter's whole input.
-        ranks: size of the group.
-    """
-
-    axis: str
-    op: str
-    bytes: int
-    ranks: int
+    axis: str  # the mesh axis whose group it ran in; "world", or "other" for a group that is neither
+    op: str  # a key of ``_OPS``
+    bytes: int  # size of the payload: an all-gather's whole result, a reduce-scatter's whole input
+    ranks: int  # size of the group
 
     @property
     def wire_bytes(self) -> float:
@@ -65,17 +46,12 @@ class Transfer:
 class Traffic(list[Transfer]):
     """The transfers of a ``count_traffic`` block, in order."""
 
-    def select(self, axis: str | None = None, op: str | None = None) -> Traffic:
+    def select(self, axis: str | None = None, op: str | None = None) -> "Traffic":
         return Traffic(t for t in self if axis in (None, t.axis) and op in (None, t.op))
 
     @property
     def bytes(self) -> int:
         return sum(t.bytes for t in self)
-
-    @property
-    def wire_bytes(self) -> float:
-        return sum(t.wire_bytes for t in self)
-
 
 @contextmanager
 def count_traffic(mesh: Mesh) -> Iterator[Traffic]:
@@ -103,16 +79,8 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _record(self, name: str, args: Sequence[Any]) -> None:
-        assert name in _OPS, f"traffic of c10d::{name} is not counted"
-        op, payload = _OPS[name]
+        assert name in _OPERATORS, f"traffic of c10d::{name} is not counted"
+        op, payload = _OPERATORS[name]
         group = dist.ProcessGroup.unbox(next(x for x in args if isinstance(x, torch.ScriptObject)))
         axis = self.axes.get(group.group_name, "world" if group.size() == dist.get_world_size() else "other")
-        self.traffic.append(Transfer(axis, op, sum(x.nbytes for x in _tensors(args[payload])), group.size()))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    else:
-        for item in value:
-            yield from _tensors(item)
+        self.traffic.append(Transfer(axis, op, sum(x.nbytes for x in tree_leaves(args[payload])), group.size()))

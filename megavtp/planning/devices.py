@@ -1,7 +1,5 @@
 """The peak speed, memory and links of known devices."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -2,23 +2,18 @@
 
 Model FLOPs, the numerator of MFU (PaLM, arXiv 2204.02311, appendix B): a multiply-add is 2; matrix products and
 convolutions only; attention without its causal half. A part that trains costs 3 forwards (the gradients
-by input and by weight cost one each); parts that pass on a gradient only, or nothing, are noted below.
-Work that an implementation repeats to
-save memory (recompute, the second contrastive forward, chunked logits) is not counted: it lowers MFU.
+by input and by weight cost one each); parts that pass on a gradient only, or nothing, are noted below. Work that an
+implementation repeats to save memory (recompute, the second contrastive forward, chunked logits) is not counted: it
+lowers MFU.
 """
 
-from __future__ import annotations
+from itertools import pairwise
 
+from megavtp.config import sizes
 from megavtp.config.schema import DinoHeadConfig
-from megavtp.config.sizes import (
-    DECODER_MLP_RATIO,
-    GLOBAL_CROPS,
-    ResolvedConfig,
-    ResolvedModel,
-    contrastive_size,
-    feature_width,
-    ffn_hidden,
-)
+from megavtp.config.share import share
+from megavtp.config.sizes import DECODER_MLP_RATIO, GLOBAL_CROPS, ResolvedConfig, ResolvedModel, Tower
+from megavtp.models.dino_head import head_widths
 from megavtp.models.discriminator import TOKENS_SEEN
 from megavtp.models.feature_networks import quarters
 from megavtp.models.lpips import NETS, PERCEPTUAL_NETS
@@ -37,35 +32,36 @@ def patches_of(model: ResolvedModel, size: int) -> int:
     return (size // model.patch_size) ** 2
 
 
+def _blocks(tower: Tower, tokens: int, ffn: str, ratio: float) -> float:
+    """Count a forward of a tower's blocks over one sequence."""
+    hidden = sizes.ffn_hidden(ffn, tower.width, ratio)
+    return transformer_flops(tokens, tower.width, tower.depth, hidden, gated=ffn != "mlp")
+
+
 def vision_flops(model: ResolvedModel, size: int, kept: float = 1.0) -> float:
     """Count a forward of the trunk on an image of ``size`` pixels; drop-path leaves a share ``kept`` of blocks."""
     vision, patches = model.vision, patches_of(model, size)
-    hidden = ffn_hidden(vision.ffn, vision.width, vision.mlp_ratio)
     embedding = 2 * patches * _RGB * model.patch_size**2 * vision.width
-    blocks = transformer_flops(patches + 1, vision.width, vision.depth, hidden, gated=vision.ffn != "mlp")
-    return embedding + kept * blocks
+    return embedding + kept * _blocks(vision, patches + 1, vision.ffn, vision.mlp_ratio)
 
 
 def text_flops(model: ResolvedModel) -> float:
     """Count a forward of the text tower and its projection on one caption, over the whole context length."""
     text = model.text
-    hidden = int(text.width * text.mlp_ratio)
-    blocks = transformer_flops(text.context_length, text.width, text.depth, hidden, gated=False)
-    return blocks + (2 * text.width**2 if text.projection == "linear" else 0)
+    projection = 2 * text.width**2 if text.projection == "linear" else 0
+    return _blocks(text, text.context_length, "mlp", text.mlp_ratio) + projection
 
 
 def decoder_flops(model: ResolvedModel, size: int) -> float:
     """Count a forward of the pixel decoder to one image of ``size`` pixels."""
     decoder, patches = model.decoder, patches_of(model, size)
-    hidden = ffn_hidden(decoder.ffn, decoder.width, DECODER_MLP_RATIO)
     ends = 2 * patches * decoder.width * (model.bottleneck + _RGB * model.patch_size**2)
-    return ends + transformer_flops(patches, decoder.width, decoder.depth, hidden, gated=decoder.ffn != "mlp")
+    return ends + _blocks(decoder, patches, decoder.ffn, DECODER_MLP_RATIO)
 
 
 def dino_head_flops(head: DinoHeadConfig, in_dim: int) -> float:
     """Count a forward of the DINO head on one row, with the logits of all prototypes."""
-    widths = [in_dim, *[head.hidden] * (head.layers - 1), head.bottleneck, head.prototypes]
-    return float(2 * sum(a * b for a, b in zip(widths, widths[1:])))
+    return float(2 * sum(a * b for a, b in pairwise(head_widths(in_dim, head))))
 
 
 def perceptual_flops(kind: str, size: int) -> float:
@@ -86,26 +82,20 @@ def flops_per_step(config: ResolvedConfig) -> dict[str, float]:
 
     The number of masked patches is its expectation.
     """
-    objectives = config.objectives
-    step = {
-        "contrastive": config.train.batch_size * _contrastive(config) if objectives.contrastive.weight else 0.0,
-        "self_distillation": (
-            objectives.self_distillation.batch * _self_distillation(config)
-            if objectives.self_distillation.weight else 0.0
-        ),
-        "reconstruction": (
-            objectives.reconstruction.batch * _reconstruction(config) if objectives.reconstruction.weight else 0.0
-        ),
+    per_image = {
+        "contrastive": _contrastive, "self_distillation": _self_distillation, "reconstruction": _reconstruction,
     }
+    shares = share(config, 1).passes
+    step = {name: shares[name].batch * count(config) if name in shares else 0.0 for name, count in per_image.items()}
     return {**step, "total": sum(step.values())}
 
 
 def _contrastive(config: ResolvedConfig) -> float:
     """Count one pair. The logits, B columns each, are below a thousandth of it and are left out."""
     model, kept = config.model, 1 - config.objectives.contrastive.drop_path
-    size = contrastive_size(config)
+    size = sizes.contrastive_size(config)
     features = patches_of(model, size) if model.vision.clip_feature == "pooled" else 1
-    projections = features * _bottleneck_if_shared(model) + 2 * feature_width(model) * model.text.width
+    projections = features * _bottleneck_if_shared(model) + 2 * sizes.feature_width(model) * model.text.width
     return 3 * (vision_flops(model, size, kept) + projections + text_flops(model))
 
 
@@ -116,7 +106,7 @@ def _self_distillation(config: ResolvedConfig) -> float:
     student = GLOBAL_CROPS * vision_flops(model, augment.global_size, kept)
     student += augment.local_crops * vision_flops(model, augment.local_size, kept)
     teacher = GLOBAL_CROPS * vision_flops(model, augment.global_size)
-    row = _bottleneck_if_shared(model) + dino_head_flops(model.dino_head, feature_width(model))
+    row = _bottleneck_if_shared(model) + dino_head_flops(model.dino_head, sizes.feature_width(model))
     student_rows = GLOBAL_CROPS + augment.local_crops + masked
     return 3 * (student + student_rows * row) + teacher + (GLOBAL_CROPS + masked) * row
 

@@ -1,23 +1,18 @@
 """The plan of one layout: its memory, its traffic and the least time that a step can take."""
 
-from __future__ import annotations
-
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
 
-from megavtp.config.share import share
+from megavtp.config.share import PassShare, share
 from megavtp.config.sizes import ResolvedConfig
+from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.traffic import Transfer
 from megavtp.planning import zero
 from megavtp.planning.devices import Device
 from megavtp.planning.flops import flops_per_step
-from megavtp.planning.parts import MODES, Rehearsals, Sent
-from megavtp.planning.passes import PassCost, pass_costs, rank_layout
+from megavtp.planning.parts import MODES, Rehearsals, Sent, once
+from megavtp.planning.passes import PassCost, RankLayout, pass_cost
 
-T = TypeVar("T")
 GIB = 2**30
 _ADAM_BYTES = 28  # for a trained float32 parameter: gradient, weight, two moments are read, the last three written
 _TEACHER_BYTES = 12
@@ -45,6 +40,10 @@ class RankPlan:
         """The most bytes at one time, in the passes or during the update."""
         return self.state.total + max(self.activations, self.state.step)
 
+    def wire_bytes(self, axis: str, size: int) -> float:
+        """Return the bytes that leave the rank for its group of ``size`` ranks along an axis."""
+        return sum(Transfer(a, op, count, size).wire_bytes for (a, op), count in self.sent.items() if a == axis)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -66,7 +65,6 @@ class Plan:
 
     @property
     def memory(self) -> float:
-        """The bytes on the fullest rank."""
         return self.fullest.memory
 
     @cached_property
@@ -82,8 +80,11 @@ class Plan:
             time = per_objective[name] / 3 * cost.forwards / self.world_size / (self.device.peak_tflops * 1e12)
             busy, idle = busy + time, idle + time * cost.bubble
         seconds = {"products": busy, "bubble": idle, "elementwise": max(map(self._elementwise, self.ranks))}
-        for axis in ("tp", "pp", "dp"):
-            seconds[axis] = max(self._link_seconds(rank, axis) for rank in self.ranks)
+        p = self.config.parallel
+        # By axis, the size of a group and the span of consecutive ranks that it reaches over.
+        for axis, size, span in (("tp", p.tp, p.tp), ("pp", p.pp, p.tp * p.pp), ("dp", self.dp, self.world_size)):
+            link = self.device.inside if span <= self.gpus_per_node else self.device.between
+            seconds[axis] = max(rank.wire_bytes(axis, size) for rank in self.ranks) / (link * 1e9)
         return seconds
 
     @property
@@ -93,18 +94,6 @@ class Plan:
     def _elementwise(self, rank: RankPlan) -> float:
         moved = _TOUCHES * sum(cost.activity for cost in rank.passes.values())
         return (moved + _ADAM_BYTES * rank.owned + _TEACHER_BYTES * rank.teacher) / (self.device.memory_bandwidth * 1e9)
-
-    def group_span(self, axis: str) -> int:
-        """Return the span of consecutive ranks that a group of an axis reaches over."""
-        p = self.config.parallel
-        return {"tp": p.tp, "pp": p.tp * p.pp, "dp": self.world_size}[axis]
-
-    def _link_seconds(self, rank: RankPlan, axis: str) -> float:
-        p = self.config.parallel
-        size = {"tp": p.tp, "pp": p.pp, "dp": self.dp}[axis]
-        inside = self.group_span(axis) <= self.gpus_per_node
-        wire = sum(Transfer(a, op, count, size).wire_bytes for (a, op), count in rank.sent.items() if a == axis)
-        return wire / ((self.device.inside if inside else self.device.between) * 1e9)
 
 
 class Planner:
@@ -121,7 +110,6 @@ class Planner:
         self.device, self.gpus_per_node = device, gpus_per_node
         self.parts = Rehearsals(config, fused_norms=cuda)
         self.inventory = zero.Inventory(config.model, self.parts.objectives, groups)
-        self._known: dict[tuple, Any] = {}
 
     def plan(self, config: ResolvedConfig, world_size: int, *, draft: bool = False) -> Plan:
         """Plan ``config``, this planner's with another ``parallel`` section or micro-batches, validated for the size.
@@ -134,47 +122,46 @@ class Planner:
         ranks = tuple(self._rank(config, world_size, rank) for rank in chosen)
         return Plan(config, world_size, self.gpus_per_node, self.device, ranks)
 
-    def pieces(self, config: ResolvedConfig, pp_rank: int) -> list[zero.Piece]:
-        """Return the parameters of a pipeline rank."""
-        p = config.parallel
-        key = ("pieces", p.tp, p.pp, pp_rank, p.virtual_stages)
-        return self._once(key, lambda: self.inventory.rank(p.tp, p.pp, pp_rank, p.virtual_stages))
-
-    def _once(self, key: tuple, make: Callable[[], T]) -> T:
-        if key not in self._known:
-            self._known[key] = make()
-        return self._known[key]
-
     def least_state(self, config: ResolvedConfig, world_size: int) -> int:
         """Return the bytes without activations on the rank that has the least."""
-        pp = config.parallel.pp
-        return min(self._state(config, world_size, rank).total for rank in {0, pp // 2, pp - 1})
-
-    def _state(self, config: ResolvedConfig, world_size: int, pp_rank: int) -> zero.State:
         p = config.parallel
-        dp, first = world_size // (p.tp * p.pp), MODES[next(iter(share(config, 1).passes))]
-        key = ("state", p.tp, p.pp, pp_rank, p.virtual_stages, dp, p.zero_stage, p.zero3_gather)
-        hold, pieces = p.zero3_gather == "step", self.pieces(config, pp_rank)
-        return self._once(key, lambda: zero.state(pieces, p.zero_stage, dp, first_mode=first, hold=hold))
+        ranks = {0, p.pp // 2, p.pp - 1}
+        return min(self._state(_mesh(config, world_size, rank), p.zero_stage, p.zero3_gather).total for rank in ranks)
+
+    @once
+    def _pieces(self, mesh: Mesh) -> list[zero.Piece]:
+        return self.inventory.rank(mesh.tp, mesh.pp, mesh.pp_rank, mesh.virtual_stages)
+
+    @once
+    def _state(self, mesh: Mesh, stage: int, gather: str) -> zero.State:
+        first_mode = next(MODES[name] for name in MODES if name in self.parts.objectives)
+        return zero.state(self._pieces(mesh), stage, mesh.dp, first_mode=first_mode, hold=gather == "step")
+
+    @once
+    def _pass_cost(self, layout: RankLayout, name: str, part: PassShare) -> PassCost:
+        return pass_cost(self.parts, layout, name, part)
 
     def _rank(self, config: ResolvedConfig, world_size: int, pp_rank: int) -> RankPlan:
-        p, layout = config.parallel, rank_layout(config, world_size, pp_rank)
-        shares = share(config, layout.dp).passes
-        sizes = tuple((name, part.micro_batch) for name, part in shares.items())
-        passes = self._once((layout, sizes), lambda: pass_costs(self.parts, config, layout))
-        pieces = self.pieces(config, pp_rank)
-        state = self._state(config, world_size, pp_rank)
-        sent: Sent = Counter()
-        for cost in passes.values():
-            sent += cost.sent
+        p, mesh = config.parallel, _mesh(config, world_size, pp_rank)
+        layout = RankLayout(replace(mesh, sequence_parallel=p.sequence_parallel), p.schedule, p.recompute)
+        passes = {name: self._pass_cost(layout, name, part) for name, part in share(config, mesh.dp).passes.items()}
+        pieces = self._pieces(mesh)
         calls = [call for cost in passes.values() for call in cost.calls]
-        shared = not config.model.bottleneck_reconstruction_only
-        hold = p.zero3_gather == "step"
-        sent += zero.traffic(pieces, p.zero_stage, layout.dp, calls, shared, hold=hold)
-        sent += zero.norm_traffic(pieces, p.zero_stage, layout.dp, p.tp * p.pp, self.inventory.towers)
-        trained = sum(piece.numel for piece in pieces if piece.trained)
-        others = sum(piece.numel for piece in pieces if not piece.trained)
-        cut = layout.dp if p.zero_stage > 0 else 1
-        return RankPlan(
-            pp_rank, state, passes, sent, trained // cut, others // (layout.dp if p.zero_stage == 3 else 1)
+        sent = sum((cost.sent for cost in passes.values()), Sent())
+        sent += zero.traffic(
+            pieces, p.zero_stage, mesh.dp, calls, not config.model.bottleneck_reconstruction_only,
+            hold=p.zero3_gather == "step",
         )
+        sent += zero.norm_traffic(pieces, p.zero_stage, mesh.dp, p.tp * p.pp, self.inventory.towers)
+        return RankPlan(
+            pp_rank, self._state(mesh, p.zero_stage, p.zero3_gather), passes, sent,
+            owned=zero.elements(pieces, trained=True) // (mesh.dp if p.zero_stage > 0 else 1),
+            teacher=zero.elements(pieces, trained=False) // (mesh.dp if p.zero_stage == 3 else 1),
+        )
+
+
+def _mesh(config: ResolvedConfig, world_size: int, pp_rank: int) -> Mesh:
+    """Return a pipeline rank's place in the layout; a rank's state depends on no more than this and ZeRO."""
+    p = config.parallel
+    dp = world_size // (p.tp * p.pp)
+    return Mesh(tp=p.tp, pp=p.pp, dp=dp, pp_rank=pp_rank, virtual_stages=p.virtual_stages)

@@ -1,8 +1,7 @@
 """A search through all legal layouts of a configuration on a number of devices, for the fastest that fit."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
@@ -14,6 +13,7 @@ from megavtp.config.validate import validate
 from megavtp.errors import UserError
 from megavtp.nn.block import Recompute
 from megavtp.parallel.orders import Schedule
+from megavtp.planning.parts import MODES
 from megavtp.planning.plan import Plan, Planner
 
 # (sequence parallelism, recompute), from fast and large to slow and small.
@@ -43,7 +43,7 @@ class Search:
     fitting: list[Plan]
     count: int
     closest: Plan | None
-    refused: dict[str, int]
+    refused: Counter[str]
 
 
 def search(planner: Planner, config: ResolvedConfig, world_size: int, budget: float, keep: int = 5) -> Search:
@@ -53,12 +53,12 @@ def search(planner: Planner, config: ResolvedConfig, world_size: int, budget: fl
     """
     fitting: list[Plan] = []
     closest: Plan | None = None
-    refused: dict[str, int] = {}
+    refused: Counter[str] = Counter()
     for parallel in layouts(config.parallel, world_size, planner.gpus_per_node):
         try:
             variants = list(_micro_batches(replace(config, parallel=parallel), world_size))
         except UserError as error:
-            refused[str(error)] = refused.get(str(error), 0) + 1
+            refused[str(error)] += 1
             continue
         if planner.least_state(variants[0][0], world_size) > budget:
             plans = [planner.plan(_with(variants[-1][-1], _SAVING[-1]), world_size, draft=True)]
@@ -82,17 +82,16 @@ def _mildest(planner: Planner, variants: list[list[ResolvedConfig]], world_size:
             for one in sizes:  # from large to small
                 plan = planner.plan(_with(one, saving), world_size, draft=True)
                 if plan.memory <= budget:
-                    fits = True
                     break
             yield plan
+            fits = fits or plan.memory <= budget
         if fits:
             return
 
 
 def _with(config: ResolvedConfig, saving: tuple[bool, Recompute]) -> ResolvedConfig:
-    tokens, recompute = saving
-    tokens = tokens and config.parallel.tp > 1
-    return replace(config, parallel=replace(config.parallel, sequence_parallel=tokens, recompute=recompute))
+    p = config.parallel
+    return replace(config, parallel=replace(p, sequence_parallel=saving[0] and p.tp > 1, recompute=saving[1]))
 
 
 def layouts(given: ParallelConfig, world_size: int, gpus_per_node: int) -> Iterator[ParallelConfig]:
@@ -117,10 +116,8 @@ def _micro_batches(config: ResolvedConfig, world_size: int) -> Iterator[list[Res
     One way takes all pairs at once for the contrastive objective, which saves its second forward. The other takes the
     given micro-batches, or divisors of the share, and halves them again and again. UserError: the layout is illegal.
     """
-    p = config.parallel
-    whole = {name: replace(getattr(config.objectives, name), micro_batch=None) for name in _OBJECTIVES}
-    plain = validate(replace(config, objectives=replace(config.objectives, **whole)), world_size)
-    shares = share(plain, world_size // (p.tp * p.pp)).passes
+    plain = _sized(config, dict.fromkeys(MODES), world_size)
+    shares = share(plain, world_size // (config.parallel.tp * config.parallel.pp)).passes
     given = {name: getattr(config.objectives, name).micro_batch or part.local for name, part in shares.items()}
     seen = set()
     for all_pairs in (True, False):
@@ -136,12 +133,9 @@ def _micro_batches(config: ResolvedConfig, world_size: int) -> Iterator[list[Res
             yield configs
 
 
-def _sized(config: ResolvedConfig, sizes: dict[str, int], world_size: int) -> ResolvedConfig:
+def _sized(config: ResolvedConfig, sizes: Mapping[str, int | None], world_size: int) -> ResolvedConfig:
     objectives = {name: replace(getattr(config.objectives, name), micro_batch=m) for name, m in sizes.items()}
     return validate(replace(config, objectives=replace(config.objectives, **objectives)), world_size)
-
-
-_OBJECTIVES = ("contrastive", "self_distillation", "reconstruction")
 
 
 def _largest(share: int, ceiling: int) -> int:

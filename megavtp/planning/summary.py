@@ -1,17 +1,17 @@
 """A page of text about a run: sizes, batches, layout, schedule. It allocates no model and reads no data."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from megavtp.config.run import OptimizerConfig, ParallelConfig
-from megavtp.config.share import share
+from megavtp.config.share import PassShare, share
 from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig, contrastive_size
 from megavtp.models.feature_networks import known_widths
 from megavtp.models.second_stage import SecondStageVTP
+from megavtp.planning.flops import patches_of
 
 _PARTS = ("frozen_encoder", "vision", "text", "decoder", "averaged_decoder", "dino_head", "discriminator", "teacher")
 _PART_OF = {
@@ -65,67 +65,79 @@ def bytes_of_state(trained: int, untrained: int, parallel: ParallelConfig, dp: i
 
 def _tokens(config: ResolvedConfig, name: str) -> str:
     model, augment = config.model, config.data.augment
-    size = contrastive_size(config) if name == "contrastive" else model.image_size
-    per_image = (size // model.patch_size) ** 2 + 1
     if name == "contrastive":
-        return f"{per_image} image + {model.text.context_length} text tokens"
+        image_tokens = patches_of(model, contrastive_size(config)) + 1
+        return f"{image_tokens} image + {model.text.context_length} text tokens"
     if name == "reconstruction":
-        return f"{per_image} tokens"
-    crops = (augment.global_size, augment.local_size)
-    global_tokens, local_tokens = ((size // model.patch_size) ** 2 + 1 for size in crops)
+        return f"{patches_of(model, model.image_size) + 1} tokens"
     return (
-        f"{GLOBAL_CROPS} global crops of {global_tokens} and {augment.local_crops} local crops of {local_tokens} tokens"
+        f"{GLOBAL_CROPS} global crops of {patches_of(model, augment.global_size) + 1} and {augment.local_crops} local "
+        f"crops of {patches_of(model, augment.local_size) + 1} tokens"
     )
 
 
 def layout_summary(config: ResolvedConfig, world_size: int) -> str:
     """Return the page that ``--dry-run`` prints for a validated ``config`` on ``world_size`` processes."""
-    p, train, data, model = config.parallel, config.train, config.data, config.model
+    p, model = config.parallel, config.model
     dp = world_size // (p.tp * p.pp)
     part = share(config, dp)
     counts = parameter_counts(config)
     million = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in counts.items())
     note = " (without the token embedding)" if "text" in counts and model.text.vocab_size is None else ""
-    stages = f" with {p.virtual_stages} stages a rank" if p.virtual_stages > 1 else ""
-    pipeline = f"pipeline {p.schedule}{stages}, " if p.pp > 1 else ""
     lines = [
         f"model      VTP-{model.size}, {model.image_size} px, patch {model.patch_size}, {model.bottleneck} channels",
         f"           {million}{note}",
-        f"layout     {world_size} process{'es' if world_size > 1 else ''} = tp {p.tp} x pp {p.pp} x dp {dp}, "
-        f"{pipeline}ZeRO stage {p.zero_stage}, {p.precision}, recompute {p.recompute}, "
-        f"sequence parallelism {'on' if p.sequence_parallel else 'off'}, attention {p.attention}",
-        f"           about {state_bytes(config, dp) / 2**30:.2f} GiB of weights, gradients, moments and teacher on a "
-        "rank, plus activations",
-        f"step       {train.batch_size} image-text pairs, {part.images} on a rank",
+        *layout_lines(p, world_size, state_bytes(config, dp), "teacher"),
+        f"step       {config.train.batch_size} image-text pairs, {part.images} on a rank",
     ]
     for name, one in part.passes.items():
         objective = getattr(config.objectives, name)
         lines.append(
-            f"  {name:<18} weight {objective.weight:g}: {one.batch} images, {one.local} on a rank in "
-            f"{one.micro_batches} micro-batch{'es' if one.micro_batches > 1 else ''} of {one.micro_batch}; "
-            f"{_tokens(config, name)}"
+            f"  {name:<18} weight {objective.weight:g}: {one.batch} images, {on_a_rank(one)}; {_tokens(config, name)}"
         )
-    adversarial = config.objectives.adversarial
+    adversarial, steps = config.objectives.adversarial, config.train.steps
     if adversarial.weight > 0:
-        first, second = (round(at * train.steps) for at in (adversarial.discriminator_start, adversarial.start))
+        first, second = (round(at * steps) for at in (adversarial.discriminator_start, adversarial.start))
         lines.append(
             f"  adversarial        weight {adversarial.weight:g}: on features {adversarial.features}, learns from step "
             f"{first + 1}, teaches from step {second + 1}"
         )
-    lines += [
-        f"schedule   {train.steps} steps = {train.steps * train.batch_size:,} samples, seed {config.seed}",
-        optimizer_line(train.optimizer),
-        f"data       {data.root}, captions {data.captions}, {data.streams} streams, "
-        f"{data.workers} worker{'' if data.workers == 1 else 's'} a rank",
+    samples = f"samples, seed {config.seed}"
+    return "\n".join([*lines, *run_lines(config, samples, f"{config.data.root}, captions {config.data.captions}")])
+
+
+def on_a_rank(part: PassShare) -> str:
+    ending = "es" if part.micro_batches > 1 else ""
+    return f"{part.local} on a rank in {part.micro_batches} micro-batch{ending} of {part.micro_batch}"
+
+
+def layout_lines(p: ParallelConfig, world_size: int, state_bytes: int, average: str) -> list[str]:
+    """Describe a layout and a rank's memory for its state, of which ``average`` is the part that follows the model."""
+    stages = f" with {p.virtual_stages} stages a rank" if p.virtual_stages > 1 else ""
+    pipeline = f"pipeline {p.schedule}{stages}, " if p.pp > 1 else ""
+    return [
+        f"layout     {world_size} process{'es' if world_size > 1 else ''} = tp {p.tp} x pp {p.pp} x dp "
+        f"{world_size // (p.tp * p.pp)}, {pipeline}ZeRO stage {p.zero_stage}, {p.precision}, recompute {p.recompute}, "
+        f"sequence parallelism {'on' if p.sequence_parallel else 'off'}, attention {p.attention}",
+        f"           about {state_bytes / 2**30:.2f} GiB of weights, gradients, moments and {average} on a rank, plus "
+        "activations",
+    ]
+
+
+def run_lines(config: Any, samples: str, data: str) -> list[str]:
+    """Describe schedule, optimizer, data and output; ``samples`` and ``data`` say what is special to the recipe."""
+    train, workers = config.train, config.data.workers
+    return [
+        f"schedule   {train.steps} steps = {train.steps * train.batch_size:,} {samples}",
+        _optimizer_line(train.optimizer),
+        f"data       {data}, {config.data.streams} streams, {workers} worker{'' if workers == 1 else 's'} a rank",
         f"output     {config.output_dir}, a checkpoint "
         + (f"every {train.checkpoint_every} steps and " if train.checkpoint_every else "")
         + f"at the end, the last {train.keep_last} kept",
     ]
-    return "\n".join(lines)
 
 
-def optimizer_line(optimizer: OptimizerConfig) -> str:
-    """Describe the optimizer and its learning rate over a run in one line."""
+def _optimizer_line(optimizer: OptimizerConfig) -> str:
     if optimizer.cooldown is None:
         course = f"cosine to {optimizer.min_lr:g}"
     else:

@@ -5,20 +5,17 @@ local numel, dp the data-parallel size. Sources: arXiv 1910.02054 for the idea; 
 number of gathers are DeepSpeed's, checked in ``tests/planning``.
 """
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from megavtp.arithmetic import ceil_div
 from megavtp.config.sizes import ResolvedModel
-from megavtp.models.cuts import tower_cuts
 from megavtp.models.vtp import VTP
 from megavtp.parallel.mesh import Mesh
-from megavtp.parallel.sharding import shard_of
 
 FLOAT = 4  # bytes
 _BUCKET = 50_000_000  # elements at most, as in ``deepspeed_adapter.build_config``
@@ -48,45 +45,30 @@ class Inventory:
     """
 
     def __init__(self, model: ResolvedModel, objectives: frozenset[str], groups: Groups):
-        self._model, self._objectives = model, objectives
+        self._model, self._objectives, self._groups = model, objectives, groups
+        self.towers = len({group["tower"] for group in groups(self._named(Mesh()))})
+
+    def _named(self, mesh: Mesh) -> list[tuple[str, nn.Parameter]]:
         with torch.device("meta"):
-            named = list(VTP(model, objectives=objectives).named_parameters())
-            self._first = {n for n, _ in VTP(model, Mesh(pp=2), objectives=objectives).named_parameters()}
-        grouped = groups(named)
-        self.towers = len({group["tower"] for group in grouped})
-        group_of = {id(p): index for index, group in enumerate(grouped) for p in group["params"]}
-        self._rows = [(n, p.numel(), shard_of(p) is not None, group_of.get(id(p))) for n, p in named]
+            return list(VTP(self._model, mesh, objectives=self._objectives).named_parameters())
 
     def rank(self, tp: int, pp: int, pp_rank: int, virtual_stages: int) -> list[Piece]:
-        """Return what a rank holds: chunk c of a tower is on rank c mod pp, what comes before the blocks on the first
-        rank, and what comes after them on the last."""
-        cuts = tower_cuts(self._model, self._objectives, pp * virtual_stages)
-        return [
-            Piece(name, numel // tp if cut else numel, group)
-            for name, numel, cut, group in self._rows
-            if self._rank_of(name, pp, cuts) == pp_rank
-        ]
+        """Return what a pipeline rank holds."""
+        named = self._named(Mesh(tp=tp, pp=pp, pp_rank=pp_rank, virtual_stages=virtual_stages))
+        group_of = {id(p): index for index, group in enumerate(self._groups(named)) for p in group["params"]}
+        return [Piece(name, p.numel(), group_of.get(id(p))) for name, p in named]
 
-    def _rank_of(self, name: str, pp: int, cuts: Mapping[str, Sequence[range]]) -> int:
-        head, inside, rest = name.partition(".blocks.")
-        if not inside:
-            return 0 if name in self._first else pp - 1
-        block = int(rest.partition(".")[0])
-        return next(c for c, blocks in enumerate(cuts[head.removeprefix("teacher.")]) if block in blocks) % pp
+
+_READ = {  # by each forward, beginnings of parameters' names
+    "contrastive": ("trunk.", "visual_proj.", "text.", "logit_"), "student": ("trunk.", "dino_head."),
+    "teacher": ("teacher.",), "reconstruction": ("trunk.", "pixel_decoder."),
+}
 
 
 def touched(name: str, mode: str, shared_bottleneck: bool) -> bool:
     """Tell whether the forward ``mode`` reads a parameter."""
-    tower, _, rest = name.partition(".")
-    if mode == "teacher":
-        return tower == "teacher" and (shared_bottleneck or not rest.startswith("trunk.feature_bottleneck"))
-    if tower == "trunk":
-        return mode == "reconstruction" or shared_bottleneck or not rest.startswith("feature_bottleneck")
-    towers = {
-        "contrastive": ("visual_proj", "text", "logit_scale", "logit_bias"), "student": ("dino_head",),
-        "reconstruction": ("pixel_decoder",),
-    }
-    return tower in towers[mode]
+    bottleneck_read = shared_bottleneck or mode == "reconstruction"
+    return name.startswith(_READ[mode]) and (bottleneck_read or "trunk.feature_bottleneck." not in name)
 
 
 @dataclass(frozen=True)
@@ -112,70 +94,60 @@ class State:
         return self.weights + self.gradients + self.optimizer + self.teacher + self.buffers
 
 
-def state(
-    pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str | None = None, hold: bool = False
-) -> State:
+def elements(pieces: Iterable[Piece], *, trained: bool) -> int:
+    """Sum the elements of the parameters that are trained, or of those that are not."""
+    return sum(p.numel for p in pieces if p.trained == trained)
+
+
+def state(pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str, hold: bool) -> State:
     """Count the state on a rank.
 
     ``first_mode`` is the forward whose backward comes first in a step; what it does not reach is zeroed in stage 2.
     With ``hold``, stage 3 gathers everything for the whole step (``parallel.zero3_gather``).
     """
-    trained = sum(p.numel for p in pieces if p.trained)
-    frozen = sum(p.numel for p in pieces if not p.trained)
-    bucket = bucket_elements(trained) * FLOAT
+    trained, frozen = elements(pieces, trained=True), elements(pieces, trained=False)
+    bucket = ceil_div(min(trained, _BUCKET), 1024) * 1024
     if stage == 0:
-        step = min(trained, _FLAT_BUCKET)
-        return State(FLOAT * trained, FLOAT * trained, 2 * FLOAT * trained, FLOAT * frozen, 0, FLOAT * step)
-    if stage == 3:
-        own = sum(shard(p.numel, dp) for p in pieces if p.trained)
-        others = sum(shard(p.numel, dp) for p in pieces if not p.trained)
-        largest = max(_sizes(pieces, lambda p: shard(p.numel, dp)).values(), default=0)
+        counts = (trained, trained, 2 * trained, frozen, 0, min(trained, _FLAT_BUCKET))
+    elif stage == 3:
+        shards = [replace(p, numel=ceil_div(p.numel, dp)) for p in pieces]  # each parameter is cut on its own
+        own, others = elements(shards, trained=True), elements(shards, trained=False)
         modules = _modules(pieces).values()
-        gathered = FLOAT * (sum(modules) if hold else max(modules, default=0))
-        return State(FLOAT * own, FLOAT * own, 3 * FLOAT * own, FLOAT * others, bucket + gathered, FLOAT * largest)
-    flat = flat_elements(pieces, dp)
-    owned, unreached = _partition_gradients(pieces, dp, first_mode)
-    gradients = FLOAT * (trained if stage == 1 else owned + unreached)
-    step = FLOAT * owned
-    return State(FLOAT * flat, gradients, 3 * FLOAT * flat // dp, FLOAT * frozen, bucket, step)
+        gathered = sum(modules) if hold else max(modules, default=0)
+        counts = (own, own, 3 * own, others, bucket + gathered, max(_group_sizes(shards).values(), default=0))
+    else:
+        flat = flat_elements(pieces, dp)
+        owned, unreached = _partition_gradients(pieces, dp, first_mode)
+        counts = (flat, trained if stage == 1 else owned + unreached, 3 * flat // dp, frozen, bucket, owned)
+    return State(*(FLOAT * count for count in counts))
 
 
-def shard(numel: int, dp: int) -> int:
-    """Return the elements of a rank's partition in stage 3, which cuts each parameter on its own."""
-    return -(-numel // dp)
-
-
-def bucket_elements(trained: int) -> int:
-    return -(-min(trained, _BUCKET) // 1024) * 1024
-
-
-def _sizes(pieces: Sequence[Piece], size: Callable[[Piece], int]) -> Counter[int]:
-    """Sum the elements of each optimizer group."""
+def _group_sizes(pieces: Iterable[Piece]) -> Counter[int]:
     sizes: Counter[int] = Counter()
     for piece in pieces:
         if piece.group is not None:
-            sizes[piece.group] += size(piece)
+            sizes[piece.group] += piece.numel
     return sizes
 
 
 def flat_elements(pieces: Sequence[Piece], dp: int) -> int:
     """Return the elements of all groups in stages 1 and 2, which flatten and pad each group."""
     align = _ALIGN * dp
-    return sum(-(-size // align) * align for size in _sizes(pieces, lambda p: p.numel).values())
+    return sum(ceil_div(size, align) * align for size in _group_sizes(pieces).values())
 
 
-def _partition_gradients(pieces: Sequence[Piece], dp: int, first_mode: str | None) -> tuple[int, int]:
+def _partition_gradients(pieces: Sequence[Piece], dp: int, first_mode: str) -> tuple[int, int]:
     """Sum the elements of the parameters that reach into a rank's partition, on the rank that has the most of them.
 
     The second number is of those that the first pass of a step does not reach.
     """
     owned, unreached = [0] * dp, [0] * dp
-    for group, size in _sizes(pieces, lambda p: p.numel).items():
-        partition, start = -(-size // (_ALIGN * dp)) * _ALIGN, 0
+    for group, size in _group_sizes(pieces).items():
+        partition, start = ceil_div(size, _ALIGN * dp) * _ALIGN, 0
         for piece in (p for p in pieces if p.group == group):
             for rank in range(start // partition, (start + piece.numel - 1) // partition + 1):
                 owned[rank] += piece.numel
-                if first_mode is not None and not touched(piece.name, first_mode, False):
+                if not touched(piece.name, first_mode, False):
                     unreached[rank] += piece.numel
             start += piece.numel
     most = max(range(dp), key=lambda rank: owned[rank] + unreached[rank])
@@ -222,10 +194,10 @@ def traffic(
         return sent
 
     def padded(these: Iterable[Piece]) -> int:
-        return FLOAT * dp * sum(shard(p.numel, dp) for p in these)
+        return FLOAT * dp * sum(ceil_div(p.numel, dp) for p in these)
 
     if stage in (0, 1):
-        sent["dp", "all_reduce"] += FLOAT * sum(p.numel for p in pieces if p.trained)
+        sent["dp", "all_reduce"] += FLOAT * elements(pieces, trained=True)
     if stage in (1, 2):
         sent["dp", "all_gather"] += FLOAT * flat_elements(pieces, dp)
     if stage == 3 and hold:

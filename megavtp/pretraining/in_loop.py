@@ -1,7 +1,5 @@
 """Pictures and metrics of held-out data while a run trains."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +16,8 @@ from megavtp.models.vtp import VTP
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import Mesh
 from megavtp.pixels import normalise, to_uint8
-from megavtp.training.pictures import loss_curves, reconstruction_grid
-from megavtp.training.telemetry import METRICS_FILE, Telemetry
+from megavtp.training.pictures import reconstruction_grid
+from megavtp.training.telemetry import Telemetry
 
 
 class InLoopEvaluation:
@@ -80,10 +78,8 @@ class InLoopEvaluation:
         self.telemetry.event("evaluation", step=step, **found)
 
     def finish(self, step: int) -> None:
-        """Write what a finished run leaves: the last pictures, the metrics, the loss curves."""
+        """Write the last pictures and the metrics of a finished run."""
         if self.config.telemetry.pictures_every:
             self.pictures(step)
         if self.config.evaluation.at_end:
             self.metrics(step)
-        if self.mesh.rank == 0:
-            loss_curves(self.output_dir / METRICS_FILE, self.output_dir / "loss_curves.png")

@@ -1,7 +1,5 @@
 """The launcher of pre-training, which `launchers/pretrain.py` starts."""
 
-from __future__ import annotations
-
 from megavtp.config.schema import DEMO_CONFIG, Config
 from megavtp.planning.summary import layout_summary
 from megavtp.pretraining.recipe import Pretraining

@@ -4,8 +4,6 @@ Each pass takes its rows of the batch to the device one micro-batch at a time. I
 patches are made on the host, so that no step waits for the device to say how many there are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,11 +17,10 @@ from megavtp.data.batch import Batch, masked_rows
 from megavtp.models.latent_noise import LatentNoise, draw_latent_noise
 from megavtp.nn.drop_path import DropPlan, draw_drop_plan
 from megavtp.objectives.centering import center_bias, sinkhorn_bias, update_center
-from megavtp.objectives.contrastive import info_nce
+from megavtp.objectives.contrastive import info_nce, siglip
 from megavtp.objectives.koleo import koleo
 from megavtp.objectives.reconstruction import reconstruction_terms
 from megavtp.objectives.self_distillation import StudentOutput, TeacherBias, TeacherOutput, self_distillation_loss
-from megavtp.objectives.siglip import siglip
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.passes import Pass
 from megavtp.parallel.pipeline import Runner, forward
@@ -54,10 +51,6 @@ class _PretrainingPass(Pass):
         self.batch = batch
         return self.share.micro_batches
 
-    def rows(self, micro: int) -> slice:
-        """Return the rows of this rank's share that are in the micro-batch."""
-        return slice(micro * self.share.micro_batch, (micro + 1) * self.share.micro_batch)
-
     def to_device(self, x: Tensor) -> Tensor:
         if self.device.type == "cuda" and not x.is_pinned():  # picked rows of a pinned batch are pageable again
             x = x.pin_memory()  # from pageable memory the copy would wait for the device
@@ -72,7 +65,7 @@ class _PretrainingPass(Pass):
 
         The draw is over all crops of the global batch, so it is the same on every layout.
         """
-        rows = self.rows(micro)
+        rows = self.share.rows(micro)
         first = self.mesh.dp_rank * self.share.local
         images = torch.arange(first + rows.start, first + rows.stop)
         sizes = [count * self.share.batch for count in crops]
@@ -95,14 +88,8 @@ class ContrastivePass(_PretrainingPass):
         self.images, self.tokens = _needed(batch.images), _needed(batch.tokens)
         return super().prepare(run, batch)
 
-    def inputs(self, micro: int) -> dict[str, Any]:
-        return self._inputs(micro, self.images)
-
-    def later_inputs(self, micro: int) -> dict[str, Any]:
-        return self._inputs(micro, self.images.to("meta"))
-
-    def _inputs(self, micro: int, images: Tensor) -> dict[str, Any]:
-        rows = self.rows(micro)
+    def inputs(self, micro: int, first: bool = True) -> dict[str, Any]:
+        rows, images = self.share.rows(micro), self.images if first else self.images.to("meta")
         pixels, size = self.pixels(images[rows]), contrastive_size(self.config)
         if size < pixels.shape[-1]:
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
@@ -147,7 +134,7 @@ class SelfDistillationPass(_PretrainingPass):
             self.settings.teacher_temperature_start, self.settings.teacher_temperature,
         )
         self.global_crops, self.local_crops = _needed(batch.global_crops), _needed(batch.local_crops)
-        masks = [_needed(batch.masks)[:, self.rows(micro)] for micro in range(count)]  # (2, m, patches) each
+        masks = [_needed(batch.masks)[:, self.share.rows(micro)] for micro in range(count)]  # (2, m, patches) each
         rows_and_weights = [masked_rows(mask) for mask in masks]
         self._masked_rows, self._patch_weights = (
             [self.to_device(x) for x in column] for column in zip(*rows_and_weights)
@@ -166,8 +153,7 @@ class SelfDistillationPass(_PretrainingPass):
         self.centers = {name: state[f"center/{name}"] for name in self.centers}
 
     def _teacher_inputs(self, micro: int, first: bool) -> dict[str, Any]:
-        crops = self.global_crops if first else self.global_crops.to("meta")
-        return {"global_crops": self._crops(crops, micro), "masked_rows": self._masked_rows[micro]}
+        return {"global_crops": self._crops(self.global_crops, micro, first), "masked_rows": self._masked_rows[micro]}
 
     def _teacher_bias(self) -> TeacherBias:
         """Compute the centering of this step's targets, over the class tokens and the masked patches of all ranks."""
@@ -177,7 +163,7 @@ class SelfDistillationPass(_PretrainingPass):
             if self.settings.centering == "sinkhorn":
                 biases[name] = sinkhorn_bias(
                     features, prototypes, self.temperature, iterations=self.settings.sinkhorn_iterations,
-                    chunk=self.settings.chunk, mesh=self.mesh,
+                    rows_at_once=self.settings.chunk, mesh=self.mesh,
                 )
             else:
                 biases[name] = center_bias(self.centers[name], self.temperature)
@@ -186,20 +172,16 @@ class SelfDistillationPass(_PretrainingPass):
                 )
         return TeacherBias(**biases)
 
-    def _crops(self, crops: Tensor, micro: int) -> Tensor:
-        return self.pixels(crops[:, self.rows(micro)].flatten(0, 1))
+    def _crops(self, crops: Tensor, micro: int, first: bool) -> Tensor:
+        crops = crops if first else crops.to("meta")
+        return self.pixels(crops[:, self.share.rows(micro)].flatten(0, 1))
 
-    def inputs(self, micro: int) -> dict[str, Any]:
-        return self._inputs(micro, self.global_crops, self.local_crops)
-
-    def later_inputs(self, micro: int) -> dict[str, Any]:
-        return self._inputs(micro, self.global_crops.to("meta"), self.local_crops.to("meta"))
-
-    def _inputs(self, micro: int, global_crops: Tensor, local_crops: Tensor) -> dict[str, Any]:
-        crops = [len(global_crops)] + [len(local_crops)] * (len(local_crops) > 0)
+    def inputs(self, micro: int, first: bool = True) -> dict[str, Any]:
+        local_crops = self.local_crops
+        crops = [len(self.global_crops)] + [len(local_crops)] * (len(local_crops) > 0)
         return {
-            "global_crops": self._crops(global_crops, micro),
-            "local_crops": self._crops(local_crops, micro) if len(local_crops) else None,
+            "global_crops": self._crops(self.global_crops, micro, first),
+            "local_crops": self._crops(local_crops, micro, first) if len(local_crops) else None,
             "masks": self._masks[micro], "masked_rows": self._masked_rows[micro],
             "drop": self.drop_plan(micro, crops),
         }
@@ -239,26 +221,21 @@ class ReconstructionPass(_PretrainingPass):
 
     def device_images(self, micro: int) -> Tensor:
         if self._last is None or self._last[0] != micro:
-            self._last = micro, self.pixels(self.images[self.rec_rows[self.rows(micro)]])
+            self._last = micro, self.pixels(self.images[self.rec_rows[self.share.rows(micro)]])
         return self._last[1]
 
     def meta_images(self) -> Tensor:
         return torch.empty((self.share.micro_batch, *self.images.shape[1:]), device="meta")
 
-    def inputs(self, micro: int) -> dict[str, Any]:
-        return self._inputs(micro, self.device_images(micro))
-
-    def later_inputs(self, micro: int) -> dict[str, Any]:
-        return self._inputs(micro, self.meta_images())
-
-    def _inputs(self, micro: int, images: Tensor) -> dict[str, Any]:
+    def inputs(self, micro: int, first: bool = True) -> dict[str, Any]:
+        images = self.device_images(micro) if first else self.meta_images()
         return {"images": images, "drop": self.drop_plan(micro, [1]), "noise": self.noise(micro)}
 
     def noise(self, micro: int) -> LatentNoise | None:
         if self.settings.latent_noise == 0:
             return None
         model, first = self.config.model, self.mesh.dp_rank * self.share.local
-        rows, side = self.rows(micro), model.image_size // model.patch_size
+        rows, side = self.share.rows(micro), model.image_size // model.patch_size
         noise = draw_latent_noise(
             seed=self.config.seed, step=self.batch.step, images=range(first + rows.start, first + rows.stop),
             shape=(model.bottleneck, side, side), strength=self.settings.latent_noise,
@@ -277,10 +254,10 @@ def build_passes(
 ) -> list[Pass]:
     """Make the passes of the objectives that are on, in the order in which a step runs them."""
     passes: list[Pass] = []
-    if share.contrastive:
-        passes.append(ContrastivePass(config, share.contrastive, mesh, device))
-    if share.self_distillation:
-        passes.append(SelfDistillationPass(config, share.self_distillation, mesh, device))
-    if share.reconstruction:
-        passes.append(ReconstructionPass(config, share.reconstruction, mesh, device, perceptual))
+    if part := share.passes.get("contrastive"):
+        passes.append(ContrastivePass(config, part, mesh, device))
+    if part := share.passes.get("self_distillation"):
+        passes.append(SelfDistillationPass(config, part, mesh, device))
+    if part := share.passes.get("reconstruction"):
+        passes.append(ReconstructionPass(config, part, mesh, device, perceptual))
     return passes

@@ -1,7 +1,5 @@
 """Pre-training: the recipe of the three objectives."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -102,7 +100,6 @@ class Pretraining(Recipe):
         return 1 - cosine(step, self.config.train.steps, start, end)
 
     def is_frozen(self, step: int, group: dict[str, Any]) -> bool:
-        """The prototypes are frozen at first."""
         steps = self.config.objectives.self_distillation.freeze_last_layer * self.config.train.steps
         return group["prototypes"] and step < steps
 
@@ -130,6 +127,7 @@ class Pretraining(Recipe):
 
     def finish(self, telemetry: Telemetry) -> None:
         self._evaluation.finish(self.config.train.steps)
+        super().finish(telemetry)
 
 
 def build_perceptual(config: ResolvedConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -164,7 +162,6 @@ def build_model(
 def build_engine(
     model: VTP, config: ResolvedConfig, mesh: Mesh, leaf_classes: tuple[type[nn.Module], ...] = (Block,)
 ) -> Engine:
-    """Build the engine around a model, with its optimizer."""
     optimizer = build_optimizer(
         model.named_parameters(), config.train.optimizer, zero_stage=config.parallel.zero_stage,
         max_logit_scale=model.max_logit_scale,

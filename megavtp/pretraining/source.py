@@ -1,7 +1,5 @@
 """The data of a recipe that names their source, made when a run first needs them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from megavtp.config.sizes import ResolvedConfig

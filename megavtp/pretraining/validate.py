@@ -1,7 +1,5 @@
 """The rules of pre-training's launcher."""
 
-from __future__ import annotations
-
 from megavtp.config.ranges import need
 from megavtp.config.schema import Config
 from megavtp.config.sizes import ResolvedConfig

@@ -1,7 +1,5 @@
 """The cells of a study: every combination of choices, looked at at every point, with every seed of the DiT."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +7,7 @@ from functools import cached_property
 from itertools import product
 from pathlib import Path
 
-from megavtp.dit.flops import dit_flops_per_step
+from megavtp.dit.summary import dit_flops
 from megavtp.planning.flops import flops_per_step
 from megavtp.planning.summary import parameter_counts
 from megavtp.study.config import StudyConfig, words
@@ -142,7 +140,7 @@ class _Combination:
         config = self.recipes.dit(own, look)
         return Link(
             "dit", folder, (*self.recipes.arguments("dit"), *own), (_checkpoint(folder, config.train.steps),),
-            settings_of(config), latents, config.train.steps * dit_flops_per_step(config)["total"],
+            settings_of(config), latents, 3.0 * config.train.steps * config.train.batch_size * dit_flops(config.model),
         )
 
     def _evaluate(self, folder: Path, made: Link, tokenizer: Path) -> Link:

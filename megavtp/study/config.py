@@ -1,7 +1,5 @@
 """The settings of a study, as frozen dataclasses. An unknown key is refused; ``load_study`` checks the rules."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Sequence

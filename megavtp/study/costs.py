@@ -1,7 +1,5 @@
 """What the links of a study cost: operations, and hours by the rates that were measured or given."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megavtp.study.config import CostConfig

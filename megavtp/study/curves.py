@@ -1,7 +1,5 @@
 """Curves through the results of a study: one for each measure and line, where a line has one choice on each axis."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations

@@ -5,8 +5,6 @@ drawn anew. Few points leave the noise itself uncertain, so each sample draws it
 distribution has it; without that, intervals of fewer than some twenty points are too narrow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

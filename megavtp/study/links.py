@@ -1,7 +1,5 @@
 """The links of a study's cells: each is one command with a folder of its own, and may serve several cells."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Mapping
@@ -45,7 +43,7 @@ class Link:
     arguments: tuple[str, ...]
     outputs: tuple[Path, ...]
     settings: Mapping[str, Any]
-    after: Link | None = None
+    after: "Link | None" = None
     flops: float = 0.0
 
     @property

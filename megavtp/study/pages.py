@@ -1,7 +1,5 @@
 """What the study's commands print: the plan, the state, and what the curves say."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

@@ -5,8 +5,6 @@ to d for a < 0. For given b and c it is linear in a and d, so that only b and c 
 grid over both gives the starts, and damped Gauss-Newton steps with Huber's weights go on from there.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +35,7 @@ class PowerLaws:
         """Return the values (m, k) at places (k,) that all curves share, or at a row (m, k) of places of each."""
         return self.a[:, None] * (x + self.b[:, None]) ** -self.c[:, None] + self.d[:, None]
 
-    def __getitem__(self, index: slice | NDArray[np.int64]) -> PowerLaws:
+    def __getitem__(self, index: slice | NDArray[np.int64]) -> "PowerLaws":
         return PowerLaws(self.a[index], self.b[index], self.c[index], self.d[index])
 
 

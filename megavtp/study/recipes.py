@@ -1,7 +1,5 @@
 """The configurations of one combination of choices: the recipe of each stage with the study's settings over it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache

@@ -1,7 +1,5 @@
 """What a link's folder says about it: begun, failed or finished, with which settings, and in which time."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Mapping
@@ -10,10 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megavtp.data.files import unwritable, write_json
+from megavtp.data.files import write_json
 from megavtp.errors import UserError
 from megavtp.json_file import form, read_json
 from megavtp.study.links import Link
+from megavtp.training.output_dir import writing
 
 RECORD = "link.json"
 
@@ -39,11 +38,9 @@ def read_record(link: Link) -> Record | None:
 
 def write_record(link: Link, record: Record) -> None:
     """Write a link's record, which makes its folder. UserError: it cannot be written."""
-    try:
+    with writing(link.folder / RECORD):
         link.folder.mkdir(parents=True, exist_ok=True)
         write_json(link.folder / RECORD, vars(record), indent=1)
-    except OSError as error:
-        raise unwritable(link.folder / RECORD, error) from None
 
 
 def is_finished(link: Link, record: Record | None) -> bool:

@@ -1,18 +1,17 @@
 """The results of a study: a table with a row for each finished cell, as CSV and JSON, and the curves through it."""
 
-from __future__ import annotations
-
 import csv
 import io
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megavtp.data.files import unwritable, write_atomic, write_json
+from megavtp.data.files import write_atomic, write_json
 from megavtp.study.cells import Cell
 from megavtp.study.config import COLUMNS, StudyConfig
 from megavtp.study.curves import fit_results
 from megavtp.study.record import is_finished, read_metrics, read_record
+from megavtp.training.output_dir import writing
 
 Row = dict[str, Any]
 TABLE = "results"  # .csv and .json in the study's folder
@@ -46,9 +45,7 @@ def write_results(study: StudyConfig, cells: list[Cell]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     fits = fit_results(study, rows)
-    try:
+    with writing(folder / TABLE):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / f"{TABLE}.csv", text.getvalue().encode())
         write_json(folder / f"{TABLE}.json", {"rows": rows, "curves": asdict(fits)}, indent=1)
-    except OSError as error:
-        raise unwritable(folder / TABLE, error) from None

@@ -1,7 +1,5 @@
 """Run a study's links one after the other: finished ones are skipped, broken ones go on, failed ones are named."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os
@@ -16,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 
 from megavtp import cli
-from megavtp.data.files import unwritable
 from megavtp.data.folder_lock import FolderLock
 from megavtp.errors import UserError
 from megavtp.study.cells import cells_of, links_of
@@ -24,6 +21,7 @@ from megavtp.study.config import StudyConfig, words
 from megavtp.study.links import Link
 from megavtp.study.record import Record, check_unchanged, is_finished, read_record, tail, write_record
 from megavtp.study.results import write_results
+from megavtp.training.output_dir import writing
 
 # Runs a link's command, which inherits the locked descriptor, with its output in the link's log; returns the status.
 Start = Callable[[list[str], Link, int], int]
@@ -46,11 +44,9 @@ def run_study(study: StudyConfig, start: Start | None = None, tell: Callable[[st
     links = links_of(cells)
     for link in links:
         check_unchanged(link, read_record(link))
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FolderLock(folder, "set another output_dir")
-    except OSError as error:
-        raise unwritable(folder, error) from None
     failed: dict[Path, Link] = {}  # by the folder of each link that cannot finish, the one that failed
     try:
         for number, link in enumerate(links, 1):

@@ -1,20 +1,17 @@
 """metrics.jsonl has one JSON object a line, and each step once, however often a run is resumed."""
 
-from __future__ import annotations
-
 import contextlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megavtp.data.files import unwritable, write_atomic
+from megavtp.data.files import write_atomic
 from megavtp.data.folder_lock import leads_to
 from megavtp.errors import UserError
 from megavtp.json_file import parse_json
+from megavtp.training.output_dir import writing
 
 
 class MetricsFile:
@@ -26,23 +23,19 @@ class MetricsFile:
 
     def __init__(self, path: Path, start_step: int):
         self.path = path
-        try:
+        with writing(path):
             if path.exists():
                 kept = [_line(record) for record in read_metrics(path) if 0 < start_step >= record["step"]]
                 write_atomic(path, b"".join(kept), flush=True)
             self._descriptor = self._open()
-        except OSError as error:
-            raise unwritable(path, error) from error
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record, which has a ``kind`` and a ``step``."""
-        try:
+        with writing(self.path):
             if not leads_to(self.path, self._descriptor):
                 self.close()
                 self._descriptor = self._open()
             self._write(_line(record))
-        except OSError as error:
-            raise unwritable(self.path, error) from error
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -66,22 +59,13 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of the file, if it is there, without a torn line."""
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            with suppress(UserError):
+            with contextlib.suppress(UserError):
                 record = parse_json(line, dict[str, Any], str(path), "")
                 if isinstance(record.get("step"), int):
                     yield record
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
-
-
-def _plain(value: Any) -> Any:
-    """Return a value that JSON can hold: non-finite numbers become null, paths and the like their text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+    """Return the record as JSON: non-finite numbers become null, paths and the like their text."""
+    plain = json.loads(json.dumps(record, default=str), parse_constant=lambda _: None)
+    return json.dumps(plain, allow_nan=False).encode() + b"\n"

@@ -1,7 +1,5 @@
 """AdamW parameter groups: no decay on vectors and scalars, one learning-rate scale per tower."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -37,17 +35,12 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         tower = tower_of(name)
-        decay = config.weight_decay if sum(size > 1 for size in parameter.shape) > 1 else 0.0
-        prototypes = name.startswith("dino_head.last_layer.")
-        logit_scale = name == "logit_scale"
-        group = groups.setdefault(
-            (tower, decay, prototypes, logit_scale),
-            {
-                "params": [], "weight_decay": decay, "lr_scale": config.lr_scale.get(tower, 1.0), "tower": tower,
-                "prototypes": prototypes, "logit_scale": logit_scale,
-            },
-        )
-        group["params"].append(parameter)
+        shared = {
+            "weight_decay": config.weight_decay if sum(size > 1 for size in parameter.shape) > 1 else 0.0,
+            "lr_scale": config.lr_scale.get(tower, 1.0), "tower": tower,
+            "prototypes": name.startswith("dino_head.last_layer."), "logit_scale": name == "logit_scale",
+        }
+        groups.setdefault(tuple(shared.values()), {"params": [], **shared})["params"].append(parameter)
     return list(groups.values())
 
 
@@ -64,8 +57,7 @@ def build_optimizer(
     """
     groups = parameter_groups(named, config, tower_of)
     beta1, beta2 = config.betas
-    on_gpu = groups[0]["params"][0].is_cuda
-    fused = _apex_adam() if on_gpu and zero_stage < 3 else None
+    fused = _apex_adam() if groups[0]["params"][0].is_cuda and zero_stage < 3 else None
     if fused is not None:
         optimizer = fused(groups, adam_w_mode=True, lr=config.lr, betas=(beta1, beta2), eps=config.eps)
     else:

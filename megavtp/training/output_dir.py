@@ -1,8 +1,8 @@
 """The folder that a run writes to."""
 
-from __future__ import annotations
-
 import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,17 @@ from megavtp.data.folder_lock import FolderLock
 from megavtp.errors import UserError
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def writing(what: Path | str, remedy: str = "set output_dir") -> Iterator[None]:
+    """Write in here what belongs to a run: an OSError becomes a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{what}: cannot be written ({error.strerror or error}); free disk space or {remedy}"
+        ) from error
 
 
 class OutputDir:
@@ -26,38 +37,31 @@ class OutputDir:
     def __init__(self, config: Any, is_main: bool):
         self._config, self._folder = config, Path(config.output_dir)
         self._lock: FolderLock | None = None
-        try:
+        with self._writing():
             self._folder.mkdir(parents=True, exist_ok=True)
             if is_main:
                 self._lock = FolderLock(self._folder, "set another output_dir")
-        except OSError as error:
-            raise self._unwritable(error) from None
 
     def begin(self) -> None:
         """Write ``config.yaml``, once nothing can refuse the run any more."""
         if self._lock is not None:
-            try:
+            with self._writing():
                 write_atomic(self._folder / "config.yaml", to_yaml(self._config).encode())
-            except OSError as error:
-                raise self._unwritable(error) from None
 
     def keep(self) -> None:
         """Make the folder anew if it was deleted or moved away: the run's state may exist nowhere else."""
-        try:
+        with self._writing():
             renewed = self._lock is not None and self._lock.renew()
-        except OSError as error:
-            raise self._unwritable(error) from None
         if renewed:
             log.warning("%s was deleted or moved away: it is made anew, and the run goes on there", self._folder)
             self.begin()
 
-    def __enter__(self) -> OutputDir:
+    def __enter__(self) -> "OutputDir":
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._lock is not None:
             self._lock.close()
 
-    def _unwritable(self, error: OSError) -> UserError:
-        where = f"output_dir = {self._folder}"
-        return UserError(f"{where} cannot be written ({error.strerror}); free disk space or set another one")
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(f"output_dir = {self._folder}", "set another one")

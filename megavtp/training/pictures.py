@@ -1,7 +1,5 @@
 """Pictures of a run: inputs above their reconstructions, and loss curves from metrics.jsonl."""
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import logging
@@ -13,12 +11,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from megavtp.data.files import unwritable, write_atomic
+from megavtp.arithmetic import ceil_div
+from megavtp.data.files import write_atomic
 from megavtp.training.metrics_file import read_metrics
+from megavtp.training.output_dir import writing
 
 COLUMNS = 8  # images side by side on a sheet, at most
 _GAP = 4  # pixels between pictures
-_BAND_GAP = 16  # pixels between groups of rows
+_BAND_GAP = 16  # pixels between bands of rows
 _SMALLEST_SIDE = 96  # pixels; smaller pictures are enlarged by a whole factor
 _SMOOTHING = 25  # lines of metrics.jsonl in the running mean, at most
 # Titles of the terms in a chart; other terms come after these, under their own names.
@@ -36,29 +36,29 @@ log = logging.getLogger(__name__)
 
 
 def reconstruction_grid(inputs: Tensor, reconstructions: Tensor, path: Path) -> None:
-    """Save inputs (n, 3, H, W) above their reconstructions, both uint8, as a PNG with labelled rows."""
+    """Save inputs (n, 3, H, W) above their reconstructions, both uint8, as a PNG with titled rows."""
     assert inputs.shape == reconstructions.shape and inputs.dtype == reconstructions.dtype == torch.uint8
-    labels = ("input", "reconstruction")
     bands = zip(inputs.cpu().split(COLUMNS), reconstructions.cpu().split(COLUMNS))
-    _save(draw_sheet([row for band in bands for row in zip(labels, band)], band=len(labels)), path)
+    rows = [row for band in bands for row in zip(("input", "reconstruction"), band)]
+    _save(draw_sheet(rows, band=2), path)
 
 
 def draw_sheet(rows: Sequence[tuple[str, Tensor]], band: int = 0) -> Image.Image:
-    """Draw rows of images, uint8 (n, 3, H, W), each with a label at its left; a wide gap follows every ``band`` rows.
+    """Draw rows of images, uint8 (n, 3, H, W), each with a title at its left; a wide gap follows every ``band`` rows.
 
     Small images are enlarged.
     """
     height, width = rows[0][1].shape[2:]
-    factor = max(1, -(-_SMALLEST_SIDE // min(height, width)))
+    factor = max(1, ceil_div(_SMALLEST_SIDE, min(height, width)))
     height, width = height * factor, width * factor
     font = ImageFont.load_default(size=14)
-    margin = 12 + round(max(font.getlength(label) for label, _ in rows))
+    margin = 12 + round(max(font.getlength(title) for title, _ in rows))
     tops = [_GAP + n * (height + _GAP) + (n // band * (_BAND_GAP - _GAP) if band else 0) for n in range(len(rows))]
     size = (margin + max(len(images) for _, images in rows) * (width + _GAP), tops[-1] + height + _GAP)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for top, (label, images) in zip(tops, rows):
-        draw.text((margin - 6, top + height // 2), label, fill="black", font=font, anchor="rm")
+    for top, (title, images) in zip(tops, rows):
+        draw.text((margin - 6, top + height // 2), title, fill="black", font=font, anchor="rm")
         for column, image in enumerate(images):
             picture = to_picture(image).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(picture, (margin + column * (width + _GAP), top))
@@ -87,7 +87,7 @@ def loss_curves(metrics: Path, path: Path) -> bool:
     from matplotlib.figure import Figure
 
     columns = min(4 if len(curves) > 6 else 3, len(curves))
-    rows = -(-len(curves) // columns)
+    rows = ceil_div(len(curves), columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -136,8 +136,6 @@ def _save(picture: Image.Image, path: Path) -> None:
     """Write a PNG file and rename it into place, so that a viewer never sees half a picture."""
     file = io.BytesIO()
     picture.save(file, format="PNG")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, file.getvalue())
-    except OSError as error:
-        raise unwritable(path, error) from None

@@ -1,7 +1,5 @@
 """The progress line of a run, live on a terminal and line by line in a file."""
 
-from __future__ import annotations
-
 import resource
 import shutil
 import sys
@@ -22,7 +20,6 @@ class ProgressLine:
         self._open = False  # whether the cursor stands behind a line that may be overwritten
 
     def update(self, record: Mapping[str, Any], total_steps: int) -> None:
-        """Show a step record."""
         line = step_text(record, total_steps)
         if self._live:
             width = shutil.get_terminal_size().columns
@@ -54,13 +51,13 @@ def step_text(record: Mapping[str, Any], total_steps: int) -> str:
     speed = f"{record['images_per_second']:,.4g} img/s, data wait {record['data_wait']:.0%}"
     if record["mfu"] is not None:
         speed += f", MFU {record['mfu']:.1%}"
-    parts = [
+    fields = [
         f"step {record['step']}/{total_steps}", f"ETA {duration(record['eta_seconds'])}", terms, speed,
         f"grad {record['grad_norm']:.3g}, lr {record['lr']:.3g}", f"{record['memory_gib']:.1f} GiB",
     ]
     if record["nonfinite_steps"]:
-        parts.append(f"{record['nonfinite_steps']} non-finite")
-    return " | ".join(part for part in parts if part)
+        fields.append(f"{record['nonfinite_steps']} non-finite")
+    return " | ".join(filter(None, fields))
 
 
 def duration(seconds: float) -> str:

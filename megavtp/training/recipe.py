@@ -1,9 +1,8 @@
 """The interface of a recipe: what is trained, on which data, by which passes. ``run.run`` runs one."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from megavtp.data.loader import B, Loader, StepSource
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import build_mesh
 from megavtp.parallel.passes import Pass
+from megavtp.training.pictures import loss_curves
 from megavtp.training.step import Pairs
-from megavtp.training.telemetry import Telemetry
+from megavtp.training.telemetry import METRICS_FILE, Telemetry
 
 Hook = Callable[[int], None]
 
@@ -101,6 +101,8 @@ class Recipe(ABC):
         """Return (interval, function of the number of steps done): all ranks call it once in so many steps."""
         return []
 
-    @abstractmethod
     def finish(self, telemetry: Telemetry) -> None:
-        """Write what a finished run leaves besides its checkpoints. Every rank calls this."""
+        """Write what a finished run leaves besides its checkpoints: its loss curves. Every rank calls this."""
+        if self.mesh.rank == 0:
+            output = Path(self.config.output_dir)
+            loss_curves(output / METRICS_FILE, output / "loss_curves.png")

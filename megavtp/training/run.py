@@ -1,7 +1,5 @@
 """A run of a recipe, from its files to its last checkpoint."""
 
-from __future__ import annotations
-
 from megavtp.launch import phase
 from megavtp.launch.ranks import STOPPED
 from megavtp.parallel.collectives import together
@@ -9,6 +7,7 @@ from megavtp.training.output_dir import OutputDir
 from megavtp.training.recipe import Recipe
 from megavtp.training.replay import replay_step
 from megavtp.training.telemetry import Telemetry
+from megavtp.training.trackers import check_trackers
 from megavtp.training.trainer import Trainer
 
 
@@ -37,7 +36,8 @@ def run(recipe: Recipe, replay: int | None = None) -> int:
 
 
 def _train(recipe: Recipe, output: OutputDir) -> int:
-    telemetry = Telemetry.of_run(recipe.config, recipe.mesh, recipe.flops_per_step(), output.keep)
+    check_trackers(recipe.config.telemetry)
+    telemetry = Telemetry(recipe.config, recipe.mesh, recipe.flops_per_step(), output.keep)
     trainer = Trainer(recipe, telemetry)
     phase.enter("reading the checkpoint", slow=True)
     start = trainer.resume()

@@ -1,7 +1,5 @@
 """Values that change over a run, as pure functions of the 0-based step: nothing to save, nothing to restore."""
 
-from __future__ import annotations
-
 import math
 
 from megavtp.config.run import OptimizerConfig
@@ -21,28 +19,19 @@ def linear_warmup(step: int, warmup: int, start: float, end: float) -> float:
     return start + (end - start) * max(step, 0) / warmup
 
 
-def warmup_cosine(step: int, steps: int, warmup: int, peak: float, floor: float) -> float:
-    """Learning rate: linear over ``warmup`` steps to ``peak``, then half a cosine to ``floor`` at ``steps``.
+def learning_rate(step: int, steps: int, settings: OptimizerConfig) -> float:
+    """Return the rate of a 0-based step: it rises in a line to ``lr`` at the end of the warm-up.
 
-    Step 0 already has ``peak / warmup``: a rate of 0 would waste the first batch. With ``warmup >= steps`` the run ends
-    while still warming up.
+    From there it follows half a cosine to ``min_lr`` at ``steps``. If ``cooldown`` is given, it is held instead, and
+    falls in a line over that last fraction of the steps (warmup-stable-decay: MiniCPM, arXiv 2404.06395).
+
+    Step 0 already has ``lr / warmup_steps``: a rate of 0 would waste the first batch. With ``warmup_steps >= steps``
+    the run ends while still warming up.
     """
+    warmup, peak, floor, cooldown = settings.warmup_steps, settings.lr, settings.min_lr, settings.cooldown
     if step < warmup:
         return peak * (step + 1) / warmup
-    return cosine(step - warmup, steps - warmup, peak, floor)
-
-
-def warmup_hold(step: int, steps: int, warmup: int, peak: float, floor: float, cooldown: float) -> float:
-    """Learning rate: linear over ``warmup`` steps to ``peak``, held, then a straight line to ``floor`` at ``steps``
-    over the last ``cooldown`` (a fraction of ``steps``); warmup-stable-decay (MiniCPM, arXiv 2404.06395).
-    """
-    if step < warmup:
-        return peak * (step + 1) / warmup
+    if cooldown is None:
+        return cosine(step - warmup, steps - warmup, peak, floor)
     left = (steps - step) / (cooldown * steps) if cooldown else 1.0
     return floor + (peak - floor) * min(1.0, max(0.0, left))
-
-
-def learning_rate(step: int, steps: int, settings: OptimizerConfig) -> float:
-    """Return the rate of a 0-based step: held, then cooled down, if ``settings.cooldown`` is given, else a cosine."""
-    shape = (step, steps, settings.warmup_steps, settings.lr, settings.min_lr)
-    return warmup_cosine(*shape) if settings.cooldown is None else warmup_hold(*shape, settings.cooldown)

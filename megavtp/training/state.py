@@ -1,7 +1,5 @@
 """A run's state in the checkpoint store, by logical name and independent of the layout."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -19,9 +17,8 @@ from megavtp.json_file import Count
 from megavtp.parallel.collectives import all_gather, together
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.engine_state import MOMENTS
-from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.passes import Pass
-from megavtp.parallel.sharding import Shard, cut, whole_shape
+from megavtp.parallel.sharding import cut, whole_shape
 
 
 def save(
@@ -37,7 +34,7 @@ def save(
     writers, own = mesh.tp * mesh.dp, mesh.dp_rank * mesh.tp + mesh.tp_rank  # of a stage's tensors
     tensors = engine.export(wanted=lambda number: number % writers == own)
     carried = {
-        name: _whole(value, objective.state_shard, mesh)
+        name: value if objective.state_shard is None else all_gather(value, mesh, "tp")
         for objective in passes for name, value in objective.state().items()
     }
     if mesh.is_last_stage and own == 0:
@@ -48,10 +45,6 @@ def save(
     store.save(step, tensors, meta, writer=mesh.rank, writers=mesh.world_size)
 
 
-def _whole(value: Tensor, shard: Shard | None, mesh: Mesh) -> Tensor:
-    return value if shard is None else all_gather(value, mesh, "tp")
-
-
 def load(checkpoint: Checkpoint, engine: Engine, passes: Sequence[Pass]) -> int:
     """Fill engine and passes from a checkpoint of any layout; return the step to go on with.
 
@@ -60,14 +53,13 @@ def load(checkpoint: Checkpoint, engine: Engine, passes: Sequence[Pass]) -> int:
     Raises:
         UserError: a tensor is missing or has another shape.
     """
-    names = set(checkpoint.names)
-    weights_only = all(name.startswith("model/") for name in names)
+    weights_only = all(name.startswith("model/") for name in checkpoint.names)
 
     def tensor(name: str) -> Tensor:
         kind, _, parameter = name.partition("/")
-        if weights_only and kind in MOMENTS and f"model/{parameter}" in names:
+        if weights_only and kind in MOMENTS:
             return torch.zeros(checkpoint.shape(f"model/{parameter}"))
-        return checkpoint.tensor(_known(checkpoint, names, name))
+        return checkpoint.tensor(name)
 
     carried = [(objective, {} if weights_only else objective.state()) for objective in passes]
     shapes = {
@@ -86,22 +78,18 @@ def load(checkpoint: Checkpoint, engine: Engine, passes: Sequence[Pass]) -> int:
     return checkpoint.step
 
 
-def _known(checkpoint: Checkpoint, names: set[str], name: str) -> str:
-    if name not in names:
-        raise UserError(
-            f"{checkpoint.path} has no tensor {name}: it was trained with other objectives or another model; "
-            "set the same model and objectives, or another output_dir"
-        )
-    return name
-
-
 def _check_names_and_shapes(checkpoint: Checkpoint, engine: Engine, carried: Mapping[str, tuple[int, ...]]) -> None:
     names = set(checkpoint.names)
-    expected = dict(carried)
-    for name, shape in engine.logical_shapes().items():
-        _known(checkpoint, names, f"model/{name}")
-        expected |= {f"{kind}/{name}": shape for kind in ("model", *MOMENTS)}
-    for name, shape in expected.items():
+    logical = engine.logical_shapes()
+    required = {**carried, **{f"model/{name}": shape for name, shape in logical.items()}}
+    for name in required:
+        if name not in names:
+            raise UserError(
+                f"{checkpoint.path} has no tensor {name}: it was trained with other objectives or another model; "
+                "set the same model and objectives, or another output_dir"
+            )
+    trained = {f"{kind}/{name}": shape for name, shape in logical.items() for kind in MOMENTS}  # or not
+    for name, shape in (required | trained).items():
         if name in names and checkpoint.shape(name) != shape:
             raise UserError(
                 f"{checkpoint.path}: {name} has shape {checkpoint.shape(name)}, this model has {shape}: set the model "
@@ -121,9 +109,7 @@ def checkpoint_root(config: RunConfig) -> Path:
 
 def decides_samples(key: str) -> bool:
     """Tell whether a key that every recipe has decides which samples a step sees, or what is drawn for them."""
-    reading = (
-        "data.root", "data.source", "data.workers", "data.prefetch", "data.max_bad_samples", "data.max_pixels",
-    )
+    reading = ("data.root", "data.source", "data.workers", "data.prefetch", "data.max_bad_samples", "data.max_pixels")
     return (key.startswith("data.") and key not in reading) or key in ("seed", "train.batch_size")
 
 

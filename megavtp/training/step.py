@@ -1,7 +1,5 @@
 """The optimizer step of every recipe, on every layout. What the equivalence matrix proves is this function."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,10 +1,8 @@
 """A run's telemetry: loss terms, throughput, MFU, events. It reads the device once in ``telemetry.log_every`` steps."""
 
-from __future__ import annotations
-
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -13,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavtp.config.load import to_dict
-from megavtp.config.run import LoggingConfig, RunConfig
+from megavtp.config.run import RunConfig
 from megavtp.parallel.collectives import all_reduce
 from megavtp.parallel.mesh import Mesh
 from megavtp.planning.devices import device_peak_tflops
 from megavtp.training.metrics_file import MetricsFile
 from megavtp.training.progress import ProgressLine, peak_memory_gib
-from megavtp.training.sinks import MetricsSink, check_sinks, open_sinks
+from megavtp.training.trackers import Tracker, open_trackers
 
 METRICS_FILE = "metrics.jsonl"
-_NORM = "grad_norm/"  # prefix that sets a tower's gradient norm apart from the terms
+_NORM = "grad_norm"  # among the terms of a step: the norm of its gradient, and with a tower's name that tower's
+_OF_TOWER = f"{_NORM}/"
 _SPEED_MEMORY = 0.7  # weight of the past in the pace behind the ETA
 
 
@@ -34,69 +32,33 @@ class Telemetry:
     of step 20 describes the 20th update and the ones before it back to the previous line.
 
     Args:
-        total_steps: steps of the whole run; the last one is always logged.
-        images_per_step: image-text pairs in the global batch.
-        flops_per_step: model FLOPs of a step over all devices; None = no MFU.
-        peak_tflops: peak of all devices together; None = no MFU.
-        reduce: takes the mean of a float32 vector over data-parallel ranks; every rank calls it once per line.
-        make_sinks: opens further receivers for a start step; only rank 0 calls it.
+        flops: model FLOPs of a step over all devices.
         keep_folder: makes ``output_dir`` anew if it was deleted; rank 0 calls it before it writes a record.
     """
 
-    def __init__(
-        self, config: LoggingConfig, output_dir: Path, *, is_main: bool, total_steps: int, images_per_step: int,
-        flops_per_step: float | None = None, peak_tflops: float | None = None, device: torch.device | None = None,
-        reduce: Callable[[Tensor], Tensor] = lambda x: x,
-        make_sinks: Callable[[int], list[MetricsSink]] = lambda step: [],
-        keep_folder: Callable[[], None] = lambda: None,
-    ):
-        self._config = config
-        self._output_dir = Path(output_dir)
-        self._is_main = is_main
-        self._total_steps = total_steps
-        self._images_per_step = images_per_step
-        self._flops_per_step = flops_per_step
-        self._peak_tflops = peak_tflops
-        self._device = torch.device("cpu") if device is None else device
-        self._reduce = reduce
-        self._make_sinks, self._keep_folder = make_sinks, keep_folder
-        self._names: list[str] = []
-        self._steps: list[list[Tensor]] = []  # terms of the steps since the last line, on the device
-        self._norms: list[Tensor | float] = []
-        self._file: MetricsFile | None = None
-        self._sinks: list[MetricsSink] = []
-        self._before_start: list[dict[str, Any]] = []
-        self._progress = ProgressLine()
-        self._seconds_per_step: float | None = None
-        self._paused = 0.0
-        self._waited = 0.0
-
-    @classmethod
-    def of_run(
-        cls, config: RunConfig, mesh: Mesh, flops: float, keep_folder: Callable[[], None] = lambda: None
-    ) -> Telemetry:
-        """Make the telemetry of a run of ``flops`` model FLOPs per step. UserError if a sink is not installed."""
-        settings = config.telemetry
-        check_sinks(settings)
-        device, known_peak = torch.device("cpu"), None
+    def __init__(self, config: RunConfig, mesh: Mesh, flops: float, keep_folder: Callable[[], None] = lambda: None):
+        self.config, self.mesh, self.is_main = config, mesh, mesh.rank == 0
+        self.device, known_peak = torch.device("cpu"), None
         if torch.cuda.is_available():
-            device = torch.device("cuda", torch.cuda.current_device())
-            known_peak = device_peak_tflops(torch.cuda.get_device_name(device), config.parallel.precision)
-        peak = settings.peak_tflops or known_peak
-        output_dir = Path(config.output_dir)
-        return cls(
-            settings, output_dir, is_main=mesh.rank == 0, total_steps=config.train.steps,
-            images_per_step=config.train.batch_size, flops_per_step=flops,
-            peak_tflops=peak * mesh.world_size if peak else None, device=device,
-            reduce=lambda x: all_reduce(x, mesh, "dp") / mesh.dp,
-            make_sinks=lambda start: open_sinks(settings, output_dir, start, to_dict(config)), keep_folder=keep_folder,
-        )
+            self.device = torch.device("cuda", torch.cuda.current_device())
+            known_peak = device_peak_tflops(torch.cuda.get_device_name(self.device), config.parallel.precision)
+        peak = config.telemetry.peak_tflops or known_peak
+        self._flops, self._peak_flops = flops, peak * mesh.world_size * 1e12 if peak else None  # the peak is per second
+        self._keep_folder = keep_folder
+        self._names: list[str] = []
+        self._rows: list[list[Tensor | float]] = []  # one value of each name by step since the last line, on the device
+        self._file: MetricsFile | None = None
+        self._trackers: list[Tracker] = []
+        self._before_start: list[dict[str, Any]] = []
+        self.progress = ProgressLine()
+        self._seconds_per_step: float | None = None
+        self._paused = self._waited = 0.0
 
     def start(self, step: int) -> None:
         """Begin after ``step`` done steps: lines of later steps, which will be done again, are dropped."""
-        if self._is_main:
-            self._sinks = self._make_sinks(step)  # first, as it may refuse, and then nothing is dropped
-            self._file = MetricsFile(self._output_dir / METRICS_FILE, step)
+        if self.is_main:
+            self._trackers = open_trackers(self.config, step)  # first, as it may refuse, and then nothing is dropped
+            self._file = MetricsFile(Path(self.config.output_dir) / METRICS_FILE, step)
             for record in self._before_start:
                 self._emit(record)
             self._before_start.clear()
@@ -118,18 +80,17 @@ class Telemetry:
         In a line, terms, ``grad_norm`` and ``tower_grad_norms`` are means over its steps (and over ranks), without the
         non-finite ones, whose number is ``nonfinite_steps``; ``grad_norm_max`` is the largest; ``lr`` is the last.
         """
-        values = {**terms, **{_NORM + tower: norm for tower, norm in tower_norms.items()}}
+        values = {**terms, **{_OF_TOWER + tower: norm for tower, norm in tower_norms.items()}, _NORM: grad_norm}
         self._names = self._names or list(values)
         assert self._names == list(values), "the loss terms changed during the run"
-        self._steps.append(list(values.values()))
-        self._norms.append(grad_norm)
+        self._rows.append(list(values.values()))
         done = step + 1
-        if done % self._config.log_every == 0 or done == self._total_steps:
+        if done % self.config.telemetry.log_every == 0 or done == self.config.train.steps:
             self._line(done, lr, wait_seconds)
 
     def event(self, kind: str, *, step: int, **fields: Any) -> None:
-        """Record something that happened after ``step`` done steps; numbers among ``fields`` go to the sinks too."""
-        if not self._is_main:
+        """Record something that happened after ``step`` done steps; numbers among ``fields`` go to the trackers too."""
+        if not self.is_main:
             return
         record = {"kind": kind, "step": step, "time": time.time(), **fields}
         if self._file is None:
@@ -138,9 +99,9 @@ class Telemetry:
             self._emit(record)
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        """Send the sinks a picture that was saved at ``path``."""
-        for sink in self._sinks:
-            sink.picture(step, name, path)
+        """Send the trackers a picture that was saved at ``path``."""
+        for tracker in self._trackers:
+            tracker.picture(step, name, path)
         self.event("picture", step=step, name=name, path=str(path))
 
     @contextmanager
@@ -153,74 +114,64 @@ class Telemetry:
             self._paused += time.perf_counter() - begin
 
     def close(self) -> None:
-        """End the progress line, the file and the sinks."""
-        self._progress.close()
-        for sink in self._sinks:
-            sink.close()
+        self.progress.close()
+        for tracker in self._trackers:
+            tracker.close()
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def _line(self, done: int, lr: float, wait_seconds: float) -> None:
-        rows, norms, wait = self._read(wait_seconds - self._waited)
+        rows, wait = self._read(wait_seconds - self._waited)
         now = time.perf_counter()  # after the read, which waited for the device
         elapsed = max(now - self._since - self._paused, 1e-9)
-        steps = len(rows)
-        pace = elapsed / steps
+        pace = elapsed / len(rows)
         past = pace if self._seconds_per_step is None else self._seconds_per_step
         self._seconds_per_step = _SPEED_MEMORY * past + (1 - _SPEED_MEMORY) * pace
         self._since, self._paused, self._waited = now, 0.0, wait_seconds
-        if not self._is_main:
+        if not self.is_main:
             return
-        finite_norms = [norm for norm in norms if math.isfinite(norm)]
-        mfu = None
-        if self._flops_per_step and self._peak_tflops:
-            mfu = self._flops_per_step / pace / (self._peak_tflops * 1e12)
-        means = {name: _mean(column) for name, column in zip(self._names, zip(*rows))}
+        columns = {name: list(filter(math.isfinite, column)) for name, column in zip(self._names, zip(*rows))}
+        means = {name: sum(values) / len(values) if values else math.nan for name, values in columns.items()}
+        norms = {name.removeprefix(_OF_TOWER): mean for name, mean in means.items() if name.startswith(_OF_TOWER)}
         self._emit({
             "kind": "step", "step": done, "time": time.time(),
-            "terms": {name: value for name, value in means.items() if not name.startswith(_NORM)},
-            "tower_grad_norms": {
-                name.removeprefix(_NORM): value for name, value in means.items() if name.startswith(_NORM)
-            },
-            "grad_norm": _mean(norms), "grad_norm_max": max(finite_norms, default=math.nan), "lr": lr,
-            "nonfinite_steps": sum(not all(map(math.isfinite, (*row, norm))) for row, norm in zip(rows, norms)),
-            "images_per_second": self._images_per_step / pace, "seconds_per_step": pace,
-            "data_wait": wait / elapsed, "mfu": mfu, "memory_gib": peak_memory_gib(self._device),
-            "eta_seconds": (self._total_steps - done) * self._seconds_per_step,
+            "terms": {name: mean for name, mean in means.items() if not name.startswith(_NORM)},
+            "tower_grad_norms": norms,
+            "grad_norm": means[_NORM], "grad_norm_max": max(columns[_NORM], default=math.nan), "lr": lr,
+            "nonfinite_steps": sum(not all(map(math.isfinite, row)) for row in rows),
+            "images_per_second": self.config.train.batch_size / pace, "seconds_per_step": pace,
+            "data_wait": wait / elapsed,
+            "mfu": self._flops / pace / self._peak_flops if self._flops and self._peak_flops else None,
+            "memory_gib": peak_memory_gib(self.device),
+            "eta_seconds": (self.config.train.steps - done) * self._seconds_per_step,
         })
 
-    def _read(self, wait: float) -> tuple[list[list[float]], list[float], float]:
-        """Return rows of terms by step, gradient norms and seconds waited, all means over ranks, in one transfer.
+    def _read(self, wait: float) -> tuple[list[list[float]], float]:
+        """Return the rows of values by step and the seconds waited, all means over ranks, in one transfer.
 
         Norms that are numbers already are the same on every rank and stay as they are.
         """
-        steps, width = len(self._steps), len(self._names)
-        scalars = [value for row in self._steps for value in row]
-        scalars += [norm for norm in self._norms if isinstance(norm, Tensor)]
-        vector = torch.stack([scalar.detach().reshape(()).to(self._device, torch.float32) for scalar in scalars])
-        *values, wait = self._reduce(torch.cat([vector, vector.new_tensor([wait])])).tolist()
-        read = iter(values[steps * width :])
-        norms = [next(read) if isinstance(norm, Tensor) else norm for norm in self._norms]
-        self._steps, self._norms = [], []
-        return [values[row * width : (row + 1) * width] for row in range(steps)], norms, wait
+        scalars = [value for row in self._rows for value in row if isinstance(value, Tensor)]
+        vector = torch.stack([scalar.detach().reshape(()).to(self.device, torch.float32) for scalar in scalars])
+        vector = torch.cat([vector, vector.new_tensor([wait])])
+        *values, wait = (all_reduce(vector, self.mesh, "dp") / self.mesh.dp).tolist()
+        read = iter(values)
+        rows = [[next(read) if isinstance(value, Tensor) else value for value in row] for row in self._rows]
+        self._rows = []
+        return rows, wait
 
     def _emit(self, record: dict[str, Any]) -> None:
         self._keep_folder()
         assert self._file is not None, "records come after the start, on the first rank"
         self._file.append(record)
         if record["kind"] == "step":
-            self._progress.update(record, self._total_steps)
+            self.progress.update(record, self.config.train.steps)
         else:
-            self._progress.note(record)
+            self.progress.note(record)
         numbers = _numbers(record)
-        for sink in self._sinks if numbers else ():
-            sink.numbers(record["step"], numbers)
-
-
-def _mean(values: Sequence[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
+        for tracker in self._trackers if numbers else ():
+            tracker.numbers(record["step"], numbers)
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
@@ -228,7 +179,7 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
     prefix = "train" if record["kind"] == "step" else record["kind"]
     flat = dict(record.get("terms") or {}) if record["kind"] == "step" else {}
     flat |= {f"{prefix}/{key}": value for key, value in record.items() if key not in ("step", "time", "terms")}
-    flat |= {f"{prefix}/{_NORM}{tower}": value for tower, value in (record.get("tower_grad_norms") or {}).items()}
+    flat |= {f"{prefix}/{_OF_TOWER}{tower}": value for tower, value in (record.get("tower_grad_norms") or {}).items()}
     return {
         key: float(value) for key, value in flat.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

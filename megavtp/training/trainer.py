@@ -1,10 +1,7 @@
 """The training loop of every recipe on every layout: steps, telemetry, checkpoints, the end of a run."""
 
-from __future__ import annotations
-
 import secrets
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from megavtp.data.loader import Loader
 from megavtp.errors import UserError
 from megavtp.launch import phase
 from megavtp.launch.stop_signal import StopSignal
-from megavtp.parallel.collectives import all_gather_object, broadcast_object
+from megavtp.parallel.collectives import all_gather_object, broadcast_object, together
 from megavtp.parallel.engine import StepResult
 from megavtp.training import state
 from megavtp.training.recipe import Recipe
@@ -47,9 +44,7 @@ class Trainer:
         if self.config.train.resume == "never":
             return 0
         root = state.checkpoint_root(self.config)
-        found = broadcast_object(_outcome(lambda: _newest(root, last)) if self.engine.mesh.rank == 0 else None)
-        if isinstance(found, UserError):
-            raise found
+        found = broadcast_object(together(lambda: _newest(root, last) if self.engine.mesh.rank == 0 else None))
         if found is None:
             return 0
         with open_checkpoint(found, verify="sizes") as checkpoint:  # rank 0 has checked the hashes
@@ -66,8 +61,12 @@ class Trainer:
         return step
 
     def run(self, start: int) -> bool:
-        """Train to the end; return False if a signal stopped the run early, whose state is then saved."""
-        steps, saved = self.config.train.steps, start
+        """Train to the end; return False if a signal stopped the run early, whose state is then saved.
+
+        Once the last step has begun, a signal stops nothing: the run has done its work and finishes, and says so.
+        """
+        steps, every = self.config.train.steps, self.config.train.checkpoint_every
+        done = saved = start
         signal = StopSignal(self.engine.device)
         phase.enter("loading the first batch", slow=True)
         loader = self.recipe.loader(start)
@@ -76,36 +75,39 @@ class Trainer:
             for batch in loader:
                 done = batch.step + 1
                 self._step(batch, loader)
-                if self._due(self.config.train.checkpoint_every, done) and done < steps:
+                if done == steps:
+                    break
+                if every and done % every == 0:
                     self.save(done)
                     saved = done
                 for interval, hook in self.hooks:
-                    if self._due(interval, done) and done < steps:
+                    if done % interval == 0:
                         phase.enter(f"step {done}, pictures or evaluation", slow=True)
                         hook(done)
-                if signal.agreed() and done < steps:
-                    stopped = True
+                if stopped := signal.agreed():
                     self.telemetry.event("stopped_by_signal", step=done)
                     break
                 phase.enter(f"step {done + 1}, data")
-            else:
-                done = steps
             if saved < done:
                 self.save(done)
             self.store.wait()
         finally:
             signal.close()
             loader.close()
-        if stopped and self.engine.mesh.rank == 0:
-            print(
-                f"not finished: stopped after step {done} of {steps} ({signal.reason}), which is saved; start the same "
-                "command again to go on", file=sys.stderr, flush=True,
+        told = ""
+        if stopped:
+            told = (
+                f"not finished: stopped after step {done} of {steps} ({signal.told or 'another rank was told to'}), "
+                "which is saved; start the same command again to go on"
             )
+        elif signal.told:
+            told = (
+                f"told to stop ({signal.told}), but all {steps} steps are done and saved: the run finishes; another "
+                "signal ends it at once"
+            )
+        if told and self.engine.mesh.rank == 0:
+            print(told, file=sys.stderr, flush=True)
         return not stopped
-
-    @staticmethod
-    def _due(interval: int, done: int) -> bool:
-        return interval > 0 and done % interval == 0
 
     def save(self, step: int) -> None:
         phase.enter(f"step {step}, checkpoint", slow=True)
@@ -159,22 +161,11 @@ def _newest(root: Path, last: int | None) -> Path | None:
             checkpoint of this step or an earlier one is whole.
     """
     found = find_latest(root, last=last)
-    if found is None and last is not None:
+    if found is None and (last is not None or has_checkpoints(root)):
+        which, way = " (each one's damage is logged above)", "start over"
+        if last is not None:
+            which, way = f" and from before step {last + 1}", "go there from the first step"
         raise UserError(
-            f"no checkpoint in {root} is whole and from before step {last + 1}: restore one from a copy, or go "
-            "there from the first step with train.resume=never"
-        )
-    if found is None and has_checkpoints(root):
-        raise UserError(
-            f"no checkpoint in {root} is whole (each one's damage is logged above): restore one from a copy, or start "
-            "over with train.resume=never"
+            f"no checkpoint in {root} is whole{which}: restore one from a copy, or {way} with train.resume=never"
         )
     return found
-
-
-def _outcome(fn: Callable[[], Path | None]) -> Path | UserError | None:
-    """Return the value, or the user's error as a value, so that it can be sent to every rank."""
-    try:
-        return fn()
-    except UserError as error:
-        return error

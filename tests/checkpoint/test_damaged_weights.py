@@ -23,8 +23,9 @@ from megavtp.checkpoint.formats.hf_vtp import EXPORTED, load_folder, official_na
 from megavtp.checkpoint.formats.initial import read_initial
 from megavtp.data.decode import BadSample
 from megavtp.dit.config import DiTModelConfig
-from megavtp.dit.lightningdit import POSITIONS, read_lightningdit
+from megavtp.dit.lightningdit import read_lightningdit
 from megavtp.dit.model.build import build_dit
+from megavtp.dit.model.positions import POSITIONS
 from megavtp.errors import UserError
 from megavtp.latents.folder import LatentFolder
 from megavtp.models.build import build_vtp
@@ -116,7 +117,7 @@ class Released:
             text=replace(TINY.text, width=32, depth=1, heads=2, vocab_size=64, context_length=8),
             decoder=replace(TINY.decoder, width=32, depth=1, heads=2),
         )
-        save_folder(folder, config, build_vtp(config, objectives=EXPORTED).state_dict())
+        save_folder(folder, config, build_vtp(config, objectives=frozenset(EXPORTED)).state_dict())
         self.file = folder / "model.safetensors"
         self.content = self.file.read_bytes()
 

@@ -317,10 +317,10 @@ def test_facts_of_other_sizes_than_the_weights_are_refused(change, tmp_path):
 
 
 def test_a_failure_while_writing_leaves_nothing(monkeypatch, tmp_path):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megavtp.checkpoint.formats.hf_vtp.write_text", full)
+    monkeypatch.setattr("megavtp.checkpoint.formats.hf_vtp.write_atomic", full)
     with pytest.raises(UserError, match="No space left"):
         convert(DATA / "default", "hf-vtp", tmp_path / "out")
     monkeypatch.setattr("megavtp.checkpoint.store.write_tensors", full)

@@ -9,8 +9,6 @@ from safetensors.torch import load_file, save_file
 from vtp_oracle import DATA, TINY
 
 from megavtp.checkpoint.formats.hf_vtp import (
-    config_from_official,
-    config_to_official,
     from_official,
     load_folder,
     load_tensors,
@@ -18,6 +16,7 @@ from megavtp.checkpoint.formats.hf_vtp import (
     save_folder,
     to_official,
 )
+from megavtp.checkpoint.formats.hf_vtp_config import config_from_official, config_to_official
 from megavtp.checkpoint.formats.vtp_source import open_vtp
 from megavtp.config.schema import ModelConfig
 from megavtp.config.sizes import resolve_model

@@ -19,8 +19,8 @@ from megavtp.checkpoint.formats.hf_vtp import save_folder
 from megavtp.conversion import convert
 from megavtp.dit.checkpoint import load_dit
 from megavtp.dit.config import complete_dit
-from megavtp.dit.lightningdit import POSITIONS, read_lightningdit
-from megavtp.dit.lightningdit_config import dit_shapes
+from megavtp.dit.lightningdit import dit_shapes, read_lightningdit
+from megavtp.dit.model.positions import POSITIONS
 from megavtp.errors import UserError
 from megavtp.latents.artifact import FILE, LatentStatistics, TokenizerArtifact, check_same_tokenizer
 from megavtp.latents.folder import LatentFolder
@@ -81,7 +81,7 @@ def replaced(name, *shape):
 
 def test_what_the_official_script_saved(official, tmp_path):
     found = read_lightningdit(official)
-    assert replace(found.config, size=OFFICIAL.size) == complete_dit(OFFICIAL)
+    assert replace(found.config.model, size=OFFICIAL.size) == complete_dit(OFFICIAL)
     assert (found.step, found.notes) == (1, [])
     tree = torch.load(official, weights_only=True)
     assert set(tree) == {"model", "ema", "opt", "config"} and all(name.startswith("module.") for name in tree["model"])
@@ -138,7 +138,7 @@ def test_a_file_that_states_nothing_is_taken_by_its_tensors(tree, tmp_path):
     assert "does not state its depth, heads, num_classes" in note
     in_both(without_block)(tree)
     torch.save(tree, tmp_path / "0000002.pt")
-    assert read_lightningdit(tmp_path / "0000002.pt").config.depth == 1
+    assert read_lightningdit(tmp_path / "0000002.pt").config.model.depth == 1
 
 
 def averaged(table, steps):

@@ -1,6 +1,7 @@
 """The settings of a DiT's run: recipes, rules between keys, sizes that the latents decide, the dry run's page."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from megavtp.config.load import from_dict, load_config, to_dict
 from megavtp.config.share import PassShare
 from megavtp.dit.config import SIZES, DiTConfig, DiTModelConfig, resolve_dit
-from megavtp.dit.flops import dit_flops, dit_flops_per_step
 from megavtp.dit.model.build import build_dit
 from megavtp.dit.model.model import DiT
-from megavtp.dit.summary import dit_parameters, dit_summary
+from megavtp.dit.summary import dit_flops, dit_parameters, dit_summary
 from megavtp.dit.validate import flow_share, validate_dit, with_latents
 from megavtp.errors import UserError
 
@@ -23,7 +23,7 @@ model: {size: tiny}
 data: {streams: 8}
 train: {steps: 10, batch_size: 32, optimizer: {warmup_steps: 0}}
 """
-LATENTS = {"latent_size": 16, "latent_channels": 64, "num_classes": 1000, "caption_width": None, "has_flips": True}
+LATENTS = SimpleNamespace(shape=(64, 16, 16), num_classes=1000, caption_width=None, has_flips=True)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_shipped_recipes_are_valid(recipe):
         assert (optimizer.lr, optimizer.min_lr, optimizer.weight_decay, optimizer.betas) == (2e-4, 2e-4, 0, (0.9, 0.95))
         assert (config.ema_momentum, flow.condition_dropout, config.train.batch_size) == (0.9999, 0.1, 1024)
         stated = float(header.split("FLOPs")[1].split()[0])
-        assert 3e-12 * dit_flops(with_latents(config, **LATENTS).model) == pytest.approx(stated, rel=0.05)
+        assert 3e-12 * dit_flops(with_latents(config, LATENTS).model) == pytest.approx(stated, rel=0.05)
 
 
 ERRORS = {
@@ -96,10 +96,11 @@ def test_shares(check):
 
 
 def test_what_the_latents_decide(check):
-    model = with_latents(check(1), **LATENTS).model
+    model = with_latents(check(1), LATENTS).model
     assert (model.latent_size, model.latent_channels, model.num_classes, model.caption_width) == (16, 64, 1000, None)
-    assert with_latents(check(1, "model.num_classes=1200"), **LATENTS).model.num_classes == 1200
-    caption = with_latents(check(1, "model.condition=caption"), **{**LATENTS, "caption_width": 32}).model
+    assert with_latents(check(1, "model.num_classes=1200"), LATENTS).model.num_classes == 1200
+    captioned = SimpleNamespace(**{**vars(LATENTS), "caption_width": 32})
+    caption = with_latents(check(1, "model.condition=caption"), captioned).model
     assert (caption.num_classes, caption.caption_width) == (None, 32)
     for override, message in {
         "model.latent_size=8": "latent_size = 8, but the latents .* have 16", "model.num_classes=3": "num_classes = 3",
@@ -107,10 +108,11 @@ def test_what_the_latents_decide(check):
         "model.patch_size=5": "latent_size = 16 is not a multiple",
     }.items():
         with pytest.raises(UserError, match=message):
-            with_latents(check(1, override), **LATENTS)
+            with_latents(check(1, override), LATENTS)
+    unflipped = SimpleNamespace(**{**vars(LATENTS), "has_flips": False})
     with pytest.raises(UserError, match="no latents of mirrored images"):
-        with_latents(check(1), **{**LATENTS, "has_flips": False})
-    with_latents(check(1, "data.flip=0"), **{**LATENTS, "has_flips": False})
+        with_latents(check(1), unflipped)
+    with_latents(check(1, "data.flip=0"), unflipped)
 
 
 @pytest.mark.parametrize("condition", ["class", "caption"])
@@ -143,4 +145,4 @@ def test_summary(check):
     page = dit_summary(config, 4)
     assert "DiT-tiny" in page and "tp 1 x pp 1 x dp 4, ZeRO stage 2" in page
     assert "32 latents, 8 on a rank in 2 micro-batches of 4" in page and "those of data.root" in page
-    assert dit_flops_per_step(with_latents(config, **LATENTS))["total"] > 0
+    assert dit_flops(with_latents(config, LATENTS).model) > 0

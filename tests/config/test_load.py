@@ -1,12 +1,13 @@
 import json
 from dataclasses import fields, is_dataclass, replace
+from typing import get_type_hints
 
 import pytest
 import yaml
 
 from megavtp.config.load import from_dict, load_config, to_dict, to_yaml
 from megavtp.config.schema import DEMO_CONFIG, Config
-from megavtp.config.typed import all_keys, hints
+from megavtp.config.typed import all_keys
 from megavtp.errors import UserError
 
 
@@ -235,7 +236,7 @@ def test_every_key_of_the_schema_is_frozen_and_typed():
     def walk(cls):
         assert cls.__dataclass_params__.frozen
         for field in fields(cls):
-            kind = hints(cls)[field.name]
+            kind = get_type_hints(cls)[field.name]
             if is_dataclass(kind):
                 walk(kind)
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megavtp.data.augment import center_crop, crop_box, dino_view, plain_view, resize
+from megavtp.data.augment import center_crop, crop_box, random_view, resize
 from megavtp.data.randomness import generator
 
 CENTER_CROP = Path(__file__).parent.parent / "data" / "center_crop"
@@ -32,8 +32,8 @@ def test_any_image_gives_a_view(shape, options):
     image = picture(*shape)
     before = image.clone()
     for seed in range(4):
-        plain = plain_view(image, 32, (0.9, 1.0), 0.5, generator(seed))
-        crop = dino_view(image, 24, (0.05, 0.32), generator(seed), **options)
+        plain = random_view(image, 32, (0.9, 1.0), generator(seed), flip=0.5)
+        crop = random_view(image, 24, (0.05, 0.32), generator(seed), **options)
         assert plain.shape == (3, 32, 32) and crop.shape == (3, 24, 24)
         assert plain.dtype == crop.dtype == torch.uint8
     assert torch.equal(image, before)
@@ -67,8 +67,8 @@ def test_elongated_images_fall_back_to_the_centre(height, width, box):
 
 def test_flip_mirrors_the_same_crop():
     image = picture(40, 60)
-    straight = dino_view(image, 24, (0.3, 0.6), generator(1), **NEVER)
-    mirrored = dino_view(image, 24, (0.3, 0.6), generator(1), **(NEVER | {"flip": 1.0}))
+    straight = random_view(image, 24, (0.3, 0.6), generator(1), **NEVER)
+    mirrored = random_view(image, 24, (0.3, 0.6), generator(1), **(NEVER | {"flip": 1.0}))
     assert torch.equal(straight.flip(2), mirrored)
 
 
@@ -76,8 +76,8 @@ def test_one_changed_probability_leaves_the_other_draws_alone():
     image = picture(40, 60)
     for seed in range(10):
         a, b = generator(seed), generator(seed)
-        grey = dino_view(image, 24, (0.3, 0.6), a, **(NEVER | {"grayscale": 1.0}))
-        plain = dino_view(image, 24, (0.3, 0.6), b, **NEVER)
+        grey = random_view(image, 24, (0.3, 0.6), a, **(NEVER | {"grayscale": 1.0}))
+        plain = random_view(image, 24, (0.3, 0.6), b, **NEVER)
         luma = (plain.float() * torch.tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(0)
         assert (grey.float() - luma).abs().max() <= 0.51
         assert a.random() == b.random()  # the same number of draws was taken
@@ -89,27 +89,27 @@ def test_probabilities_are_met():
     n = 400
     grey = sum(
         torch.equal(view[0], view[1])
-        for view in (dino_view(image, 8, (1, 1), generator(i), **(NEVER | {"grayscale": 0.2})) for i in range(n))
+        for view in (random_view(image, 8, (1, 1), generator(i), **(NEVER | {"grayscale": 0.2})) for i in range(n))
     )
     assert 0.13 < grey / n < 0.27
-    flipped = [plain_view(image, 8, (1, 1), 0.5, generator(i)) for i in range(n)]
-    straight = plain_view(image, 8, (1, 1), 0.0, generator(0))
+    flipped = [random_view(image, 8, (1, 1), generator(i), flip=0.5) for i in range(n)]
+    straight = random_view(image, 8, (1, 1), generator(0), flip=0.0)
     assert 0.4 < sum(torch.equal(view, straight) for view in flipped) / n < 0.6
 
 
 def test_the_plain_view_jitters_and_greys_when_asked():
     image = picture(24, 24)
     image[0] = 255  # never grey by chance
-    plain = [plain_view(image, 8, (0.5, 1), 0.5, generator(i)) for i in range(50)]
-    changed = [plain_view(image, 8, (0.5, 1), 0.5, generator(i), color_jitter=0.5) for i in range(50)]
+    plain = [random_view(image, 8, (0.5, 1), generator(i), flip=0.5) for i in range(50)]
+    changed = [random_view(image, 8, (0.5, 1), generator(i), flip=0.5, color_jitter=0.5) for i in range(50)]
     assert 10 < sum(torch.equal(a, b) for a, b in zip(plain, changed, strict=True)) < 40  # the others' crop stays
-    grey = [plain_view(image, 8, (0.5, 1), 0.5, generator(i), grayscale=1.0) for i in range(50)]
+    grey = [random_view(image, 8, (0.5, 1), generator(i), flip=0.5, grayscale=1.0) for i in range(50)]
     assert all(torch.equal(view[0], view[1]) and torch.equal(view[1], view[2]) for view in grey)
 
 
 def test_jitter_order_and_strength_vary():
     image = torch.full((3, 8, 8), 100, dtype=torch.uint8)
-    views = [dino_view(image, 8, (1, 1), generator(i), **(NEVER | {"color_jitter": 1.0})) for i in range(300)]
+    views = [random_view(image, 8, (1, 1), generator(i), **(NEVER | {"color_jitter": 1.0})) for i in range(300)]
     levels = torch.stack(views).float().mean((1, 2, 3)) / 100
     assert levels.min() < 0.65 and levels.max() > 1.35 and 0.59 < levels.min() and levels.max() < 1.41
 
@@ -126,8 +126,8 @@ def test_resize_is_pillows_antialiased_bicubic_within_rounding(shape, size):
 def test_memory_format_does_not_change_pixels():
     image = picture(50, 70)
     for size in (24, 96):
-        a = dino_view(image, size, (0.3, 1.0), generator(0), **ALWAYS)
-        b = dino_view(image.contiguous(), size, (0.3, 1.0), generator(0), **ALWAYS)
+        a = random_view(image, size, (0.3, 1.0), generator(0), **ALWAYS)
+        b = random_view(image.contiguous(), size, (0.3, 1.0), generator(0), **ALWAYS)
         assert torch.equal(a, b)
 
 

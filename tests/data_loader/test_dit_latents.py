@@ -30,11 +30,7 @@ def config_for(folder: LatentFolder, world: int = 1, **sections) -> DiTConfig:
     }
     for name, values in sections.items():
         base[name] = {**base.get(name, {}), **values}
-    channels, size, _ = folder.shape
-    return with_latents(
-        validate_dit(from_dict(base, DiTConfig), world), latent_size=size, latent_channels=channels,
-        num_classes=folder.num_classes, caption_width=folder.caption_width, has_flips=folder.has_flips,
-    )
+    return with_latents(validate_dit(from_dict(base, DiTConfig), world), folder)
 
 
 @pytest.fixture

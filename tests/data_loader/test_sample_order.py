@@ -1,11 +1,11 @@
-"""SampleOrder, step_positions, step_subset: the order of the data as properties, on small data sets, exhaustively."""
+"""SampleOrder and StepOrder: the order of the data as properties, on small data sets, exhaustively."""
 
 import pickle
 
 import numpy as np
 import pytest
 
-from megavtp.data.order import SampleOrder, step_positions, step_subset
+from megavtp.data.order import SampleOrder, StepOrder
 from megavtp.errors import UserError
 
 LAYOUTS = [
@@ -18,6 +18,10 @@ LAYOUTS = [
     ((5, 0, 9), 7, 2),
     ((8, 7), 8, 16),
 ]
+
+
+def steps_of(batch_size: int, streams: int, dp_rank: int = 0, dp_size: int = 1) -> StepOrder:
+    return StepOrder(SampleOrder((1000,), streams, 4, seed=0), batch_size, dp_rank, dp_size)
 
 
 def epoch_of(order: SampleOrder, epoch: int) -> list[tuple[int, int]]:
@@ -75,7 +79,7 @@ def test_memory_stays_small_over_a_long_walk():
     order = SampleOrder((100, 100), 4, 7, seed=0)
     for index in range(0, 50_000, 13):
         order.locate(index % 4, index)
-    assert len(order._permutations) <= 8 and len(order._epochs) <= 4
+    assert order._permutation.cache_info().currsize <= 8 and order._epoch.cache_info().currsize <= 4
 
 
 def test_more_streams_than_samples_is_refused_by_name():
@@ -88,48 +92,48 @@ def test_more_streams_than_samples_is_refused_by_name():
 
 @pytest.mark.parametrize("dp", [1, 2, 4, 8])
 def test_ranks_together_serve_the_positions_of_one_process(dp):
-    whole = step_positions(5, 24, 8)
-    parts = [step_positions(5, 24, 8, rank, dp) for rank in range(dp)]
-    for name in ("positions", "streams", "indices"):
-        np.testing.assert_array_equal(np.concatenate([getattr(p, name) for p in parts]), getattr(whole, name))
-    np.testing.assert_array_equal(whole.positions, np.arange(24))
+    parts = [steps_of(24, 8, rank, dp) for rank in range(dp)]
+    np.testing.assert_array_equal(np.concatenate([part.positions for part in parts]), np.arange(24))
+    sources = [part.source(5, position) for part in parts for position in part.positions.tolist()]
+    assert sources == [(position // 3, 15 + position % 3) for position in range(24)]
 
 
 def test_steps_walk_every_stream_without_gap():
-    steps = [step_positions(step, 12, 4) for step in range(5)]
+    order = steps_of(12, 4)
+    sources = [order.source(step, position) for step in range(5) for position in order.positions.tolist()]
     for stream in range(4):
-        indices = np.concatenate([s.indices[s.streams == stream] for s in steps])
-        np.testing.assert_array_equal(indices, np.arange(15))
+        assert [index for other, index in sources if other == stream] == list(range(15))
 
 
 @pytest.mark.parametrize("dp", [1, 2, 4])
 def test_a_subset_takes_the_same_number_of_every_stream_and_does_not_depend_on_the_layout(dp):
-    whole = step_subset(0, 3, "ssl", 32, 12, 4)
+    whole = steps_of(32, 4).subset(3, "ssl", 12)
     assert len(whole) == 12 and (np.diff(whole) > 0).all()
     assert (np.bincount(whole // 8) == 3).all()
     share = 32 // dp
-    parts = [step_subset(0, 3, "ssl", 32, 12, 4, rank, dp) + rank * share for rank in range(dp)]
+    parts = [steps_of(32, 4, rank, dp).subset(3, "ssl", 12) + rank * share for rank in range(dp)]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
 def test_subsets_change_with_step_and_purpose_and_reach_every_position():
-    rows = [tuple(step_subset(0, step, purpose, 32, 8, 4)) for step in range(40) for purpose in ("ssl", "rec")]
+    order = steps_of(32, 4)
+    rows = [tuple(order.subset(step, purpose, 8)) for step in range(40) for purpose in ("ssl", "rec")]
     assert len(set(rows)) > 75
     hits = np.bincount(np.concatenate(rows), minlength=32)
     assert hits.min() > 5 and hits.max() < 40  # 20 expected
 
 
 def test_a_whole_batch_as_subset():
-    np.testing.assert_array_equal(step_subset(0, 0, "rec", 16, 16, 4), np.arange(16))
+    np.testing.assert_array_equal(steps_of(16, 4).subset(0, "rec", 16), np.arange(16))
 
 
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: step_positions(0, 10, 4), ["train.batch_size=10", "data.streams=4"]),
-        (lambda: step_positions(0, 8, 4, 0, 3), ["data.streams=4", "data-parallel size 3"]),
-        (lambda: step_subset(0, 0, "ssl", 16, 6, 4), ["ssl batch=6", "data.streams=4"]),
-        (lambda: step_subset(0, 0, "rec", 16, 32, 4), ["rec batch=32", "train.batch_size=16"]),
+        (lambda: steps_of(10, 4), ["train.batch_size=10", "data.streams=4"]),
+        (lambda: steps_of(8, 4, 0, 3), ["data.streams=4", "data-parallel size 3"]),
+        (lambda: steps_of(16, 4).subset(0, "ssl", 6), ["ssl batch=6", "data.streams=4"]),
+        (lambda: steps_of(16, 4).subset(0, "rec", 32), ["rec batch=32", "train.batch_size=16"]),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused_by_name(call, words):

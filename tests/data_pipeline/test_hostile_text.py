@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tar_builder import encode, picture, sample, smooth, write_tar
 
+from megavtp.config.run import TrainConfig
 from megavtp.config.schema import (
     Config,
     DataConfig,
@@ -16,7 +17,6 @@ from megavtp.config.schema import (
     ObjectivesConfig,
     ReconstructionConfig,
     SelfDistillationConfig,
-    TrainConfig,
 )
 from megavtp.data.batch import StepDataset
 from megavtp.data.captions import load_tokenizer, train_sentencepiece

@@ -14,7 +14,7 @@ from megavtp.data.captions import load_tokenizer
 from megavtp.data.decode import decode_image
 from megavtp.data.maintain import check_dataset, index_dataset
 from megavtp.data.shards import open_dataset
-from megavtp.data.sources.images import _load, _Settings, folder_entries, prepare_images
+from megavtp.data.sources.images import _load, folder_entries, prepare_images
 from megavtp.data.sources.tables import Entry, read_table
 from megavtp.data.workers import ordered_map
 from megavtp.data.write import staged_folder
@@ -72,7 +72,7 @@ def test_other_libraries_read_our_shards(photos, tmp_path):
 
 def test_worker_processes_keep_the_order():
     assert list(ordered_map(math.sqrt, range(100), 2, "roots", True)) == [math.sqrt(i) for i in range(100)]
-    job = partial(_load, settings=_Settings(0, 100))
+    job = partial(_load, size=0, max_pixels=100)
     assert pickle.loads(pickle.dumps(job))((0, Entry(Path("none.png"), "x"))).reason == "file not readable"
 
 

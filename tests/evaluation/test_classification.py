@@ -7,9 +7,8 @@ from evaluation_fakes import FakeTokenizer
 
 from megavtp.errors import UserError
 from megavtp.evaluation import ranking
-from megavtp.evaluation.tokenizer.knn import knn_accuracy, knn_predict
+from megavtp.evaluation.tokenizer.classification import class_embeddings, knn_accuracy, knn_predict, zero_shot
 from megavtp.evaluation.tokenizer.labels import blind_accuracy, read_labels, readable
-from megavtp.evaluation.tokenizer.zero_shot import class_embeddings, zero_shot
 from megavtp.parallel.mesh import SINGLE
 
 OPTIONS = {"batch_size": 3, "mesh": SINGLE, "device": torch.device("cpu")}

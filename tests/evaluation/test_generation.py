@@ -21,17 +21,15 @@ from megavtp.config.schema import EvaluationConfig
 from megavtp.data.index import build_index
 from megavtp.dit.checkpoint import load_dit
 from megavtp.dit.sampling.sampler import open_sampler
-from megavtp.dit.sampling.samples import Sample, SampleNoise
+from megavtp.dit.sampling.samples import Sample, sample_noise
 from megavtp.dit.sampling.settings import SamplingSettings
 from megavtp.errors import UserError
 from megavtp.evaluation import evaluate
-from megavtp.evaluation.distances import features
-from megavtp.evaluation.distances.frechet import frechet_distance, statistics_of
+from megavtp.evaluation.distances import measure as measuring
+from megavtp.evaluation.distances.feature_sets import frechet_distance, kernel_distance, precision_recall, statistics_of
 from megavtp.evaluation.distances.image_sources import open_images
-from megavtp.evaluation.distances.kid import kernel_distance
 from megavtp.evaluation.distances.measure import Reference, measure_generation, open_reference
 from megavtp.evaluation.distances.network import FeatureNetwork
-from megavtp.evaluation.distances.precision_recall import precision_recall
 from megavtp.evaluation.generation.samples import samples_like
 from megavtp.evaluation.generation.scale import Noise, blur, untrained
 from megavtp.parallel.mesh import SINGLE, build_mesh
@@ -113,7 +111,7 @@ def on_rank(rank: int, folders: Path) -> tuple[list[dict[str, float]], str]:
     mesh = build_mesh(1, 1)
     found = [measure(folders, size, mesh=mesh) for size in (1, 7, 64)]
     try:
-        features.summarise(Shorter(), Pools(), batch_size=8, mesh=mesh, device=torch.device("cpu"))
+        measuring.summarise(Shorter(), Pools(), batch_size=8, mesh=mesh, device=torch.device("cpu"))
     except UserError as error:
         return found, str(error)
 
@@ -133,9 +131,9 @@ def test_every_process_count_gives_the_reference(folders, world):
 
 def test_only_some_features_are_kept(folders, monkeypatch):
     """The Frechet distance is of all images, the others of every third."""
-    monkeypatch.setattr(features, "MAX_KEPT", 20)
+    monkeypatch.setattr(measuring, "MAX_KEPT", 20)
     samples = open_images(folders / "samples.npz")
-    summary = features.summarise(samples, Pools(), batch_size=5, mesh=SINGLE, device=torch.device("cpu"))
+    summary = measuring.summarise(samples, Pools(), batch_size=5, mesh=SINGLE, device=torch.device("cpu"))
     images = torch.from_numpy(pictures(53, 1)).permute(0, 3, 1, 2)
     assert torch.equal(summary.features, Pools()(images[::3])) and summary.statistics.count == 53
 
@@ -297,7 +295,7 @@ def test_tool_with_a_dit(dit, shards, tmp_path, pools, monkeypatch, capsys):
     assert list(compare) == ["blurred 8 px", "blurred 16 px", "untrained", "noise"]
     assert compare["blurred 8 px"]["samples"] == 10
     blank = untrained(sampler)
-    assert torch.equal(blank.latents(samples), SampleNoise(0, samples, sampler.shape, "cpu")())
+    assert torch.equal(blank.latents(samples), sample_noise(0, samples, sampler.shape, "cpu")())
     assert "untrained" in capsys.readouterr().out
     assert run_tool(monkeypatch, *options, "--label", "captions") == 2
     assert "the value None of 12 samples" in capsys.readouterr().err

@@ -12,8 +12,7 @@ from PIL import Image
 from megavtp.data.augment import center_crop
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.image_sources import open_images
-from megavtp.evaluation.distances.npz_images import NpzImages, holds_images
-from megavtp.evaluation.distances.reference_file import read_statistics
+from megavtp.evaluation.distances.npz_file import holds_images, read_statistics
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), dtype=np.uint8)
 
@@ -163,7 +162,7 @@ def test_claims_are_held_against_the_file(tmp_path):
 def test_a_share_of_many_images_is_not_written_down(tmp_path):
     """1 x 1 pixels: numbers of images as a list would take more than the images."""
     np.savez(tmp_path / "x.npz", np.zeros((3 * 10**6, 1, 1, 3), np.uint8))
-    images = NpzImages(tmp_path / "x.npz")
+    images = open_images(tmp_path / "x.npz")
     tracemalloc.start()
     assert len(next(images.batches(4, 0, 1))[1]) == 4
     peak = tracemalloc.get_traced_memory()[1]
@@ -196,10 +195,10 @@ def test_bits_that_flip_in_an_archive(npz):
         npz.write_bytes(content)
         with suppress(UserError):
             if holds_images(npz):
-                assert torch.equal(everything(NpzImages(npz)), chw(PIXELS))
+                assert torch.equal(everything(open_images(npz)), chw(PIXELS))
 
 
 def test_rows_are_read_one_by_one(npz, monkeypatch):
     """Not the array as a whole: it may be larger than the memory."""
     monkeypatch.setattr(np, "load", None)
-    assert len(next(NpzImages(npz).batches(2, 0, 1))[1]) == 2
+    assert len(next(open_images(npz).batches(2, 0, 1))[1]) == 2

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from megavtp.errors import UserError
-from megavtp.evaluation.distances.kid import kernel_distance
+from megavtp.evaluation.distances.feature_sets import kernel_distance
 
 
 def plain(x: np.ndarray, y: np.ndarray) -> float:

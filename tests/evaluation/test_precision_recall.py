@@ -4,7 +4,7 @@ import torch
 
 from megavtp.errors import UserError
 from megavtp.evaluation import ranking
-from megavtp.evaluation.distances.precision_recall import precision_recall
+from megavtp.evaluation.distances.feature_sets import precision_recall
 
 
 def plain(real: np.ndarray, made: np.ndarray, k: int) -> tuple[float, float]:

@@ -196,7 +196,7 @@ class Words:
 
 def test_captions_and_no_mirror_images(data, tmp_path, monkeypatch):
     tokenizer = megavtp.load_tokenizer(TOKENIZER)
-    monkeypatch.setattr(tokenizer, "_captions", Words())
+    monkeypatch.setitem(vars(tokenizer), "captions", Words())
     extract(data, tmp_path / "out", ExtractionSettings(captions=True, flip=False, batch_size=100), tokenizer)
     folder = LatentFolder(tmp_path / "out")
     assert not folder.has_flips and folder.classes is None and folder.num_classes == 1

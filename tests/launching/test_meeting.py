@@ -14,18 +14,18 @@ from distributed import free_port
 from megavtp.errors import UserError
 from megavtp.launch import meeting
 from megavtp.launch.meeting import meet
-from megavtp.launch.rendezvous import Place
+from megavtp.launch.rendezvous import Member
 
 pytestmark = pytest.mark.timeout(60)
 
 
-def place(rank: int, world: int, port: int) -> Place:
-    return Place("environment", rank, world, rank, world, "127.0.0.1", port)
+def member(rank: int, world: int, port: int) -> Member:
+    return Member("environment", rank, world, rank, world, "127.0.0.1", port)
 
 
 def outcome(rank: int, world: int, port: int, timeout: float) -> str:
     try:
-        meet(place(rank, world, port), timeout)
+        meet(member(rank, world, port), timeout)
     except UserError as error:
         return str(error)
     return "met"
@@ -34,8 +34,8 @@ def outcome(rank: int, world: int, port: int, timeout: float) -> str:
 def test_all_meet():
     port = free_port()
     with ThreadPoolExecutor(3) as pool:
-        stores = list(pool.map(lambda rank: meet(place(rank, 3, port), 30), range(3)))
-    for store in (*stores, meet(place(0, 1, 0), 30)):
+        stores = list(pool.map(lambda rank: meet(member(rank, 3, port), 30), range(3)))
+    for store in (*stores, meet(member(0, 1, 0), 30)):
         assert store.check(["watch/0"])
 
 

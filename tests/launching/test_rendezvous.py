@@ -1,4 +1,4 @@
-"""Every launcher's environment gives the right place, and contradictions are told in words."""
+"""Every launcher's environment gives the right rank, and contradictions are told in words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from megavtp.errors import UserError
 from megavtp.launch import rendezvous
-from megavtp.launch.rendezvous import Place, detect, expand_counts, first_host, gloo_interface
+from megavtp.launch.rendezvous import Member, detect, expand_counts, first_host, gloo_interface
 
 MASTER = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 DEEPSPEED = {  # as DeepSpeed 0.19.8 sets it for the second of two hosts with four devices each
@@ -26,36 +26,36 @@ BATCH = {  # of an sbatch script's own process, in a job of eight tasks
     "SLURM_JOB_ID": "4711", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "8",
     "SLURM_JOB_NODELIST": "gpu[03-04]", "SLURM_TASKS_PER_NODE": "4(x2)",
 }
-ALONE = Place("none", 0, 1, 0, 1, "127.0.0.1", 0)
+ALONE = Member("none", 0, 1, 0, 1, "127.0.0.1", 0)
 SLURM_PORT = 10_000 + 4711 * 37 % 20_000
 
 
 @pytest.mark.parametrize(
-    "environment, place",
+    "environment, member",
     [
         ({}, ALONE),
         (BATCH, ALONE),
         ({**BATCH, "SLURM_STEP_NUM_TASKS": "1"}, ALONE),  # a shell in an interactive step
-        (DEEPSPEED, Place("deepspeed", 5, 8, 1, 4, "10.0.0.1", 29500)),
-        (TORCHRUN, Place("torchrun", 5, 8, 1, 4, "10.0.0.1", 29500, agent_store=True)),
-        ({**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "False"}, Place("torchrun", 5, 8, 1, 4, "10.0.0.1", 29500)),
-        (SRUN, Place("srun", 5, 8, 1, 4, "gpu03", SLURM_PORT)),
-        ({**SRUN, **MASTER}, Place("srun", 5, 8, 1, 4, "10.0.0.1", 29500)),
-        ({**SRUN, "SLURM_STEP_ID": "3"}, Place("srun", 5, 8, 1, 4, "gpu03", SLURM_PORT + 3)),
-        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "6,2"}, Place("srun", 5, 8, 1, 2, "gpu03", SLURM_PORT)),
+        (DEEPSPEED, Member("deepspeed", 5, 8, 1, 4, "10.0.0.1", 29500)),
+        (TORCHRUN, Member("torchrun", 5, 8, 1, 4, "10.0.0.1", 29500, agent_store=True)),
+        ({**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "False"}, Member("torchrun", 5, 8, 1, 4, "10.0.0.1", 29500)),
+        (SRUN, Member("srun", 5, 8, 1, 4, "gpu03", SLURM_PORT)),
+        ({**SRUN, **MASTER}, Member("srun", 5, 8, 1, 4, "10.0.0.1", 29500)),
+        ({**SRUN, "SLURM_STEP_ID": "3"}, Member("srun", 5, 8, 1, 4, "gpu03", SLURM_PORT + 3)),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "6,2"}, Member("srun", 5, 8, 1, 2, "gpu03", SLURM_PORT)),
         # one torchrun on each of two nodes, and the deepspeed launcher inside of a job
-        ({**SRUN, "SLURM_STEP_NUM_TASKS": "2", **TORCHRUN}, Place("torchrun", 5, 8, 1, 4, "10.0.0.1", 29500, True)),
-        ({**BATCH, **DEEPSPEED}, Place("deepspeed", 5, 8, 1, 4, "10.0.0.1", 29500)),
-        ({**MASTER, "RANK": "1", "WORLD_SIZE": "2"}, Place("environment", 1, 2, 1, 2, "10.0.0.1", 29500)),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, Place("environment", 0, 1, 0, 1, "127.0.0.1", 0)),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "2", **TORCHRUN}, Member("torchrun", 5, 8, 1, 4, "10.0.0.1", 29500, True)),
+        ({**BATCH, **DEEPSPEED}, Member("deepspeed", 5, 8, 1, 4, "10.0.0.1", 29500)),
+        ({**MASTER, "RANK": "1", "WORLD_SIZE": "2"}, Member("environment", 1, 2, 1, 2, "10.0.0.1", 29500)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Member("environment", 0, 1, 0, 1, "127.0.0.1", 0)),
         (
             {**SRUN, **MASTER, "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
-            Place("environment", 5, 8, 1, 4, "10.0.0.1", 29500),
+            Member("environment", 5, 8, 1, 4, "10.0.0.1", 29500),
         ),
     ],
 )
-def test_place(environment, place):
-    assert detect(environment) == place
+def test_place(environment, member):
+    assert detect(environment) == member
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,11 @@ def test_gloo_is_not_led_to_a_loopback_address(monkeypatch):
         found[name] = [address()]
         found[name][0].address = own
     monkeypatch.setattr(rendezvous.psutil, "net_if_addrs", lambda: found)
-    place = lambda master, local: Place("srun", 0, 8, 0, local, master, 1)  # noqa: E731
-    assert gloo_interface(place("10.0.0.1", 4)) == "ib0"
-    assert gloo_interface(place("gpu03", 4)) == "eth0"
-    assert gloo_interface(place("gpu03", 8)) is None  # one machine: as gloo does by itself
-    assert gloo_interface(place("nowhere", 8)) is None
+
+    def member(master: str, local: int) -> Member:
+        return Member("srun", 0, 8, 0, local, master, 1)
+
+    assert gloo_interface(member("10.0.0.1", 4)) == "ib0"
+    assert gloo_interface(member("gpu03", 4)) == "eth0"
+    assert gloo_interface(member("gpu03", 8)) is None  # one machine: as gloo does by itself
+    assert gloo_interface(member("nowhere", 8)) is None

@@ -31,7 +31,10 @@ def test_a_job_is_requeued_and_resumes(cluster, recipe, tmp_path):
     settings = [f"output_dir={output}", "train.steps=5000", "train.checkpoint_every=0"]
     options = ["--parsable", f"--chdir={ROOT}", f"--output={log}", *sizes]
     job = cluster.run("sbatch", *options, str(TEMPLATE), recipe, *settings).strip()
-    tell = lambda: log.read_text() if log.exists() else "no output"  # noqa: E731
+
+    def tell() -> str:
+        return log.read_text() if log.exists() else "no output"
+
     wait_for(lambda: max(steps_done(output), default=0) >= 3, 120, tell)
     cluster.run("scancel", "--signal=TERM", job)  # what --signal=TERM@300 does before the time limit
     wait_for(lambda: cluster.state(job) == "PENDING", 60, tell)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megavtp.checkpoint import store
 from megavtp.errors import UserError
 from megavtp.launch import phase, watchdog
-from megavtp.launch.verdict import Report, judge, load_report, load_verdict, position
+from megavtp.launch.verdict import Report, Verdict, judge, position
 from megavtp.parallel.collectives import together
 
 WAITS = dict(at="engine.py:7 in step", in_collective=True)
@@ -61,8 +61,8 @@ def test_verdict(name):
     reports, silent, text = CASES[name]
     found = judge(dict(enumerate(reports)), {rank: silent.get(rank, 0.0) for rank in range(len(reports))}, 600)
     assert (found is None) if text is None else found.text.startswith(text), found
-    assert found is None or load_verdict(found.dump()) == found
-    assert load_report(reports[0].dump()) == reports[0]
+    assert found is None or Verdict.load(found.dump()) == found
+    assert Report.load(reports[0].dump()) == reports[0]
 
 
 def test_a_process_that_was_suspended_does_not_hang(monkeypatch):
@@ -73,7 +73,7 @@ def test_a_process_that_was_suspended_does_not_hang(monkeypatch):
     watch = watchdog.Watchdog(store, 0, 1, "node", 10)
     for clock[0] in (1001.0, 1901.0, 1902.0):  # Ctrl-Z, and fg a quarter of an hour later
         watch._beat()
-    assert load_report(store.get("watch/0")).age == 7.0 and watch._verdict is None
+    assert Report.load(store.get("watch/0")).age == 7.0 and watch._verdict is None
     for clock[0] in (1903.0, 1904.0, 1905.0, 1906.0):
         watch._beat()
     assert watch._verdict.text.startswith("rank 0 (node) hangs: no progress for 11 s")
@@ -135,7 +135,10 @@ def test_the_rank_that_writes_is_to_blame_and_not_the_one_that_waits_for_its_par
     assert at.endswith(" in _write_part") and not waits
     for note in tmp_path.glob("*/*.failed"):
         note.unlink()
-    leave_note = lambda: next(tmp_path.glob("*.partial-*")).joinpath("part-00001.failed").write_text("made up")  # noqa: E731
+
+    def leave_note():
+        next(tmp_path.glob("*.partial-*")).joinpath("part-00001.failed").write_text("made up")
+
     stores[0].save(1, {}, {}, writer=0, writers=2)
     at, waits = seen_meanwhile(lambda _: finish(stores[0].wait), lambda at, waits: "_wait_for" in at, leave_note)
     assert at.startswith("store.py:") and at.endswith(" in _wait_for_parts") and waits

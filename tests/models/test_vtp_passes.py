@@ -1,6 +1,7 @@
 """Properties of the training passes that no stored output shows."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def model():
 
 def batch():
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    draw = partial(torch.randn, generator=generator)
     masks = torch.zeros(4, 16, dtype=torch.bool)
     masks.view(-1)[[1, 5, 20, 63]] = True
     return {

@@ -49,7 +49,7 @@ def held(mesh: Mesh, mode: str) -> float:
     bytes_of, samples = [], 2
     for side in (4, 8):
         model = tiny(mesh, mode, side)
-        block, table = model.blocks["0"], model.feat_rope.table()
+        block, table = model.blocks["0"], tuple(model.feat_rope.buffers())
         cut = TokenCut(mesh, samples * side**2, sequences=samples) if mesh.sequence_parallel else None
         leaf = torch.randn(samples, side**2 // mesh.tp, 48, requires_grad=True)
         condition = torch.randn(samples, 48, requires_grad=True)

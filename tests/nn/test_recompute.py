@@ -11,12 +11,11 @@ from watch import Watch
 
 from megavtp.nn import attention_kernels
 from megavtp.nn.attention import Attention
-from megavtp.nn.block import Block
+from megavtp.nn.block import Block, run_blocks
 from megavtp.nn.drop_path import draw_drop_plan
 from megavtp.nn.feed_forward import MLP, SwiGLU
 from megavtp.nn.norms import LayerNorm, RMSNorm
 from megavtp.nn.rope import AxialRope
-from megavtp.nn.stack import run_blocks
 from megavtp.parallel.mesh import SINGLE
 
 WIDTH, HEADS, HIDDEN, SIDE = 64, 4, 96, 4
@@ -76,8 +75,8 @@ def test_bytes_held_per_token(net: str, mode: str) -> None:
 @pytest.mark.parametrize("net", ["swiglu", "mlp"])
 def test_selective_makes_no_product_again(net: str) -> None:
     plain, selective, full = (held(4, net, mode)[1] for mode in MODES)
-    products = lambda calls: calls["mm"] + calls["addmm"]  # noqa: E731
-    assert products(plain) == products(selective) == 8 < products(full)
+    products = [calls["mm"] + calls["addmm"] for calls in (plain, selective, full)]
+    assert products[0] == products[1] == 8 < products[2]
     attention = "_scaled_dot_product_flash_attention_for_cpu"
     assert plain[attention] == 0 and selective[attention] == full[attention] == 1
 

@@ -10,12 +10,11 @@ from watch import Watch
 from whole_gradients import whole_gradients
 
 from megavtp.nn.attention import Attention
-from megavtp.nn.block import Block
+from megavtp.nn.block import Block, run_blocks
 from megavtp.nn.drop_path import DropPlan, draw_drop_plan
 from megavtp.nn.feed_forward import MLP, SwiGLU
 from megavtp.nn.norms import LayerNorm, RMSNorm
 from megavtp.nn.rope import AxialRope
-from megavtp.nn.stack import run_blocks
 from megavtp.parallel.mesh import SINGLE, Mesh, build_mesh
 from megavtp.parallel.sharding import cut, shard_of
 from megavtp.parallel.traffic import count_traffic

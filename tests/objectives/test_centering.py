@@ -24,7 +24,7 @@ def rows(n=20, d=6, k=9, magnitude=1.0):
 def test_sinkhorn_equals_the_plain_iteration(monkeypatch, iterations, keep):
     monkeypatch.setattr(centering, "KEEP_ELEMENTS", 2**26 if keep else 0)
     features, W = rows()
-    bias = sinkhorn_bias(features.split([7, 0, 12, 1]), W, 0.5, iterations=iterations, chunk=5)
+    bias = sinkhorn_bias(features.split([7, 0, 12, 1]), W, 0.5, iterations=iterations, rows_at_once=5)
     got = (features @ W.T / 0.5 + bias).softmax(-1)
     torch.testing.assert_close(got.double(), plain_sinkhorn(features @ W.T, 0.5, iterations), rtol=1e-4, atol=1e-7)
 
@@ -38,7 +38,7 @@ def test_sinkhorn_balances_the_prototypes():
 
 def test_sinkhorn_survives_logits_that_overflow_exp():
     features, W = rows(magnitude=100.0)
-    bias = sinkhorn_bias([features], W, 0.04, iterations=3, chunk=3)
+    bias = sinkhorn_bias([features], W, 0.04, iterations=3, rows_at_once=3)
     target = (features @ W.T / 0.04 + bias).softmax(-1)
     assert bias.isfinite().all() and (features @ W.T / 0.04).max() > 1000
     torch.testing.assert_close(target.sum(-1), torch.ones(20))

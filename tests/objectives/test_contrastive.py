@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megavtp.objectives.contrastive import info_nce
-from megavtp.objectives.siglip import siglip
+from megavtp.objectives.contrastive import info_nce, siglip
 
 
 def pairs(b=5, e=7):

@@ -12,17 +12,17 @@ CASES = ("lognorm_cos", "lognorm_mu-0.5_sigma1.25")
 @pytest.mark.parametrize("case", CASES)
 def test_path_and_loss_of_the_official_transport(case):
     data, model = stored("transport"), official_dit()
-    get = lambda name: data[f"{case}/{name}"]  # noqa: E731
-    points, target = straight_path(data["x1"], get("x0"), get("t"))
-    torch.testing.assert_close(points, get("xt"), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(target, get("ut"), rtol=0, atol=0)
+    own = {name.removeprefix(f"{case}/"): value for name, value in data.items() if name.startswith(f"{case}/")}
+    points, target = straight_path(data["x1"], own["x0"], own["t"])
+    torch.testing.assert_close(points, own["xt"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(target, own["ut"], rtol=0, atol=0)
     with torch.no_grad():
-        velocity = model(points, get("t"), data["y"])
-    torch.testing.assert_close(velocity, get("pred"), rtol=1e-5, atol=1e-5)
+        velocity = model(points, own["t"], data["y"])
+    torch.testing.assert_close(velocity, own["pred"], rtol=1e-5, atol=1e-5)
     terms = flow_matching_terms(velocity, target, samples_total_local=len(velocity))
-    expected = {"mse": get("loss").mean(), "cosine": get("cos_loss").mean()}
+    expected = {"mse": own["loss"].mean(), "cosine": own["cos_loss"].mean()}
     torch.testing.assert_close(terms, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(sum(terms.values()), get("total"), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sum(terms.values()), own["total"], rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_of_the_official_loss():

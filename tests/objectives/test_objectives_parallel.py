@@ -7,22 +7,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distributed import run_ranks
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megavtp.config.schema import DinoHeadConfig, SelfDistillationConfig
 from megavtp.models.dino_head import DinoHead
 from megavtp.objectives.centering import sinkhorn_bias, update_center
-from megavtp.objectives.contrastive import info_nce
+from megavtp.objectives.contrastive import info_nce, siglip
 from megavtp.objectives.koleo import koleo
 from megavtp.objectives.prototypes import prototype_cross_entropy
 from megavtp.objectives.self_distillation import StudentOutput, TeacherBias, TeacherOutput, self_distillation_loss
-from megavtp.objectives.siglip import siglip
 from megavtp.parallel.collectives import all_gather, all_reduce
 from megavtp.parallel.mesh import SINGLE, build_mesh
 
 B, D, K, L = 8, 6, 16, 3
-ROWS, PROTOTYPES, CHUNK = 21, 4 * 31, 8  # 31 and its multiples are sizes of nothing else
+ROWS, PROTOTYPES, ROWS_AT_ONCE = 21, 4 * 31, 8  # 31 and its multiples are sizes of nothing else
 OWNER = torch.tensor([3, 6, 6, 7, 2, 3, 3, 6, 7, 7, 2])  # image of each masked patch; images 0 and 1 have none
 
 
@@ -34,7 +34,10 @@ def evaluate(mesh):
     mine = slice(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)
     patches = (OWNER >= mine.start) & (OWNER < mine.stop)
     columns = slice(mesh.tp_rank * K // mesh.tp, (mesh.tp_rank + 1) * K // mesh.tp)
-    crops = lambda n: draw(n, B, D)[:, mine].flatten(0, 1)  # noqa: E731
+
+    def crops(n: int) -> Tensor:
+        return draw(n, B, D)[:, mine].flatten(0, 1)
+
     image, text, global_cls, local_cls, teacher_cls = draw(B, D)[mine], draw(B, D)[mine], crops(2), crops(L), crops(2)
     patch, teacher_patch, weights = draw(11, D)[patches], draw(11, D)[patches], torch.rand(11, generator=g)[patches]
     teacher_W, center = draw(K, D)[columns], draw(K)[columns]
@@ -43,7 +46,7 @@ def evaluate(mesh):
     scale, sigmoid_bias = torch.tensor(9.0, requires_grad=True), torch.tensor(-2.0, requires_grad=True)
 
     rows = [[teacher_cls[: share // 2], teacher_cls[share // 2 :]], [teacher_patch]]
-    bias = TeacherBias(*(sinkhorn_bias(r, teacher_W, 0.07, iterations=3, chunk=3, mesh=mesh) for r in rows))
+    bias = TeacherBias(*(sinkhorn_bias(r, teacher_W, 0.07, iterations=3, rows_at_once=3, mesh=mesh) for r in rows))
     normal = [F.normalize(x @ trunk, dim=-1) for x in (image, text)]
     losses = {"infonce": info_nce(*normal, scale, None, mesh), "siglip": siglip(*normal, scale, sigmoid_bias, mesh)}
     student = StudentOutput(global_cls @ trunk, local_cls @ trunk, patch @ trunk, W, global_cls @ trunk)
@@ -52,7 +55,10 @@ def evaluate(mesh):
         SelfDistillationConfig(chunk=4), teacher_temperature=0.07, images_total_local=share, mesh=mesh,
     )
     losses["koleo"] = koleo(student.backbone_cls.unflatten(0, (2, share)), mesh)
-    mean = lambda x: all_reduce(x, mesh, "dp") / mesh.dp  # noqa: E731
+
+    def mean(x: Tensor) -> Tensor:
+        return all_reduce(x, mesh, "dp") / mesh.dp
+
     results = {f"{name}/value": mean(loss) for name, loss in losses.items()}
     for name, loss in losses.items():
         for what, leaf in {"trunk": trunk, "W": W, "scale": scale, "bias": sigmoid_bias}.items():
@@ -89,11 +95,11 @@ def shapes_made(mesh):
     with Shapes() as shapes:
         with torch.no_grad():
             targets, target_W = teacher(x)
-            bias = sinkhorn_bias([targets], target_W, 0.07, iterations=3, chunk=CHUNK, mesh=mesh)
+            bias = sinkhorn_bias([targets], target_W, 0.07, iterations=3, rows_at_once=ROWS_AT_ONCE, mesh=mesh)
         features, W = student(x)
         prototype_cross_entropy(
             features, W, targets, target_W, student_temperature=0.1, teacher_temperature=0.07, teacher_bias=bias,
-            chunk=CHUNK, mesh=mesh,
+            rows_at_once=ROWS_AT_ONCE, mesh=mesh,
         ).backward()
     return shapes.seen
 
@@ -121,10 +127,10 @@ def test_every_layout_equals_one_process(everywhere, tp):
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_no_rank_holds_all_logits(everywhere, tp):
-    """Whatever has a dimension over prototypes has it over this rank's alone, for a chunk of rows at most."""
+    """Whatever has a dimension over prototypes has it over this rank's alone, for some rows at a time."""
     own = PROTOTYPES // tp
     for _, shapes in everywhere:
         over_prototypes = {shape for shape in shapes[tp] if own in shape}
-        assert (CHUNK, own) in over_prototypes
+        assert (ROWS_AT_ONCE, own) in over_prototypes
         assert max(size for shape in shapes[tp] for size in shape) == own
-        assert all(math.prod(shape) <= CHUNK * own for shape in over_prototypes)
+        assert all(math.prod(shape) <= ROWS_AT_ONCE * own for shape in over_prototypes)

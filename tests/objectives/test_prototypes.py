@@ -7,16 +7,19 @@ from megavtp.objectives.prototypes import prototype_cross_entropy
 
 def problem(s=3, v=2, n=7, d=5, k=11, dtype=torch.float64, magnitude=1.0):
     g = torch.Generator().manual_seed(1)
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).mul(magnitude).to(dtype)  # noqa: E731
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).mul(magnitude).to(dtype)
+
     student, student_W = draw(s, n, d).requires_grad_(), draw(k, d).requires_grad_()
     bias, weights = torch.randn(k, generator=g, dtype=dtype), torch.rand(n, generator=g, dtype=dtype)
     return student, student_W, draw(v, n, d), draw(k, d), bias, weights
 
 
-def fused(student, student_W, teacher, teacher_W, bias, weights, chunk=4):
+def fused(student, student_W, teacher, teacher_W, bias, weights, rows_at_once=4):
     return prototype_cross_entropy(
         student, student_W, teacher, teacher_W, student_temperature=0.1, teacher_temperature=0.04, teacher_bias=bias,
-        row_weights=weights, chunk=chunk,
+        row_weights=weights, rows_at_once=rows_at_once,
     )
 
 
@@ -37,13 +40,13 @@ def value_and_grads(loss, *inputs, **more):
 
 
 @pytest.mark.parametrize("s,v", [(1, 1), (3, 2), (1, 2), (4, 1)])
-@pytest.mark.parametrize("chunk", [1, 4, 1000])
+@pytest.mark.parametrize("rows_at_once", [1, 4, 1000])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_equals_the_plain_formula_at_any_chunk_size(s, v, chunk, weighted):
+def test_equals_the_plain_formula_at_any_number_of_rows_at_once(s, v, rows_at_once, weighted):
     inputs = problem(s, v)
     if not weighted:
         inputs = *inputs[:5], None
-    for got, want in zip(value_and_grads(fused, *inputs, chunk=chunk), value_and_grads(plain, *inputs)):
+    for got, want in zip(value_and_grads(fused, *inputs, rows_at_once=rows_at_once), value_and_grads(plain, *inputs)):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
@@ -116,9 +119,9 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-def test_never_makes_more_than_a_chunk_of_logits():
-    s, n, d, k, chunk = 2, 64, 4, 128, 16
+def test_never_makes_more_than_the_logits_of_some_rows():
+    s, n, d, k, rows_at_once = 2, 64, 4, 128, 16
     inputs = problem(s, 2, n, d, k, torch.float32)
     with _Largest() as largest:
-        value_and_grads(fused, *inputs, chunk=chunk)
-    assert largest.elements == chunk * k < s * n * k
+        value_and_grads(fused, *inputs, rows_at_once=rows_at_once)
+    assert largest.elements == rows_at_once * k < s * n * k

@@ -46,7 +46,8 @@ def test_terms_and_gradients_equal_dinov2(stored, kind):
             bias = TeacherBias(*center_bias(centers, temperature))
             centers = torch.stack([update_center(c, [t], EYE, momentum=0.9) for c, t in zip(centers, teacher)])
         else:
-            bias = TeacherBias(*(sinkhorn_bias([t], EYE, temperature, iterations=3, chunk=5) for t in teacher[:2]))
+            biases = [sinkhorn_bias([t], EYE, temperature, iterations=3, rows_at_once=5) for t in teacher[:2]]
+            bias = TeacherBias(*biases)
         for name, b in zip(("cls", "patch"), bias):
             target = (inputs[f"teacher_{name}_logits"] / temperature + b).softmax(-1)
             torch.testing.assert_close(target, expected[f"{kind}/round{step}/teacher_{name}"], rtol=1e-4, atol=1e-7)

@@ -13,14 +13,15 @@ from megavtp.config.load import from_dict
 from megavtp.dit.batch import LatentStepDataset
 from megavtp.dit.config import DiTConfig
 from megavtp.dit.flow_matching import flow_matching_terms, straight_path
-from megavtp.dit.model.average import AveragedDiT, build_averaged_dit
-from megavtp.dit.passes import FlowMatchingPass
-from megavtp.dit.recipe import build_engine, build_model, with_sizes_of
-from megavtp.dit.validate import flow_share, validate_dit
+from megavtp.dit.model.average import AveragedDiT
+from megavtp.dit.model.build import build_averaged_dit
+from megavtp.dit.recipe import DiTTraining
+from megavtp.dit.validate import validate_dit, with_latents
 from megavtp.latents.folder import LatentFolder
 from megavtp.models.init import constant, fill_parameters, normal
 from megavtp.parallel.collectives import all_gather_object, all_reduce
-from megavtp.parallel.mesh import SINGLE, build_mesh
+from megavtp.parallel.engine_state import MOMENTS
+from megavtp.parallel.mesh import SINGLE
 from megavtp.training.step import train_step
 
 STEPS = 3  # of a run
@@ -125,23 +126,22 @@ class CellRun:
     """A cell on this world's processes, through the engine, step by step."""
 
     def __init__(self, config: DiTConfig):
-        self.folder = LatentFolder(config.data.root)
-        self.config = config = with_sizes_of(self.folder, config)
-        p = config.parallel
-        self.mesh = build_mesh(p.tp, p.pp, p.virtual_stages, p.sequence_parallel)
-        self.model = build_model(config, self.mesh, torch.device("cpu"))
-        self.engine = build_engine(self.model, config, self.mesh)
-        weights = {f"model/{name}": tensor for name, tensor in valued(config).state_dict().items()}
-        nothing = lambda name: torch.zeros_like(weights[f"model/{name.partition('/')[2]}"])  # noqa: E731
-        self.engine.load(lambda name: weights.get(name) if name in weights else nothing(name), 0)
-        self.data = LatentStepDataset(self.folder, config, self.mesh.dp_rank, self.mesh.dp)
-        self.flow = FlowMatchingPass(config, flow_share(config, self.mesh.dp), torch.device("cpu"))
+        self.recipe = recipe = DiTTraining(config, torch.device("cpu"))
+        recipe.open()
+        recipe.build()
+        self.config, self.mesh, self.engine = recipe.config, recipe.mesh, recipe.engine
+        weights = {f"model/{name}": tensor for name, tensor in valued(self.config).state_dict().items()}
+        for name, tensor in list(weights.items()):
+            weights |= {f"{moment}/{name.removeprefix('model/')}": torch.zeros_like(tensor) for moment in MOMENTS}
+        self.engine.load(weights.__getitem__, 0)
+        self.data = LatentStepDataset(recipe.folder, self.config, self.mesh.dp_rank, self.mesh.dp)
+        self.passes = recipe.passes()
         self.outcome = Outcome([], [], {})
 
     def train(self, first: int, end: int) -> Outcome:
         for step in range(first, end):
             terms, result = train_step(
-                self.engine, [self.flow], self.data[step], averaged=self.model.averaged(),
+                self.engine, self.passes, self.data[step], averaged=self.recipe.averaged(),
                 follow=1 - self.config.ema_momentum,
                 lr_of=lambda group: self.config.train.optimizer.lr * group["lr_scale"],
             )
@@ -158,7 +158,7 @@ class CellRun:
 def plain(config: DiTConfig, steps: int) -> Outcome:
     """By torch alone on one process, the whole batch at once."""
     folder = LatentFolder(config.data.root)
-    config = with_sizes_of(folder, replace(config, parallel=replace(config.parallel, recompute="none")))
+    config = with_latents(replace(config, parallel=replace(config.parallel, recompute="none")), folder)
     model = valued(config)
     data, settings = LatentStepDataset(folder, config), config.train.optimizer
     groups = [

@@ -13,7 +13,6 @@ from tiny_run import Outcome, build_engine, data_of, follow, learning_rate, merg
 
 from megavtp.config.schema import Config, VisionConfig
 from megavtp.parallel.collectives import all_gather_object, all_reduce
-from megavtp.parallel.engine_state import read_parameter
 from megavtp.parallel.mesh import build_mesh
 from megavtp.training.step import train_step
 
@@ -209,8 +208,7 @@ class Run(Outcome):
         # Without the moments that ``export`` would add: gathered one by one they would take as long as the steps.
         engine = self.engine
         own = {
-            name: engine._whole(read_parameter(engine._engine, parameter), parameter).detach().clone()
-            for parameter, name in engine.names.items()
+            name: engine._whole(parameter, "model").detach().clone() for parameter, name in engine.names.items()
         }
         stages = all_gather_object(own if self.mesh.tp_rank == self.mesh.dp_rank == 0 else {})
         weights = {name: value for stage in stages for name, value in stage.items()}

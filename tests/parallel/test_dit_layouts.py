@@ -12,7 +12,6 @@ from dit_cells import Cell, CellRun, Outcome, cells, plain
 from latent_folder import FINGERPRINT, random_latents
 
 from megavtp.checkpoint.store import CheckpointStore, open_checkpoint
-from megavtp.dit import recipe
 from megavtp.dit.checkpoint import load_dit
 from megavtp.parallel.collectives import all_gather_object
 from megavtp.training import state
@@ -38,8 +37,8 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(root) -> dict[str, Outcome]:
-    config = lambda condition: Cell(1, 1, 1, 0, condition=condition).config(root)  # noqa: E731
-    return {condition: plain(config(condition), SHORT) for condition in ("class", "caption")}
+    cells = [Cell(1, 1, 1, 0, condition=condition) for condition in ("class", "caption")]
+    return {cell.condition: plain(cell.config(root), SHORT) for cell in cells}
 
 
 def test_the_reference_moves_everything(expected):
@@ -93,10 +92,10 @@ def _chain(rank: int, root: Path, folder: Path, first: int, links: list[Cell]) -
         run = CellRun(cell.config(root))
         if step:
             with open_checkpoint(folder / f"step-{step:08d}") as checkpoint:
-                assert state.load(checkpoint, run.engine, [run.flow]) == step
+                assert state.load(checkpoint, run.engine, run.passes) == step
         outcomes.append(run.train(step, step + 1))
         store = CheckpointStore(folder, len(CHAIN), run_token=f"chain{step}")
-        state.save(store, run.engine, [run.flow], run.config, step + 1, recipe.facts_of(run.folder))
+        state.save(store, run.engine, run.passes, run.config, step + 1, run.recipe.facts())
         store.wait()
         all_gather_object(None)  # published by rank 0, and so by all
         run.engine.close()

@@ -76,7 +76,7 @@ class Toy(Pass):
         self.batch = batch.chunk(self.count)
         return self.count
 
-    def inputs(self, micro: int) -> dict[str, Tensor]:
+    def inputs(self, micro: int, first: bool = True) -> dict[str, Tensor]:
         self.asked.append(("inputs", micro, torch.is_grad_enabled()))
         return {"x": self.batch[micro]}
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megavtp.config.load import from_dict
+from megavtp.config.load import from_dict, merged
 from megavtp.config.run import ParallelConfig
 from megavtp.config.schema import Config
 from megavtp.config.share import share
@@ -70,11 +70,6 @@ BASE = {
 
 # A pixel on the edge between two 8-bit values would jump with the last bit of float32.
 decoder_passes.to_uint8 = lambda images: denormalise(images.float()).clamp(0, 1) * 255
-
-
-def merged(base: dict, extra: dict) -> dict:
-    both = lambda k: isinstance(base.get(k), dict) and isinstance(extra[k], dict)  # noqa: E731
-    return {**base, **{k: merged(base[k], extra[k]) if both(k) else extra[k] for k in extra}}
 
 
 def tiny_config(extra: dict | None = None, world_size: int | None = None) -> Config:

@@ -49,15 +49,19 @@ def plan_of(config: Config, world_size: int) -> Plan:
         objectives=replace(config.objectives, **whole),
     )
     if repr(alone) not in _PLANNERS:
-        groups = lambda named: parameter_groups(named, config.train.optimizer)  # noqa: E731
-        _PLANNERS[repr(alone)] = Planner(alone, groups, find_device("h100"), cuda=False)
+        _PLANNERS[repr(alone)] = Planner(
+            alone, lambda named: parameter_groups(named, config.train.optimizer), find_device("h100"), cuda=False
+        )
     return _PLANNERS[repr(alone)].plan(config, world_size)
 
 
 def state_bytes(engine: Engine, model: VTP, zero_stage: int) -> dict[str, int]:
     """Bytes of the trained weights, of the moments with the master weights, and of the teacher, where they lie."""
     inner = inner_optimizer(engine._engine)
-    stored = lambda p: getattr(p, "ds_tensor", p)  # noqa: E731
+
+    def stored(p: Any) -> Any:
+        return getattr(p, "ds_tensor", p)
+
     trained = [stored(p).untyped_storage() for p in model.parameters() if p.requires_grad]
     moments = sum(x.nbytes for state in inner.state.values() for x in state.values() if x.dim() > 0)
     masters = [p.nbytes for p in flat_partitions(engine._engine)] if zero_stage > 0 else []

@@ -58,9 +58,10 @@ def test_a_frozen_encoder_is_weights_alone():
 
 
 def test_state_shrinks_with_the_layout():
-    at = lambda stage, dp: state_bytes(  # noqa: E731
-        validate(load_config(DEMO_CONFIG, Config, [f"parallel.zero_stage={stage}", "model.text.vocab_size=512"]), 1), dp
-    )
+    def at(stage, dp):
+        overrides = [f"parallel.zero_stage={stage}", "model.text.vocab_size=512"]
+        return state_bytes(validate(load_config(DEMO_CONFIG, Config, overrides), 1), dp)
+
     assert at(0, 4) > at(1, 4) > at(2, 4) > at(3, 4)
     assert at(3, 4) == pytest.approx(at(3, 1) / 4, rel=1e-6)
 

@@ -9,9 +9,16 @@ from sampling_fakes import NAMES, STATISTICS, TOKENIZER, tokenizer_facts, write_
 
 from megavtp.data.randomness import generator
 from megavtp.dit.checkpoint import load_dit
-from megavtp.dit.sampling.command import names_of, samples_of
 from megavtp.dit.sampling.sampler import GeneratedImages, all_images, open_sampler
-from megavtp.dit.sampling.samples import Sample, SampleNoise, each, in_proportion, parse_classes
+from megavtp.dit.sampling.samples import (
+    Sample,
+    each,
+    in_proportion,
+    names_of,
+    parse_classes,
+    sample_noise,
+    samples_of,
+)
 from megavtp.dit.sampling.settings import SamplingSettings
 from megavtp.errors import UserError
 from megavtp.evaluation.generation.samples import samples_like
@@ -44,14 +51,14 @@ def differ_by_rounding(one, other):
 def test_noise_is_a_function_of_seed_condition_and_number():
     shape = (4, 3, 3)
     samples = [Sample(3, 0), Sample(3, 1), Sample(4, 0), Sample("a cat", 0)]
-    together = SampleNoise(0, samples, shape, "cpu")
+    together = sample_noise(0, samples, shape, "cpu")
     first, second = together(), together()
     for row, sample in enumerate(samples):
-        alone = SampleNoise(0, [sample], shape, "cpu")
+        alone = sample_noise(0, [sample], shape, "cpu")
         assert torch.equal(alone()[0], first[row]) and torch.equal(alone()[0], second[row])
         draws = generator(0, "sample", sample.condition, sample.index).standard_normal(shape, dtype="float32")
         assert torch.equal(first[row], torch.from_numpy(draws))
-    rows = [*first, *second, *SampleNoise(1, samples, shape, "cpu")()]
+    rows = [*first, *second, *sample_noise(1, samples, shape, "cpu")()]
     assert all(not torch.equal(a, b) for i, a in enumerate(rows) for b in rows[:i])
     assert abs(torch.cat(rows).mean()) < 0.2 and abs(torch.cat(rows).std() - 1) < 0.15
 

@@ -4,10 +4,9 @@ import pytest
 import torch
 from dit_oracle import official_dit, stored
 
-from megavtp.dit.sampling.dopri5 import dopri5
-from megavtp.dit.sampling.guidance import GuidedField
+from megavtp.dit.sampling.guidance import guided_field
 from megavtp.dit.sampling.settings import SamplingSettings
-from megavtp.dit.sampling.solvers import euler, euler_maruyama
+from megavtp.dit.sampling.solvers import dopri5, euler, euler_maruyama
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +25,13 @@ def test_euler_and_its_times(dit, official, points, shift):
     name = f"ode/euler{points}" + (f"_shift{shift}" if shift else "")
     times = SamplingSettings(steps=points - 1, shift=shift or 1.0).times()
     assert torch.allclose(torch.tensor(times), official[f"{name}/grid"], atol=5e-7)
-    end = euler(GuidedField(dit), official["z"], official["yz"], times)
+    end = euler(guided_field(dit), official["z"], official["yz"], times)
     assert torch.allclose(end, official[f"{name}/final"], atol=2e-5)
 
 
 @torch.no_grad()
 def test_guided_euler(dit, official):
-    field = GuidedField(dit, 4.0, (0.11, 1.0), channels=3)
+    field = guided_field(dit, 4.0, (0.11, 1.0), channels=3)
     end = euler(field, official["z"], official["yz"], SamplingSettings(steps=9, shift=0.3).times())
     assert torch.allclose(end, official["ode/cfg4_interval0.11_euler10_shift0.3/final"], atol=2e-5)
 
@@ -41,8 +40,8 @@ def test_guided_euler(dit, official):
 def test_dopri5(dit, official):
     """The official run has the tolerance 1e-3, which is how far it is from the solution."""
     z, y = official["z"], official["yz"]
-    exact = dopri5(GuidedField(dit), z, y, 1e-6, 1e-7)
-    assert torch.allclose(dopri5(GuidedField(dit), z, y, 1e-3, 1e-6), exact, atol=5e-3)
+    exact = dopri5(guided_field(dit), z, y, 1e-6, 1e-7)
+    assert torch.allclose(dopri5(guided_field(dit), z, y, 1e-3, 1e-6), exact, atol=5e-3)
     assert torch.allclose(official["ode/dopri5_5/final"], exact, atol=5e-3)
 
 
@@ -53,7 +52,7 @@ def test_sde(dit, official):
     draws = torch.Generator().manual_seed(15)
     z = official["z"]
     end = euler_maruyama(
-        GuidedField(dit), z, official["yz"], times, 1.0, lambda: torch.randn(z.shape, generator=draws)
+        guided_field(dit), z, official["yz"], times, 1.0, lambda: torch.randn(z.shape, generator=draws)
     )
     assert torch.allclose(end, official["sde/Euler_sigma_12_seed15/final"], atol=1e-5)
 
@@ -65,7 +64,7 @@ def test_sde(dit, official):
 def test_guidance_of_three_channels(dit, official, name, time, start):
     """The official batch is the samples twice, with their labels and with none."""
     x, y, t = official["cfg/x"][:2], official["cfg/y"][:2], torch.full((2,), time, dtype=torch.float64)
-    velocity = GuidedField(dit, 3.0, (start, 1.0), channels=3)(x, t, y)
+    velocity = guided_field(dit, 3.0, (start, 1.0), channels=3)(x, t, y)
     assert torch.allclose(velocity, official[f"cfg/{name}"][:2], atol=2e-5)
 
 
@@ -75,7 +74,7 @@ def test_guidance_of_all_channels_and_rows_of_different_times(dit, official):
     t = torch.tensor([0.05, 0.2, 0.7, 0.95], dtype=torch.float64)
     with_class = dit(x, t.float(), y)
     without = dit(x, t.float(), torch.full((4,), 10))
-    velocity = GuidedField(dit, 2.5, (0.2, 0.7))(x, t, y)
+    velocity = guided_field(dit, 2.5, (0.2, 0.7))(x, t, y)
     guided = torch.tensor([False, True, True, False])[:, None, None, None]
     expected = torch.where(guided, without + 2.5 * (with_class - without), with_class)
     assert torch.allclose(velocity, expected, atol=2e-5)
@@ -95,5 +94,5 @@ def test_outside_of_the_interval_nothing_is_computed_twice(dit, official):
 
     x, y = official["cfg/x"], torch.tensor([1, 2, 3, 4])
     for scale, t in ((1.0, 0.5), (3.0, 0.05), (3.0, 0.5)):
-        GuidedField(Counted(), scale, (0.1, 1.0))(x, torch.full((4,), t, dtype=torch.float64), y)
+        guided_field(Counted(), scale, (0.1, 1.0))(x, torch.full((4,), t, dtype=torch.float64), y)
     assert sizes == [4, 4, 8]

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from megavtp.dit.sampling.dopri5 import dopri5
 from megavtp.dit.sampling.settings import SamplingSettings
-from megavtp.dit.sampling.solvers import euler, euler_maruyama, heun
+from megavtp.dit.sampling.solvers import dopri5, euler, euler_maruyama, heun
 from megavtp.errors import UserError
 
 MEAN, STD = 0.7, 0.3

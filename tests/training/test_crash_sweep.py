@@ -93,8 +93,11 @@ class Operations:
 
     def _of_descriptor(self, name: str, original: Callable) -> Callable:
         def call(descriptor, *args):
-            half = lambda: original(descriptor, args[0][: len(args[0]) // 2], *args[1:])  # noqa: E731
-            self.meet(name, _of(descriptor), half if "write" in name else lambda: None)
+            def write_half() -> None:
+                if "write" in name:
+                    original(descriptor, args[0][: len(args[0]) // 2], *args[1:])
+
+            self.meet(name, _of(descriptor), write_half)
             return original(descriptor, *args)
 
         return call

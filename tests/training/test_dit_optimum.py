@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from megavtp.config.share import PassShare
 from megavtp.dit.batch import LatentBatch
 from megavtp.dit.config import DiTConfig, DiTModelConfig, FlowMatchingConfig
-from megavtp.dit.flow_matching import straight_path
-from megavtp.dit.model.average import build_averaged_dit
-from megavtp.dit.passes import FlowMatchingPass
+from megavtp.dit.flow_matching import FlowMatchingPass, straight_path
+from megavtp.dit.model.build import build_averaged_dit
 from megavtp.parallel.mesh import SINGLE
 from megavtp.parallel.passes import execute
 

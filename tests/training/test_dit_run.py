@@ -15,10 +15,9 @@ from launched import Ranks, events, steps_done
 
 from megavtp.checkpoint.store import find_latest, open_checkpoint
 from megavtp.config.load import from_dict
-from megavtp.dit.checkpoint import load_dit
+from megavtp.dit.checkpoint import check_goes_on, load_dit
 from megavtp.dit.config import DiTConfig
 from megavtp.dit.launcher import train_dit
-from megavtp.dit.resume import check_goes_on
 from megavtp.errors import UserError
 from megavtp.latents.folder import LatentFolder
 

@@ -199,9 +199,11 @@ def _no_network(folder: Path, rank: int) -> None:
         folder.joinpath("contacts").open("a").write(f"{arguments}\n")
         raise OSError("unreachable")
 
+    def local(address) -> bool:
+        return not isinstance(address, tuple) or address[0] in ("127.0.0.1", "::1", "localhost")
+
     os.environ.pop("HF_HUB_OFFLINE", None)
     connect = socket.socket.connect
-    local = lambda address: not isinstance(address, tuple) or address[0] in ("127.0.0.1", "::1", "localhost")  # noqa: E731
     socket.socket.connect = lambda self, address: connect(self, address) if local(address) else refuse(address)
     look_up = socket.getaddrinfo
     socket.getaddrinfo = lambda host, *rest, **options: (

@@ -23,6 +23,8 @@ from megavtp.data.files import write_atomic
 from megavtp.data.folder_lock import LOCK_FILE, FolderLock
 from megavtp.dit.launcher import train_dit
 from megavtp.errors import UserError
+from megavtp.parallel.mesh import SINGLE
+from megavtp.training import telemetry as telemetry_module
 from megavtp.training.metrics_file import MetricsFile, read_metrics
 from megavtp.training.output_dir import OutputDir
 from megavtp.training.pictures import reconstruction_grid
@@ -81,7 +83,7 @@ def test_a_second_run_in_the_folder_is_refused_on_all_ranks(world, entry, recipe
 
 
 def config_of(folder: Path) -> Config:
-    return Config(output_dir=str(folder / "run"))
+    return Config(output_dir=str(folder / "run"), telemetry=TelemetryConfig(log_every=1))
 
 
 def test_config_yaml_waits_for_the_start(tmp_path):
@@ -98,15 +100,15 @@ def step(telemetry: Telemetry, number: int) -> None:
     telemetry.step(number - 1, {"a/loss": torch.tensor(1.0)}, torch.tensor(1.0), 0.1, 0.0)
 
 
-def test_a_sink_that_is_refused_drops_no_metrics(tmp_path):
-    def refuse(start):
+def test_a_tracker_that_is_refused_drops_no_metrics(tmp_path, monkeypatch):
+    def refuse(config, start):
         raise UserError("no key")
 
-    path = tmp_path / "metrics.jsonl"
+    monkeypatch.setattr(telemetry_module, "open_trackers", refuse)
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
     path.write_text('{"kind": "step", "step": 7}\n')
-    telemetry = Telemetry(
-        TelemetryConfig(), tmp_path, is_main=True, total_steps=9, images_per_step=1, make_sinks=refuse
-    )
+    telemetry = Telemetry(config_of(tmp_path), SINGLE, 0.0)
     with pytest.raises(UserError, match="no key"):
         telemetry.start(0)
     assert [record["step"] for record in read_metrics(path)] == [7]
@@ -116,10 +118,7 @@ def test_a_sink_that_is_refused_drops_no_metrics(tmp_path):
 def test_a_folder_that_is_lost_is_made_anew(lost, tmp_path, caplog, monkeypatch):
     folder = tmp_path / "run"
     with OutputDir(config_of(tmp_path), True) as output:
-        telemetry = Telemetry(
-            TelemetryConfig(log_every=1), folder, is_main=True, total_steps=9, images_per_step=1,
-            keep_folder=output.keep,
-        )
+        telemetry = Telemetry(config_of(tmp_path), SINGLE, 0.0, output.keep)
         telemetry.start(0)
         output.begin()
         step(telemetry, 1)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import signal
 from collections.abc import Iterator, Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +22,7 @@ from megavtp.config.load import from_dict, to_dict
 from megavtp.config.run import LoggingConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megavtp.dit.config import DiTConfig
 from megavtp.dit.recipe import DiTTraining
+from megavtp.launch.ranks import STOPPED
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.passes import Pass
 from megavtp.training.metrics_file import read_metrics
@@ -37,6 +42,7 @@ class ToyConfig:
     output_dir: str
     seed: int = 0
     spoilt: int = 0  # the number of a step whose data are NaN
+    told_to_stop: int = 0  # the number of a step in which a signal comes
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(precision="fp32"))
     train: TrainConfig = TrainConfig(steps=STEPS, batch_size=ROWS, optimizer=OPTIMIZER)
     telemetry: LoggingConfig = LoggingConfig(log_every=1)
@@ -86,7 +92,7 @@ class ToyPass(Pass):
         self.x, self.mean = batch.x, 0.5 * self.mean + 0.5 * batch.x.sum(1).mean()
         return 1
 
-    def inputs(self, micro: int) -> dict[str, Any]:
+    def inputs(self, micro: int, first: bool = True) -> dict[str, Any]:
         return {"x": self.x}
 
     def local_terms(self, outputs: Tensor, micro: int) -> dict[str, Tensor]:
@@ -97,6 +103,19 @@ class ToyPass(Pass):
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self.mean = state["sums/mean"]
+
+
+class ToldToStop(ToyPass):
+    """Its process gets a SIGTERM in one step."""
+
+    def __init__(self, step: int):
+        super().__init__()
+        self.step = step
+
+    def prepare(self, run: Any, batch: ToyBatch) -> int:
+        if batch.step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().prepare(run, batch)
 
 
 class ToyRecipe(Recipe):
@@ -112,7 +131,7 @@ class ToyRecipe(Recipe):
         self.engine = Engine.of_run(model, optimizer, self.mesh, self.config, leaf_classes=())
 
     def passes(self) -> list[Pass]:
-        return [ToyPass()]
+        return [ToldToStop(self.config.told_to_stop)]
 
     def loader(self, start: int) -> ToyLoader:
         return ToyLoader(self.config, start)
@@ -173,6 +192,24 @@ def test_a_toy_recipe_trains_resumes_and_replays(tmp_path):
     assert list(losses) == list(range(1, STEPS + 2)) and losses[STEPS] < losses[1]
     (changed,) = (record for record in records if record["kind"] == "data_changed")
     assert (changed["step"], changed["keys"]) == (STEPS, ["seed"])
+
+
+def _told_to_stop(rank: int, folder: Path) -> list[tuple[int, str]]:
+    """Statuses and messages of two runs: a signal comes in the first step, and in the last."""
+    found = []
+    for step in (1, STEPS):
+        with redirect_stderr(io.StringIO()) as said:
+            status = _train(ToyConfig(str(folder / str(step)), told_to_stop=step))
+        found.append((status, said.getvalue()))
+    return found
+
+
+def test_a_signal_stops_a_run_only_while_a_step_is_left(tmp_path):
+    ((early, last),) = run_ranks(1, _told_to_stop, tmp_path, timeout=100)
+    assert early[0] == STOPPED and f"not finished: stopped after step 2 of {STEPS} (SIGTERM), which is" in early[1]
+    assert last[0] == 0 and f"told to stop (SIGTERM), but all {STEPS} steps are done and saved" in last[1]
+    assert [(tmp_path / str(step) / "finished").exists() for step in (1, STEPS)] == [False, True]
+    assert _tensors(tmp_path / "1", 2) and _tensors(tmp_path / str(STEPS), STEPS)
 
 
 def test_other_times_are_other_data_to_a_dit():

@@ -12,8 +12,10 @@ import torch
 from launched import Ranks, events, steps_done, succeed
 
 from megavtp.checkpoint.store import CheckpointStore
+from megavtp.config.schema import Config
 from megavtp.errors import UserError
-from megavtp.training.replay import NOT_FINITE, check_replayed
+from megavtp.parallel.mesh import SINGLE
+from megavtp.training.replay import NOT_FINITE, Unrecorded, check_replayed
 from megavtp.training.trainer import Trainer, _newest
 
 STEPS, SPOILT = 6, 5  # counted from 1
@@ -108,6 +110,17 @@ def test_a_step_that_the_run_does_not_have():
     for step in (0, STEPS + 1, -1):
         with pytest.raises(UserError, match=f"--replay {step}: the run has the steps 1 to {STEPS}"):
             check_replayed(step, STEPS)
+
+
+def test_telemetry_that_records_nothing(tmp_path, capsys):
+    telemetry = Unrecorded(Config(output_dir=str(tmp_path / "run")), SINGLE, 0.0)
+    telemetry.event("skipped", step=3, terms=["a"])
+    with telemetry.paused():
+        telemetry.picture(3, "grid", tmp_path / "grid.png")
+    telemetry.step(0, {"a/loss": torch.ones(())}, 1.0, 0.1, 0.0)
+    telemetry.close()
+    assert capsys.readouterr().out.startswith("step 3: skipped terms=['a']\nstep 3: picture name=grid")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_checkpoint_before_the_step(tmp_path):

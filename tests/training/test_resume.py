@@ -46,7 +46,9 @@ class Run:
     def kill_when(self, reached: Callable[[], bool], world: int = WORLD, *more: str) -> None:
         """Kill -9 all ranks as soon as ``reached()``."""
         with self.start(world, *more) as ranks:
-            alive = lambda: all(process.is_alive() for process in ranks.processes)  # noqa: E731
+            def alive() -> bool:
+                return all(process.is_alive() for process in ranks.processes)
+
             wait_for(lambda: reached() or not alive(), 240, lambda: ranks.output)
             assert alive(), ranks.output
             ranks.kill()

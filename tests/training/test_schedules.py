@@ -3,7 +3,12 @@ import math
 import pytest
 
 from megavtp.config.run import OptimizerConfig
-from megavtp.training.schedules import cosine, learning_rate, linear_warmup, warmup_cosine, warmup_hold
+from megavtp.training.schedules import cosine, learning_rate, linear_warmup
+
+
+def rates(count, steps, warmup, peak, floor, cooldown=None):
+    settings = OptimizerConfig(warmup_steps=warmup, lr=peak, min_lr=floor, cooldown=cooldown)
+    return [learning_rate(step, steps, settings) for step in range(count)]
 
 
 def test_cosine_ends_middle_and_beyond():
@@ -26,7 +31,7 @@ def test_linear_warmup():
 
 
 def test_warmup_cosine_shape():
-    values = [warmup_cosine(step, 20, 5, 1.0, 0.1) for step in range(25)]
+    values = rates(25, 20, 5, 1.0, 0.1)
     assert values[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
     assert all(a > b for a, b in zip(values[5:20], values[6:21]))
     assert values[20:] == [0.1] * 5
@@ -44,11 +49,11 @@ def test_warmup_cosine_shape():
     ],
 )
 def test_warmup_cosine_edges(steps, warmup, expected):
-    assert [warmup_cosine(step, steps, warmup, 2.0, 0.0) for step in range(steps)] == pytest.approx(expected)
+    assert rates(steps, steps, warmup, 2.0, 0.0) == pytest.approx(expected)
 
 
 def test_warmup_hold_shape():
-    values = [warmup_hold(step, 20, 5, 1.0, 0.1, 0.25) for step in range(25)]
+    values = rates(25, 20, 5, 1.0, 0.1, cooldown=0.25)
     assert values[:16] == pytest.approx([0.2, 0.4, 0.6, 0.8] + [1.0] * 12)
     assert values[16:20] == pytest.approx([0.82, 0.64, 0.46, 0.28])  # a straight line that would reach 0.1 at step 20
     assert values[20:] == pytest.approx([0.1] * 5)
@@ -56,8 +61,8 @@ def test_warmup_hold_shape():
 
 @pytest.mark.parametrize("cooldown,last", [(0.0, 2.0), (1.0, 0.5)])
 def test_warmup_hold_edges(cooldown, last):
-    assert warmup_hold(0, 4, 0, 2.0, 0.0, cooldown) == 2.0
-    assert warmup_hold(3, 4, 0, 2.0, 0.0, cooldown) == pytest.approx(last)
+    found = rates(4, 4, 0, 2.0, 0.0, cooldown)
+    assert found[0] == 2.0 and found[3] == pytest.approx(last)
 
 
 def test_cooldown_chooses_the_schedule():

@@ -79,7 +79,7 @@ def _loses_its_launcher_and_reader(rank: int) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     os.dup2(writer, 1)
-    stop_signal._LAUNCHER_LINKS.append((psutil.Process(), os.getpid()))  # no process is its own parent
+    stop_signal._CHAIN.append((psutil.Process(), os.getpid()))  # no process is its own parent
 
 
 def test_a_killed_launcher_which_may_end_with_0_is_told_and_closed_output_is_no_reason_to_stop(recipe, tmp_path):

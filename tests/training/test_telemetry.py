@@ -4,6 +4,7 @@ import io
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megavtp.config.run import ParallelConfig, TrainConfig
 from megavtp.config.schema import Config, TelemetryConfig
 from megavtp.errors import UserError
-from megavtp.parallel.mesh import SINGLE
-from megavtp.training import progress, sinks
+from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.training import progress, trackers
 from megavtp.training import telemetry as telemetry_module
 from megavtp.training.metrics_file import MetricsFile, read_metrics
 from megavtp.training.telemetry import Telemetry
@@ -27,7 +28,7 @@ class Clock:
         monkeypatch.setattr(telemetry_module.time, "perf_counter", lambda: self.now)
 
 
-class ListSink:
+class ListTracker:
     def __init__(self):
         self.got, self.closed = [], False
 
@@ -41,9 +42,24 @@ class ListSink:
         self.closed = True
 
 
-def make(tmp_path, log_every=4, total=100, is_main=True, **options):
-    config = TelemetryConfig(log_every=log_every)
-    return Telemetry(config, tmp_path, is_main=is_main, total_steps=total, images_per_step=32, **options)
+def make(tmp_path, log_every=4, total=100, rank=0, flops=0.0, peak_tflops=None):
+    config = Config(
+        output_dir=str(tmp_path), train=TrainConfig(steps=total, batch_size=32),
+        telemetry=TelemetryConfig(log_every=log_every, peak_tflops=peak_tflops),
+    )
+    return Telemetry(config, Mesh(dp_rank=rank), flops)
+
+
+@pytest.fixture
+def tracker(monkeypatch):
+    """The only tracker of a run that starts at the beginning."""
+    tracker = ListTracker()
+    monkeypatch.setattr(telemetry_module, "open_trackers", lambda config, start: [tracker] if start == 0 else [])
+    return tracker
+
+
+def reduce_with(monkeypatch, function):
+    monkeypatch.setattr(telemetry_module, "all_reduce", lambda vector, mesh, axis: function(vector))
 
 
 def terms(step):
@@ -74,7 +90,7 @@ def test_a_line_holds_the_means_of_its_steps(tmp_path):
 
 def test_rates(tmp_path, monkeypatch):
     clock = Clock(monkeypatch)
-    telemetry = make(tmp_path, flops_per_step=3e12, peak_tflops=10.0, total=12)
+    telemetry = make(tmp_path, flops=3e12, peak_tflops=10.0, total=12)
     telemetry.start(0)
     for step in range(8):
         clock.now += 2.0 if step < 4 else 1.0
@@ -118,9 +134,8 @@ class CountReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_gradient_norms_by_tower_stand_beside_the_terms(tmp_path):
-    sink = ListSink()
-    telemetry = make(tmp_path, log_every=2, make_sinks=lambda start: [sink])
+def test_gradient_norms_by_tower_stand_beside_the_terms(tmp_path, tracker):
+    telemetry = make(tmp_path, log_every=2)
     telemetry.start(0)
     for step in range(2):
         towers = {"vision": torch.tensor(1.0 + step), "text": torch.tensor(math.nan if step else 3.0)}
@@ -129,7 +144,7 @@ def test_gradient_norms_by_tower_stand_beside_the_terms(tmp_path):
     (line,) = lines(tmp_path)
     assert line["tower_grad_norms"] == {"vision": 1.5, "text": 3.0} and line["nonfinite_steps"] == 1
     assert list(line["terms"]) == list(terms(0))
-    assert sink.got[0][1]["train/grad_norm/vision"] == 1.5
+    assert tracker.got[0][1]["train/grad_norm/vision"] == 1.5
 
 
 def test_the_device_is_read_once_a_line(tmp_path, monkeypatch):
@@ -145,28 +160,30 @@ def test_the_device_is_read_once_a_line(tmp_path, monkeypatch):
     assert transfers == [(20 * 3 + 1,)] * 2 and counter.reads == 0
 
 
-def test_values_are_reduced_over_ranks_together(tmp_path):
+def test_values_are_reduced_over_ranks_together(tmp_path, monkeypatch):
     calls = []
 
     def reduce(vector):
         calls.append(vector.shape)
         return vector + 10
 
-    telemetry = make(tmp_path, reduce=reduce)
+    reduce_with(monkeypatch, reduce)
+    telemetry = make(tmp_path)
     telemetry.start(0)
     run(telemetry, 0, 8)
     assert calls == [(13,), (13,)]
     assert lines(tmp_path)[0]["terms"]["contrastive/loss"] == 11.5
 
 
-def test_other_ranks_take_part_but_write_nothing(tmp_path):
-    calls, sink = [], ListSink()
-    telemetry = make(tmp_path, is_main=False, reduce=lambda x: calls.append(1) or x, make_sinks=lambda start: [sink])
+def test_other_ranks_take_part_but_write_nothing(tmp_path, tracker, monkeypatch):
+    calls = []
+    reduce_with(monkeypatch, lambda vector: calls.append(1) or vector)
+    telemetry = make(tmp_path, rank=1)
     telemetry.start(0)
     run(telemetry, 0, 8)
     telemetry.event("checkpoint", step=8)
     telemetry.close()
-    assert len(calls) == 2 and not sink.got and not list(tmp_path.iterdir())
+    assert len(calls) == 2 and not tracker.got and not list(tmp_path.iterdir())
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path):
@@ -191,9 +208,8 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     assert not list(read_metrics(tmp_path / "metrics.jsonl"))
 
 
-def test_events_keep_their_fields_and_sinks_get_the_numbers(tmp_path):
-    sink = ListSink()
-    telemetry = make(tmp_path, make_sinks=lambda start: [sink] if start == 0 else [])
+def test_events_keep_their_fields_and_trackers_get_the_numbers(tmp_path, tracker):
+    telemetry = make(tmp_path)
     telemetry.start(0)
     telemetry.event("evaluation", step=3, zero_shot=0.25, note="x", broken=math.nan, path=tmp_path, ids=["a", "b"])
     telemetry.picture(3, "reconstructions", tmp_path / "a.png")
@@ -201,11 +217,11 @@ def test_events_keep_their_fields_and_sinks_get_the_numbers(tmp_path):
     telemetry.close()
     (event,) = lines(tmp_path, "evaluation")
     assert event["zero_shot"] == 0.25 and event["broken"] is None and event["ids"] == ["a", "b"]
-    assert sink.got[0] == (3, {"evaluation/zero_shot": 0.25})
-    assert sink.got[1] == (3, "reconstructions", tmp_path / "a.png")
-    step, numbers = sink.got[-1]
+    assert tracker.got[0] == (3, {"evaluation/zero_shot": 0.25})
+    assert tracker.got[1] == (3, "reconstructions", tmp_path / "a.png")
+    step, numbers = tracker.got[-1]
     assert step == 4 and numbers["contrastive/loss"] == 1.5 and numbers["train/images_per_second"] > 0
-    assert "train/mfu" not in numbers and sink.closed
+    assert "train/mfu" not in numbers and tracker.closed
 
 
 def test_a_full_disk_is_a_user_error(tmp_path):
@@ -255,13 +271,13 @@ def test_a_terminal_gets_one_live_line_and_a_file_gets_plain_lines(monkeypatch):
             assert text.count("\n") == 3 and "\r" not in text and "\x1b" not in text
 
 
-def test_a_sink_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
-    sinks.check_sinks(TelemetryConfig())
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    trackers.check_trackers(TelemetryConfig())
     with pytest.raises(UserError, match="telemetry.wandb=offline needs the package wandb: pip install wandb"):
-        sinks.check_sinks(TelemetryConfig(wandb="offline"))
+        trackers.check_trackers(TelemetryConfig(wandb="offline"))
     with pytest.raises(UserError, match="telemetry.tensorboard=true needs .* pip install tensorboard"):
-        sinks.check_sinks(TelemetryConfig(tensorboard=True))
+        trackers.check_trackers(TelemetryConfig(tensorboard=True))
 
 
 FAKE_WANDB = """
@@ -288,41 +304,44 @@ def test_wandb_goes_on_with_the_same_run_when_resumed(tmp_path, monkeypatch):
     monkeypatch.delitem(__import__("sys").modules, "wandb", raising=False)
     import wandb
 
-    config, out = TelemetryConfig(wandb="offline", wandb_project="p"), tmp_path / "out"
+    out = tmp_path / "out"
+    config = Config(output_dir=str(out), seed=7, telemetry=TelemetryConfig(wandb="offline", wandb_project="p"))
     for start in (0, 50, 0):
-        (sink,) = sinks.open_sinks(config, out, start, {"seed": 1})
+        (tracker,) = trackers.open_trackers(config, start)
     assert [call["id"] for call in wandb.calls] == [None, "new1", None]
     assert [call["resume"] for call in wandb.calls] == [None, "allow", None]
-    assert wandb.calls[0]["mode"] == "offline" and wandb.calls[0]["config"] == {"seed": 1}
+    assert wandb.calls[0]["mode"] == "offline" and wandb.calls[0]["config"]["seed"] == 7
     assert (out / "wandb_run_id").read_text() == "new3"
-    sink.numbers(7, {"a": 1.0})
-    sink.picture(7, "grid", tmp_path / "x.png")
-    sink.close()
+    tracker.numbers(7, {"a": 1.0})
+    tracker.picture(7, "grid", tmp_path / "x.png")
+    tracker.close()
     assert wandb.calls[3] == {"a": 1.0, "step": 7} and wandb.calls[4]["grid"].path.endswith("x.png")
     assert wandb.calls[5] == "finish"
     with pytest.raises(UserError, match="wandb: no API key configured; log in with `wandb login`"):
-        sinks.open_sinks(TelemetryConfig(wandb="online", wandb_project="refused"), out, 0, {})
+        trackers.open_trackers(replace(config, telemetry=TelemetryConfig(wandb="online", wandb_project="refused")), 0)
 
 
 def test_tensorboard_files_are_written(tmp_path):
     pytest.importorskip("tensorboard")
     from PIL import Image
 
-    (sink,) = sinks.open_sinks(TelemetryConfig(tensorboard=True), tmp_path, 0, {})
+    config = Config(output_dir=str(tmp_path), telemetry=TelemetryConfig(tensorboard=True))
+    (tracker,) = trackers.open_trackers(config, 0)
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
-    sink.numbers(1, {"a": 1.0})
-    sink.picture(1, "grid", tmp_path / "x.png")
-    sink.close()
+    tracker.numbers(1, {"a": 1.0})
+    tracker.picture(1, "grid", tmp_path / "x.png")
+    tracker.close()
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
 def test_tensorboard_files_are_begun_anew_where_their_folder_was_deleted(tmp_path):
     pytest.importorskip("tensorboard")
-    (sink,) = sinks.open_sinks(TelemetryConfig(tensorboard=True), tmp_path, 0, {})
-    sink._writer.flush()
+    config = Config(output_dir=str(tmp_path), telemetry=TelemetryConfig(tensorboard=True))
+    (tracker,) = trackers.open_trackers(config, 0)
+    tracker._writer.flush()
     shutil.rmtree(tmp_path / "tensorboard")
-    sink.numbers(1, {"a": 1.0})
-    sink.close()
+    tracker.numbers(1, {"a": 1.0})
+    tracker.close()
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
@@ -337,8 +356,8 @@ def test_the_utilisation_of_a_known_device_is_that_of_bfloat16(precision, share,
         output_dir=str(tmp_path), parallel=ParallelConfig(precision=precision),
         train=TrainConfig(steps=1, batch_size=4), telemetry=TelemetryConfig(log_every=1),
     )
-    telemetry = Telemetry.of_run(config, SINGLE, flops=1.0)
-    telemetry._device = torch.device("cpu")
+    telemetry = Telemetry(config, SINGLE, flops=1.0)
+    telemetry.device = torch.device("cpu")
     monkeypatch.setattr(telemetry_module, "peak_memory_gib", lambda device: 0.0)
     telemetry.start(0)
     clock.now += 1.0
@@ -352,7 +371,7 @@ def test_the_telemetry_of_a_run(tmp_path):
         output_dir=str(tmp_path / "run"), train=TrainConfig(steps=8, batch_size=4),
         telemetry=TelemetryConfig(log_every=4, peak_tflops=1.0),
     )
-    telemetry = Telemetry.of_run(config, SINGLE, flops=2e12)
+    telemetry = Telemetry(config, SINGLE, flops=2e12)
     telemetry.start(0)
     run(telemetry, 0, 8)
     telemetry.close()

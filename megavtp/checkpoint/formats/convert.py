@@ -1,7 +1,5 @@
 """This converts a tokenizer between the checkpoint of a run and the folder of a released model."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,7 +16,7 @@ from megavtp.checkpoint.formats.vtp_source import VTPSource, check_periods, open
 from megavtp.checkpoint.reading import named_step, step_folder
 from megavtp.checkpoint.store import CheckpointStore
 from megavtp.config.load import to_dict
-from megavtp.data.new_path import new_path
+from megavtp.data.all_or_nothing import all_or_nothing
 from megavtp.errors import UserError
 from megavtp.latents.artifact import LatentStatistics
 
@@ -45,24 +43,29 @@ def convert_tokenizer(
     source = open_vtp(path, source_format)
     if decoder is not None:
         source = _with_decoder(source, open_vtp(decoder))
-    file = _captions(source, captions)
-    artifact = replace(source.artifact, captions=_captions_name(file))
+    file, name = _captions(source, captions)
+    artifact = replace(source.artifact, captions=name)
     if statistics is not None:
-        artifact = replace(artifact, statistics=_statistics(statistics, artifact.latent_channels))
-    with new_path(out) as folder:
+        read = LatentStatistics.read(statistics)
+        artifact = replace(artifact, statistics=check_fitting(read, artifact.latent_channels, str(statistics)))
+    with all_or_nothing(out) as folder:
         if to == "hf-vtp":
             save_folder(folder, source.config.model, source.tokenizer_tensors, source.released)
-            notes = _left_out(source)
+            kept = source.tokenizer_tensors.keys()
+            rest = sorted({name.split(".")[0] for name in source.tensors if name not in kept})
+            notes = [f"left out, the released form has no place for them: {', '.join(rest)}"] if rest else []
         else:
-            notes = _save_native(folder, source)
-        if isinstance(file, Path):
+            check_periods(source)
+            tensors = {f"model/{name}": t for name, t in source.tensors.items() if not name.endswith(PERIODS)}
+            write_native(folder, 0, tensors, source.config, {"released": dict(source.released)})
+            notes = [WEIGHTS_ONLY]
+        if file is not None:
             shutil.copyfile(file, folder / str(artifact.captions))
         artifact.write(folder)
     return notes
 
 
 def _with_decoder(source: VTPSource, other: VTPSource) -> VTPSource:
-    """Return ``source`` with the pixel decoder of ``other``."""
     if other.artifact.fingerprint != source.artifact.fingerprint:
         raise UserError(
             f"--decoder {other.path} was trained on another encoder than that of {source.path}; name a run of "
@@ -77,19 +80,6 @@ def _with_decoder(source: VTPSource, other: VTPSource) -> VTPSource:
     reconstruction = replace(config.objectives.reconstruction, weight=other.config.objectives.reconstruction.weight)
     objectives = replace(config.objectives, reconstruction=reconstruction)
     return replace(source, tensors=rest | decoder, config=replace(config, model=model, objectives=objectives))
-
-
-def _left_out(source: VTPSource) -> list[str]:
-    kept = source.tokenizer_tensors.keys()
-    towers = sorted({name.split(".")[0] for name in source.tensors if name not in kept})
-    return [f"left out, the released form has no place for them: {', '.join(towers)}"] if towers else []
-
-
-def _save_native(folder: Path, source: VTPSource) -> list[str]:
-    check_periods(source)
-    tensors = {f"model/{name}": t for name, t in source.tensors.items() if not name.endswith(PERIODS)}
-    write_native(folder, 0, tensors, source.config, {"released": dict(source.released)})
-    return [WEIGHTS_ONLY]
 
 
 def write_native(
@@ -110,29 +100,19 @@ def write_native(
         shutil.rmtree(root, ignore_errors=True)
 
 
-def _statistics(path: str | Path, channels: int) -> LatentStatistics:
-    return check_fitting(LatentStatistics.read(path), channels, str(path))
-
-
-def _captions(source: VTPSource, given: str | None) -> str | Path | None:
-    """Return what the new folder refers to: "clip", a file to copy, or None."""
+def _captions(source: VTPSource, given: str | None) -> tuple[Path | None, str | None]:
+    """Return the file to copy, if there is one, and what the new artifact names: "clip", the file's copy, or None."""
     if given == "none" or source.captions is None:
-        return None
+        return None, None
     found = source.captions if given is None else given
     if found == "clip":
-        return "clip"
+        return None, "clip"
     if not Path(found).is_file():
         raise UserError(
             f"the caption tokenizer {found} does not exist: name it with --captions FILE, or leave it out with "
             "--captions none"
         )
-    return Path(found)
-
-
-def _captions_name(file: str | Path | None) -> str | None:
-    if not isinstance(file, Path):
-        return file
-    return "captions.txt.gz" if file.name.endswith(".txt.gz") else "captions.model"
+    return Path(found), "captions.txt.gz" if str(found).endswith(".txt.gz") else "captions.model"
 
 
 def check_fitting(statistics: LatentStatistics, channels: int | None, where: str) -> LatentStatistics:

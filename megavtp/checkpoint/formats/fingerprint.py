@@ -1,7 +1,5 @@
 """A tokenizer is identified by a hash of everything that decides the latents of an image."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

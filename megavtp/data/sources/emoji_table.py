@@ -3,8 +3,6 @@
 The table beside this file is Unicode's emoji-test data, version 17 (notice in its head).
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import Counter

@@ -1,18 +1,15 @@
 """Shards from the user's images: class folders, images with a .txt beside them, or a table of paths and captions."""
 
-from __future__ import annotations
-
 import io
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from megavtp.data.decode import BadSample, decode_image, open_image, to_rgb
+from megavtp.data.decode import MAX_PIXELS, BadSample, decode_image, open_image, to_rgb
 from megavtp.data.files import refuse_remote
 from megavtp.data.new_sample import NewSample, Skipped
 from megavtp.data.report import SkipReport
@@ -27,15 +24,9 @@ _KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's format -> exte
 _JPEG_QUALITY = 95
 
 
-@dataclass(frozen=True)
-class _Settings:
-    size: int
-    max_pixels: int
-
-
 def prepare_images(
     source: str | Path, out: str | Path, *, size: int = 0, test_fraction: float = 0.05, vocab_size: int = 8192,
-    shard_size: int = 1000, seed: int = 0, workers: int = 2, max_bad: int = 1000, max_pixels: int = 64_000_000,
+    shard_size: int = 1000, seed: int = 0, workers: int = 2, max_bad: int = 1000, max_pixels: int = MAX_PIXELS,
     overwrite: bool = False, quiet: bool = False,
 ) -> dict[str, Any]:
     """Write the images and captions of ``source`` to ``out`` and return its ``dataset.json``.
@@ -59,18 +50,23 @@ def prepare_images(
     else:
         raise UserError(f"--from {path} does not exist; name a folder of images or a .csv, .tsv or .jsonl file")
     entries = []
-    for entry in map(_with_text, found):
-        if isinstance(entry, Skipped):
-            report.skip(entry.reason, entry.name)
-            report.limit(max_bad)
-        else:
+    for entry in found:
+        try:
+            if isinstance(entry, Skipped):
+                raise BadSample(entry.reason)
+            if not entry.caption:
+                raise BadSample("no caption")
+            pack_text(entry.caption, entry.meta)
             entries.append(entry)
+        except BadSample as error:
+            report.skip(str(error), entry.name if isinstance(entry, Skipped) else str(entry.path))
+            report.limit(max_bad)
     order = list(enumerate(entries))
     random.Random(f"{seed}/images").shuffle(order)
     tests = round(test_fraction * len(order))
     if tests == len(order):
         tests = 0  # a test split of all there is would leave nothing to train on
-    load = partial(_load, settings=_Settings(size, max_pixels))
+    load = partial(_load, size=size, max_pixels=max_pixels)
     with staged_folder(out, overwrite) as root:
         name, spelled = encodable(path.resolve().name), encodable(str(path))
         info = {"name": name, "source": spelled, "attribution": [], "image_size": size, "seed": seed}
@@ -109,25 +105,12 @@ def _caption_beside(path: Path) -> str:
     return " ".join(text.decode("utf-8-sig", errors="replace").split())
 
 
-def _with_text(entry: Entry | Skipped) -> Entry | Skipped:
-    """Return the entry if its caption and label can be stored."""
-    if isinstance(entry, Skipped):
-        return entry
-    if not entry.caption:
-        return Skipped("no caption", str(entry.path))
-    try:
-        pack_text(entry.caption, entry.meta)
-    except BadSample as error:
-        return Skipped(str(error), str(entry.path))
-    return entry
-
-
-def _load(job: tuple[int, Entry], settings: _Settings) -> NewSample | Skipped:
+def _load(job: tuple[int, Entry], size: int, max_pixels: int) -> NewSample | Skipped:
     number, entry = job
     try:
         if not entry.path.is_file():  # a pipe would block; a path with a zero byte is no file either
             return Skipped("file not readable", f"{entry.path} (no such file)")
-        image, extension = _fit(entry.path.read_bytes(), settings)
+        image, extension = _fit(entry.path.read_bytes(), size, max_pixels)
     except OSError as error:
         return Skipped("file not readable", f"{entry.path} ({error.strerror})")
     except BadSample as error:
@@ -135,16 +118,16 @@ def _load(job: tuple[int, Entry], settings: _Settings) -> NewSample | Skipped:
     return NewSample(f"{number:09d}", image, extension, entry.caption, entry.meta)
 
 
-def _fit(data: bytes, settings: _Settings) -> tuple[bytes, str]:
+def _fit(data: bytes, size: int, max_pixels: int) -> tuple[bytes, str]:
     """Return the bytes to store and their extension; an image is encoded again only where that is necessary."""
-    pixels = decode_image(data, settings.max_pixels)  # this comes first, as only decoding shows that a file is damaged
-    extension = _KEPT.get(open_image(data, settings.max_pixels).format or "")
+    pixels = decode_image(data, max_pixels)  # this comes first, as only decoding shows that a file is damaged
+    extension = _KEPT.get(open_image(data, max_pixels).format or "")
     shorter = min(pixels.shape[1:])
-    if extension and not 0 < settings.size < shorter:
+    if extension and not 0 < size < shorter:
         return data, extension
-    rgb = to_rgb(open_image(data, settings.max_pixels))  # by Pillow: the stored bytes depend on no optional package
-    if 0 < settings.size < shorter:
-        scale = settings.size / shorter
+    rgb = to_rgb(open_image(data, max_pixels))  # by Pillow: the stored bytes depend on no optional package
+    if 0 < size < shorter:
+        scale = size / shorter
         rgb = rgb.resize([max(1, round(side * scale)) for side in rgb.size], Image.Resampling.BICUBIC)
     file = io.BytesIO()
     if extension == "jpg":

@@ -1,7 +1,5 @@
 """Data sets that a recipe may name with ``data.source``, each made without a question asked."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

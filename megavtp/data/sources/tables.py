@@ -1,7 +1,5 @@
 """Tables of image paths and captions: CSV, TSV and JSON lines."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 from collections.abc import Iterable, Iterator
@@ -30,17 +28,13 @@ class Entry:
 
     @property
     def meta(self) -> dict[str, str]:
-        """Return the metadata that are stored with image and caption."""
         return {"source": self.path.name} | ({"label": self.label} if self.label else {})
 
 
 def read_table(path: Path) -> Iterator[Entry | Skipped]:
-    """Yield the rows of a .csv, .tsv or .jsonl file with an image column (image, path, filepath, ...), a caption column
-    (caption, text, title) and perhaps a class column (label, class).
-
-    Relative image paths start at the table's folder. Rows that make no sense are skipped. Raises ``UserError`` for
-    other files, missing columns, and image paths that are pipes or URLs.
-    """
+    """Yield the rows of a .csv, .tsv or .jsonl file with columns of ``_PATH_COLUMNS``, ``_CAPTION_COLUMNS`` and perhaps
+    ``_LABEL_COLUMNS``. Relative image paths start at the table's folder. Rows that make no sense are skipped.
+    ``UserError`` for other files, missing columns, and image paths that are pipes or URLs."""
     suffix = path.suffix.lower()
     if suffix not in (".csv", ".tsv", ".jsonl", ".ndjson"):
         raise UserError(f"{path} is neither a folder nor a .csv, .tsv or .jsonl file; rename or convert it")

@@ -1,17 +1,13 @@
 """Training holds the DiT and the moving average of its weights, with which samples are drawn."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megavtp.dit.config import CompleteDiT, DiTModelConfig, ResolvedDiT, complete_dit, swiglu_hidden
-from megavtp.dit.model.build import initialise_dit
+from megavtp.dit.config import CompleteDiT, ResolvedDiT, swiglu_hidden
 from megavtp.dit.model.model import Activations, DiT
-from megavtp.models.build import realised
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute
 from megavtp.nn.precision import computing_in
@@ -23,11 +19,8 @@ class AveragedDiT(nn.Module):
     """``dit`` learns, ``ema`` follows it. ``forward(mode, ...)`` is the only entry, as sharding engines hook the root
     module's forward.
 
-    Under pipeline parallelism both hold this rank's chunks only.
-
-    Args:
-        config: the model, with the size that its condition needs.
-        compute_dtype: dtype of the matrix products (autocast); parameters stay float32.
+    Under pipeline parallelism both hold this rank's chunks only. Matrix products are in ``compute_dtype`` (autocast),
+    parameters stay float32.
     """
 
     def __init__(
@@ -53,11 +46,9 @@ class AveragedDiT(nn.Module):
             return (self.dit if mode == "velocity" else self.ema)(x, t, y, stage, *activations)
 
     def legs(self, mode: str) -> int:
-        """Count the towers that a pass goes through one after another."""
         return 1
 
     def activation_specs(self, mode: str, stage: int, *, x: Tensor, **_: Any) -> list[ActivationSpec]:
-        """Give shape and dtype of each tensor that enters ``stage`` > 0 of a pass with these inputs."""
         tokens = (self.config.latent_size // self.config.patch_size) ** 2
         shapes = (len(x), tokens, self.config.width), (len(x), self.config.width)
         return [(shape, torch.float32) for shape in shapes]
@@ -67,7 +58,6 @@ class AveragedDiT(nn.Module):
         return list(zip(self.ema.parameters(), self.dit.parameters(), strict=True))
 
     def start_average(self) -> None:
-        """Make the average a copy of the trained weights."""
         with torch.no_grad():
             for average, trained in self.averaged():
                 average.copy_(trained)
@@ -78,19 +68,3 @@ def dit_cuts(config: ResolvedDiT, chunks: int) -> tuple[range, ...]:
     block = 4 * config.width + 3 * swiglu_hidden(config.width)
     ends = config.patch_size**2 * (config.latent_channels or 0) / block
     return cut_tower([1.0] * config.depth, chunks, first=ends, last=ends)
-
-
-def build_averaged_dit(
-    config: DiTModelConfig, mesh: Mesh = SINGLE, *, seed: int = 0, device: torch.device | str = "cpu",
-    recompute: Recompute = "none", attention: Kernel = "auto", compute_dtype: torch.dtype = torch.float32,
-) -> AveragedDiT:
-    """Build both in float32 on ``device``, initialised; the whole weights are the same for every ``mesh``."""
-    with torch.device("meta"):
-        model = AveragedDiT(
-            complete_dit(config), mesh, recompute=recompute, attention=attention, compute_dtype=compute_dtype
-        )
-    with realised(model, device):
-        initialise_dit(model.dit, mesh, seed)
-        model.ema.reset_positions()
-        model.start_average()
-    return model

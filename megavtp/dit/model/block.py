@@ -4,8 +4,6 @@ Letters: b samples, N tokens, D width. ``condition`` (b, D) is SiLU of the sum o
 ``copy_to_tp`` for all blocks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch.nn.functional as F
@@ -18,11 +16,10 @@ from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute, branch
 from megavtp.nn.norms import RMSNorm
 from megavtp.nn.rope import RotaryTable
-from megavtp.nn.split import share
 from megavtp.parallel.collectives import gather_from_tp
 from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megavtp.parallel.mesh import Mesh
-from megavtp.parallel.sequence import TokenCut
+from megavtp.parallel.sequence import TokenCut, on_own_rows
 
 NORM_EPS = 1e-6
 
@@ -33,19 +30,15 @@ class FusedSwiGLU(nn.Module):
     def __init__(self, width: int, mesh: Mesh):
         super().__init__()
         hidden = swiglu_hidden(width)
-        share(hidden, mesh, "the feed-forward hidden width")
+        mesh.tp_part(hidden, "the feed-forward hidden width")
         self.w12 = ColumnParallelLinear(width, 2 * hidden, mesh=mesh, parts=2)
         self.w3 = RowParallelLinear(hidden, width, mesh=mesh)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.contract(self.expand(x))
 
     def expand(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
         """Compute the first matrix product, a and b side by side."""
         return self.w12(x, cut)
 
     def contract(self, hidden: Tensor, cut: TokenCut | None = None) -> Tensor:
-        """Compute all that follows the first matrix product."""
         a, b = hidden.chunk(2, -1)
         return self.w3(F.silu(a) * b, cut)
 
@@ -58,7 +51,7 @@ class Modulation(nn.Module):
 
     def __init__(self, width: int, parts: int, mesh: Mesh):
         super().__init__()
-        share(width, mesh, "the width of the DiT")
+        mesh.tp_part(width, "the width of the DiT")
         self.mesh, self.parts = mesh, parts
         # The name is the linear's place in LightningDiT's pair of SiLU and linear.
         self.add_module("1", ColumnParallelLinear(width, parts * width, mesh=mesh, parts=parts, copy_input=False))
@@ -66,8 +59,7 @@ class Modulation(nn.Module):
     def forward(self, condition: Tensor, cut: TokenCut | None = None) -> tuple[Tensor, ...]:
         """Return the tensors; ``cut`` is given under sequence parallelism, where each rank modulates its own tokens."""
         own = self.get_submodule("1")(condition).unflatten(-1, (self.parts, 1, -1))
-        whole = gather_from_tp(own, self.mesh)
-        return (whole if cut is None else cut.share(whole)).unbind(1)
+        return on_own_rows(gather_from_tp(own, self.mesh), cut).unbind(1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -1,19 +1,17 @@
-"""This builds a DiT with LightningDiT's initial values, the same on every layout, or fills it from whole tensors."""
-
-from __future__ import annotations
+"""This builds a DiT with LightningDiT's initial values, the same on every layout."""
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from megavtp.dit.config import DiTModelConfig, complete_dit
+from megavtp.dit.model.average import AveragedDiT
 from megavtp.dit.model.model import DiT
 from megavtp.models.build import realised
-from megavtp.models.fitting import load_whole
 from megavtp.models.init import Fill, constant, fill_parameters, normal
 from megavtp.nn.attention_kernels import Kernel
+from megavtp.nn.block import Recompute
 from megavtp.parallel.mesh import SINGLE, Mesh
 
 
@@ -35,8 +33,7 @@ _RULES: list[tuple[str, Fill]] = [
 ]
 
 
-def initialise_dit(model: DiT, mesh: Mesh, seed: int) -> None:
-    """Fill every parameter of a DiT, whole or a part of its blocks, and its positions."""
+def _initialise(model: DiT, mesh: Mesh, seed: int) -> None:
     fill_parameters(model.named_parameters(), _RULES, mesh, seed)
     model.reset_positions()
 
@@ -49,13 +46,21 @@ def build_dit(
     with torch.device("meta"):
         model = DiT(complete_dit(config), mesh, attention=attention)
     with realised(model, device):
-        initialise_dit(model, mesh, seed)
+        _initialise(model, mesh, seed)
     return model
 
 
-def load_full_dit(model: DiT, tensors: Mapping[str, Tensor]) -> None:
-    """Copy whole (uncut) tensors into this rank's slices, by LightningDiT's keys; the fixed positions may be left out.
-
-    UserError names everything that is missing, unexpected or of the wrong shape; then nothing is copied.
-    """
-    load_whole(model, tensors, model.mesh, [name for name, _ in model.named_parameters()])
+def build_averaged_dit(
+    config: DiTModelConfig, mesh: Mesh = SINGLE, *, seed: int = 0, device: torch.device | str = "cpu",
+    recompute: Recompute = "none", attention: Kernel = "auto", compute_dtype: torch.dtype = torch.float32,
+) -> AveragedDiT:
+    """Build a DiT and its average, initialised, in float32; the whole weights are the same for every ``mesh``."""
+    with torch.device("meta"):
+        model = AveragedDiT(
+            complete_dit(config), mesh, recompute=recompute, attention=attention, compute_dtype=compute_dtype
+        )
+    with realised(model, device):
+        _initialise(model.dit, mesh, seed)
+        model.ema.reset_positions()
+        model.start_average()
+    return model

@@ -1,9 +1,7 @@
-"""A DiT takes latents as tokens, and time and class or caption as one conditioning vector.
+"""A DiT takes time and class or caption as one conditioning vector.
 
-Letters: b samples, C channels, N tokens, D width. Modules have LightningDiT's names, so that our keys are its own.
+Letters: b samples, D width. Modules have LightningDiT's names, so that our keys are its own.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +9,6 @@ from torch import Tensor, nn
 from megavtp.dit.config import TIME_FREQUENCIES
 from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megavtp.parallel.mesh import Mesh
-
-
-class LatentEmbed(nn.Module):
-    """Embeds latents (b, C, H, W) as tokens (b, N, D) in row-major order."""
-
-    def __init__(self, channels: int, width: int, patch: int):
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, patch, patch)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.proj(latents).flatten(2).transpose(1, 2)
 
 
 def _mlp(inputs: int, width: int, mesh: Mesh) -> nn.Sequential:

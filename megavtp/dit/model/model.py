@@ -3,8 +3,6 @@
 Letters: b samples, C channels, H = W latent positions, p patch, N = (H / p)^2 tokens, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -14,12 +12,12 @@ from torch import Tensor, nn
 from megavtp.config.sizes import known
 from megavtp.dit.config import CompleteDiT
 from megavtp.dit.model.block import DiTBlock, FinalLayer
-from megavtp.dit.model.embed import CaptionEmbed, ClassEmbed, LatentEmbed, TimeEmbed
-from megavtp.dit.model.positions import pair_tables, sine_positions
+from megavtp.dit.model.embed import CaptionEmbed, ClassEmbed, TimeEmbed
+from megavtp.dit.model.positions import position_tables
 from megavtp.errors import UserError
+from megavtp.models.vision_encoder import PatchEmbed
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute, run_block
-from megavtp.nn.rope import RotaryTable
 from megavtp.parallel.collectives import copy_to_tp
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.sequence import TokenCut
@@ -36,17 +34,8 @@ class PairRope(nn.Module):
 
     def __init__(self, head_dim: int, side: int):
         super().__init__()
-        self.head_dim, self.side = head_dim, side
-        self.register_buffer("freqs_cos", torch.empty(side * side, head_dim))
-        self.register_buffer("freqs_sin", torch.empty(side * side, head_dim))
-
-    def reset(self) -> None:
-        """Fill the buffers; needed after a build on the meta device."""
-        for buffer, values in zip(self.table(), pair_tables(self.head_dim, self.side)):
-            buffer.copy_(values)
-
-    def table(self) -> RotaryTable:
-        return self.freqs_cos, self.freqs_sin
+        for name in ("freqs_cos", "freqs_sin"):
+            self.register_buffer(name, torch.empty(side * side, head_dim))
 
 
 class DiT(nn.Module):
@@ -58,8 +47,7 @@ class DiT(nn.Module):
         config: the model, with the size that its condition needs.
         mesh: tensor-parallel layout.
         stripe: the blocks on this rank; None = all.
-        recompute: what blocks recompute in the backward pass, see ``nn.block``.
-        attention: kernel choice, see ``nn.attention_kernels``.
+        recompute, attention: see ``nn.block`` and ``nn.attention_kernels``.
     """
 
     pos_embed: Tensor
@@ -75,7 +63,7 @@ class DiT(nn.Module):
         self.side = config.latent_size // patch
         if self.stripe.first:
             self.register_buffer("pos_embed", torch.empty(1, self.side**2, width))
-            self.x_embedder = LatentEmbed(channels, width, patch)
+            self.x_embedder = PatchEmbed(patch, width, channels)
             self.t_embedder = TimeEmbed(width, mesh)
             self.y_embedder: ClassEmbed | CaptionEmbed
             if config.condition == "class":
@@ -92,10 +80,10 @@ class DiT(nn.Module):
 
     def reset_positions(self) -> None:
         """Fill the buffers; needed after a build on the meta device."""
+        tables = position_tables(self.config)
         with torch.no_grad():
-            self.feat_rope.reset()
-            if self.stripe.first:
-                self.pos_embed.copy_(sine_positions(self.config.width, self.side))
+            for name, buffer in self.named_buffers():
+                buffer.copy_(tables[name])
 
     def forward(
         self, x: Tensor | None, t: Tensor | None, y: Tensor | None, chunk: int | None = None, *activations: Tensor
@@ -136,7 +124,8 @@ class DiT(nn.Module):
         this function; input and output are whole, and the same on each rank."""
         if not indices:
             return tokens
-        samples, table, cut = len(tokens), self.feat_rope.table(), None
+        table = self.feat_rope.freqs_cos, self.feat_rope.freqs_sin
+        samples, cut = len(tokens), None
         if self.mesh.sequence_parallel:
             cut = TokenCut(self.mesh, tokens.shape[0] * tokens.shape[1], sequences=samples)
             tokens = cut.split(tokens.flatten(0, 1)).unflatten(0, (samples, -1))

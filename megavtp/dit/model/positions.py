@@ -3,34 +3,36 @@
 Letters: N = side * side tokens in row-major order, D width, h head dimension. Sides are in tokens.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
+from megavtp.dit.config import CompleteDiT
 from megavtp.nn.rope import RotaryTable
 
-
-def sine_positions(width: int, side: int) -> Tensor:
-    """Return (N, D) float32: D/2 channels encode the column, then D/2 the row, each by D/4 sines then D/4 cosines."""
-    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
-    axis = torch.cat([angles.sin(), angles.cos()], 1)  # (side, D/2)
-    column, row = axis.expand(side, -1, -1), axis[:, None].expand(-1, side, -1)
-    return torch.cat([column, row], -1).flatten(0, 1).float()
+POSITIONS = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
 
 
-def pair_tables(head_dim: int, side: int) -> RotaryTable:
-    """Return cosines and sines (N, h) float32: the first h/2 channels rotate by the row, the last by the column.
+def position_tables(config: CompleteDiT) -> dict[str, Tensor]:
+    """Return the fixed positions of a DiT, float32, by the names of its buffers.
 
-    Neighbouring channels share an angle: they are the pairs of ``rotate_pairs``.
+    In ``pos_embed`` (1, N, D), D/2 channels encode the column, then D/2 the row, each by D/4 sines then D/4 cosines. By
+    ``freqs_cos`` and ``freqs_sin`` (N, h), the first h/2 channels rotate by the row, the last by the column;
+    neighbouring channels share an angle: they are the pairs of ``rotate_pairs``.
     """
-    half = head_dim // 2
+    side, quarter, half = config.latent_size // config.patch_size, config.width // 4, config.width // config.heads // 2
+    frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    row, column = _on_grid(torch.cat([angles.sin(), angles.cos()], 1))
+    sines = torch.cat([column, row], -1).float()
     frequencies = 1.0 / 10000.0 ** (torch.arange(0, half, 2).float() / half)
-    axis = (torch.arange(side).float()[:, None] * frequencies).repeat_interleave(2, -1)  # (side, h/2)
-    row, column = axis[:, None].expand(-1, side, -1), axis.expand(side, -1, -1)
-    angles = torch.cat([row, column], -1).flatten(0, 1)
-    return angles.cos(), angles.sin()
+    angles = torch.cat(_on_grid((torch.arange(side).float()[:, None] * frequencies).repeat_interleave(2, -1)), -1)
+    return dict(zip(POSITIONS, (sines[None], angles.cos(), angles.sin())))
+
+
+def _on_grid(axis: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the values (side, c) of each token's row and of its column, (N, c) each."""
+    side = len(axis)
+    return axis.repeat_interleave(side, 0), axis.repeat(side, 1)
 
 
 def rotate_pairs(x: Tensor, table: RotaryTable) -> Tensor:

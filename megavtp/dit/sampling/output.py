@@ -1,13 +1,10 @@
 """Generated images go to a PNG sheet, a folder of PNG files or ADM's ``.npz``, which appear only when complete."""
 
-from __future__ import annotations
-
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
-from itertools import count
+from contextlib import AbstractContextManager, contextmanager
+from itertools import count, groupby
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megavtp.data.new_path import new_path
+from megavtp.data.all_or_nothing import all_or_nothing
+from megavtp.data.files import replaced
 from megavtp.errors import UserError
 from megavtp.training import pictures
 
@@ -50,7 +48,7 @@ def open_output(out: Path, names: Sequence[str]) -> AbstractContextManager[Sink]
 @contextmanager
 def _folder(out: Path) -> Iterator[Sink]:
     """Write 000000.png and so on into a new folder."""
-    with new_path(out) as folder, ThreadPoolExecutor(_WRITERS) as pool:
+    with all_or_nothing(out) as folder, ThreadPoolExecutor(_WRITERS) as pool:
         folder.mkdir()
         jobs: list[Future] = []
         numbers = count()
@@ -68,17 +66,13 @@ def _folder(out: Path) -> Iterator[Sink]:
 
 @contextmanager
 def _replaced(out: Path) -> Iterator[Path]:
-    """Give a path beside ``out`` that is renamed to it when the block ends without an error."""
-    partial = out.with_name(out.name + ".partial")
+    """Do as ``replaced``, in a folder that need not exist yet; an OSError becomes a UserError that names ``out``."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, out)
+        with replaced(out) as partial:
+            yield partial
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}); choose another --out") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 @contextmanager
@@ -115,16 +109,10 @@ def _sheet(out: Path, names: Sequence[str]) -> Iterator[Sink]:
 
 def draw_sheet(images: Tensor, names: Sequence[str]) -> Image.Image:
     """Draw ``images`` uint8 (n, 3, H, W) in rows, see ``_sheet``; ``names`` has one for each image."""
-    rows = _rows(names)
-    firsts = [names[row[0]] for row in rows]
-    labels = ["" if name == before else name for before, name in zip([None, *firsts], firsts)]
-    return pictures.draw_sheet([(label, images[row]) for label, row in zip(labels, rows)])
-
-
-def _rows(names: Sequence[str]) -> list[list[int]]:
-    rows: list[list[int]] = []
-    for index, name in enumerate(names):
-        if not rows or len(rows[-1]) == pictures.COLUMNS or names[rows[-1][0]] != name:
-            rows.append([])
-        rows[-1].append(index)
-    return rows
+    rows: list[tuple[str, Tensor]] = []
+    drawn = 0
+    for name, run in groupby(names):
+        own = images[drawn : drawn + len(list(run))]
+        drawn += len(own)
+        rows += [("" if number else name, row) for number, row in enumerate(own.split(pictures.COLUMNS))]
+    return pictures.draw_sheet(rows)

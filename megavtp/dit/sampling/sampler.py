@@ -1,21 +1,21 @@
 """This draws images with a trained DiT and the tokenizer whose latents it generates."""
 
-from __future__ import annotations
-
+import argparse
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megavtp.config.precision import compute_dtype
 from megavtp.config.sizes import known
 from megavtp.dit.checkpoint import StoredDiT, load_dit
-from megavtp.dit.sampling.dopri5 import dopri5
-from megavtp.dit.sampling.guidance import GuidedField
-from megavtp.dit.sampling.samples import Sample, SampleNoise
-from megavtp.dit.sampling.settings import SamplingSettings
-from megavtp.dit.sampling.solvers import euler, euler_maruyama, heun
+from megavtp.dit.sampling.guidance import guided_field
+from megavtp.dit.sampling.samples import Sample, sample_noise
+from megavtp.dit.sampling.settings import SamplingSettings, settings_of
+from megavtp.dit.sampling.solvers import dopri5, euler, euler_maruyama, heun
 from megavtp.errors import UserError
 from megavtp.parallel.collectives import all_gather
 from megavtp.parallel.mesh import SINGLE, Mesh
@@ -62,14 +62,12 @@ class Sampler:
         self.shape = (channels, config.latent_size, config.latent_size)
         self.size = config.latent_size * tokenizer.artifact.patch_size
         self.device = tokenizer.device
-        self.field = GuidedField(
-            dit.model, settings.guidance, settings.interval, settings.guided_channels, dtype
-        )
+        self.field = guided_field(dit.model, settings.guidance, settings.interval, settings.guided_channels, dtype)
 
     @torch.no_grad()
     def latents(self, samples: Sequence[Sample]) -> Tensor:
         """Draw normalised latents (b, C, h, w), float32 on the device."""
-        noise = SampleNoise(self.settings.seed, samples, self.shape, self.device)
+        noise = sample_noise(self.settings.seed, samples, self.shape, self.device)
         x, y, settings = noise(), self._conditions(samples), self.settings
         if settings.method == "dopri5":
             return dopri5(self.field, x, y, settings.rtol, settings.atol)
@@ -104,6 +102,14 @@ def open_sampler(
     """Load a checkpoint's DiT, by default its averaged weights, and a tokenizer's folder. Raises UserError."""
     stored = load_dit(dit, device, average=average)
     return Sampler(stored, str(dit), load_tokenizer(tokenizer, device), settings, dtype)
+
+
+def sampler_of(options: argparse.Namespace, device: torch.device) -> Sampler:
+    """Open the DiT and the tokenizer that ``settings.add_sampling_options`` and the tools' options name. UserError."""
+    return open_sampler(
+        options.dit, options.tokenizer, settings_of(options), device, average=options.weights == "average",
+        dtype=compute_dtype(options.precision),
+    )
 
 
 class GeneratedImages:
@@ -142,12 +148,10 @@ def all_images(
 
     This is a collective call: each batch of the result joins one of every process.
     """
-    batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
-    for start in tqdm(range(0, len(batches), mesh.dp), "sampling", disable=quiet, unit="batch"):
-        turn = batches[start : start + mesh.dp]
+    batches = GeneratedImages(sampler, samples, quiet).batches(batch_size, mesh.dp_rank, mesh.dp)
+    for start in range(0, len(samples), batch_size * mesh.dp):
         own = torch.zeros(batch_size, 3, sampler.size, sampler.size, dtype=torch.uint8, device=sampler.device)
-        if mesh.dp_rank < len(turn):
-            own[: len(turn[mesh.dp_rank])] = sampler.images(turn[mesh.dp_rank])
+        for _, images in islice(batches, 1):  # none at the end, if fewer batches than processes are left
+            own[: len(images)] = images
         # Only the very last batch may be short, so padding is at the end.
-        yield all_gather(own, mesh, "dp")[: sum(map(len, turn))].cpu()
-
+        yield all_gather(own, mesh, "dp")[: len(samples) - start].cpu()

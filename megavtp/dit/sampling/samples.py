@@ -1,16 +1,16 @@
 """These choose which samples to draw; a sample's noise is a function of the seed, its condition and a number."""
 
-from __future__ import annotations
-
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megavtp.config.sizes import known
 from megavtp.data.randomness import generator
+from megavtp.dit.checkpoint import StoredDiT
 from megavtp.errors import UserError
 
 
@@ -41,6 +41,29 @@ def in_proportion(weights: Sequence[float], count: int) -> list[Sample]:
     return [Sample(label, index) for label, number in enumerate(counts.tolist()) for index in range(number)]
 
 
+def samples_of(dit: StoredDiT, classes: str | None, captions: list[str] | None, per_class: int) -> list[Sample]:
+    """Return the samples that the options of ``tools/sample.py`` ask for. UserError if they do not fit the DiT."""
+    model = dit.config.model
+    if model.condition == "caption":
+        if captions is None or classes is not None:
+            raise UserError('this DiT is conditioned on captions: give --caption "..." and no --classes')
+        return each(captions, per_class)
+    num_classes = known(model.num_classes, "model.num_classes")
+    if classes is None or captions is not None:
+        raise UserError(
+            f"this DiT is conditioned on classes: give --classes, some of 0 to {num_classes - 1} or all, and no "
+            "--caption"
+        )
+    if classes.strip() == "all":
+        return each(range(dit.trained_classes), per_class)
+    return each(parse_classes(classes, num_classes, dit.classes), per_class)
+
+
+def names_of(dit: StoredDiT, samples: Sequence[Sample]) -> list[str]:
+    conditions = [sample.condition for sample in samples]
+    return [value if isinstance(value, str) else dit.class_name(value) for value in conditions]
+
+
 def parse_classes(text: str, num_classes: int, names: Sequence[str] | None) -> list[int]:
     """Parse labels such as "3,7" or "Flags,Symbols". UserError for one that the DiT does not know."""
     return [_label(part.strip(), num_classes, names) for part in text.split(",")]
@@ -64,22 +87,20 @@ def _label(part: str, num_classes: int, names: Sequence[str] | None) -> int:
 
 
 def _list(names: Sequence[str] | None) -> str:
-    if not names:
-        return ""
-    return ": " + ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return ": " + ", ".join(names[:20]) + ", ..." * (len(names) > 20) if names else ""
 
 
-class SampleNoise:
-    """Draws unit normal values for a batch, new ones at each call.
+def sample_noise(
+    seed: int, samples: Sequence[Sample], shape: tuple[int, ...], device: torch.device | str
+) -> Callable[[], Tensor]:
+    """Return a function that draws unit normal values (b, *shape), float32 on the device, new ones at each call.
 
     A sample's sequence of draws depends on (seed, condition, index) alone, not on the batch, the process or the device.
     """
+    generators = [generator(seed, "sample", sample.condition, sample.index) for sample in samples]
 
-    def __init__(self, seed: int, samples: Sequence[Sample], shape: tuple[int, ...], device: torch.device | str):
-        self.shape, self.device = shape, device
-        self._generators = [generator(seed, "sample", sample.condition, sample.index) for sample in samples]
+    def draw() -> Tensor:
+        draws = [g.standard_normal(shape, dtype=np.float32) for g in generators]
+        return torch.from_numpy(np.stack(draws)).to(device, non_blocking=True)
 
-    def __call__(self) -> Tensor:
-        """Draw (b, *shape) float32 on the device."""
-        draws = [g.standard_normal(self.shape, dtype=np.float32) for g in self._generators]
-        return torch.from_numpy(np.stack(draws)).to(self.device, non_blocking=True)
+    return draw

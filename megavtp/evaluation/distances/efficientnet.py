@@ -4,10 +4,7 @@ The network is EfficientNet-B0 (arXiv 1905.11946, table 1) without squeeze-and-e
 are the 1280 averaged activations in front of its classifier. Distances on them are *not* FID.
 """
 
-from __future__ import annotations
-
 import hashlib
-import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megavtp.arithmetic import ceil_div
+from megavtp.data.files import find_installed
 from megavtp.data.torch_file import read_torch_file
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.network import FeatureNetwork
@@ -37,10 +36,7 @@ _NORM = ("weight", "bias", "running_mean", "running_var")
 
 @dataclass(frozen=True)
 class _Conv:
-    """A convolution with batch norm, by their names in the file.
-
-    A shortcut leads around the convolutions from one that ``begins`` it to the one that ``ends`` it.
-    """
+    """A convolution with batch norm, by their names in the file."""
 
     name: str
     norm: str
@@ -50,32 +46,29 @@ class _Conv:
     stride: int = 1
     depthwise: bool = False
     relu: bool = True
-    begins: bool = False
-    ends: bool = False
 
 
-def _convs() -> Iterator[_Conv]:
-    yield _Conv("_conv_stem", "_bn0", 3, 32, 3, 2)
+def _blocks() -> Iterator[tuple[bool, list[_Conv]]]:
+    """Give the blocks of the network, and whether a shortcut leads around each."""
+    yield False, [_Conv("_conv_stem", "_bn0", 3, 32, 3, 2)]
     inputs, block = 32, 0
     for expansion, outputs, blocks, kernel, first_stride in _STAGES:
         for stride in (first_stride, *[1] * (blocks - 1)):
             at, wide = f"_blocks.{block}.", inputs * expansion
-            residual = stride == 1 and inputs == outputs
-            if expansion > 1:
-                yield _Conv(f"{at}_expand_conv", f"{at}_bn0", inputs, wide, begins=residual)
-            yield _Conv(f"{at}_depthwise_conv", f"{at}_bn1", wide, wide, kernel, stride, depthwise=True)
-            yield _Conv(f"{at}_project_conv", f"{at}_bn2", wide, outputs, relu=False, ends=residual)
+            expand = [_Conv(f"{at}_expand_conv", f"{at}_bn0", inputs, wide)] if expansion > 1 else []
+            yield stride == 1 and inputs == outputs, [
+                *expand,
+                _Conv(f"{at}_depthwise_conv", f"{at}_bn1", wide, wide, kernel, stride, depthwise=True),
+                _Conv(f"{at}_project_conv", f"{at}_bn2", wide, outputs, relu=False),
+            ]
             inputs, block = outputs, block + 1
-    yield _Conv("_conv_head", "_bn1", inputs, 1280)
-
-
-_CONVS = tuple(_convs())
+    yield False, [_Conv("_conv_head", "_bn1", inputs, 1280)]
 
 
 def weight_shapes() -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor in the file that the features need."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for conv in _CONVS:
+    for conv in (conv for _, convs in _blocks() for conv in convs):
         shapes[f"{conv.name}.weight"] = (conv.outputs, 1 if conv.depthwise else conv.inputs, conv.kernel, conv.kernel)
         shapes |= {f"{conv.norm}.{part}": (conv.outputs,) for part in _NORM}
     return shapes
@@ -91,47 +84,38 @@ class EfficientNetLite0(FeatureNetwork):
         shapes = weight_shapes()
         if any(name not in weights or tuple(weights[name].shape) != shape for name, shape in shapes.items()):
             raise UserError(f"these tensors are not the weights of EfficientNet-Lite0; {REMEDY}")
-        # Channels-last tensors are 1.5 to 2 times as fast on a CPU, and no slower on a GPU.
-        merged = [(conv, *_without_norm(conv, weights)) for conv in _CONVS]
-        self._layers = [
-            (conv, weight.to(device, memory_format=torch.channels_last), bias.to(device))
-            for conv, weight, bias in merged
-        ]
+        merged = {conv: _without_norm(conv, weights, device) for _, convs in _blocks() for conv in convs}
+        self._blocks = [(shortcut, [(conv, *merged[conv]) for conv in convs]) for shortcut, convs in _blocks()]
 
     def _features(self, images: Tensor) -> Tensor:
         x = F.interpolate(images.float(), (_SIZE, _SIZE), mode="bilinear", antialias=True)
         x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
-        shortcut = x
-        for conv, weight, bias in self._layers:
-            if conv.begins:
-                shortcut = x
-            x = F.conv2d(_pad(x, conv), weight, bias, conv.stride, groups=conv.outputs if conv.depthwise else 1)
-            if conv.relu:
-                x = x.clamp_(0, 6)
-            if conv.ends:
-                x = x + shortcut
+        for shortcut, convs in self._blocks:
+            begin = x
+            for conv, weight, bias in convs:
+                # TensorFlow's "same" padding of a square: an odd pixel goes to the right and below.
+                short = max((ceil_div(x.shape[-1], conv.stride) - 1) * conv.stride + conv.kernel - x.shape[-1], 0)
+                x = F.pad(x, [short // 2, short - short // 2] * 2) if short else x
+                x = F.conv2d(x, weight, bias, conv.stride, groups=conv.outputs if conv.depthwise else 1)
+                if conv.relu:
+                    x = x.clamp_(0, 6)
+            if shortcut:
+                x = x + begin
         return x.mean((2, 3))
 
 
-def _pad(x: Tensor, conv: _Conv) -> Tensor:
-    """Apply TensorFlow's "same" padding to a square input; an odd pixel goes to the right and below."""
-    short = max((-(-x.shape[-1] // conv.stride) - 1) * conv.stride + conv.kernel - x.shape[-1], 0)
-    return F.pad(x, [short // 2, short - short // 2] * 2) if short else x
-
-
-def _without_norm(conv: _Conv, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _without_norm(conv: _Conv, weights: Mapping[str, Tensor], device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Merge a convolution and its frozen batch norm into the weight and bias of one convolution."""
     scale, bias, mean, variance = (weights[f"{conv.norm}.{part}"].double() for part in _NORM)
     factor = scale / (variance + _BATCH_NORM_EPS).sqrt()
-    weight = weights[f"{conv.name}.weight"].double() * factor[:, None, None, None]
-    return weight.float(), (bias - mean * factor).float()
+    weight = (weights[f"{conv.name}.weight"].double() * factor[:, None, None, None]).float()
+    # Channels-last tensors are 1.5 to 2 times as fast on a CPU, and no slower on a GPU.
+    return weight.to(device, memory_format=torch.channels_last), (bias - mean * factor).float().to(device)
 
 
 def load_efficientnet(device: torch.device | str = "cpu") -> EfficientNetLite0:
     """Load the network with the installed package's weights, without running the package. Raises UserError."""
-    spec = importlib.util.find_spec(PACKAGE)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    path = next((p for p in (Path(folder, FILE) for folder in folders) if p.is_file()), None)
+    path = find_installed(PACKAGE, FILE)
     if path is None:
         raise UserError(f"the weights of EfficientNet-Lite0 are not installed; {REMEDY}")
     with open(path, "rb") as file:

@@ -4,10 +4,9 @@
 size, which processes share by their numbers.
 """
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -15,28 +14,26 @@ import torch
 from torch import Tensor
 
 from megavtp.data.augment import center_crop
-from megavtp.data.decode import BadSample, decode_image
+from megavtp.data.decode import MAX_PIXELS, BadSample, decode_image
 from megavtp.data.files import refuse_remote
 from megavtp.data.loader import EvalDataset
 from megavtp.data.shards import open_dataset, split_folders
 from megavtp.errors import UserError
-from megavtp.evaluation.distances.npz_images import NpzImages
+from megavtp.evaluation.distances.npz_file import NpzArray
 from megavtp.evaluation.tokenizer.interface import NoCaptions
 
 logger = logging.getLogger(__name__)
 
-MAX_PIXELS = 64_000_000
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
 NumberedImages = tuple[Tensor, Tensor]
-"""Numbers of the images (b,), int64, and the images, uint8 (b, 3, size, size), on the CPU or a GPU."""
+"""Numbers of the images (b,), int64 on the CPU, and the images, uint8 (b, 3, size, size), on the CPU or a GPU."""
 
 
 class ImageSource(Protocol):
     """``size`` is the pixels of a side, ``len`` the number of images, including broken ones that are skipped."""
 
-    @property
-    def size(self) -> int: ...
+    size: int
 
     def __len__(self) -> int: ...
 
@@ -47,19 +44,15 @@ class ImageSource(Protocol):
 def open_images(path: str | Path, size: int | None = None, limit: int | None = None) -> ImageSource:
     """Open the images at ``path``: an .npz file with ``arr_0``, a folder of shards, or of images and sub-folders.
 
-    Args:
-        size: images are cropped to the middle square and resized to this, as ADM does. With None they must already be
-            square and of one size, which shards are not.
-        limit: the most images, spread evenly over the source; None = all.
-
-    Raises:
-        UserError: there is nothing usable, or the sizes differ and ``size`` is None.
+    They are at most ``limit`` images (None = all), spread evenly over the source, cropped to the middle square and
+    resized to ``size``, as ADM does. With None they must already be square and of one size, which shards are not.
+    ``UserError`` if there is nothing usable, or the sizes differ and ``size`` is None.
     """
     path = refuse_remote(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; give a folder of images, an .npz file or a folder of shards")
     if path.suffix == ".npz":
-        return _Cropped(NpzImages(path, limit), size)
+        return _StoredImages(NpzArray(path), size, limit)
     if not path.is_dir():
         raise UserError(f"{path} is neither a folder nor an .npz file; give one of these")
     # A data set gives its train split: a generator is measured against what it learnt from.
@@ -67,7 +60,7 @@ def open_images(path: str | Path, size: int | None = None, limit: int | None = N
         if size is None:
             raise UserError(f"{path} holds shards, whose images may have any size: say which by --size")
         return _ShardImages(folder, size, limit)
-    return _FolderImages(path, size, limit)
+    return _StoredImages(_Folder(path), size, limit)
 
 
 class _ShardImages:
@@ -86,78 +79,66 @@ class _ShardImages:
             yield batch["index"], batch["image"]
 
 
-class _FolderImages:
+class _Folder:
     """The image files below a folder, sorted by path."""
 
-    def __init__(self, folder: Path, size: int | None, limit: int | None):
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not files:
+    def __init__(self, folder: Path):
+        self.path = folder
+        self._files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not self._files:
             raise UserError(f"{folder} holds neither images ({' '.join(SUFFIXES)}) nor shards; name another folder")
-        count = len(files) if limit is None else min(limit, len(files))
-        self._files = [files[i * len(files) // count] for i in range(count)]
-        self._size = size
-        self.size = _first_size(self._files) if size is None else size
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def batches(self, batch_size: int, rank: int, world: int) -> Iterator[NumberedImages]:
-        numbers: list[int] = []
-        images: list[Tensor] = []
-        for number in range(rank, len(self._files), world):
-            image = _read(self._files[number])
-            if image is None:
-                continue
-            numbers.append(number)
-            images.append(fit(image, self.size, self._size is not None, self._files[number]))
-            if len(images) == batch_size:
-                yield torch.tensor(numbers), torch.stack(images)
-                numbers, images = [], []
-        if images:
-            yield torch.tensor(numbers), torch.stack(images)
+    def read(self, places: Iterable[int]) -> Iterator[tuple[Path, Tensor | None]]:
+        """Give file and image (3, H, W) of ascending places; None for a broken file, which the log names."""
+        for file in (self._files[place] for place in places):
+            try:
+                yield file, decode_image(file.read_bytes(), MAX_PIXELS)
+            except (BadSample, OSError) as error:
+                logger.warning("image left out: %s: %s", file, error)
+                yield file, None
 
 
-def _read(file: Path) -> Tensor | None:
-    """Read an image (3, H, W); None for a broken file, which the log names."""
-    try:
-        return decode_image(file.read_bytes(), MAX_PIXELS)
-    except (BadSample, OSError) as error:
-        logger.warning("image left out: %s: %s", file, error)
-        return None
+class _StoredImages:
+    """At most ``limit`` images of a folder or an array, spread evenly over it.
 
+    They are cropped to ``size``; with None they must all have the width of the first one that can be read.
+    """
 
-def _first_size(files: Sequence[Path]) -> int:
-    """Return the width of the first image that can be read."""
-    image = next((image for file in files if (image := _read(file)) is not None), None)
-    if image is None:
-        raise UserError(f"{files[0].parent} holds no image that can be read; name another folder")
-    return image.shape[2]
-
-
-class _Cropped:
-    """The images of an .npz file, at the size that is asked for."""
-
-    def __init__(self, images: NpzImages, size: int | None):
-        self._images, self._size = images, size
-        self.size = images.width if size is None else size
+    def __init__(self, store: _Folder | NpzArray, size: int | None, limit: int | None):
+        self._store, self._crop = store, size is not None
+        self._count = len(store) if limit is None else min(limit, len(store))
+        self.size = self._first_width() if size is None else size
 
     def __len__(self) -> int:
-        return len(self._images)
+        return self._count
+
+    def _read(self, numbers: range) -> Iterator[tuple[Path, Tensor | None]]:
+        return self._store.read(number * len(self._store) // self._count for number in numbers)
+
+    def _first_width(self) -> int:
+        image = next((image for _, image in self._read(range(self._count)) if image is not None), None)
+        if image is None:
+            raise UserError(f"{self._store.path} holds no image that can be read; name another folder")
+        return image.shape[2]
 
     def batches(self, batch_size: int, rank: int, world: int) -> Iterator[NumberedImages]:
-        for numbers, images in self._images.batches(batch_size, rank, world):
-            crop = self._size is not None
-            yield numbers, torch.stack([fit(image, self.size, crop, self._images.path) for image in images])
+        own = range(rank, self._count, world)
+        read = zip(own, self._read(own))
+        squares = ((number, self._square(image, file)) for number, (file, image) in read if image is not None)
+        while batch := tuple(islice(squares, batch_size)):
+            numbers, images = zip(*batch, strict=True)
+            yield torch.tensor(numbers), torch.stack(images)
 
-
-def fit(image: Tensor, size: int, crop: bool, where: Path) -> Tensor:
-    """Give an image the shape (3, size, size), by a crop if ``crop`` allows it; else another size is a UserError."""
-    if image.shape[1:] == (size, size):
-        return image
-    if not crop:
+    def _square(self, image: Tensor, file: Path) -> Tensor:
         height, width = image.shape[1:]
-        raise UserError(
-            f"{where} is {width} x {height} pixels, not {size} x {size} as the first image is wide: give --size to "
-            "crop all images to one size"
-        )
-    return center_crop(image, size)
+        if height == width == self.size:
+            return image
+        if not self._crop:
+            raise UserError(
+                f"{file} is {width} x {height} pixels, not {self.size} x {self.size} as the first image is wide: give "
+                "--size to crop all images to one size"
+            )
+        return center_crop(image, self.size)

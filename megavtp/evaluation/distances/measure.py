@@ -1,25 +1,75 @@
-"""Generated images are measured against a reference: gFID or FD-EfficientNet, kernel distance, precision, recall."""
+"""Generated images are measured against a reference: gFID or FD-EfficientNet, kernel distance, precision, recall.
 
-from __future__ import annotations
+The first needs streamed moments of all images' features, the others the features themselves of a part.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
+from megavtp.arithmetic import ceil_div
 from megavtp.errors import UserError
-from megavtp.evaluation.distances.features import FeatureSummary, summarise
-from megavtp.evaluation.distances.frechet import FeatureStatistics, few_samples_warning, frechet_distance
+from megavtp.evaluation.distances import feature_sets
+from megavtp.evaluation.distances.efficientnet import load_efficientnet
+from megavtp.evaluation.distances.feature_sets import FeatureMoments, FeatureStatistics
 from megavtp.evaluation.distances.image_sources import ImageSource, open_images
-from megavtp.evaluation.distances.kid import kernel_distance
-from megavtp.evaluation.distances.network import INCEPTION, FeatureNetwork, MetricKind, metric_name
-from megavtp.evaluation.distances.npz_images import holds_images
-from megavtp.evaluation.distances.precision_recall import precision_recall
-from megavtp.evaluation.distances.reference_file import read_statistics
+from megavtp.evaluation.distances.network import INCEPTION, FeatureNetwork, Inception, metric_name
+from megavtp.evaluation.distances.npz_file import holds_images, read_statistics
+from megavtp.evaluation.gathering import gather_rows
 from megavtp.parallel.collectives import broadcast_object, together
 from megavtp.parallel.mesh import SINGLE, Mesh
+
+# Features kept for the kernel distance and for precision and recall, whose work grows with the square of this. The
+# papers use as many; those of Inception take 410 MB.
+MAX_KEPT = 50_000
+
+
+def load_network(inception: str | Path | None, device: torch.device | str) -> FeatureNetwork:
+    """Load FID's Inception if its weights are given, else EfficientNet-Lite0. Raises ``UserError``."""
+    return load_efficientnet(device) if inception is None else Inception(inception, device)
+
+
+@dataclass(frozen=True)
+class FeatureSummary:
+    """Has ``statistics`` of all images, and ``features`` (n, d), float32, of at most ``MAX_KEPT`` of them, in order."""
+
+    statistics: FeatureStatistics
+    features: Tensor
+
+
+def summarise(
+    source: ImageSource, network: FeatureNetwork, *, batch_size: int, mesh: Mesh, device: torch.device, title: str = ""
+) -> FeatureSummary:
+    """Run ``network`` over all images of ``source`` in a collective call, with the same result on every rank.
+
+    Which features are kept depends on the images' numbers alone, not on batch size or process count. ``UserError`` on
+    all ranks if one cannot read its share or there are fewer than two images.
+    """
+    stride = ceil_div(len(source), MAX_KEPT)
+    hidden = True if mesh.rank or not title else None  # None: unless the first rank runs in a terminal
+
+    def own_share() -> tuple[FeatureMoments, Tensor, Tensor]:
+        moments = FeatureMoments(network.dims, device)
+        numbers, kept = [torch.empty(0, dtype=torch.long)], [torch.empty(0, network.dims, device=device)]
+        with tqdm(total=len(source), desc=title, unit="img", disable=hidden) as bar:
+            for index, images in source.batches(batch_size, mesh.dp_rank, mesh.dp):
+                features = network(images.to(device, non_blocking=True))
+                moments.update(features)
+                keep = index % stride == 0
+                numbers.append(index[keep])
+                kept.append(features[keep.to(device)])
+                bar.update(min(len(index) * mesh.dp, len(source) - bar.n))
+        return moments, torch.cat(numbers), torch.cat(kept)
+
+    moments, numbers, kept = together(own_share)
+    statistics = moments.statistics(mesh)
+    order = torch.argsort(gather_rows(numbers, mesh, device))
+    return FeatureSummary(statistics, gather_rows(kept, mesh, device)[order].to(device))
 
 
 @dataclass(frozen=True)
@@ -42,14 +92,14 @@ def open_reference(path: str | Path, network: FeatureNetwork, size: int, limit: 
         return Reference(open_images(path, size, limit))
     images = open_images(path, size, limit) if holds_images(path) else None
     try:
-        statistics, note = read_statistics(path, network.name, network.dims), ""
+        statistics = read_statistics(path, network.name, network.dims)
     except UserError as error:
         if images is None:
             raise
-        statistics, note = None, f"the statistics in the reference are not used: {error}"
+        return Reference(images, notes=(f"the statistics in the reference are not used: {error}",))
     if images is None and statistics is None:
         raise UserError(f"{path} holds neither images (arr_0) nor statistics (mu and sigma); name another reference")
-    return Reference(images, statistics, (note,) if note else ())
+    return Reference(images, statistics)
 
 
 @dataclass(frozen=True)
@@ -61,9 +111,9 @@ class GenerationResult:
 
     metrics: dict[str, float]
     reference: FeatureStatistics
-    compare: dict[str, dict[str, float]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    compare: dict[str, dict[str, float]]
+    skipped: dict[str, str]
+    notes: list[str]
 
 
 def measure_generation(
@@ -72,56 +122,47 @@ def measure_generation(
 ) -> GenerationResult:
     """Measure all distances that the reference allows in a collective call, with the same result on every rank.
 
-    Args:
-        seed: draws the kernel distance's subsets.
-        compare: other images by name, which are measured against the same reference.
-
-    Raises:
-        UserError: samples or reference have fewer than two images.
+    ``seed`` draws the kernel distance's subsets. ``compare`` has other images by name, which are measured against the
+    same reference. Raises ``UserError`` if samples or reference have fewer than two images.
     """
     device = torch.device(device)
     summary = partial(summarise, network=network, batch_size=batch_size, mesh=mesh, device=device)
     made = summary(samples, title="samples")
     real = None if reference.images is None else summary(reference.images, title="reference")
-    statistics = reference.statistics if real is None or reference.statistics is not None else real.statistics
+    statistics = reference.statistics if real is None else reference.statistics or real.statistics
     assert statistics is not None, "a reference without images has statistics"
     statistics = FeatureStatistics(statistics.mean.to(device), statistics.covariance.to(device), statistics.count)
-    others = {name: summary(source, title=name) for name, source in (compare or {}).items()}
-
-    def measured() -> tuple[dict[str, float], dict[str, str], dict[str, dict[str, float]]]:
-        metrics, skipped = _distances(made, real, statistics, network.name, seed)
-        compared = {name: _distances(other, real, statistics, network.name, seed)[0] for name, other in others.items()}
-        return metrics, skipped, compared
-
+    compare = compare or {}
+    others = [summary(source, title=name) for name, source in compare.items()]
     # The eigenvalues take seconds, so one rank computes them rather than all ranks of a machine at once.
-    metrics, skipped, compared = broadcast_object(together(lambda: measured() if mesh.rank == 0 else None))
+    sets = [made, *others] if mesh.rank == 0 else []
+    distances = partial(_distances, real=real, reference=statistics, network=network.name, seed=seed)
+    (metrics, skipped), *further = broadcast_object(together(lambda: [distances(images) for images in sets]))
+    compared = {name: found for name, (found, _) in zip(compare, further)}
     notes = list(reference.notes)
     name = metric_name("frechet", network.name, "generation")
     for what, of in (("samples", made.statistics), ("reference images", statistics)):
-        if of.too_few:
-            notes.append(few_samples_warning(name, what, of))
+        if warning := feature_sets.few_samples_warning(name, what, of):
+            notes.append(warning)
     if network.name != INCEPTION:
         notes.append(f"{name} is a distance of {network.title} features, no FID: do not compare it with published FID")
-    return GenerationResult(metrics, statistics, compared, skipped, tuple(notes))
+    return GenerationResult(metrics, statistics, compared, skipped, notes)
 
 
 def _distances(
     made: FeatureSummary, real: FeatureSummary | None, reference: FeatureStatistics, network: str, seed: int
 ) -> tuple[dict[str, float], dict[str, str]]:
+    key = partial(metric_name, network=network, of="generation")
     counts = {"samples": made.statistics.count, "reference_samples": reference.count}
     metrics = {name: float(count) for name, count in counts.items() if count is not None}
-
-    def key(kind: MetricKind) -> str:
-        return metric_name(kind, network, "generation")
-
-    metrics[key("frechet")] = frechet_distance(made.statistics, reference)
-    skipped: dict[str, str] = {}
+    metrics[key("frechet")] = feature_sets.frechet_distance(made.statistics, reference)
+    others = (key("kernel"), key("precision"), key("recall"))
     if real is None:
-        reason = "the reference holds statistics, but no images"
-        return metrics, {key("kernel"): reason, key("precision"): reason, key("recall"): reason}
-    metrics[key("kernel")], metrics[key("kernel_std")] = kernel_distance(made.features, real.features, seed=seed)
+        return metrics, dict.fromkeys(others, "the reference holds statistics, but no images")
+    kernel = feature_sets.kernel_distance(made.features, real.features, seed=seed)
+    metrics[key("kernel")], metrics[key("kernel_std")] = kernel
     try:
-        metrics[key("precision")], metrics[key("recall")] = precision_recall(real.features, made.features)
+        metrics[key("precision")], metrics[key("recall")] = feature_sets.precision_recall(real.features, made.features)
     except UserError as error:
-        skipped = {key("precision"): str(error), key("recall"): str(error)}
-    return metrics, skipped
+        return metrics, dict.fromkeys(others[1:], str(error))
+    return metrics, {}

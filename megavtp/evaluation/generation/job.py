@@ -1,35 +1,27 @@
 """This does what the options of `tools/evaluate.py generation` ask for."""
 
-from __future__ import annotations
-
 import argparse
-from typing import Any
 
 import torch
 
-from megavtp.config.precision import compute_dtype
-from megavtp.dit.sampling.command import settings_of
-from megavtp.dit.sampling.sampler import GeneratedImages, open_sampler
+from megavtp.dit.sampling.sampler import GeneratedImages, sampler_of
+from megavtp.dit.sampling.settings import settings_of
 from megavtp.errors import UserError
-from megavtp.evaluation.distances.features import load_network
 from megavtp.evaluation.distances.image_sources import ImageSource, open_images
-from megavtp.evaluation.distances.measure import GenerationResult, Reference, measure_generation, open_reference
-from megavtp.evaluation.distances.network import FeatureNetwork
-from megavtp.evaluation.distances.reference_file import write_statistics
+from megavtp.evaluation.distances.measure import Reference, load_network, measure_generation, open_reference
+from megavtp.evaluation.distances.npz_file import write_statistics
 from megavtp.evaluation.generation.samples import samples_like
 from megavtp.evaluation.generation.scale import BLURS, Blurred, Noise, untrained
 from megavtp.evaluation.report import format_table, write_metrics
+from megavtp.launch.tool import join_others
 from megavtp.parallel.collectives import together
-from megavtp.parallel.mesh import Mesh
 
 _DRAWN = 10_000  # samples that a DiT draws by default, for FID-10k as in the paper's studies
 
 
-def run_generation(options: argparse.Namespace, device: torch.device, mesh: Mesh) -> list[str]:
-    """Measure, write the files that are asked for, and return the lines to print, on the first rank only.
-
-    Raises ``UserError`` on every rank.
-    """
+def run_generation(options: argparse.Namespace) -> None:
+    """Measure, write the files that are asked for, and print a table. Raises ``UserError`` on every rank."""
+    device, mesh = join_others(options.device)
     network = together(lambda: load_network(options.inception, device))
     samples = together(lambda: _samples(options, device))
     reference = together(lambda: open_reference(options.reference, network, samples.size, options.reference_samples))
@@ -39,13 +31,20 @@ def run_generation(options: argparse.Namespace, device: torch.device, mesh: Mesh
         compare=compare,
     )
     if mesh.rank:
-        return []
+        return
     if options.save_reference:
         write_statistics(options.save_reference, result.reference, network.name)
     if options.out:
-        write_metrics(options.out, _record(options, network, result))
-    left_out = [f"left out: {name}: {reason}" for name, reason in result.skipped.items()]
-    return [format_table(result.metrics, result.compare), *left_out, *(f"note: {note}" for note in result.notes)]
+        names = ("samples_from", "dit", "tokenizer", "reference", "size", "label", "weights")
+        told = {name: str(value) for name in names if (value := getattr(options, name)) is not None}
+        drawn = {} if options.dit is None else {"sampling": vars(settings_of(options))}
+        found = {name: getattr(result, name) for name in ("metrics", "compare", "skipped", "notes")}
+        write_metrics(options.out, {**told, **drawn, "features": network.title, **found})
+    print(format_table(result.metrics, result.compare))
+    for name, reason in result.skipped.items():
+        print(f"left out: {name}: {reason}")
+    for note in result.notes:
+        print(f"note: {note}")
 
 
 def _samples(options: argparse.Namespace, device: torch.device) -> ImageSource:
@@ -58,33 +57,17 @@ def _samples(options: argparse.Namespace, device: torch.device) -> ImageSource:
         raise UserError("--dit needs --tokenizer, the folder of the tokenizer whose latents it makes")
     if options.size is not None:
         raise UserError("--size is for --samples-from; a DiT draws images of one size")
-    sampler = open_sampler(
-        options.dit, options.tokenizer, settings_of(options), device, average=options.weights == "average",
-        dtype=compute_dtype(options.precision),
-    )
+    sampler = sampler_of(options, device)
     count = _DRAWN if options.samples is None else options.samples
     return GeneratedImages(sampler, samples_like(options.reference, sampler.dit, count, options.label))
 
 
 def _scale(options: argparse.Namespace, samples: ImageSource, reference: Reference) -> dict[str, ImageSource]:
     """Return sets of bad images, as many as there are samples."""
-    count, size = len(samples), samples.size
     found: dict[str, ImageSource] = {}
     if reference.images is not None:
-        images = open_images(options.reference, size, count)
-        found |= {f"blurred {side} px": Blurred(images, side) for side in BLURS}
+        images = open_images(options.reference, samples.size, len(samples))
+        found = {f"blurred {side} px": Blurred(images, side) for side in BLURS}
     if isinstance(samples, GeneratedImages):
         found["untrained"] = GeneratedImages(untrained(samples.sampler), samples.samples)
-    found["noise"] = Noise(count, size, options.seed)
-    return found
-
-
-def _record(options: argparse.Namespace, network: FeatureNetwork, result: GenerationResult) -> dict[str, Any]:
-    """Record the numbers and all that decides them."""
-    told = {name: str(value) for name in ("samples_from", "dit", "tokenizer", "reference", "size", "label", "weights")
-            if (value := getattr(options, name)) is not None}
-    drawn = {} if options.dit is None else {"sampling": vars(settings_of(options))}
-    return {
-        **told, **drawn, "features": network.title, "metrics": result.metrics, "compare": result.compare,
-        "skipped": result.skipped, "notes": list(result.notes),
-    }
+    return found | {"noise": Noise(len(samples), samples.size, options.seed)}

@@ -1,7 +1,5 @@
 """This chooses the samples of a DiT to compare with a reference."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megavtp.data.decode import BadSample
+from megavtp.data.order import locate
 from megavtp.data.shards import ShardDataset, open_dataset, split_folders
 from megavtp.dit.checkpoint import StoredDiT
 from megavtp.dit.sampling.samples import Sample, in_proportion
@@ -20,9 +19,7 @@ def samples_like(reference: str | Path, dit: StoredDiT, count: int, label: str |
 
     Classes have equally many samples, as in the papers; with ``label``, they have the proportions that this key of the
     metadata has in the reference's shards. Captions are those of ``count`` images spread over the reference's shards.
-
-    Raises:
-        UserError: shards are needed and there are none, or the DiT does not know their labels or captions.
+    ``UserError`` if shards are needed and there are none, or the DiT does not know their labels or captions.
     """
     if count < 2:
         raise UserError(f"--samples {count}: must be at least 2, better 10,000")
@@ -47,22 +44,16 @@ def _captions(dataset: ShardDataset, count: int) -> list[Sample]:
     seen: Counter[str] = Counter()
     samples = []
     for i in range(count):
-        place = i * len(dataset) // count
-        shard = int(np.searchsorted(ends, place, side="right"))
-        caption = _caption(dataset, shard, place - int(ends[shard]) + dataset.shard_counts[shard])
+        try:
+            caption = dataset.read(*locate(ends, i * len(dataset) // count)).caption
+        except BadSample:
+            continue
         if caption:
             samples.append(Sample(caption, seen[caption]))
             seen[caption] += 1
     if len(samples) < 2:
         raise UserError(f"{dataset.folder} has no captions, which this DiT is conditioned on; use shards that have")
     return samples
-
-
-def _caption(dataset: ShardDataset, shard: int, row: int) -> str:
-    try:
-        return dataset.read(shard, row).caption
-    except BadSample:
-        return ""
 
 
 def _class_counts(dataset: ShardDataset, dit: StoredDiT, label: str) -> list[int]:

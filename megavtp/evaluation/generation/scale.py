@@ -1,7 +1,5 @@
 """Sets of images that are known to be bad show what a distance means."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -17,7 +15,7 @@ BLURS = (8, 16)  # sides in pixels of the squares that a blurred image averages:
 _BATCH = 64  # images drawn with one seed, so that they do not depend on batch size or process count
 
 
-@dataclass(frozen=True)
+@dataclass
 class Noise:
     """``count`` images of independent, uniform pixels."""
 
@@ -33,28 +31,21 @@ class Noise:
             draw = torch.Generator().manual_seed(self.seed * 1_000_003 + start)
             images = torch.randint(0, 256, (_BATCH, 3, self.size, self.size), generator=draw, dtype=torch.uint8)
             numbers = torch.arange(start, min(start + _BATCH, self.count))
-            for first in range(0, len(numbers), batch_size):
-                part = slice(first, min(first + batch_size, len(numbers)))
-                yield numbers[part], images[part]
+            yield from zip(numbers.split(batch_size), images[: len(numbers)].split(batch_size))
 
 
-@dataclass(frozen=True)
 class Blurred:
     """The images of ``source``, each averaged over squares of ``side`` pixels."""
 
-    source: ImageSource
-    side: int
-
-    @property
-    def size(self) -> int:
-        return self.source.size
+    def __init__(self, source: ImageSource, side: int):
+        self._source, self._side, self.size = source, side, source.size
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self._source)
 
     def batches(self, batch_size: int, rank: int, world: int) -> Iterator[NumberedImages]:
-        for numbers, images in self.source.batches(batch_size, rank, world):
-            yield numbers, blur(images, self.side)
+        for numbers, images in self._source.batches(batch_size, rank, world):
+            yield numbers, blur(images, self._side)
 
 
 def blur(images: Tensor, side: int) -> Tensor:

@@ -1,7 +1,5 @@
 """This evaluates a checkpoint of a run or a released model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -37,11 +35,6 @@ def open_model(path: str | Path, device: torch.device) -> tuple[VTP, Config]:
     if beside := captions_beside(path):
         config = replace(config, data=replace(config.data, captions=str(beside)))
     return build_tokenizer(source, device), config
-
-
-def untrained_like(model: VTP, seed: int, device: torch.device) -> VTP:
-    """Build a model of the same architecture with initial weights."""
-    return build_vtp(model.config, objectives=model.objectives, seed=seed, device=device)
 
 
 def find_tokenizer(model: VTP, config: Config, data: Path, spec: str | None) -> CaptionTokenizer:
@@ -104,20 +97,16 @@ class CheckpointEvaluation:
         self.settings = replace(self.config.evaluation, **given)
         self.tokenizer = find_tokenizer(self.model, self.config, self.data, self.captions)
         self.test_set = self._samples(folder, self.settings.max_samples)
-        self.train_set = None
-        train = split_folders(self.data).get("train")
-        if self.split != "train" and train:
-            self.train_set = self._samples(open_dataset(train), self.settings.max_samples)
-        self._perceptual: dict[str, Perceptual] | None = None
+        train = None if self.split == "train" else split_folders(self.data).get("train")
+        self.train_set = self._samples(open_dataset(train), self.settings.max_samples) if train else None
+        has_decoder = "reconstruction" in self.model.objectives
+        self._perceptual = find_perceptual(self.config, self.device, self.skipped) if has_decoder else {}
 
     def _samples(self, folder: ShardDataset, count: int) -> EvalDataset:
         return EvalDataset(folder, self.tokenizer, self.model.config.image_size, count, self.config.data.max_pixels)
 
     def metrics(self, model: VTP) -> dict[str, float]:
         """Compute every metric of ``model``, the checkpoint's or one of its architecture, in a collective call."""
-        if self._perceptual is None:
-            has_decoder = "reconstruction" in model.objectives
-            self._perceptual = find_perceptual(self.config, self.device, self.skipped) if has_decoder else {}
         return evaluate(
             VTPEvaluated(model, model.objectives), self.test_set, self.train_set, self.settings,
             self.mesh, tokenizer=self.tokenizer, device=self.device, perceptual=self._perceptual, skipped=self.skipped,
@@ -126,7 +115,8 @@ class CheckpointEvaluation:
 
     def untrained(self) -> VTP:
         """Build a freshly initialised model of the checkpoint's architecture with the run's seed."""
-        return untrained_like(self.model, self.config.seed, self.device)
+        model = self.model
+        return build_vtp(model.config, objectives=model.objectives, seed=self.config.seed, device=self.device)
 
     def reconstructions(self, count: int) -> tuple[Tensor, Tensor]:
         """Return ``count`` images spread over the split and their reconstructions, both uint8 (n, 3, H, W)."""

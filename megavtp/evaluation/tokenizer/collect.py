@@ -1,22 +1,25 @@
 """All ranks run a model over a data set in step and collect a table with a row for each sample."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megavtp.arithmetic import ceil_div
+from megavtp.data.loader import EvalDataset
 from megavtp.data.workers import progress
 from megavtp.errors import UserError
 from megavtp.evaluation.gathering import gather_objects, gather_rows
-from megavtp.evaluation.tokenizer.interface import EvaluationSet, Probe
 from megavtp.parallel.collectives import all_reduce
 from megavtp.parallel.mesh import Mesh
 
 _DONE, _READY, _FAILED = 0, 1, 2
+
+Probe = Callable[[Tensor, Tensor], dict[str, Tensor]]
+"""This maps images uint8 (b, 3, H, W) and tokens (b, T) to named values per sample (b, ...)."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,9 @@ class Table:
     meta: list[dict[str, Any]]
     columns: dict[str, Tensor]
 
-    def __len__(self) -> int:
-        return len(self.captions)
-
 
 def collect(
-    dataset: EvaluationSet, probe: Probe, *, batch_size: int, mesh: Mesh, device: torch.device, quiet: bool = True
+    dataset: EvalDataset, probe: Probe, *, batch_size: int, mesh: Mesh, device: torch.device, quiet: bool = True
 ) -> Table:
     """Apply ``probe`` to every sample of ``dataset`` in a collective call. Unless ``quiet``, rank 0 shows progress.
 
@@ -45,38 +45,26 @@ def collect(
     another rank cannot read its share.
     """
     index: list[Tensor] = []
-    about: list[dict[str, Any]] = []
+    about: list[tuple[str, dict[str, Any]]] = []
     columns: dict[str, list[Tensor]] = {}
     batches = _in_step(dataset.batches(batch_size, mesh.dp_rank, mesh.dp), mesh, device)
-    steps = -(-len(dataset) // (batch_size * mesh.dp))
+    steps = ceil_div(len(dataset), batch_size * mesh.dp)
     for batch in progress(batches, steps, "evaluation", quiet or mesh.rank > 0):
         images = batch["image"].to(device, non_blocking=True)
         with torch.no_grad():
             values = probe(images, batch["tokens"].to(device, non_blocking=True))
-        count = len(batch["index"])
-        for name, value in values.items():
-            columns.setdefault(name, []).append(value[:count].float().cpu())
         index.append(batch["index"])
-        about += [{"caption": c, "meta": m} for c, m in zip(batch["caption"], batch["meta"], strict=True)]
+        for name, value in values.items():
+            columns.setdefault(name, []).append(value[: len(index[-1])].float().cpu())
+        about += zip(batch["caption"], batch["meta"], strict=True)
     if not index:
         raise UserError("evaluation: the data set has no samples; name a split that has some")
-    return _merge(torch.cat(index), about, {k: torch.cat(v) for k, v in columns.items()}, mesh, device)
-
-
-def _merge(index: Tensor, about: list[dict], columns: dict[str, Tensor], mesh: Mesh, device: torch.device) -> Table:
-    """Sort all ranks' rows by ``index``; a sample that several ranks read counts once."""
-    index = gather_rows(index, mesh, device)
+    numbers = gather_rows(torch.cat(index), mesh, device)
     about = gather_objects(about, mesh, device)
-    columns = {name: gather_rows(value, mesh, device) for name, value in columns.items()}
-    order = torch.argsort(index, stable=True)
-    index = index[order]
-    first = torch.ones_like(index, dtype=torch.bool)
-    first[1:] = index[1:] != index[:-1]
-    order, index = order[first], index[first]
-    about = [about[i] for i in order.tolist()]
+    rows = np.unique(numbers.numpy(), return_index=True)[1]  # a sample that several ranks read counts once
     return Table(
-        index, [a["caption"] for a in about], [a["meta"] for a in about],
-        {name: value[order] for name, value in columns.items()},
+        numbers[rows], [about[row][0] for row in rows], [about[row][1] for row in rows],
+        {name: gather_rows(torch.cat(parts), mesh, device)[rows] for name, parts in columns.items()},
     )
 
 
@@ -88,30 +76,22 @@ def _in_step(batches: Iterator[dict[str, Any]], mesh: Mesh, device: torch.device
     """
     while True:
         batch, failure = None, None
-        state = [_DONE, 0, 0, 0, 0]
+        held = [_DONE, 0, 0, 0, 0]
         try:
             batch = next(batches, None)
         except Exception as error:  # it is raised below, once the other ranks know of it
-            failure, state[0] = error, _FAILED
+            failure, held[0] = error, _FAILED
         if batch is not None:
-            state = [_READY, *batch["image"].shape[1:], batch["tokens"].shape[1]]
-        agreed = _max_over_ranks(state, mesh, device)
+            held = [_READY, *batch["image"].shape[1:], batch["tokens"].shape[1]]
+        most = all_reduce(all_reduce(torch.tensor(held, device=device), mesh, "dp", "max"), mesh, "mp", "max")
+        state, *shape, tokens = most.tolist()
         if failure is not None:
             raise failure
-        if agreed[0] == _FAILED:
+        if state == _FAILED:
             raise UserError("evaluation: another process could not read its samples; its own message says which")
-        if agreed[0] == _DONE:
+        if state == _DONE:
             return
-        yield _blank(*agreed[1:]) if batch is None else batch
-
-
-def _max_over_ranks(values: list[int], mesh: Mesh, device: torch.device) -> list[int]:
-    x = torch.tensor(values, device=device)
-    return all_reduce(all_reduce(x, mesh, "dp", "max"), mesh, "mp", "max").tolist()
-
-
-def _blank(channels: int, height: int, width: int, tokens: int) -> dict[str, Any]:
-    return {
-        "index": torch.empty(0, dtype=torch.long), "image": torch.zeros(1, channels, height, width, dtype=torch.uint8),
-        "tokens": torch.zeros(1, tokens, dtype=torch.long), "caption": [], "meta": [],
-    }
+        yield batch or {
+            "index": torch.empty(0, dtype=torch.long), "image": torch.zeros(1, *shape, dtype=torch.uint8),
+            "tokens": torch.zeros(1, tokens, dtype=torch.long), "caption": [], "meta": [],
+        }

@@ -1,7 +1,5 @@
 """Class labels and other categories of a table's samples become integer ids."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +17,15 @@ class Labels:
     names: list[str]
 
 
+def label_values(meta: Sequence[dict[str, Any]], field: str) -> tuple[list[int], list[str]]:
+    """Return the samples whose metadata have a value of ``field``, and the values."""
+    rows = [row for row, m in enumerate(meta) if isinstance(m.get(field), str | int) and m[field] != ""]
+    return rows, [str(meta[row][field]) for row in rows]
+
+
 def read_labels(meta: Sequence[dict[str, Any]], field: str) -> Labels | None:
     """Read the values of ``field`` in the samples' metadata; ``None`` unless there are two or more different ones."""
-    rows = [row for row, m in enumerate(meta) if isinstance(m.get(field), str | int) and m[field] != ""]
-    values = [str(meta[row][field]) for row in rows]
+    rows, values = label_values(meta, field)
     names = sorted(set(values))
     if len(names) < 2:
         return None
@@ -30,17 +33,10 @@ def read_labels(meta: Sequence[dict[str, Any]], field: str) -> Labels | None:
     return Labels(torch.tensor(rows), torch.tensor([position[v] for v in values]), names)
 
 
-def first_seen_ids(values: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Number the values in order of appearance; return their ids (n,) and the row where each id first occurs."""
+def first_seen_ids(values: Sequence[str]) -> Tensor:
+    """Return the values' ids (n,), numbered in the order of their first appearance."""
     position: dict[str, int] = {}
-    first: list[int] = []
-    ids = []
-    for row, value in enumerate(values):
-        if value not in position:
-            position[value] = len(first)
-            first.append(row)
-        ids.append(position[value])
-    return torch.tensor(ids, dtype=torch.long), torch.tensor(first, dtype=torch.long)
+    return torch.tensor([position.setdefault(value, len(position)) for value in values], dtype=torch.long)
 
 
 def readable(name: str) -> str:

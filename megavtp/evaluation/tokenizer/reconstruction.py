@@ -3,8 +3,6 @@
 Images are float32 (b, 3, H, W) in [0, 1] throughout.
 """
 
-from __future__ import annotations
-
 import math
 from functools import reduce
 

@@ -1,17 +1,14 @@
 """Images and captions retrieve each other, as do two depictions of one concept."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megavtp.evaluation.ranking import chance_recall, match_rank, recall
 from megavtp.evaluation.tokenizer.labels import first_seen_ids, read_labels
-
-_KS = (1, 5, 10)
 
 
 def caption_retrieval(images: Tensor, texts: Tensor, captions: Sequence[str]) -> dict[str, float]:
@@ -20,22 +17,17 @@ def caption_retrieval(images: Tensor, texts: Tensor, captions: Sequence[str]) ->
     ``images`` and ``texts`` (n, E) are L2-normalised, row i from sample i. Samples with the same caption have one text:
     it matches each of their images.
     """
-    caption_id, first = (x.to(images.device) for x in first_seen_ids(captions))
-    texts = texts[first]
+    caption_id = first_seen_ids(captions)
+    first = torch.from_numpy(np.unique(caption_id.numpy(), return_index=True)[1])  # a sample of each caption
+    caption_id, texts = caption_id.to(images.device), texts[first.to(images.device)]
     text_id = torch.arange(len(first), device=images.device)
-    to_text = match_rank(images, texts, caption_id, text_id)
-    to_image = match_rank(texts, images, text_id, caption_id)
-    one = torch.ones_like(caption_id)
-    images_of_text = torch.bincount(caption_id)
-    metrics: dict[str, float] = {}
-    for k in _KS:
-        metrics[f"retrieval/image_to_text_r{k}"] = recall(to_text, k)
-        metrics[f"chance/retrieval/image_to_text_r{k}"] = chance_recall(one, one * len(first), k)
-        metrics[f"retrieval/text_to_image_r{k}"] = recall(to_image, k)
-        metrics[f"chance/retrieval/text_to_image_r{k}"] = chance_recall(
-            images_of_text, torch.full_like(images_of_text, len(images)), k
-        )
-    return metrics
+    one, images_of_text = torch.ones_like(caption_id), torch.bincount(caption_id)
+    return _recalls((1, 5, 10), {
+        "retrieval/image_to_text": (match_rank(images, texts, caption_id, text_id), one, one * len(first)),
+        "retrieval/text_to_image": (
+            match_rank(texts, images, text_id, caption_id), images_of_text, torch.full_like(text_id, len(images))
+        ),
+    })
 
 
 def cross_style_retrieval(features: Tensor, meta: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
@@ -62,8 +54,14 @@ def cross_style_retrieval(features: Tensor, meta: Sequence[dict[str, Any]], name
     gallery, concept_id, style_id = features[rows.to(device)], concept_id.to(device), style_id.to(device)
     query = asked.to(device)
     ranks = match_rank(gallery[query], gallery, concept_id[query], concept_id, style_id[query], style_id)
+    return _recalls((1, 5), {name: (ranks, matches[asked], candidates[asked])})
+
+
+def _recalls(ks: Sequence[int], ways: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> dict[str, float]:
+    """Return the recall at each of ``ks``, and that of a random order; a way has ranks, matches and candidates (q,)."""
     metrics: dict[str, float] = {}
-    for k in (1, 5):
-        metrics[f"{name}_r{k}"] = recall(ranks, k)
-        metrics[f"chance/{name}_r{k}"] = chance_recall(matches[asked], candidates[asked], k)
+    for k in ks:
+        for name, (ranks, matches, candidates) in ways.items():
+            metrics[f"{name}_r{k}"] = recall(ranks, k)
+            metrics[f"chance/{name}_r{k}"] = chance_recall(matches, candidates, k)
     return metrics

@@ -1,9 +1,7 @@
 """This computes all metrics of one model on one data set."""
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -11,28 +9,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megavtp.config.schema import EvaluationConfig
-from megavtp.evaluation.distances.frechet import few_samples_warning, frechet_distance, statistics_of
+from megavtp.data.captions import CaptionTokenizer
+from megavtp.data.loader import EvalDataset
+from megavtp.evaluation.distances.feature_sets import few_samples_warning, frechet_distance, statistics_of
 from megavtp.evaluation.distances.network import FeatureNetwork, metric_name
-from megavtp.evaluation.tokenizer.collect import Table, collect
-from megavtp.evaluation.tokenizer.interface import CaptionEncoder, Evaluated, EvaluationSet, Perceptual, Probe
-from megavtp.evaluation.tokenizer.knn import knn_accuracy
+from megavtp.evaluation.tokenizer.classification import knn_accuracy, zero_shot
+from megavtp.evaluation.tokenizer.collect import Probe, Table, collect
+from megavtp.evaluation.tokenizer.interface import Perceptual, VTPEvaluated
 from megavtp.evaluation.tokenizer.reconstruction import flat_psnr, psnr, ssim
 from megavtp.evaluation.tokenizer.retrieval import caption_retrieval, cross_style_retrieval
-from megavtp.evaluation.tokenizer.zero_shot import zero_shot
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.pixels import denormalise, normalise
 
 logger = logging.getLogger(__name__)
 
 _REAL, _SHOWN = "frechet/real", "frechet/shown"  # columns of features
-LABEL_FIELDS = ("label", "subgroup", "group")  # of the samples' metadata; the ones that occur are used
+_LABEL_FIELDS = ("label", "subgroup", "group")  # of the samples' metadata; the ones that occur are used
 
 
 def evaluate(
-    model: Evaluated, test_set: EvaluationSet, train_set: EvaluationSet | None, config: EvaluationConfig,
-    mesh: Mesh = SINGLE, *, tokenizer: CaptionEncoder, device: torch.device | str = "cpu",
-    perceptual: Mapping[str, Perceptual] | None = None, label_fields: Sequence[str] = LABEL_FIELDS,
-    skipped: dict[str, str] | None = None, frechet: FeatureNetwork | None = None, quiet: bool = True,
+    model: VTPEvaluated, test_set: EvalDataset, train_set: EvalDataset | None, config: EvaluationConfig,
+    mesh: Mesh = SINGLE, *, tokenizer: CaptionTokenizer, device: torch.device | str = "cpu",
+    perceptual: Mapping[str, Perceptual] | None = None, skipped: dict[str, str] | None = None,
+    frechet: FeatureNetwork | None = None, quiet: bool = True,
 ) -> dict[str, float]:
     """Compute every metric that model and data allow in a collective call, with the same result on every rank.
 
@@ -51,56 +50,48 @@ def evaluate(
     skipped = {} if skipped is None else skipped
     gather = partial(collect, batch_size=config.batch_size, mesh=mesh, device=device, quiet=quiet)
     table = gather(test_set, _probe(model, perceptual or {}, frechet))
-    metrics: dict[str, float] = {"samples": float(len(table))}
+    metrics: dict[str, float] = {"samples": float(len(table.captions))}
     if "contrastive" in model.objectives:
         images = table.columns["image"].to(device)
-        for field in label_fields:
+        for field in _LABEL_FIELDS:
             metrics |= zero_shot(
                 model, tokenizer, images, table.meta, field, config.templates, batch_size=config.batch_size, mesh=mesh,
                 device=device,
             )
         metrics |= caption_retrieval(images, table.columns["text"].to(device), table.captions)
         metrics |= cross_style_retrieval(images, table.meta, "retrieval/cross_style")
-    seen = None
+    train = None
     if train_set is not None:
         seen = gather(train_set, lambda images, _: {"features": model.features(normalise(images))})
-    metrics |= _frozen(table, seen, config.knn, label_fields, device)
+        train = seen.columns["features"].to(device), seen.meta
+    # These need no trained head: the class token itself is compared.
+    features = F.normalize(table.columns["features"].to(device), dim=-1)
+    for field in _LABEL_FIELDS:
+        metrics |= knn_accuracy(features, table.meta, field, config.knn, train)
+    metrics |= cross_style_retrieval(features, table.meta, "knn/cross_style")
     metrics |= {name: x.double().mean().item() for name, x in table.columns.items() if "reconstruction/" in name}
     if frechet is not None and _REAL in table.columns:
         metrics |= _frechet(table, frechet, device, skipped)
-    for name, reason in _left_out(model, metrics, label_fields, perceptual).items():
-        skipped.setdefault(name, reason)
+    skipped |= _left_out(model, metrics, perceptual) | skipped
     if mesh.rank == 0:
         for name, reason in skipped.items():
             logger.info("evaluation leaves out %s: %s", name, reason)
     return metrics
 
 
-def _frozen(
-    table: Table, seen: Table | None, neighbours: int, label_fields: Sequence[str], device: torch.device
-) -> dict[str, float]:
-    """Run k-NN classification and cross-style retrieval on the class token, without any trained head."""
-    features = F.normalize(table.columns["features"].to(device), dim=-1)
-    train = None if seen is None else (seen.columns["features"].to(device), seen.meta)
-    metrics: dict[str, float] = {}
-    for field in label_fields:
-        metrics |= knn_accuracy(features, table.meta, field, neighbours, train)
-    return metrics | cross_style_retrieval(features, table.meta, "knn/cross_style")
-
-
 def _frechet(table: Table, network: FeatureNetwork, device: torch.device, skipped: dict[str, str]) -> dict[str, float]:
     """Compute rFID with Inception or FD-EfficientNet with EfficientNet; fewer than two images have none."""
     name = metric_name("frechet", network.name, "reconstruction")
-    if len(table) < 2:
+    if len(table.captions) < 2:
         skipped[name] = "one image has no covariance"
         return {}
     real, shown = (statistics_of(table.columns[column].to(device)) for column in (_REAL, _SHOWN))
-    if real.too_few:
-        logger.warning("%s", few_samples_warning(name, "images", real))
+    if warning := few_samples_warning(name, "images", real):
+        logger.warning("%s", warning)
     return {name: frechet_distance(shown, real)}
 
 
-def _probe(model: Evaluated, perceptual: Mapping[str, Perceptual], frechet: FeatureNetwork | None) -> Probe:
+def _probe(model: VTPEvaluated, perceptual: Mapping[str, Perceptual], frechet: FeatureNetwork | None) -> Probe:
     """Return a probe for features of both towers, frozen features and reconstruction errors that the model has."""
 
     def probe(images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
@@ -111,7 +102,13 @@ def _probe(model: Evaluated, perceptual: Mapping[str, Perceptual], frechet: Feat
             values["text"] = model.encode_text(tokens)
         if "reconstruction" in model.objectives:
             shown = denormalise(model.reconstruct(pixels).float()).clamp(0, 1)
-            values |= _reconstruction_errors(shown, images.float() / 255, perceptual)
+            target = images.float() / 255
+            values["reconstruction/psnr"], values["chance/reconstruction/psnr"] = psnr(shown, target), flat_psnr(target)
+            values["reconstruction/ssim"] = ssim(shown, target)
+            for name, distance in perceptual.items():
+                # A few at a time: VGG's first features of 256-pixel images take 16 MiB each.
+                pairs = zip((shown * 2 - 1).split(16), (target * 2 - 1).split(16))
+                values[f"reconstruction/{name}"] = torch.cat([distance(x, y) for x, y in pairs])
             if frechet is not None:
                 values[_REAL] = frechet(images)
                 values[_SHOWN] = frechet(shown.mul(255).round_().to(torch.uint8))  # as an image file would hold it
@@ -120,27 +117,10 @@ def _probe(model: Evaluated, perceptual: Mapping[str, Perceptual], frechet: Feat
     return probe
 
 
-def _reconstruction_errors(shown: Tensor, target: Tensor, perceptual: Mapping[str, Perceptual]) -> dict[str, Tensor]:
-    values = {
-        "reconstruction/psnr": psnr(shown, target), "chance/reconstruction/psnr": flat_psnr(target),
-        "reconstruction/ssim": ssim(shown, target),
-    }
-    for name, distance in perceptual.items():
-        values[f"reconstruction/{name}"] = _in_parts(distance, shown * 2 - 1, target * 2 - 1)
-    return values
-
-
-def _in_parts(distance: Perceptual, x: Tensor, y: Tensor) -> Tensor:
-    """Compute the distance a few images at a time: VGG's first features of 256-pixel images take 16 MiB each."""
-    return torch.cat([distance(a, b) for a, b in zip(x.split(16), y.split(16))])
-
-
-def _left_out(
-    model: Evaluated, metrics: Mapping[str, float], label_fields: Sequence[str], perceptual: Mapping | None
-) -> dict[str, str]:
+def _left_out(model: VTPEvaluated, metrics: Mapping[str, float], perceptual: Mapping | None) -> dict[str, str]:
     """Tell why metrics that a reader may miss are not there."""
     reasons: dict[str, str] = {}
-    no_classes = f"no {' / '.join(label_fields)} with two or more named classes in the samples' metadata"
+    no_classes = f"no {' / '.join(_LABEL_FIELDS)} with two or more named classes in the samples' metadata"
     if "contrastive" not in model.objectives:
         reasons["zero_shot, retrieval"] = "the model has no text tower (contrastive objective off)"
     elif not any(name.startswith("zero_shot/") for name in metrics):

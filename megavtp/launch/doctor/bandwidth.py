@@ -1,7 +1,5 @@
 """How fast ranks exchange data, all together and two by two."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megavtp.launch import phase
+from megavtp.parallel.collectives import all_gather_object
 
 _REPEATS = 3  # the fastest counts; a round before that opens the connections
 
@@ -34,7 +33,7 @@ def all_reduce_seconds(size: int, device: torch.device) -> float:
 
 
 def links(pairs: Sequence[Sequence[tuple[int, int]]], size: int, device: torch.device) -> list[Link]:
-    """Measure pairs of ranks, round by round; in a round no rank is in two pairs. Returns all links, on all ranks."""
+    """Measure pairs of ranks, in rounds in which no rank is in two pairs; return all links, on all ranks."""
     rank = dist.get_rank()
     own = []
     give, take = torch.zeros(size // 4, device=device), torch.empty(size // 4, device=device)
@@ -44,17 +43,14 @@ def links(pairs: Sequence[Sequence[tuple[int, int]]], size: int, device: torch.d
         if partner is not None:
             seconds = _fastest(partial(_exchange, give, take, partner), device)
             if rank < partner:
-                own.append((rank, partner, size / seconds))
+                own.append(Link(rank, partner, size / seconds))
         dist.barrier()
-    everyone: list[list] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, own)
-    return [Link(*link) for links_ in everyone for link in links_]
+    return [link for links_there in all_gather_object(own) for link in links_there]
 
 
 def _exchange(give: torch.Tensor, take: torch.Tensor, partner: int) -> None:
-    work = dist.batch_isend_irecv([dist.P2POp(dist.isend, give, partner), dist.P2POp(dist.irecv, take, partner)])
-    for handle in work:
-        handle.wait()
+    for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, give, partner), dist.P2POp(dist.irecv, take, partner)]):
+        work.wait()
 
 
 def _fastest(work: Callable[[], Any], device: torch.device) -> float:
@@ -68,9 +64,9 @@ def _fastest(work: Callable[[], Any], device: torch.device) -> float:
     return min(times[1:])
 
 
-def rounds(members: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Return every pair of ``members`` once, in rounds in which each member is in at most one pair (circle method)."""
-    ring: list[int | None] = list(members) + [None] * (len(members) % 2)
+def rounds(ranks: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Return every pair of ``ranks`` once, in rounds in which each rank is in at most one pair (circle method)."""
+    ring: list[int | None] = list(ranks) + [None] * (len(ranks) % 2)
     half, found = len(ring) // 2, []
     for _ in range(len(ring) - 1):
         pairs = zip(ring[:half], reversed(ring[half:]))

@@ -1,23 +1,19 @@
 """Facts about each rank's machine, and a comparison that finds what does not fit together."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from megavtp.launch.rendezvous import Place, own_address
+from megavtp.launch.rendezvous import Member, own_address
 from megavtp.parallel.deepspeed_adapter import SUPPORTED_VERSION
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -46,24 +42,13 @@ class Facts:
     settings: Mapping[str, str] = field(default_factory=dict)
     shared_memory: int | None = None
 
-    def dump(self) -> str:
-        return json.dumps(asdict(self))
 
-
-def load_facts(text: bytes | str) -> Facts:
-    return Facts(**json.loads(text))
-
-
-def gather_facts(place: Place) -> Facts:
-    """Return the facts of this process."""
+def gather_facts(member: Member) -> Facts:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    try:
-        shared = shutil.disk_usage("/dev/shm").free
-    except OSError:
-        shared = None
+    shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None
     return Facts(
-        host=socket.gethostname(), rank=place.rank, local_rank=place.local_rank, address=own_address(place),
-        device=torch.cuda.get_device_name(place.local_rank % gpus) if gpus else "CPU", devices=gpus,
+        host=socket.gethostname(), rank=member.rank, local_rank=member.local_rank, address=own_address(member),
+        device=torch.cuda.get_device_name(member.local_rank % gpus) if gpus else "CPU", devices=gpus,
         versions=_versions(gpus > 0), shared_memory=shared,
         settings={name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)},
     )
@@ -72,7 +57,7 @@ def gather_facts(place: Place) -> Facts:
 def _versions(gpu: bool) -> dict[str, str]:
     return {
         "python": platform.python_version(), "torch": torch.__version__, "deepspeed": _installed("deepspeed"),
-        "numpy": _installed("numpy"), "megavtp": source_hash(), "CUDA of torch": torch.version.cuda or "",
+        "numpy": _installed("numpy"), "megavtp": _source_hash(), "CUDA of torch": torch.version.cuda or "",
         "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if gpu else "", "GPU driver": _driver() if gpu else "",
     }
 
@@ -92,8 +77,7 @@ def _driver() -> str:
         return "unknown"
 
 
-@cache
-def source_hash() -> str:
+def _source_hash() -> str:
     """Return a hash of this package's source files: two checkouts of one version may differ."""
     digest = hashlib.sha256()
     for file in sorted(_PACKAGE.rglob("*.py")):
@@ -103,10 +87,15 @@ def source_hash() -> str:
 
 def by_host(facts: Sequence[Facts]) -> dict[str, list[Facts]]:
     """Group the ranks by machine, in the order of each machine's first rank."""
-    hosts: dict[str, list[Facts]] = {}
-    for fact in facts:
-        hosts.setdefault(fact.host, []).append(fact)
-    return hosts
+    return _grouped(facts, [fact.host for fact in facts])
+
+
+def _grouped(facts: Sequence[Facts], values: Sequence[str]) -> dict[str, list[Facts]]:
+    """Group the ranks by ``values``, one of each rank."""
+    groups: dict[str, list[Facts]] = {}
+    for fact, value in zip(facts, values):
+        groups.setdefault(value, []).append(fact)
+    return groups
 
 
 def ranks_in_words(ranks: Sequence[int]) -> str:
@@ -133,44 +122,41 @@ def compare(facts: Sequence[Facts]) -> list[str]:
     for name in sorted({name for fact in facts for name in fact.settings}):
         values = [fact.settings.get(name, "not set") for fact in facts]
         problems += _different(facts, name, values, "set it alike for all ranks")
-    for host, ranks in by_host(facts).items():
-        problems += _one_machine(host, ranks, several=len(by_host(facts)) > 1)
+    hosts = by_host(facts)
+    for host, ranks in hosts.items():
+        problems += [f"{host}: {text}" for text in _one_machine(ranks, several=len(hosts) > 1)]
     return problems
 
 
 def _different(facts: Sequence[Facts], name: str, values: Sequence[str], remedy: str) -> list[str]:
     """Return the complaint, if any, about ranks that differ in ``name``; ``values`` holds each rank's value."""
-    ranks_with: dict[str, list[Facts]] = {}
-    for fact, value in zip(facts, values):
-        ranks_with.setdefault(value, []).append(fact)
-    if len(ranks_with) == 1:
-        return []
     told = [
         f"{text} on rank{'s' * (len(who) > 1)} {ranks_in_words([f.rank for f in who])} ({', '.join(by_host(who))})"
-        for text, who in ranks_with.items()
+        for text, who in _grouped(facts, values).items()
     ]
-    return [f"{name} differs: {'; '.join(told)}: {remedy}"]
+    return [f"{name} differs: {'; '.join(told)}: {remedy}"] if len(told) > 1 else []
 
 
-def _one_machine(host: str, ranks: Sequence[Facts], several: bool) -> list[str]:
+def _one_machine(ranks: Sequence[Facts], several: bool) -> list[str]:
+    """Return what is wrong on the machine of these ranks; ``several``: it is not the only machine."""
     problems = []
-    local = [fact.local_rank for fact in ranks]
+    local = sorted(fact.local_rank for fact in ranks)
     if len(set(local)) < len(local):
         problems.append(
-            f"{host}: local ranks {sorted(local)} are not all different: two launchers were started there, or two "
-            "machines have the same name"
+            f"local ranks {local} are not all different: two launchers were started there, or two machines have the "
+            "same name"
         )
     if 1 < ranks[0].devices < len(ranks):
-        problems.append(f"{host}: {len(ranks)} ranks, but {ranks[0].devices} GPUs: start one rank per GPU")
+        problems.append(f"{len(ranks)} ranks, but {ranks[0].devices} GPUs: start one rank per GPU")
     if several and ranks[0].address is None:
         problems.append(
-            f"{host}: no address at which the other machines could reach it: set GLOO_SOCKET_IFNAME and "
-            "NCCL_SOCKET_IFNAME to its network interface, and look at its own name in /etc/hosts"
+            "no address at which the other machines could reach it: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to "
+            "its network interface, and look at its own name in /etc/hosts"
         )
-    free = ranks[0].shared_memory
-    if free is not None and free < _SHARED_MEMORY * len(ranks):
+    free, needed = ranks[0].shared_memory, _SHARED_MEMORY * len(ranks)
+    if free is not None and free < needed:
         problems.append(
-            f"{host}: /dev/shm has {free / 2**20:.0f} MiB free for {len(ranks)} ranks, loader workers and NCCL need "
-            f"{_SHARED_MEMORY * len(ranks) / 2**20:.0f} MiB: remove old files there, or docker run --shm-size=16g"
+            f"/dev/shm has {free / 2**20:.0f} MiB free for {len(ranks)} ranks, loader workers and NCCL need "
+            f"{needed / 2**20:.0f} MiB: remove old files there, or docker run --shm-size=16g"
         )
     return problems

@@ -1,77 +1,50 @@
-"""Receivers of metrics on rank 0 besides metrics.jsonl: Weights & Biases and TensorBoard, if asked for."""
-
-from __future__ import annotations
+"""Trackers show the metrics of rank 0 besides metrics.jsonl: Weights & Biases and TensorBoard, if asked for."""
 
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
 
-from megavtp.config.run import LoggingConfig
-from megavtp.data.files import unwritable, write_atomic
+from megavtp.config.load import to_dict
+from megavtp.config.run import LoggingConfig, RunConfig
+from megavtp.data.files import write_atomic
 from megavtp.errors import UserError
+from megavtp.training.output_dir import writing
 
 _RUN_ID = "wandb_run_id"  # this file in the output folder lets a resumed run go on in the same chart
 
 
-class MetricsSink(Protocol):
-    """Takes numbers and pictures by step."""
-
-    def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def picture(self, step: int, name: str, path: Path) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def check_sinks(config: LoggingConfig) -> None:
-    """Raise UserError if a configured sink is not installed; every rank calls it, so that all stop together."""
-    if config.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
-        raise UserError(
-            f"telemetry.wandb={config.wandb} needs the package wandb: pip install wandb, "
-            "or set telemetry.wandb=disabled"
-        )
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError(
-            "telemetry.tensorboard=true needs the package tensorboard: pip install tensorboard, "
-            "or set telemetry.tensorboard=false"
-        )
+def check_trackers(config: LoggingConfig) -> None:
+    """Raise UserError if a configured tracker is not installed; every rank calls it, so that all stop together."""
+    for name, setting, off in (
+        ("wandb", config.wandb, "disabled"), ("tensorboard", str(config.tensorboard).lower(), "false"),
+    ):
+        if setting != off and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"telemetry.{name}={setting} needs the package {name}: pip install {name}, or set "
+                f"telemetry.{name}={off}"
+            )
 
 
-def open_sinks(
-    config: LoggingConfig, output_dir: Path, start_step: int, run_config: Mapping[str, Any]
-) -> list[MetricsSink]:
-    """Open the configured sinks of a run that starts after ``start_step`` steps; they show its ``run_config``."""
-    sinks: list[MetricsSink] = []
-    if config.wandb != "disabled":
-        sinks.append(WandbSink(config, output_dir, start_step, run_config))
-    if config.tensorboard:
-        sinks.append(TensorBoardSink(output_dir, start_step))
-    return sinks
-
-
-class WandbSink:
+class WandbTracker:
     """One wandb run; its id is kept in ``output_dir`` and taken up again when the run is resumed."""
 
-    def __init__(self, config: LoggingConfig, output_dir: Path, start_step: int, run_config: Mapping[str, Any]):
+    def __init__(self, config: RunConfig, start_step: int):
         import wandb
 
-        self._wandb = wandb
+        self._wandb, settings, output_dir = wandb, config.telemetry, Path(config.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         id_file = output_dir / _RUN_ID
         known = id_file.read_text().strip() if start_step > 0 and id_file.exists() else None
         try:
             self._run = wandb.init(
-                project=config.wandb_project, mode=config.wandb, dir=str(output_dir), config=dict(run_config),
+                project=settings.wandb_project, mode=settings.wandb, dir=str(output_dir), config=to_dict(config),
                 id=known, resume="allow" if known else None,
             )
         except wandb.errors.Error as error:
             raise UserError(f"wandb: {error}; log in with `wandb login`, or set telemetry.wandb=offline") from error
-        try:
+        with writing(id_file):
             write_atomic(id_file, self._run.id.encode())
-        except OSError as error:
-            raise unwritable(id_file, error) from None
         # The step axis is our own: wandb's must only grow, but a resumed run repeats the steps since its checkpoint.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -86,7 +59,7 @@ class WandbSink:
         self._run.finish()
 
 
-class TensorBoardSink:
+class TensorBoardTracker:
     """Event files in ``output_dir/tensorboard``; steps that a resumed run repeats replace the old ones."""
 
     def __init__(self, output_dir: Path, start_step: int):
@@ -119,9 +92,20 @@ class TensorBoardSink:
     @contextmanager
     def _writing(self, step: int) -> Iterator[None]:
         """Write to a new file if the folder was deleted, as the old writer would fail."""
-        try:
+        with writing(self._folder):
             if not self._folder.is_dir():
                 self._open(step)
             yield
-        except OSError as error:
-            raise unwritable(self._folder, error) from None
+
+
+Tracker = WandbTracker | TensorBoardTracker
+
+
+def open_trackers(config: RunConfig, start_step: int) -> list[Tracker]:
+    """Open the configured trackers of a run that starts after ``start_step`` steps."""
+    trackers: list[Tracker] = []
+    if config.telemetry.wandb != "disabled":
+        trackers.append(WandbTracker(config, start_step))
+    if config.telemetry.tensorboard:
+        trackers.append(TensorBoardTracker(Path(config.output_dir), start_step))
+    return trackers

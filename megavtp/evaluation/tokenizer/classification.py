@@ -1,0 +1,125 @@
+"""Images are classified without training: by the embeddings of their classes' names, or by their nearest neighbours.
+
+The first is CLIP's zero-shot classification (arXiv 2103.00020), the second DINO's weighted k-nearest-neighbour
+classification on frozen features (arXiv 2104.14294, section 4.1).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megavtp.arithmetic import ceil_div
+from megavtp.data.captions import CaptionTokenizer
+from megavtp.errors import UserError
+from megavtp.evaluation.ranking import match_rank, recall, row_blocks
+from megavtp.evaluation.tokenizer.interface import VTPEvaluated
+from megavtp.evaluation.tokenizer.labels import blind_accuracy, first_seen_ids, label_values, read_labels, readable
+from megavtp.parallel.collectives import all_gather
+from megavtp.parallel.mesh import Mesh
+
+_TEMPERATURE = 0.07  # of the neighbours' votes, as in DINO
+
+
+def class_embeddings(
+    model: VTPEvaluated, tokenizer: CaptionTokenizer, names: Sequence[str], templates: Sequence[str], *,
+    batch_size: int, mesh: Mesh, device: torch.device,
+) -> Tensor:
+    """Return the classes' text features (C, E), normalised per template, averaged, and normalised again.
+
+    This is a collective call: the dp ranks share the prompts, and each makes the same number of forwards.
+    """
+    if not templates or any("{}" not in template for template in templates):
+        raise UserError('evaluation.templates: every template needs "{}", the place of the class name')
+    prompts = [template.replace("{}", readable(name)) for name in names for template in templates]
+    tokens = tokenizer.encode(prompts)
+    share = ceil_div(len(prompts), mesh.dp)
+    rows = (torch.arange(share) + mesh.dp_rank * share).clamp_max(len(prompts) - 1)  # short ranks repeat the last
+    with torch.no_grad():
+        own = [model.encode_text(tokens[part].to(device)).float() for part in rows.split(batch_size)]
+    features = all_gather(torch.cat(own), mesh, "dp")[: len(prompts)]
+    features = F.normalize(features, dim=-1).unflatten(0, (len(names), len(templates)))
+    return F.normalize(features.mean(1), dim=-1)
+
+
+def zero_shot(
+    model: VTPEvaluated, tokenizer: CaptionTokenizer, images: Tensor, meta: Sequence[dict[str, Any]], field: str,
+    templates: Sequence[str], *, batch_size: int, mesh: Mesh, device: torch.device,
+) -> dict[str, float]:
+    """Compute top-1 and top-5 accuracy on the label ``field`` over the classes that occur, at least two, else none.
+
+    ``images`` (n, E) are L2-normalised, on ``device``. The chance level is that of the best answer without the image.
+    """
+    labels = read_labels(meta, field)
+    if labels is None or any(name.isdigit() for name in labels.names):  # a class number is no prompt
+        return {}
+    texts = class_embeddings(model, tokenizer, labels.names, templates, batch_size=batch_size, mesh=mesh, device=device)
+    ids = labels.ids.to(device)
+    ranks = match_rank(images[labels.rows.to(device)], texts, ids, torch.arange(len(texts), device=device))
+    metrics: dict[str, float] = {}
+    for k in (1, 5):
+        if k < len(labels.names):
+            metrics[f"zero_shot/{field}_top{k}"] = recall(ranks, k)
+            metrics[f"chance/zero_shot/{field}_top{k}"] = blind_accuracy(labels.ids, k)
+    return metrics
+
+
+def knn_predict(
+    queries: Tensor, bank: Tensor, bank_ids: Tensor, classes: int, k: int,
+    query_group: Tensor | None = None, bank_group: Tensor | None = None,
+) -> Tensor:
+    """Predict classes (q,) of ``queries`` (q, D) by a vote of the k nearest of ``bank`` (g, D).
+
+    This normalises the features; a neighbour's vote has the weight exp(cosine / 0.07). With groups, entries of the
+    query's own group have no vote. The class is -1 where nobody votes (or the features are not finite).
+    """
+    queries, bank = F.normalize(queries.float(), dim=-1), F.normalize(bank.float(), dim=-1)
+    k = min(k, len(bank))
+    predicted = torch.empty(len(queries), dtype=torch.long, device=queries.device)
+    for rows in row_blocks(len(queries), len(bank)):
+        scores = queries[rows] @ bank.T
+        if query_group is not None and bank_group is not None:
+            scores.masked_fill_(query_group[rows, None] == bank_group, -math.inf)
+        near, who = scores.topk(k, dim=1)
+        weights = torch.exp((near - 1.0) / _TEMPERATURE)  # the constant shift changes no majority, and avoids overflow
+        votes = torch.zeros(len(scores), classes, device=scores.device).scatter_add_(1, bank_ids[who], weights)
+        most, winner = votes.max(1)
+        predicted[rows] = torch.where(most > 0, winner, -1)  # NaN > 0 is false
+    return predicted
+
+
+def knn_accuracy(
+    features: Tensor, meta: Sequence[dict[str, Any]], field: str, k: int,
+    train: tuple[Tensor, Sequence[dict[str, Any]]] | None = None,
+) -> dict[str, float]:
+    """Compute top-1 accuracy on the label ``field`` of test ``features`` (n, D); empty if the labels are missing.
+
+    ``train`` has features and metadata of training samples, which vote; a test class without any counts as missed.
+    Without it, other test samples vote: those of another "style" if the metadata has one, so that the style does not
+    give the answer away; else all but the sample itself.
+    """
+    labels = read_labels(meta, field)
+    if labels is None:
+        return {}
+    device = features.device
+    queries, ids = features[labels.rows.to(device)], labels.ids.to(device)
+    if train is None:
+        style = read_labels([meta[row] for row in labels.rows.tolist()], "style")
+        each = torch.arange(len(labels.rows))
+        group = (each if style is None or len(style.rows) < len(each) else style.ids).to(device)
+        predicted = knn_predict(queries, queries, ids, len(labels.names), k, group, group)
+    else:
+        bank, bank_meta = train
+        rows, values = label_values(bank_meta, field)
+        if not rows:
+            return {}
+        all_ids = first_seen_ids(labels.names + values)  # test classes keep their ids, and others follow
+        bank_ids = all_ids[len(labels.names) :].to(device)
+        predicted = knn_predict(queries, bank[torch.tensor(rows, device=device)], bank_ids, int(all_ids.max()) + 1, k)
+    return {
+        f"knn/{field}_top1": (predicted == ids).double().mean().item(),
+        f"chance/knn/{field}_top1": blind_accuracy(labels.ids, 1),
+    }
