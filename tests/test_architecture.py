@@ -12,7 +12,7 @@ LEVELS = {
     "arithmetic": 0, "errors": 0, "pixels": 0, "cli": 1, "config": 1, "json_file": 1, "options": 1, "parallel": 2,
     "data": 2, "launch": 3, "nn": 3, "latents": 3, "models": 4, "objectives": 5, "planning": 6, "checkpoint": 6,
     "training": 7, "tokenizer": 7, "extraction": 8, "dit": 9, "conversion": 10, "evaluation": 10, "pretraining": 11,
-    "report": 11, "decoder": 12,
+    "report": 11, "decoder": 12, "study": 13,
 }
 # Every distributed call is behind two packages, so that a model or a loss reads like single-device code.
 PROCESS_GROUPS = ("torch.distributed", "deepspeed")

@@ -24,7 +24,7 @@ from picture_shards import write_shards  # noqa: E402
 from sampling_fakes import STATISTICS, TOKENIZER, tokenizer_facts, write_dit  # noqa: E402
 
 # What precedes the arguments of a row. In the folder of the tests there are: tok (a tokenizer), dit, set/train and
-# set/test (shards), file, full/file, empty (a folder), tiny.yaml.
+# set/test (shards), file, full/file, empty (a folder), tiny.yaml, study.yaml.
 EVALUATE = "tools/evaluate.py --checkpoint tok --data set "
 MEASURE = "tools/evaluate.py generation --reference set/train "
 OWN = MEASURE + "--samples-from set/test "
@@ -38,6 +38,7 @@ INDEX = "tools/prepare_data.py index set/train "
 CHECK = "tools/prepare_data.py check set "
 PLAN = "tools/plan.py --gpus 8 "
 REPORT = "tools/report.py empty "
+STUDY = "tools/study.py plan study.yaml "
 DOCTOR, PRETRAIN = "launchers/doctor.py ", "launchers/pretrain.py --config tiny.yaml --dry-run "
 DIT = "launchers/train_dit.py --config dit.yaml --dry-run "
 LONG = "x" * 300
@@ -59,6 +60,7 @@ NUMBERS = {
     CHECK: "workers=-1 workers=1000000000000 max-pixels=-1",
     "tools/plan.py ": "gpus=0 gpus=-8 gpus=1000000000000",
     PLAN: "memory=0 memory=nan memory=-80 memory=inf gpus-per-node=0 margin=1 margin=-0.1 margin=nan top=0 top=100000",
+    STUDY: "gpus=0 gpus=-8 gpus=1e3 utilization=0 utilization=1.5 utilization=nan",
     DOCTOR: "megabytes=-5 megabytes=0 megabytes=1000000000000 timeout=0 timeout=-1 timeout=nan timeout=inf",
 }
 # Places to write at: below a file, where nobody can make a file, a folder for a file and the reverse.
@@ -163,6 +165,15 @@ OTHERS = [
     (PLAN + "--config nowhere.yaml", "nowhere.yaml: no such config file"),
     (PLAN + "train.setps=3", "did you mean train.steps?"),
     (PLAN + "model.text.vocab_size=-8", "model.text.vocab_size = -8: must be between 1 and 16777216"),
+    ("tools/study.py", "the following arguments are required: command"),
+    ("tools/study.py run", "the following arguments are required: study"),
+    ("tools/study.py run nowhere.yaml", "nowhere.yaml: no such config file"),
+    ("tools/study.py status study.yaml", "looks = [40]: 40 is beyond the tokenizer's train.steps = 12"),
+    (STUDY + "looks=[4] axes.size.s={tokeniser:[]}", "axes.size.s.tokeniser: no stage has this name"),
+    (STUDY + "looks=[4] axes.size.s={tokenizer:[model.sice=s]}", "tokenizer of size s: model.sice: unknown key"),
+    ("tools/study.py results study.yaml looks=[4] output_dir=file/x", "results: cannot be written (Not a directory)"),
+    (STUDY + "lokks=[4]", "lokks: unknown key; did you mean looks?"),
+    (STUDY + "looks=[4] --gpus 8 --device abacus", "device abacus: not known"),
     # words that are empty, or no text
     (EVALUATE + "--data ''", "'' is empty where a value belongs"),
     (EXTRACT + "--out=", "'--out=' is empty"),
@@ -216,6 +227,9 @@ def world(tmp_path_factory, recipe):
     (folder / "pictures" / "a.png").write_bytes(b"no picture")
     (folder / "full" / "file").write_text("text")
     (folder / "tiny.yaml").symlink_to(recipe)
+    (folder / "study.yaml").write_text(
+        "{tokenizer: {recipe: tiny.yaml}, looks: [40], looks_at: checkpoints, measures: {tokenizer: --data set}}\n"
+    )
     (folder / "dit.yaml").write_text("model: {width: 48, depth: 2, heads: 4}\n")
     return folder
 

@@ -48,6 +48,7 @@ SHORT = {
     "deepspeed --num_accelerators 2 tools/evaluate.py generation": "--samples 8 --reference-samples 16 --steps 2",
     "python tools/evaluate.py --checkpoint": "--max-samples 16",
     "python tools/report.py": "",
+    "python tools/study.py plan": "",
 }
 NOT_HERE = {
     "make ": "these install, or run what takes many minutes",
@@ -57,6 +58,7 @@ NOT_HERE = {
     "torchrun --nnodes 8": "several machines",
     "sbatch ": "tests/launching has a SLURM of its own",
     "python tools/plan.py": "a search of a minute; tests/planning has shorter ones",
+    "python tools/study.py run": "hours; tests/study runs one with a stand-in for its commands",
     "python tools/convert_checkpoint.py --from VTP-Large": "the released weights",
 }
 LEAVES = (

@@ -1,0 +1,1 @@
+"""A scaling study: cells that are chains of the other commands, their costs, their results, and curves through them."""

@@ -1,0 +1,88 @@
+"""What a link's folder says about it: begun, failed or finished, with which settings, and in which time."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from megavtp.data.files import write_json
+from megavtp.errors import UserError
+from megavtp.json_file import form, read_json
+from megavtp.study.links import Link
+from megavtp.training.output_dir import writing
+
+RECORD = "link.json"
+
+
+@form
+class Record:
+    """``seconds`` counts the starts that ended by themselves; ``whole`` says that the first one was the only one."""
+
+    version: Literal[1]
+    command: str
+    settings: dict[str, Any]
+    state: Literal["begun", "failed", "finished"]
+    exit: int | None
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    whole: bool
+
+
+def read_record(link: Link) -> Record | None:
+    """Return the record in a link's folder; None if it was never begun. UserError: it is damaged."""
+    path = link.folder / RECORD
+    return read_json(path, Record, f"remove {link.folder}, to have it made anew") if path.exists() else None
+
+
+def write_record(link: Link, record: Record) -> None:
+    """Write a link's record, which makes its folder. UserError: it cannot be written."""
+    with writing(link.folder / RECORD):
+        link.folder.mkdir(parents=True, exist_ok=True)
+        write_json(link.folder / RECORD, vars(record), indent=1)
+
+
+def is_finished(link: Link, record: Record | None) -> bool:
+    """Whether a link has run to its end, and its outputs are still there."""
+    return record is not None and record.state == "finished" and all(path.exists() for path in link.outputs)
+
+
+def check_unchanged(link: Link, record: Record | None) -> None:
+    """Raise UserError if a link was begun with other settings than the study has now."""
+    if record is None:
+        return
+    now = json.loads(json.dumps(dict(link.settings)))
+    for key in sorted(now.keys() | record.settings.keys()):
+        old, new = record.settings.get(key), now.get(key)
+        if old != new or (key in now) != (key in record.settings):
+            raise UserError(
+                f"{link.folder} was begun with {_changed(key, old, new)}; set another output_dir, or remove that "
+                "folder and what was made from it"
+            )
+
+
+def _changed(key: str, old: Any, new: Any) -> str:
+    if isinstance(old, list) and isinstance(new, list) and key == "arguments":
+        old, new = ([word for word in words if words.count(word) > other.count(word)] for words, other in
+                    ((old, new), (new, old)))
+        return f"the options {' '.join(old) or 'of before'}, and not {' '.join(new) or 'in this order'}"
+    return f"{key} = {json.dumps(old)}, not {json.dumps(new)}"
+
+
+def read_metrics(link: Link) -> Mapping[str, float]:
+    """Return the metrics of a finished measure, by name such as "generation/gfid"; what is null is left out."""
+    remedy = f"remove {link.folder}, to have it measured again"
+    found = read_json(link.outputs[0], dict[str, Any], remedy).get("metrics")
+    if not isinstance(found, Mapping):
+        raise UserError(f"{link.outputs[0]} holds no metrics; {remedy}")
+    return {name: float(value) for name, value in found.items() if "/" in name and isinstance(value, (int, float))}
+
+
+def tail(log: Path, lines: int = 1) -> str:
+    """Return the last lines of a log that say something, in one line; "" if there are none."""
+    with contextlib.suppress(OSError), open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 8192))
+        told = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        return " ".join(told[-lines:])[:300]
+    return ""

@@ -1,0 +1,51 @@
+"""The results of a study: a table with a row for each finished cell, as CSV and JSON, and the curves through it."""
+
+import csv
+import io
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megavtp.data.files import write_atomic, write_json
+from megavtp.study.cells import Cell
+from megavtp.study.config import COLUMNS, StudyConfig
+from megavtp.study.curves import fit_results
+from megavtp.study.record import is_finished, read_metrics, read_record
+from megavtp.training.output_dir import writing
+
+Row = dict[str, Any]
+TABLE = "results"  # .csv and .json in the study's folder
+
+
+def rows_of(cells: list[Cell]) -> list[Row]:
+    """Return a row for each cell whose links have all finished: what it is, what it cost, what was measured."""
+    rows = []
+    for cell in cells:
+        if not all(is_finished(link, read_record(link)) for link in cell.links):
+            continue
+        metrics: dict[str, float] = {}
+        for link in cell.links:
+            if link.kind in ("evaluate", "generate"):
+                metrics |= read_metrics(link)
+        facts = (cell.name, cell.look, cell.seed, cell.samples, cell.flops, cell.all_flops, cell.encoder)
+        rows.append(cell.choices | dict(zip(COLUMNS, facts)) | dict(sorted(metrics.items())))
+    return rows
+
+
+def write_results(study: StudyConfig, cells: list[Cell]) -> None:
+    """Write the table of the cells that have finished, and the curves through it; equal results give equal bytes.
+
+    UserError: a file cannot be written, or metrics are damaged.
+    """
+    rows = rows_of(cells)
+    folder = Path(study.output_dir)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    fits = fit_results(study, rows)
+    with writing(folder / TABLE):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / f"{TABLE}.csv", text.getvalue().encode())
+        write_json(folder / f"{TABLE}.json", {"rows": rows, "curves": asdict(fits)}, indent=1)

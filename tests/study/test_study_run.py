@@ -1,0 +1,212 @@
+"""A study runs its links once each, goes on after a kill with the same results, and names what fails."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from stand_in import ROOT, StandIn, small_study
+
+from megavtp.errors import UserError
+from megavtp.study import pages, runner
+from megavtp.study.cells import cells_of, links_of
+from megavtp.study.costs import rates_of
+from megavtp.study.record import read_record
+from megavtp.study.runner import run_study
+
+TABLES = ("results.csv", "results.json")
+
+
+def tables(study) -> list[bytes]:
+    return [(Path(study.output_dir) / name).read_bytes() for name in TABLES]
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def test_each_link_runs_once_after_what_it_needs(tmp_path):
+    study, stand_in = small_study(tmp_path), StandIn()
+    assert run_study(study, stand_in, quiet) == 0
+    folders = [link.folder for link in stand_in.ran]
+    assert len(folders) == len(set(folders)) == 4 * 2 * (1 + 1 + 1 + 2 * 2)
+    assert all(link.after is None or folders.index(link.after.folder) < i for i, link in enumerate(stand_in.ran))
+    before = tables(study)
+    again = StandIn()
+    assert run_study(study, again, quiet) == 0
+    assert not again.ran and tables(study) == before
+
+
+def test_the_table_has_a_row_for_each_cell_and_the_curves_are_those_of_the_numbers(tmp_path):
+    study = small_study(tmp_path)
+    run_study(study, StandIn(), quiet)
+    with open(tmp_path / "out" / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16
+    first = rows[0]
+    assert first["cell"] == "joint/step-00000100/seed-0" and first["objectives"] == "joint" and first["seed"] == "0"
+    assert float(first["generation/fd"]) == pytest.approx(59.9) and first["knn/group_top1"] == "0.1"
+    assert first["samples"] == "12800" and "reconstruction/none" not in first
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["curves"]
+    noise = found["noise"]["generation/fd"]
+    assert noise["deviation"] == pytest.approx(0.2 / 2**0.5) and noise["freedom"] == 8
+    (pair,) = [pair for pair in found["pairs"] if pair["line"] == "objectives=joint"]
+    per_step = float(rows[0]["flops"]) / 100
+    assert pair["crossing"]["at"] == pytest.approx(200 * per_step, rel=0.05)  # 4000 / 200 + 20 = 40
+    line = next(line for line in found["lines"] if line["line"] == "objectives=joint")
+    assert [point["seeds"] for point in line["points"]] == [2] * 4 and not line["left_out"]
+    assert line["fit"]["parameters"]["c"] == pytest.approx(1, rel=1e-3)
+
+
+class Killed(BaseException):
+    """Nothing may catch it, as nothing catches SIGKILL."""
+
+
+def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    """Before and after each command, and before and after each file is put in its place."""
+    options = {"looks": [100], "curves": {}, "axes": {"objectives": {"joint": {}}}}
+    study = small_study(tmp_path, **options)
+    done = 0
+    at = -1
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if done == at:
+            raise Killed
+
+    class Mortal(StandIn):
+        def __call__(self, command, link, lock):
+            step()
+            status = super().__call__(command, link, lock)
+            step()
+            return status
+
+    def replace(source, target, real=os.replace):
+        step()
+        real(source, target)
+        step()
+
+    monkeypatch.setattr(os, "replace", replace)
+    run_study(study, Mortal(), quiet)
+    right, steps = tables(study), done
+    assert steps > 50
+    for at in range(1, steps + 1):  # noqa: B007  it is read in step
+        shutil.rmtree(study.output_dir)
+        done = 0
+        with pytest.raises(Killed):
+            run_study(study, Mortal(), quiet)
+        at, done = -1, 0  # noqa: PLW2901
+        assert run_study(study, Mortal(), quiet) == 0
+        assert tables(study) == right
+        assert not list(Path(study.output_dir).rglob("*.partial"))
+
+
+def test_a_failed_link_is_named_with_its_log_and_the_other_cells_go_on(tmp_path):
+    study, told = small_study(tmp_path), []
+    broken = "ae/step-00000200/latents"
+    assert run_study(study, StandIn(broken), told.append) == 1
+    out = tmp_path / "out"
+    assert told[-1] == (
+        f"failed: latents in {out}/{broken} (exit status 1: RuntimeError: no room); its log is "
+        f"{out}/{broken}/log.txt; cells without a result: 2"
+    )
+    assert (out / "results.csv").read_text().count("\n") == 1 + 14
+    page = pages.status_page(cells := cells_of(study), rates_of(links_of(cells), study.cost))
+    assert f"latents failed, see {out}/{broken}/log.txt" in page and page.endswith("16 cells: 14 finished, 2 failed")
+    again = StandIn()
+    assert run_study(study, again, quiet) == 0
+    assert [link.kind for link in again.ran] == ["latents", "dit", "generate", "dit", "generate"]
+
+
+def test_a_command_that_leaves_no_output_has_failed(tmp_path):
+    study = small_study(tmp_path, looks=[100], seeds=[0])
+    assert run_study(study, lambda command, link, lock: 0, quiet) == 1
+
+
+def test_a_changed_setting_is_told_and_nothing_runs(tmp_path):
+    run_study(small_study(tmp_path), StandIn(), quiet)
+    changes = {
+        "dit": {"recipe": str(ROOT / "configs/demo/dit_emoji.yaml"), "settings": ["train.steps=50"]},
+        "measures": {"tokenizer": "--data other", "generation": "--reference data"},
+    }
+    said = {
+        "dit": "seed-0/dit was begun with train.steps = 4000, not 50; set another output_dir, or remove",
+        "measures": "evaluate was begun with the options data, and not other",
+    }
+    for key, value in changes.items():
+        stand_in = StandIn()
+        with pytest.raises(UserError, match=said[key]):
+            run_study(small_study(tmp_path, **{key: value}), stand_in, quiet)
+        assert not stand_in.ran
+    layout = {"recipe": str(ROOT / "configs/demo/vtp_emoji.yaml"), "settings": ["parallel.zero_stage=1"]}
+    stand_in = StandIn()
+    assert run_study(small_study(tmp_path, tokenizer=layout), stand_in, quiet) == 0 and not stand_in.ran
+
+
+def test_a_second_point_or_seed_adds_to_what_is_there(tmp_path):
+    run_study(small_study(tmp_path, seeds=[0]), StandIn(), quiet)
+    stand_in = StandIn()
+    run_study(small_study(tmp_path), stand_in, quiet)
+    assert {link.kind for link in stand_in.ran} == {"dit", "generate"}
+    assert all("seed-1" in link.folder.parts for link in stand_in.ran)
+
+
+def test_the_time_of_a_broken_link_is_not_taken_for_a_rate(tmp_path):
+    study = small_study(tmp_path, looks=[100], seeds=[0])
+
+    class Broken(StandIn):
+        def __call__(self, command, link, lock):
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_study(study, Broken(), quiet)
+    assert run_study(study, StandIn(), quiet) == 0
+    joint, ae = (link for link in links_of(cells_of(study)) if link.kind == "pretrain")
+    assert not read_record(joint).whole and read_record(ae).whole
+    rate = ae.flops / read_record(ae).seconds
+    assert rates_of([joint, ae], study.cost).flops_per_second["pretrain"] == pytest.approx(rate)
+
+
+def test_a_study_that_is_told_to_stop_tells_its_command_and_waits_for_it(tmp_path):
+    (link,) = [link for link in links_of(cells_of(small_study(tmp_path, looks=[100]))) if link.kind == "pretrain"][:1]
+    link.folder.mkdir(parents=True)
+    code = (
+        "import signal, sys, time\n"
+        "def save(*_):\n time.sleep(0.2)\n print('saved', flush=True)\n sys.exit(143)\n"
+        "signal.signal(signal.SIGINT, save)\nprint('ready', flush=True)\ntime.sleep(60)"
+    )
+
+    def stop() -> None:
+        while not (link.log.exists() and "ready\n" in link.log.read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    with runner._alone(link.folder) as lock, pytest.raises(KeyboardInterrupt):
+        runner.run_command([sys.executable, "-c", code], link, lock)
+    assert link.log.read_text().endswith("saved\n")
+
+
+def test_a_command_writes_to_the_log_and_its_lock_outlives_a_killed_study(tmp_path):
+    (link,) = [link for link in links_of(cells_of(small_study(tmp_path, looks=[100]))) if link.kind == "pretrain"][:1]
+    link.folder.mkdir(parents=True)
+    with runner._alone(link.folder) as lock:
+        status = runner.run_command([sys.executable, "-c", "print('hello'); raise SystemExit(3)"], link, lock)
+    assert status == 3 and link.log.read_text().splitlines()[-1] == "hello"
+    with runner._alone(link.folder) as lock:  # as if the study ended here, and its command did not
+        command = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.7)"], pass_fds=(lock,))
+    begin, runner._POLL = time.monotonic(), 0.05
+    with runner._alone(link.folder):
+        waited = time.monotonic() - begin
+    command.wait()
+    assert waited > 0.2
+    with pytest.raises(UserError, match="no-such-launcher cannot be started"), runner._alone(link.folder) as lock:
+        runner.run_command(["no-such-launcher"], link, lock)
