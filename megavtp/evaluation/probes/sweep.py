@@ -57,10 +57,9 @@ def train(x: Tensor, ids: Tensor, classes: int, chosen: Sequence[Head]) -> list[
     with torch.enable_grad():
         for _, rows in zip(range(steps), batches):
             rows = rows.to(x.device)
-            logits = _scores(x[rows], starts, chosen).movedim(1, 2)  # (b, C, heads)
             optimizer.zero_grad()
-            # Heads share no weight, so each one's gradient is that of its own mean.
-            F.cross_entropy(logits, ids[rows, None].expand(-1, len(chosen)), reduction="sum").div(len(rows)).backward()
+            # Heads share no weight, so each one's gradient is that of its own mean over the batch.
+            _losses(_scores(x[rows], starts, chosen), ids[rows]).mean(0).sum().backward()
             optimizer.step()
             schedule.step()
     return [start.detach() for start in starts]
@@ -78,6 +77,12 @@ def _scores(x: Tensor, weights: Sequence[Tensor], chosen: Sequence[Head]) -> Ten
     return torch.cat(parts, 1)
 
 
+def _losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the cross entropies (b, heads) of logits (b, heads, C) and classes (b,)."""
+    truth = ids[:, None].expand(logits.shape[:2])
+    return F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="none").view_as(truth)
+
+
 def pick(x: Tensor, ids: Tensor, weights: Sequence[Tensor], chosen: Sequence[Head]) -> Head:
     """Return the head with the most right answers; among equal ones that of the lowest cross entropy."""
     count = torch.zeros(len(chosen), dtype=torch.long)
@@ -85,8 +90,7 @@ def pick(x: Tensor, ids: Tensor, weights: Sequence[Tensor], chosen: Sequence[Hea
     for rows in range(0, len(x), _BATCH):
         logits, truth = _scores(x[rows : rows + _BATCH], weights, chosen), ids[rows : rows + _BATCH]
         count += (logits.argmax(2) == truth[:, None]).sum(0).cpu()
-        each = F.cross_entropy(logits.movedim(1, 2), truth[:, None].expand(-1, len(chosen)), reduction="none")
-        loss += each.double().sum(0).cpu()
+        loss += _losses(logits, truth).double().sum(0).cpu()
     best = min(range(len(chosen)), key=lambda i: (-int(count[i]), loss[i].item()))
     return chosen[best]
 
