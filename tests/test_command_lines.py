@@ -24,7 +24,7 @@ from picture_shards import write_shards  # noqa: E402
 from sampling_fakes import STATISTICS, TOKENIZER, tokenizer_facts, write_dit  # noqa: E402
 
 # What precedes the arguments of a row. In the folder of the tests there are: tok (a tokenizer), dit, set/train and
-# set/test (shards), file, full/file, empty (a folder), tiny.yaml, study.yaml.
+# set/test (shards), bare (the same without labels), file, full/file, empty (a folder), tiny.yaml, study.yaml.
 EVALUATE = "tools/evaluate.py --checkpoint tok --data set "
 MEASURE = "tools/evaluate.py generation --reference set/train "
 OWN = MEASURE + "--samples-from set/test "
@@ -115,6 +115,10 @@ OTHERS = [
     (EVALUATE + "--captions empty", "empty"),
     (EVALUATE + "--inception nowhere", "nowhere"),
     (EVALUATE + "--inception empty", "empty"),
+    (EVALUATE + "--probe pixels", "--probe: invalid choice: 'pixels'"),
+    (EVALUATE + "--probe latents", "--probe: group: too few training samples a class: 4 of 3 classes"),
+    (EVALUATE + "--probe latents --split train", "--probe: set has no train split other than the measured one"),
+    (EVALUATE + "--data bare --probe features", "--probe: no label / subgroup / group with two or more classes"),
     (EVALUATE + "--device cuda:99", "--device cuda:99: no such device"),
     (EVALUATE + "--device meta", "--device meta: no such device"),
     (MEASURE + "--samples-from file", "file"),
@@ -220,6 +224,7 @@ def world(tmp_path_factory, recipe):
     write_dit(folder / "dit", replace(tokenizer_facts(), statistics=STATISTICS))
     for split in ("train", "test"):
         write_shards(folder / "set" / split, [4])
+        write_shards(folder / "bare" / split, [4], meta=lambda number: {"name": f"picture {number}"})
     (folder / "file").write_text("text")
     (folder / "empty").mkdir()
     (folder / "full").mkdir()

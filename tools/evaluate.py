@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: zero-shot, retrieval, k-NN on frozen features, reconstruction.
+"""Evaluate a checkpoint: zero-shot, retrieval, k-NN and linear probes on frozen features, reconstruction, latents.
 
     python tools/evaluate.py --checkpoint runs/demo/checkpoints/latest --data data/emoji --untrained
     python tools/evaluate.py --checkpoint VTP-Large-f16d64 --data data/own --split test --out metrics.json
@@ -39,6 +39,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add_device(parser)
     parser.add_argument("--frechet", action="store_true", help="also FD-EfficientNet of the reconstructions")
     parser.add_argument("--inception", type=place, help="FID's Inception weights: rFID in place of FD-EfficientNet")
+    parser.add_argument(
+        "--probe", action="append", default=[], choices=["latents", "features"],
+        help="also train linear classifiers on these; may be given twice",
+    )
     parser.add_argument("--out", type=new_file(), help="write all metrics to this JSON file")
     parser.add_argument("--pictures", type=new_file(), help="write inputs and reconstructions to this PNG file")
     return parser.parse_args(arguments)
@@ -84,20 +88,21 @@ def checkpoint(options: argparse.Namespace) -> None:
     frechet = together(lambda: load_network(options.inception, device)) if wants_network else None
     job = together(lambda: CheckpointEvaluation(
         options.checkpoint, options.data, options.split, device, options.captions, options.max_samples,
-        options.batch_size, frechet, mesh,
+        options.batch_size, frechet, options.probe, mesh,
     ))
     if mesh.rank == 0:
         print(f"evaluating on {len(job.test_set)} samples of {options.data / options.split}, {device}", file=sys.stderr)
-    metrics = job.metrics(job.model)
-    compare = {"untrained": job.metrics(job.untrained())} if options.untrained else {}
+    models = {"metrics": job.model} | ({"untrained": job.untrained()} if options.untrained else {})
+    details: dict[str, dict] = {name: {} for name in models}
+    found = {name: job.metrics(model, details[name]) for name, model in models.items()}
     if mesh.rank > 0:
         return
-    print(format_table(metrics, compare))
+    print(format_table(found["metrics"], {name: found[name] for name in found if name != "metrics"}))
     for name, reason in job.skipped.items():
         print(f"left out: {name}: {reason}")
     if options.out:
         where = {"checkpoint": str(options.checkpoint), "data": str(options.data), "split": options.split}
-        write_metrics(options.out, {**where, "metrics": metrics, **compare, "skipped": job.skipped})
+        write_metrics(options.out, {**where, **found, "details": details, "skipped": job.skipped})
     if options.pictures:
         reconstruction_grid(*job.reconstructions(16), options.pictures)
 

@@ -285,9 +285,22 @@ class EvalDataset(CroppedSamples):
                 "caption": captions, "meta": [raw.meta for raw in raws],
             }
 
+    def metadata(self) -> list[dict[str, Any]]:
+        """Read the metadata of all samples, without their images; that of a broken sample is empty."""
+        found: list[dict[str, Any]] = []
+        for index in range(self._count):
+            try:
+                found.append(self.dataset.meta(*locate(self._ends, self._number(index))))
+            except BadSample:
+                found.append({})
+        return found
+
+    def _number(self, index: int) -> int:
+        return index * self._total // self._count
+
     def _rows(self, indices: range) -> Iterator[tuple[int, RawSample, Tensor]]:
         for index in indices:
             try:
-                yield index, *self.read(index * self._total // self._count)
+                yield index, *self.read(self._number(index))
             except BadSample as error:
                 logger.warning("bad sample left out of the evaluation: %s", error)

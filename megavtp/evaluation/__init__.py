@@ -1,4 +1,4 @@
-"""Metrics of a tokenizer (zero-shot, retrieval, k-NN on frozen features, reconstruction) and of sets of images."""
+"""Metrics of a tokenizer (zero-shot, retrieval, k-NN and probes, reconstruction, latents) and of sets of images."""
 
 from megavtp.evaluation.report import format_table, write_metrics
 from megavtp.evaluation.tokenizer.interface import VTPEvaluated

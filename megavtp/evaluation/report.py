@@ -9,7 +9,7 @@ from megavtp.data.files import write_atomic
 from megavtp.errors import UserError
 
 CHANCE = "chance/"
-_NUMBERS = ("reconstruction/", "generation/")  # all others are shares of the samples, shown in percent
+_NUMBERS = ("reconstruction/", "generation/", "latents/effective_rank")  # all others are shares, shown in percent
 
 
 def format_table(metrics: Mapping[str, float], compare: Mapping[str, Mapping[str, float]] | None = None) -> str:

@@ -66,7 +66,8 @@ class InLoopEvaluation:
         """Evaluate on the test split; write the metrics to ``evaluation.json`` and the log."""
         if self.test_set is None:
             return
-        model = VTPEvaluated(self.engine.infer, self.engine.module.objectives)
+        module = self.engine.module
+        model = VTPEvaluated(self.engine.infer, module.objectives, module.config.vision.depth)
         with self.telemetry.paused():
             found = evaluate(
                 model, self.test_set, self.train_set, self.config.evaluation, self.mesh, tokenizer=self.tokenizer,

@@ -51,7 +51,7 @@ class FakeModel:
 
     def __init__(self, objectives=("contrastive", "self_distillation", "reconstruction"), size: int = 16):
         draw = torch.Generator().manual_seed(1)
-        self.objectives = frozenset(objectives)
+        self.objectives, self.depth = frozenset(objectives), 3
         self.project = torch.randn(3 * size * size, 8, generator=draw)
         self.embed = torch.randn(256, 12, 8, generator=draw)
         self.calls: list[str] = []
@@ -68,6 +68,16 @@ class FakeModel:
         self.calls.append("features")
         return images.flatten(1) @ self.project[:, :5]
 
-    def reconstruct(self, images: Tensor) -> Tensor:
-        self.calls.append("reconstruct")
-        return images * 0.9
+    def last_blocks(self, images: Tensor, blocks: int) -> list[tuple[Tensor, Tensor]]:
+        self.calls.append("last blocks")
+        tokens = [images.flatten(1) @ self.project[:, i : i + 5] for i in range(blocks)][::-1]
+        return [(x, torch.stack([x, x + images.mean((1, 2, 3))[:, None]], 1)) for x in tokens]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Half of each pixel: twelve channels in a quarter of the resolution."""
+        self.calls.append("encode")
+        return F.pixel_unshuffle(images / 2, 2)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self.calls.append("decode")
+        return F.pixel_shuffle(latents, 2) * 1.8

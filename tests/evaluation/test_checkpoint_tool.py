@@ -26,6 +26,8 @@ from megavtp.models.build import build_vtp
 from megavtp.parallel.mesh import build_mesh
 
 sys.path.append(str(Path(__file__).parents[1] / "sampling"))
+sys.path.append(str(Path(__file__).parents[1] / "extraction"))
+from picture_shards import write_shards  # noqa: E402
 from sampling_fakes import write_dit  # noqa: E402
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
@@ -113,6 +115,33 @@ def test_tool_end_to_end(released, data, tmp_path, monkeypatch, capsys):
     assert content["metrics"]["samples"] == 12 and content["metrics"].keys() == content["untrained"].keys()
     assert content["metrics"] != content["untrained"]
     assert Image.open(grid).size[0] > 100
+
+
+def test_tool_probes_and_tells_the_spectrum(model_config, tmp_path, monkeypatch, capsys):
+    model = build_vtp(model_config, objectives={"reconstruction"}, seed=3)
+    save_folder(tmp_path / "model", model_config, model.state_dict())
+    write_shards(tmp_path / "data/train", [30])
+    write_shards(tmp_path / "data/test", [9])
+    status = run_tool(
+        monkeypatch, "--checkpoint", tmp_path / "model", "--data", tmp_path / "data", "--probe", "latents",
+        "--probe", "features", "--untrained", "--out", tmp_path / "metrics.json", "--device", "cpu",
+    )  # fmt: skip
+    table = capsys.readouterr().out
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    assert status == 0 and "probe/features/group_top1" in table and "latents/effective_rank" in table
+    for name in ("latents", "latents_mean", "features"):
+        assert content["metrics"][f"chance/probe/{name}/group_top1"] == pytest.approx(1 / 3)
+        assert all(f"probe/{name}/group" in content["details"][model] for model in ("metrics", "untrained"))
+    spectrum = content["details"]["metrics"]["latents/spectrum"]
+    assert len(spectrum) == 8 and sum(spectrum) == pytest.approx(1) and spectrum == sorted(spectrum, reverse=True)
+    assert content["metrics"]["latents/first_component"] == pytest.approx(spectrum[0])
+
+
+def test_probing_latents_needs_a_pixel_decoder(data, model_config, tmp_path):
+    model = build_vtp(model_config, objectives={"contrastive"}, seed=3)
+    save_folder(tmp_path, model_config, model.state_dict())
+    with pytest.raises(UserError, match="--probe latents: .* has no latents"):
+        job(tmp_path, data, probes=["latents"])
 
 
 def test_the_checkpoints_weights_are_used(released, data, model_config):

@@ -10,6 +10,7 @@ from evaluation_fakes import FakeModel, FakeSet, FakeTokenizer
 from megavtp.config.schema import EvaluationConfig
 from megavtp.errors import UserError
 from megavtp.evaluation import VTPEvaluated, evaluate, gathering
+from megavtp.evaluation.probes.linear import PROBES
 from megavtp.evaluation.tokenizer.collect import collect
 from megavtp.parallel.mesh import SINGLE, build_mesh
 
@@ -32,12 +33,18 @@ def run_counted(samples, train_samples, mesh=SINGLE):
 CASES = {"uneven": (19, 30), "fewer samples than ranks": (1, 0), "short train set": (6, 1)}
 
 
+def run_probes(mesh=SINGLE):
+    details = {}
+    return run(train=FakeSet(60, seed=7), mesh=mesh, probes=PROBES, details=details), details
+
+
 def on_rank(rank):
     """Everything that two processes show; one start-up for all of it."""
     gathering._CHUNK_ELEMENTS = 16  # so that gathering takes many exchanges
     data_parallel, tensor_parallel = build_mesh(1, 1), build_mesh(2, 1)
     results = {name: run_counted(*sizes, data_parallel) for name, sizes in CASES.items()}
     results["tensor parallel"] = run_counted(6, 5, tensor_parallel)
+    results["probes"] = run_probes(data_parallel)
     try:
         run(test=FakeSet(8, fail_on_rank=1), mesh=data_parallel)
     except Exception as error:
@@ -62,12 +69,14 @@ def test_names_and_order():
         "samples", "zero_shot/group_top1",
         *(f"retrieval/{way}_r{k}" for k in (1, 5, 10) for way in ("image_to_text", "text_to_image")),
         "retrieval/cross_style_r1", "retrieval/cross_style_r5", "knn/group_top1", "knn/cross_style_r1",
-        "knn/cross_style_r5", "reconstruction/psnr", "reconstruction/ssim", "reconstruction/lpips_fake",
+        "knn/cross_style_r5", "latents/effective_rank", "latents/first_component", "reconstruction/psnr",
+        "reconstruction/ssim", "reconstruction/lpips_fake",
     ]  # fmt: skip
     assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
     with_chance = {name.removeprefix("chance/") for name in metrics if name.startswith("chance/")}
     assert set(metrics) - with_chance - {f"chance/{n}" for n in with_chance} == {
-        "samples", "reconstruction/ssim", "reconstruction/lpips_fake"
+        "samples", "latents/effective_rank", "latents/first_component", "reconstruction/ssim",
+        "reconstruction/lpips_fake",
     }
 
 
@@ -85,6 +94,15 @@ def test_process_count_changes_nothing(two_ranks, case):
         metrics, calls = rank[case]
         assert_same(metrics, want)
         assert calls == two_ranks[0][case][1]  # forwards that gather parameters wait for each other
+
+
+def test_process_count_changes_neither_probes_nor_the_spectrum(two_ranks):
+    want, details = run_probes()
+    for rank in two_ranks:
+        metrics, found = rank["probes"]
+        assert_same(metrics, want)
+        assert found.pop("latents/spectrum") == pytest.approx(details["latents/spectrum"], abs=1e-9)
+        assert found == {name: words for name, words in details.items() if name.startswith("probe/")}
 
 
 def test_model_parallel_ranks_see_the_same_samples(two_ranks):
@@ -135,14 +153,14 @@ def test_objectives_that_are_off_are_left_out_and_named():
     skipped = {}
     metrics = run(FakeModel(["self_distillation"]), skipped=skipped)
     assert {name.split("/")[0] for name in metrics} == {"samples", "knn", "chance"}
-    assert set(skipped) == {"zero_shot, retrieval", "reconstruction"}
+    assert set(skipped) == {"zero_shot, retrieval", "reconstruction, latents"}
     plain = FakeSet(6)
     plain.meta = [{}] * 6
     skipped = {"reconstruction/lpips": "no weights"}
     metrics = run(test=plain, skipped=skipped)
     assert set(skipped) == {"zero_shot", "knn", "reconstruction/lpips"}
     assert skipped["reconstruction/lpips"] == "no weights"
-    assert {name.split("/")[0] for name in metrics} == {"samples", "retrieval", "reconstruction", "chance"}
+    assert {name.split("/")[0] for name in metrics} == {"samples", "retrieval", "latents", "reconstruction", "chance"}
 
 
 def test_adapter_names_the_modes_and_returns_float32():
@@ -151,12 +169,16 @@ def test_adapter_names_the_modes_and_returns_float32():
     def model(mode, **inputs):
         calls.append((mode, *inputs))
         out = torch.ones(2, 4, dtype=torch.bfloat16)
+        if "layers" in inputs:
+            return [(out, out)] * len(inputs["layers"])
         return (out, out) if mode == "features" else out
 
-    adapter = VTPEvaluated(model, {"contrastive"})
+    adapter = VTPEvaluated(model, {"contrastive"}, 2)
     x = torch.zeros(2, 3, 16, 16)
-    outputs = [adapter.encode_image(x), adapter.encode_text(x), adapter.features(x), adapter.reconstruct(x)]
+    outputs = [adapter.encode_image(x), adapter.encode_text(x), adapter.features(x), adapter.encode(x)]
+    outputs += [adapter.decode(x), *adapter.last_blocks(x, 2)[1]]
     assert calls == [
-        ("encode_image", "images"), ("encode_text", "tokens"), ("features", "images"), ("reconstruction", "images")
+        ("encode_image", "images"), ("encode_text", "tokens"), ("features", "images"), ("encode", "images"),
+        ("decode", "latents"), ("features", "images", "layers"),
     ]
     assert all(out.dtype == torch.float32 for out in outputs)

@@ -1,7 +1,9 @@
 """This evaluates a checkpoint of a run or a released model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from megavtp.data.loader import EvalDataset
 from megavtp.data.shards import ShardDataset, open_dataset, split_folder, split_folders
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.network import FeatureNetwork
+from megavtp.evaluation.probes.labelled import probe_labels
 from megavtp.evaluation.tokenizer.interface import NoCaptions, Perceptual, VTPEvaluated
 from megavtp.evaluation.tokenizer.suite import evaluate
 from megavtp.models.build import build_vtp
@@ -74,8 +77,8 @@ class CheckpointEvaluation:
     """Evaluates a checkpoint on a data set with splits.
 
     ``captions`` replaces the run's caption tokenizer; ``max_samples`` and ``batch_size`` replace its ``evaluation``
-    settings. ``frechet`` is a network for the Frechet distance of reconstructions, which takes time. The processes of
-    ``mesh`` share the samples; each has the whole model.
+    settings. ``frechet`` is a network for the Frechet distance of reconstructions, which takes time; so do ``probes``,
+    see ``evaluate``. The processes of ``mesh`` share the samples; each has the whole model.
     """
 
     checkpoint: Path
@@ -86,6 +89,7 @@ class CheckpointEvaluation:
     max_samples: int | None = None
     batch_size: int | None = None
     frechet: FeatureNetwork | None = None
+    probes: Sequence[str] = ()
     mesh: Mesh = SINGLE
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -95,22 +99,41 @@ class CheckpointEvaluation:
         self.model, self.config = open_model(self.checkpoint, self.device)
         given = {k: v for k in ("max_samples", "batch_size") if (v := getattr(self, k)) is not None}
         self.settings = replace(self.config.evaluation, **given)
+        train = None if self.split == "train" else split_folders(self.data).get("train")
+        train_folder = open_dataset(train) if train else None
+        if self.probes:
+            self._check_probes(train_folder, folder)
         self.tokenizer = find_tokenizer(self.model, self.config, self.data, self.captions)
         self.test_set = self._samples(folder, self.settings.max_samples)
-        train = None if self.split == "train" else split_folders(self.data).get("train")
-        self.train_set = self._samples(open_dataset(train), self.settings.max_samples) if train else None
+        self.train_set = self._samples(train_folder, self.settings.max_samples) if train_folder else None
         has_decoder = "reconstruction" in self.model.objectives
         self._perceptual = find_perceptual(self.config, self.device, self.skipped) if has_decoder else {}
 
     def _samples(self, folder: ShardDataset, count: int) -> EvalDataset:
         return EvalDataset(folder, self.tokenizer, self.model.config.image_size, count, self.config.data.max_pixels)
 
-    def metrics(self, model: VTP) -> dict[str, float]:
-        """Compute every metric of ``model``, the checkpoint's or one of its architecture, in a collective call."""
+    def _check_probes(self, train: ShardDataset | None, test: ShardDataset) -> None:
+        """Raise ``UserError`` for probes that are impossible, before hours are spent on the features."""
+        if "latents" in self.probes and "reconstruction" not in self.model.objectives:
+            raise UserError(f"--probe latents: {self.checkpoint} has no latents (reconstruction objective off)")
+        if train is None:
+            raise UserError(
+                f"--probe: {self.data} has no train split other than the measured one, {self.split}, to learn from"
+            )
+        size, count = self.model.config.image_size, self.settings.max_samples
+        sets = (EvalDataset(data, NoCaptions(), size, count, self.config.data.max_pixels) for data in (train, test))
+        probe_labels(*(samples.metadata() for samples in sets))
+
+    def metrics(self, model: VTP, details: dict[str, Any] | None = None) -> dict[str, float]:
+        """Compute every metric of ``model``, the checkpoint's or one of its architecture, in a collective call.
+
+        ``details`` gets what is no single number, see ``evaluate``.
+        """
+        evaluated = VTPEvaluated(model, model.objectives, model.config.vision.depth)
         return evaluate(
-            VTPEvaluated(model, model.objectives), self.test_set, self.train_set, self.settings,
-            self.mesh, tokenizer=self.tokenizer, device=self.device, perceptual=self._perceptual, skipped=self.skipped,
-            frechet=self.frechet, quiet=self.mesh.rank > 0,
+            evaluated, self.test_set, self.train_set, self.settings, self.mesh, tokenizer=self.tokenizer,
+            device=self.device, perceptual=self._perceptual, skipped=self.skipped, frechet=self.frechet,
+            probes=self.probes, details=details, quiet=self.mesh.rank > 0,
         )
 
     def untrained(self) -> VTP:

@@ -1,6 +1,6 @@
 """All ranks run a model over a data set in step and collect a table with a row for each sample."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from megavtp.parallel.mesh import Mesh
 
 _DONE, _READY, _FAILED = 0, 1, 2
 
-Probe = Callable[[Tensor, Tensor], dict[str, Tensor]]
+Extract = Callable[[Tensor, Tensor], dict[str, Tensor]]
 """This maps images uint8 (b, 3, H, W) and tokens (b, T) to named values per sample (b, ...)."""
 
 
@@ -36,26 +36,35 @@ class Table:
 
 
 def collect(
-    dataset: EvalDataset, probe: Probe, *, batch_size: int, mesh: Mesh, device: torch.device, quiet: bool = True
+    dataset: EvalDataset, extract: Extract, *, batch_size: int, mesh: Mesh, device: torch.device, quiet: bool = True,
+    totals: Mapping[str, Callable[[Tensor], None]] | None = None,
 ) -> Table:
-    """Apply ``probe`` to every sample of ``dataset`` in a collective call. Unless ``quiet``, rank 0 shows progress.
+    """Apply ``extract`` to every sample of ``dataset`` in a collective call. Unless ``quiet``, rank 0 shows progress.
 
-    Every rank makes the same number of probe calls, as ZeRO-3 gathers parameters in the forward: a rank that has run
+    A value named in ``totals`` is no column: its function gets this rank's samples (b, ...) on ``device``, batch by
+    batch, to add them up. So values that are large need not be held.
+
+    Every rank makes the same number of calls, as ZeRO-3 gathers parameters in the forward: a rank that has run
     out of samples computes a blank image and drops the result. Raises ``UserError`` for an empty data set, or if
     another rank cannot read its share.
     """
     index: list[Tensor] = []
     about: list[tuple[str, dict[str, Any]]] = []
     columns: dict[str, list[Tensor]] = {}
+    totals = totals or {}
     batches = _in_step(dataset.batches(batch_size, mesh.dp_rank, mesh.dp), mesh, device)
     steps = ceil_div(len(dataset), batch_size * mesh.dp)
     for batch in progress(batches, steps, "evaluation", quiet or mesh.rank > 0):
         images = batch["image"].to(device, non_blocking=True)
         with torch.no_grad():
-            values = probe(images, batch["tokens"].to(device, non_blocking=True))
+            values = extract(images, batch["tokens"].to(device, non_blocking=True))
         index.append(batch["index"])
         for name, value in values.items():
-            columns.setdefault(name, []).append(value[: len(index[-1])].float().cpu())
+            own = value[: len(index[-1])].float()
+            if name in totals:
+                totals[name](own)
+            else:
+                columns.setdefault(name, []).append(own.cpu())
         about += zip(batch["caption"], batch["meta"], strict=True)
     if not index:
         raise UserError("evaluation: the data set has no samples; name a split that has some")

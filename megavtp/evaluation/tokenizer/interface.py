@@ -21,12 +21,14 @@ class VTPEvaluated:
 
     Images are ImageNet-normalised floats (b, 3, H, W), tokens are ids (b, T). Outputs are float32 whatever the
     precision of the compute. ``objectives`` are those that the model was built for: without "contrastive" there is no
-    text tower, without "reconstruction" no pixel decoder, and the metrics that need them are left out.
+    text tower, without "reconstruction" no pixel decoder, and the metrics that need them are left out. The encoder has
+    ``depth`` blocks.
     """
 
-    def __init__(self, model: Callable[..., Any], objectives: Collection[str]):
+    def __init__(self, model: Callable[..., Any], objectives: Collection[str], depth: int):
         self.model = model
         self.objectives = frozenset(objectives)
+        self.depth = depth
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Return L2-normalised features (b, E)."""
@@ -40,9 +42,18 @@ class VTPEvaluated:
         """Return the frozen encoder's class token (b, D)."""
         return self.model("features", images=images)[0].float()
 
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Return images (b, 3, H, W), normalised alike."""
-        return self.model("reconstruction", images=images).float()
+    def last_blocks(self, images: Tensor, blocks: int) -> list[tuple[Tensor, Tensor]]:
+        """Return the class token (b, D) and the patch tokens (b, N, D) of each of the last ``blocks`` blocks."""
+        pairs = self.model("features", images=images, layers=range(-blocks, 0))
+        return [(class_token.float(), patches.float()) for class_token, patches in pairs]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return latents (b, C, h, w)."""
+        return self.model("encode", images=images).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return images (b, 3, H, W), normalised as the encoder's input."""
+        return self.model("decode", latents=latents).float()
 
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
