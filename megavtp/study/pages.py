@@ -24,7 +24,9 @@ def plan_page(study: StudyConfig, cells: list[Cell], rates: Rates, devices: int 
         rows.append([cell.name, str(len(new)), _flops(cell.flops), _flops(cell.all_flops), _hours(new, rates)])
     unknown = sorted({link.kind for link in links if rates.estimate(link) is None})
     left = [link for link in links if not is_finished(link, read_record(link))]
-    where = "this machine" if devices is None else f"{devices} device{'s' if devices > 1 else ''}"
+    where = "this machine"
+    if devices is not None:
+        where = f"{devices} device{'s' if devices > 1 else ''} ({_hours(links, rates, devices)} device-hours)"
     lines = [
         *_aligned(rows), "",
         f"{len(cells)} cells of {len(links)} links: {_counts(links)}; a link counts in the first cell that needs it",
@@ -108,10 +110,10 @@ def _counts(links: Sequence[Link]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in Counter(link.kind for link in links).items())
 
 
-def _hours(links: Sequence[Link], rates: Rates) -> str:
-    """Format the hours of links; those of which nothing is known are left out."""
+def _hours(links: Sequence[Link], rates: Rates, devices: int = 1) -> str:
+    """Format the hours of links, times the devices; links of which nothing is known are left out."""
     known = [seconds for link in links if (seconds := rates.estimate(link)) is not None]
-    return f"{sum(known) / 3600:,.2f}" if known or not links else "?"
+    return f"{devices * sum(known) / 3600:,.2f}" if known or not links else "?"
 
 
 def _flops(count: float) -> str:

@@ -168,7 +168,7 @@ def test_hours_are_from_the_given_rate_until_links_were_measured(tmp_path):
     total = sum(link.flops / 1e12 or 10.0 for link in links) / 3600
     assert f"{total:.2f} hours on this machine, of which 0.00 are left" in page
     unknown = plan_page(study, cells, rates_of([], CostConfig(flops_per_second=1e15)), 8)
-    assert "not in the hours: evaluate, generate, latents" in unknown and "on 8 devices" in unknown
+    assert "not in the hours: evaluate, generate, latents" in unknown and "on 8 devices (" in unknown
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

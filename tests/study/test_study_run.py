@@ -69,43 +69,48 @@ class Killed(BaseException):
     """Nothing may catch it, as nothing catches SIGKILL."""
 
 
-def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    """Before and after each command, and before and after each file is put in its place."""
-    options = {"looks": [100], "curves": {}, "axes": {"objectives": {"joint": {}}}}
-    study = small_study(tmp_path, **options)
-    done = 0
-    at = -1
+class Fate:
+    """Counts the steps of a run, and kills it at step ``end``."""
 
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if done == at:
+    def __init__(self, end: int | None = None):
+        self.steps, self.end = 0, end
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps == self.end:
             raise Killed
 
-    class Mortal(StandIn):
-        def __call__(self, command, link, lock):
-            step()
-            status = super().__call__(command, link, lock)
-            step()
-            return status
 
-    def replace(source, target, real=os.replace):
-        step()
-        real(source, target)
-        step()
+def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    """Before and after each command, and before and after each file is put in its place."""
+    study = small_study(tmp_path, looks=[100], curves={}, axes={"objectives": {"joint": {}}})
+    real = os.replace
 
-    monkeypatch.setattr(os, "replace", replace)
-    run_study(study, Mortal(), quiet)
-    right, steps = tables(study), done
-    assert steps > 50
-    for at in range(1, steps + 1):  # noqa: B007  it is read in step
+    def run(fate: Fate) -> int:
+        class Mortal(StandIn):
+            def __call__(self, command, link, lock):
+                fate.step()
+                status = super().__call__(command, link, lock)
+                fate.step()
+                return status
+
+        def replace(source, target):
+            fate.step()
+            real(source, target)
+            fate.step()
+
+        monkeypatch.setattr(os, "replace", replace)
+        return run_study(study, Mortal(), quiet)
+
+    whole = Fate()
+    run(whole)
+    right = tables(study)
+    assert whole.steps > 50
+    for end in range(1, whole.steps + 1):
         shutil.rmtree(study.output_dir)
-        done = 0
         with pytest.raises(Killed):
-            run_study(study, Mortal(), quiet)
-        at, done = -1, 0  # noqa: PLW2901
-        assert run_study(study, Mortal(), quiet) == 0
-        assert tables(study) == right
+            run(Fate(end))
+        assert run(Fate()) == 0 and tables(study) == right
         assert not list(Path(study.output_dir).rglob("*.partial"))
 
 
