@@ -74,12 +74,12 @@ def test_heads_of_one_pass_are_those_of_a_pass_each(monkeypatch):
         torch.testing.assert_close(together[number], alone, atol=1e-6, rtol=1e-5)
 
 
-def test_the_best_head_is_picked_and_a_tie_goes_to_the_surer_one():
-    heads = sweep.heads(1, 1)[:3]
+def test_the_head_of_the_lowest_cross_entropy_is_picked():
+    heads = sweep.heads(1, 1)[:4]
     x, ids = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([1, 0])
-    wrong, sure, surer = (torch.tensor([[-k, k], [0, 0]]) for k in (-3.0, 1.0, 2.0))
-    assert sweep.pick(x, ids, [wrong, sure, surer], heads) == heads[2]
-    assert sweep.pick(x, ids, [surer, sure, wrong], heads) == heads[0]
+    wrong, unsure, sure, lost = (torch.tensor([[-k, k], [0, 0]]) for k in (-3.0, 1.0, 2.0, math.nan))
+    assert sweep.pick(x, ids, [lost, wrong, unsure, sure], heads) == heads[3]
+    assert sweep.pick(x, ids, [sure, unsure, wrong, lost], heads) == heads[0]
 
 
 def test_a_fifth_of_each_class_picks_and_copies_of_a_concept_stay_together():
