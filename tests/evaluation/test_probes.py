@@ -1,6 +1,7 @@
 """Linear probes against scikit-learn, and that what picks a head has not taught it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +49,17 @@ def test_the_sweep_of_rates_reaches_sklearn(name):
     blank = [torch.cat([y, torch.zeros_like(y)], 1) for y in (x, asked)]  # a mean patch token that tells nothing
     predicted, words = sweep.probe(*blank, 1, labels)
     assert labels.accuracy(predicted) == pytest.approx(SKLEARN[name][-1], abs=POINT), words
+
+
+@pytest.mark.parametrize("probe", [logistic.probe, lambda x, y, labels: sweep.probe(x, y, 1, labels)])
+def test_rounding_of_the_features_changes_nothing(probe):
+    """Large features, with which the higher rates never settle."""
+    x, asked, labels = tensors("few classes")
+    x, asked = 10 * x[:600], 10 * asked
+    labels = replace(labels, rows=labels.rows[:600], ids=labels.ids[:600], picks=labels.picks[:600])
+    rounding = 1 + 1e-6 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    (want, words), (got, same) = probe(x, asked, labels), probe(x * rounding, asked, labels)
+    assert words == same and (got != want).double().mean() < 0.002, words
 
 
 def test_a_constant_feature_counts_for_nothing():
