@@ -71,6 +71,7 @@ class FakeModel:
     def last_blocks(self, images: Tensor, blocks: int) -> list[tuple[Tensor, Tensor]]:
         self.calls.append("last blocks")
         tokens = [images.flatten(1) @ self.project[:, i : i + 5] for i in range(blocks)][::-1]
+        tokens = [F.layer_norm(x, (5,)) for x in tokens]  # as an encoder's last norm does it
         return [(x, torch.stack([x, x + images.mean((1, 2, 3))[:, None]], 1)) for x in tokens]
 
     def encode(self, images: Tensor) -> Tensor:
