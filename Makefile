@@ -1,4 +1,4 @@
-# make install | demo | test | matrix | crash-sweep | test-gpu | lint | clean
+# make install | demo | test | matrix | sweeps | crash-sweep | test-gpu | lint | clean
 # PYTHON: the interpreter of a new environment; VENV: where it is; EXTRAS: what of setup.py's extras to install.
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +16,7 @@ LAUNCH = $(BIN)/deepspeed $(PROCESSES)
 DRAW := --dit runs/demo_dit/checkpoints/latest --tokenizer runs/demo/tokenizer --method heun --steps 8 --shift 0.5 \
   --precision bf16
 
-.PHONY: install demo demo-tokenizer demo-generation test matrix crash-sweep test-gpu lint clean
+.PHONY: install demo demo-tokenizer demo-generation test matrix sweeps crash-sweep test-gpu lint clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -66,6 +66,10 @@ test: install
 # CELLS="zero=3 pp=2,4" narrows it.
 matrix: install
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python tests/parallel/matrix.py $(CELLS)
+
+# The tests that are left out of "test".
+sweeps: install
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m sweep
 
 # A run is killed at each of its operations on a file and started again, some 200 times: 10 minutes.
 crash-sweep: install

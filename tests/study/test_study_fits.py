@@ -35,7 +35,7 @@ def test_the_interval_at_a_place_held_out_holds_the_truth_of_95_curves_in_100():
     assert 0.93 <= share_held(PLACES, 500, 1, 150) <= 0.97
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("points", [7, 9, 12, 16])
 def test_so_it_does_with_few_and_with_many_points(points):
     shares = [share_held(np.geomspace(1, 40, points), 500, seed, 200) for seed in range(4)]
@@ -115,7 +115,7 @@ def test_a_known_crossing_is_found_within_its_interval():
     assert found.at == pytest.approx(6, rel=0.1) and found.interval.low < 6 < found.interval.high
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_interval_of_a_crossing_holds_the_truth():
     rng, held = np.random.default_rng(7), []
     for _ in range(200):
