@@ -23,7 +23,7 @@ from megavtp.pretraining.passes import ReconstructionPass
 class DecoderPass(ReconstructionPass):
     """Reconstruction behind a frozen encoder, whose latents are made first, without graph."""
 
-    mode = "decode"
+    mode = "trained_decode"
 
     def prepare(self, run: Runner, batch: Batch) -> int:
         count = super().prepare(run, batch)

@@ -22,7 +22,7 @@ class SecondStageVTP(VTP):
 
     Args:
         widths: those of the discriminator's features, see ``Discriminator``; None: there is no discriminator.
-        average: keep ``averaged_decoder``, which ``reconstruction`` then decodes with.
+        average: keep ``averaged_decoder``, which decodes in every pass but the one that trains, ``trained_decode``.
     """
 
     def __init__(
@@ -53,7 +53,8 @@ class SecondStageVTP(VTP):
         return self.discriminator(anchor, features, directions)
 
     _ROUTES: ClassVar[dict[str, tuple[Leg, ...]]] = {
-        **VTP._ROUTES, "reconstruction": (VTP._encode, _decode_average), "discriminate": (_discriminate,),
+        **VTP._ROUTES, "reconstruction": (VTP._encode, _decode_average), "decode": (_decode_average,),
+        "trained_decode": (VTP._decode,), "discriminate": (_discriminate,),
     }
     _DECODING: ClassVar[frozenset[Leg]] = VTP._DECODING | {_decode_average}
 

@@ -68,7 +68,7 @@ def test_the_adaptive_weight_is_autograds():
     with torch.no_grad():
         latents = model("encode", images=images)
     last = model.pixel_decoder.proj_out.weight
-    decoded = model("decode", latents=latents, noise=decoder.noise(0))
+    decoded = model("trained_decode", latents=latents, noise=decoder.noise(0))
     rec = decoder.settings.l1_weight * reconstruction_terms(decoded, images, images_total_local=len(images))["l1"]
     gan = decoder._adversarial(decoded, 0)
     rec_gradient, gan_gradient = (torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (rec, gan))
@@ -223,3 +223,15 @@ def test_features_of_pixels():
     terms, weights = train(second_stage({"features": "pixels"}, steps=2), 2)
     assert any(name.startswith("discriminator.heads.0.down.") for name in weights)
     assert all(torch.isfinite(value).all() for step in terms for value in step.values())
+
+
+def test_what_is_looked_at_is_decoded_by_the_average():
+    config = second_stage(decoder_momentum=0.5)
+    model, images = build_model(config, SINGLE), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        model.start_averages()
+        model.averaged_decoder.proj_out.bias.add_(1)
+        latents = model("encode", images=images)
+        averaged, trained = model("decode", latents=latents), model("trained_decode", latents=latents)
+    assert torch.allclose(averaged, trained + 1, atol=1e-5)
+    assert torch.equal(model("reconstruction", images=images), averaged)
