@@ -20,6 +20,7 @@ SCRIPTS = {
     "tools/evaluate.py": ["--checkpoint", "c", "--data", "d"], "tools/extract_latents.py": ["--data", "d", *CHECKPOINT],
     "tools/plan.py": ["--gpus", "8"], "tools/prepare_data.py": ["index", "d"],
     "tools/sample.py": ["--dit", "d", "--classes", "1", *CHECKPOINT],
+    "tools/report.py": ["d", "--out", "o.html"], "tools/study.py": ["plan", "s.yaml"],
 }
 # In the place of torch: Ctrl-C in the midst of its import, which modules in C turn into another error.
 INTERRUPTED_IMPORT = """
