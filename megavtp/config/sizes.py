@@ -99,6 +99,12 @@ def filled(tower: Any, kind: type[R], shape: Shape) -> R:
     return narrowed(tower, kind, **{name: sizes[name] for name in sizes if getattr(tower, name) is None})
 
 
+def adversarial_starts(config: Config) -> tuple[int, int]:
+    """Return the steps, counted from 0, in which the discriminator begins to learn and to teach the decoder."""
+    settings, steps = config.objectives.adversarial, config.train.steps
+    return round(settings.discriminator_start * steps), round(settings.start * steps)
+
+
 def contrastive_size(config: Config) -> int:
     """Return the side, in pixels, of the images of the contrastive objective."""
     size = config.objectives.contrastive.image_size

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from megavtp.config.precision import compute_dtype
-from megavtp.config.sizes import ResolvedConfig
+from megavtp.config.sizes import ResolvedConfig, adversarial_starts
 from megavtp.models.discriminator import Discriminator, first_direction, power_iteration
 from megavtp.models.feature_networks import FeatureNetwork
 from megavtp.nn.precision import computing_in
@@ -32,9 +32,7 @@ class Adversary:
         self.dtype = compute_dtype(config.parallel.precision)
         with torch.device("meta"):
             self._shape = Discriminator(features.widths)
-        steps = config.train.steps
-        self.discriminator_starts = round(self.settings.discriminator_start * steps)
-        self.starts = round(self.settings.start * steps)
+        self.discriminator_starts, self.starts = adversarial_starts(config)
         shapes = dict(self._shape.named_parameters())
         self.left = {name: first_direction(name, shapes[name]).to(device) for name in self._shape.normalised()}
         self.fakes: dict[int, Tensor] = {}

@@ -66,9 +66,10 @@ class AdversarialDecoderPass(DecoderPass):
 
     def augmented(self, pictures: Tensor, micro: int, tag: str) -> Tensor:
         """Augment a micro-batch's pictures between -1 and 1; ``tag`` tells the draws for different uses apart."""
-        rows, first, s = self.share.rows(micro), self.mesh.dp_rank * self.share.local, self.adversary.settings
-        places = range(first + rows.start, first + rows.stop)  # in the objective's global batch
-        draws = draw_augmentation(seed=self.config.seed, step=self.batch.step, pictures=places, tag=tag)
+        s = self.adversary.settings
+        draws = draw_augmentation(
+            seed=self.config.seed, step=self.batch.step, pictures=self.places(micro), tag=tag
+        )
         return augment(
             pictures, self.to_device(draws), brightness=s.brightness, saturation=s.saturation, contrast=s.contrast,
             translation=s.translation,

@@ -1,13 +1,15 @@
 """The recipe of the second stage: reconstruction alone, with an adversarial term if asked for, moves the decoder."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megavtp.checkpoint.store import Checkpoint
 from megavtp.config.precision import compute_dtype
-from megavtp.config.sizes import ResolvedConfig
+from megavtp.config.sizes import ResolvedConfig, adversarial_starts
 from megavtp.decoder.adversary import Adversary
 from megavtp.decoder.passes import AdversarialDecoderPass, DecoderPass, DiscriminatorPass
 from megavtp.models.discriminator import Discriminator
@@ -31,8 +33,7 @@ class DecoderTraining(Pretraining):
         if self.config.objectives.adversarial.weight > 0:
             self.features = build_features(self.config, self.device)
         if isinstance(self.features, OwnFeatures) and self._initial:
-            own = {name: self._initial[f"{_TRUNK}{name}"] for name in self.features.names()}
-            self.features.load(own, self.device)
+            self.features.load(_of_trunk(self._initial), self.device)
 
     def build(self) -> None:
         self.model = build_model(
@@ -49,14 +50,18 @@ class DecoderTraining(Pretraining):
 
     def is_frozen(self, step: int, group: dict[str, Any]) -> bool:
         """The discriminator is frozen until it starts."""
-        start = round(self.config.objectives.adversarial.discriminator_start * self.config.train.steps)
-        return group["tower"] == "discriminator" and step < start
+        return group["tower"] == "discriminator" and step < adversarial_starts(self.config)[0]
 
     def resumed(self, checkpoint: Checkpoint) -> None:
         """The discriminator's features are those of the encoder that the checkpoint has."""
         if isinstance(self.features, OwnFeatures):
-            own = {name: checkpoint.tensor(f"model/{_TRUNK}{name}") for name in self.features.names()}
-            self.features.load(own, self.device)
+            names = [name.removeprefix("model/") for name in checkpoint.names if name.startswith(f"model/{_TRUNK}")]
+            self.features.load(_of_trunk({name: checkpoint.tensor(f"model/{name}") for name in names}), self.device)
+
+
+def _of_trunk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the encoder's tensors by their names in it."""
+    return {name.removeprefix(_TRUNK): tensor for name, tensor in tensors.items() if name.startswith(_TRUNK)}
 
 
 def build_features(config: ResolvedConfig, device: torch.device) -> FeatureNetwork:

@@ -18,11 +18,12 @@ from megavtp.config.schema import AdversarialConfig
 from megavtp.config.sizes import ResolvedModel
 from megavtp.data.weights_file import read_weights_file
 from megavtp.errors import UserError
-from megavtp.models.fitting import check
+from megavtp.models.fitting import check, copy_whole
 from megavtp.models.vision_encoder import VisionEncoder
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.precision import computing_in
-from megavtp.nn.rope import AxialRope
+from megavtp.nn.rope import reset_rope
+from megavtp.parallel.mesh import SINGLE
 from megavtp.pixels import from_unit
 
 TIMM = "timm:"
@@ -51,10 +52,15 @@ def quarters(depth: int) -> list[int]:
     return sorted({ceil_div(depth * quarter, 4) - 1 for quarter in (1, 2, 3, 4)})
 
 
+def own_widths(model: ResolvedModel) -> Sequence[int | None]:
+    """Return the widths of ``OwnFeatures``: one for each quarter, and that after the last norm."""
+    return [model.vision.width] * (len(quarters(model.vision.depth)) + 1)
+
+
 def known_widths(settings: AdversarialConfig, model: ResolvedModel) -> Sequence[int | None] | None:
     """Return the widths of a discriminator's features without building them; None if it is off, or reads a timm ViT."""
     if settings.weight > 0 and settings.features == "own":
-        return [model.vision.width] * (len(quarters(model.vision.depth)) + 1)
+        return own_widths(model)
     return PixelFeatures.widths if settings.weight > 0 and settings.features == "pixels" else None
 
 
@@ -69,21 +75,17 @@ class OwnFeatures(nn.Module):
         with torch.device("meta"):
             self.trunk = VisionEncoder(config, attention=attention).requires_grad_(False)
         self.taps = quarters(config.vision.depth)
-        self.widths: Sequence[int | None] = [config.vision.width] * (len(self.taps) + 1)
-
-    def names(self) -> list[str]:
-        """Name the tensors that ``load`` needs."""
-        return [name for name, _ in self.trunk.named_parameters()]
+        self.widths = own_widths(config)
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Fill the network with the encoder's whole tensors, by their names in it."""
-        self.trunk.to_empty(device=device)
-        for module in self.trunk.modules():
-            if isinstance(module, AxialRope):
-                module.reset_periods()
+        """Fill the network with the encoder's whole tensors, by their names in it. Foreign weights may lack the mask
+        token, which no picture here uses: it is then zero, as it is drawn."""
+        own = dict(self.trunk.to_empty(device=device).named_parameters())
+        assert own.keys() - tensors.keys() <= {"mask_token"}, own.keys() - tensors.keys()
+        reset_rope(self.trunk)
         with torch.no_grad():
-            for name, parameter in self.trunk.named_parameters():
-                parameter.copy_(tensors[name])
+            self.trunk.mask_token.zero_()
+        copy_whole(own, tensors, SINGLE)
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
         images = from_unit(_resized(pictures, self.size) / 2 + 0.5)

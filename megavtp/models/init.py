@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megavtp.config.sizes import ResolvedModel, Tower, feature_width
 from megavtp.models.vtp import DEFAULT_LOGIT_SCALE
-from megavtp.nn.rope import AxialRope
+from megavtp.nn.rope import reset_rope
 from megavtp.nn.seeded import named_generator
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.sharding import cut, shard_of, whole_shape
@@ -80,9 +80,7 @@ def initialise(model: nn.Module, config: ResolvedModel, mesh: Mesh, seed: int) -
     """Fill the RoPE buffers of a VTP (or of a part with the same names) and every parameter that is no average."""
     trained = ((name, p) for name, p in model.named_parameters() if not name.startswith(AVERAGES))
     fill_parameters(trained, _rules(config), mesh, seed)
-    for module in model.modules():
-        if isinstance(module, AxialRope):
-            module.reset_periods()
+    reset_rope(model)
 
 
 def fill_parameters(

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from megavtp.config.sizes import ResolvedModel
-from megavtp.models.cuts import tower_cuts
 from megavtp.models.discriminator import Directions, Discriminator
 from megavtp.models.pixel_decoder import PixelDecoder
 from megavtp.models.vtp import VTP, Leg
 from megavtp.parallel.mesh import SINGLE, Mesh
-from megavtp.parallel.striping import Stripe
 
 
 class SecondStageVTP(VTP):
@@ -32,9 +30,7 @@ class SecondStageVTP(VTP):
         super().__init__(config, mesh, **options)
         self.averaged_decoder: PixelDecoder | None = None
         if average:
-            cuts = tower_cuts(config, self.objectives, mesh.chunks)["pixel_decoder"]
-            stripe = Stripe(cuts, mesh.pp, mesh.pp_rank)
-            attention = options.get("attention", "auto")
+            attention, stripe = options.get("attention", "auto"), self.pixel_decoder.stripe
             decoder = PixelDecoder(config, mesh, stripe=stripe, attention=attention)
             self.averaged_decoder = decoder.requires_grad_(False)
         if widths is not None and mesh.is_last_stage:

@@ -85,3 +85,10 @@ def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     y = x.to(cos.dtype)
     first, second = y.chunk(2, -1)
     return (y * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+
+
+def reset_rope(model: nn.Module) -> None:
+    """Fill the periods of every rotary embedding in a model whose memory is new."""
+    for module in model.modules():
+        if isinstance(module, AxialRope):
+            module.reset_periods()

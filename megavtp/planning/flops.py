@@ -15,7 +15,7 @@ from megavtp.config.share import share
 from megavtp.config.sizes import DECODER_MLP_RATIO, GLOBAL_CROPS, ResolvedConfig, ResolvedModel, Tower
 from megavtp.models.dino_head import head_widths
 from megavtp.models.discriminator import TOKENS_SEEN
-from megavtp.models.feature_networks import quarters
+from megavtp.models.feature_networks import own_widths
 from megavtp.models.lpips import NETS, PERCEPTUAL_NETS
 
 _RGB = 3
@@ -133,7 +133,7 @@ def adversarial_flops(config: ResolvedConfig) -> float:
     if settings.weight == 0 or settings.features != "own":
         return 0.0
     size, width = settings.features_size or model.image_size, model.vision.width
-    heads = len(quarters(model.vision.depth)) + 1
+    heads = len(own_widths(model))
     head = 2 * patches_of(model, size) * width * width * (1 + TOKENS_SEEN)
     return 4 * vision_flops(model, size) + 8 * heads * head
 

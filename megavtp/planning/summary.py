@@ -8,7 +8,7 @@ import torch
 
 from megavtp.config.run import OptimizerConfig, ParallelConfig
 from megavtp.config.share import PassShare, share
-from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig, contrastive_size
+from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig, adversarial_starts, contrastive_size
 from megavtp.models.feature_networks import known_widths
 from megavtp.models.second_stage import SecondStageVTP
 from megavtp.planning.flops import patches_of
@@ -95,9 +95,9 @@ def layout_summary(config: ResolvedConfig, world_size: int) -> str:
         lines.append(
             f"  {name:<18} weight {objective.weight:g}: {one.batch} images, {on_a_rank(one)}; {_tokens(config, name)}"
         )
-    adversarial, steps = config.objectives.adversarial, config.train.steps
+    adversarial = config.objectives.adversarial
     if adversarial.weight > 0:
-        first, second = (round(at * steps) for at in (adversarial.discriminator_start, adversarial.start))
+        first, second = adversarial_starts(config)
         lines.append(
             f"  adversarial        weight {adversarial.weight:g}: on features {adversarial.features}, learns from step "
             f"{first + 1}, teaches from step {second + 1}"

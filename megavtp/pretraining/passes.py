@@ -51,6 +51,11 @@ class _PretrainingPass(Pass):
         self.batch = batch
         return self.share.micro_batches
 
+    def places(self, micro: int) -> range:
+        """Return the places of a micro-batch's images in the objective's global batch."""
+        rows, first = self.share.rows(micro), self.mesh.dp_rank * self.share.local
+        return range(first + rows.start, first + rows.stop)
+
     def to_device(self, x: Tensor) -> Tensor:
         if self.device.type == "cuda" and not x.is_pinned():  # picked rows of a pinned batch are pageable again
             x = x.pin_memory()  # from pageable memory the copy would wait for the device
@@ -65,9 +70,7 @@ class _PretrainingPass(Pass):
 
         The draw is over all crops of the global batch, so it is the same on every layout.
         """
-        rows = self.share.rows(micro)
-        first = self.mesh.dp_rank * self.share.local
-        images = torch.arange(first + rows.start, first + rows.stop)
+        images = torch.tensor(self.places(micro))
         sizes = [count * self.share.batch for count in crops]
         held = [torch.cat([images + crop * self.share.batch for crop in range(count)]) for count in crops]
         plan = draw_drop_plan(
@@ -234,10 +237,10 @@ class ReconstructionPass(_PretrainingPass):
     def noise(self, micro: int) -> LatentNoise | None:
         if self.settings.latent_noise == 0:
             return None
-        model, first = self.config.model, self.mesh.dp_rank * self.share.local
-        rows, side = self.share.rows(micro), model.image_size // model.patch_size
+        model = self.config.model
+        side = model.image_size // model.patch_size
         noise = draw_latent_noise(
-            seed=self.config.seed, step=self.batch.step, images=range(first + rows.start, first + rows.stop),
+            seed=self.config.seed, step=self.batch.step, images=self.places(micro),
             shape=(model.bottleneck, side, side), strength=self.settings.latent_noise,
             share=self.settings.latent_noise_share,
         )

@@ -9,6 +9,7 @@ from megavtp.config.load import read_yaml
 from megavtp.errors import UserError
 from megavtp.json_file import Count, Finite, check_form, foreign_form
 from megavtp.training.metrics_file import read_metrics
+from megavtp.training.state import flat
 from megavtp.training.telemetry import METRICS_FILE
 
 Kind = Literal["pretrain", "decoder", "dit"]
@@ -110,15 +111,6 @@ def _kind(config: Mapping[str, Any]) -> Kind | None:
     if not any(key.startswith("objectives.") for key in settings):
         return None
     return "decoder" if settings.get("objectives.reconstruction.frozen_encoder") is True else "pretrain"
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one with dotted keys; an empty mapping stays as it is."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        result |= flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
-    return result
 
 
 def _read_lines(path: Path) -> tuple[list[StepLine], list[dict[str, Any]], list[str]]:

@@ -11,8 +11,9 @@ from typing import Any
 from megavtp.config.load import to_dict
 from megavtp.config.schema import Config
 from megavtp.dit.config import DiTConfig
-from megavtp.report.folder import CONFIG_FILE, KINDS, Kind, Run, flat
+from megavtp.report.folder import CONFIG_FILE, KINDS, Kind, Run
 from megavtp.training.progress import duration
+from megavtp.training.state import flat
 
 NOT_RECORDED = "not recorded"
 LAUNCHERS: dict[Kind, str] = {

@@ -118,10 +118,10 @@ def flat_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return flat(checkpoint.fact("config", dict[str, Any]))
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten a nested mapping to ``a.b.c`` -> value."""
     result: dict[str, Any] = {}
     for key, value in values.items():
-        nested = isinstance(value, dict) and value
+        nested = isinstance(value, Mapping) and value
         result |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return result

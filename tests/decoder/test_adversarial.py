@@ -161,6 +161,9 @@ def test_own_features_are_the_encoders():
     assert [x.shape[-1] for x in found] == list(features.widths)
     found[-1].sum().backward()
     assert pictures.grad.any() and all(p.grad is None for p in features.parameters())
+    without = {name: p for name, p in model.trunk.named_parameters() if name != "mask_token"}
+    features.load(without, torch.device("cpu"))  # foreign weights may lack it, and no picture here is masked
+    assert all(torch.equal(x, y) for x, y in zip(features(pictures), found, strict=True))
 
 
 # Starts

@@ -15,6 +15,7 @@ from megavtp.config.load import from_dict, merged
 from megavtp.config.run import ParallelConfig
 from megavtp.config.schema import Config
 from megavtp.config.share import share
+from megavtp.config.sizes import adversarial_starts
 from megavtp.config.validate import validate
 from megavtp.data.batch import Batch, StepDataset
 from megavtp.decoder import passes as decoder_passes
@@ -240,7 +241,7 @@ def learning_rate(config: Config, step: int) -> Callable[[dict], float]:
     """Step -> group -> its rate, with what is frozen at first."""
     o, steps = config.objectives, config.train.steps
     prototypes = step < o.self_distillation.freeze_last_layer * steps
-    not_started = step < round(o.adversarial.discriminator_start * steps)
+    not_started = step < adversarial_starts(config)[0]
 
     def rate(group: dict) -> float:
         is_frozen = (prototypes and group["prototypes"]) or (not_started and group["tower"] == "discriminator")

@@ -22,7 +22,7 @@ from megavtp.latents.artifact import TokenizerArtifact
 from megavtp.models.build import load_full
 from megavtp.models.fitting import check
 from megavtp.models.vtp import VTP
-from megavtp.nn.rope import DTYPES, AxialRope, rope_periods
+from megavtp.nn.rope import DTYPES, reset_rope, rope_periods
 
 CAPTION_FILES = ("captions.model", "captions.txt.gz")  # beside the weights: sentencepiece, or CLIP's merges
 # The released format has no place for these.
@@ -155,8 +155,6 @@ def build_tokenizer(source: VTPSource, device: torch.device | str, compute_dtype
     with torch.device("meta"):
         model = VTP(source.config.model, objectives=objectives_of(tensors.keys()), compute_dtype=compute_dtype)
     model.to_empty(device=device)
-    for module in model.modules():
-        if isinstance(module, AxialRope):
-            module.reset_periods()
+    reset_rope(model)
     load_full(model, tensors)
     return model.eval().requires_grad_(False)
