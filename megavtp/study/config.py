@@ -126,7 +126,10 @@ def _check_axes(study: StudyConfig) -> None:
                 f"axes.{axis}: the name {name!r} becomes a folder's: use letters, digits, ., _, + and -",
             )
         _need(axis not in COLUMNS, f"axes.{axis}: the table of results has a column of this name; choose another one")
-        _need(bool(choices), f"axes.{axis}: has no choices; name one at least, or leave the axis out")
+        _need(
+            any(any(stages.values()) for stages in choices.values()),
+            f"axes.{axis}: no choice sets anything; give one a setting, or leave the axis out",
+        )
         for choice, stages in choices.items():
             for stage in stages:
                 _need(

@@ -34,7 +34,7 @@ class Link:
         arguments: of the kind's script.
         outputs: what exists once it has finished.
         settings: what decides its result, by dotted names.
-        after: the link that has to be finished before; None for the first of a chain.
+        after: the links that have to be finished before.
         flops: of a training, over all devices; 0 for other kinds.
     """
 
@@ -43,7 +43,7 @@ class Link:
     arguments: tuple[str, ...]
     outputs: tuple[Path, ...]
     settings: Mapping[str, Any]
-    after: "Link | None" = None
+    after: "tuple[Link, ...]" = ()
     flops: float = 0.0
 
     @property

@@ -50,8 +50,8 @@ def run_study(study: StudyConfig, start: Start | None = None, tell: Callable[[st
     failed: dict[Path, Link] = {}  # by the folder of each link that cannot finish, the one that failed
     try:
         for number, link in enumerate(links, 1):
-            if link.after is not None and link.after.folder in failed:
-                failed[link.folder] = failed[link.after.folder]
+            if broken := [failed[before.folder] for before in link.after if before.folder in failed]:
+                failed[link.folder] = broken[0]
             elif not is_finished(link, record := read_record(link)):
                 tell(f"{number}/{len(links)} {link.kind} in {link.folder}: {'goes on' if record else 'begins'}")
                 if not _finish(link, record, launcher, start or run_command):

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 from runpy import run_path
 
@@ -39,7 +40,8 @@ def axis(stage: str, *settings: str) -> dict:
     (axis("dit", "seed=7"), "dit of objectives joint: seed is set by the study itself"),
     ({"axes": {"a/b": {"c": {}}}}, "axes.a/b: the name 'a/b' becomes a folder's"),
     ({"axes": {"seed": {"a": {}}}}, "axes.seed: the table of results has a column of this name"),
-    ({"axes": {"size": {}}}, "axes.size: has no choices"),
+    ({"axes": {"size": {}}}, "axes.size: no choice sets anything; give one a setting, or leave the axis out"),
+    ({"axes": {"size": {"s": {}, "b": {"dit": []}}}}, "axes.size: no choice sets anything"),
     ({"looks": []}, "looks: name the steps"),
     ({"looks": [100, 100]}, "looks = \\[100, 100\\]: must be whole numbers above 0, each larger"),
     ({"looks": [10]}, "train.optimizer.warmup_steps = 20 exceeds train.steps = 10"),
@@ -116,7 +118,7 @@ def test_the_commands_of_a_chain(tmp_path):
         f"--out {place}/convert/tokenizer"
     )
     assert found["latents"][1:] == shlex.split(
-        f"tools/extract_latents.py --tokenizer {place}/convert/tokenizer --data data --label group "
+        f"tools/extract_latents.py --tokenizer {checkpoint} --data data --label group "
         f"--out {place}/latents/latents"
     )
     assert {f"data.root={place}/latents/latents", "seed=3"} <= set(found["dit"])
@@ -133,6 +135,28 @@ def test_the_commands_of_a_chain(tmp_path):
     assert found["draw"][1:] == shlex.split(
         f"tools/sample.py {drawn} --classes all --out {place}/seed-3/draw/samples.png"
     )
+
+
+def test_cells_share_all_links_that_their_choices_do_not_change(tmp_path):
+    axes = {
+        "objectives": {"joint": {}, "ae": {"tokenizer": ["objectives.contrastive.weight=0"]}},
+        "decoder": {"short": {}, "long": {"decoder": ["train.steps=30"]}},
+        "size": {"deep": {}, "flat": {"dit": ["model.depth=2"]}},
+    }
+    decoder = {"recipe": str(ROOT / "configs/demo/decoder_emoji.yaml")}
+    study = small_study(tmp_path, looks=[100], seeds=[0, 1], decoder=decoder, axes=axes)
+    cells, out = cells_of(study), tmp_path / "out"
+    assert len(cells) == len({cell.name for cell in cells}) == 16
+    counts = Counter(link.kind for link in links_of(cells))
+    assert counts == {
+        "pretrain": 2, "latents": 2, "decoder": 4, "convert": 4, "evaluate": 4, "dit": 2 * 2 * 2, "generate": 16
+    }
+    last = {link.kind: link for link in cells[-1].links}
+    assert last["latents"].folder == out / "ae/step-00000100/latents" and last["latents"].after == (last["pretrain"],)
+    assert last["decoder"].folder == out / "ae/long/step-00000100/decoder"
+    assert last["dit"].folder == out / "ae/flat/step-00000100/seed-1/dit"
+    assert last["generate"].folder == out / "ae/long/flat/step-00000100/seed-1/generate"
+    assert last["generate"].after == (last["dit"], last["convert"])
 
 
 def test_looks_at_checkpoints_share_one_run(tmp_path):
