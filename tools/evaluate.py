@@ -27,6 +27,16 @@ Inception, FD-EfficientNet and its like without. docs/metrics.md says which numb
 """
 
 
+def add_network(parser: argparse.ArgumentParser, instead: str) -> None:
+    """Add the options that choose another feature network than EfficientNet-Lite0."""
+    network = parser.add_mutually_exclusive_group()
+    network.add_argument("--inception", type=place, help=f"file of FID's Inception weights: {instead}")
+    network.add_argument(
+        "--timm", nargs=2, type=place_name, metavar=("NAME", "FILE"),
+        help="a ViT of the timm library, such as DINOv2, and the file of its weights: distances of its features",
+    )
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Options(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=place, required=True, help="of a run, or a released model's folder")
@@ -38,7 +48,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=BATCH, help="images at a time (default: the run's evaluation.batch_size)")
     add_device(parser)
     parser.add_argument("--frechet", action="store_true", help="also FD-EfficientNet of the reconstructions")
-    parser.add_argument("--inception", type=place, help="FID's Inception weights: rFID in place of FD-EfficientNet")
+    add_network(parser, "rFID in place of FD-EfficientNet")
     parser.add_argument(
         "--probe", action="append", default=[], choices=["latents", "features"],
         help="also train linear classifiers on these; may be given twice",
@@ -62,11 +72,14 @@ def parse_generation(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--samples", type=IMAGES, help="how many (default: all there are; with --dit 10000)")
     parser.add_argument("--reference-samples", type=IMAGES, help="at most so many images (default: all)")
     parser.add_argument("--size", type=PIXELS, help="crop and resize to this many pixels (default: the samples' own)")
-    parser.add_argument("--inception", type=place, help="file of FID's Inception weights (else EfficientNet-Lite0)")
+    add_network(parser, "gFID in place of FD-EfficientNet")
     parser.add_argument(
         "--scale", action="store_true", help="also measure the reference's images blurred, an untrained DiT's, noise"
     )
-    parser.add_argument("--label", help="with --dit: classes as often as in this key of the reference's metadata")
+    parser.add_argument(
+        "--label", help="with --dit: key of the reference's metadata with the classes, drawn as often as they are there"
+    )
+    parser.add_argument("--equal-classes", action="store_true", help="with --label: equally many samples of each class")
     parser.add_argument("--batch-size", type=BATCH, default=64, help="images at a time on each process (default: 64)")
     add_device(parser)
     parser.add_argument("--out", type=new_file(), help="write everything to this JSON file")
@@ -84,8 +97,8 @@ def checkpoint(options: argparse.Namespace) -> None:
     from megavtp.training.pictures import reconstruction_grid
 
     device, mesh = join_others(options.device)
-    wants_network = options.frechet or options.inception
-    frechet = together(lambda: load_network(options.inception, device)) if wants_network else None
+    wants_network = options.frechet or options.inception or options.timm
+    frechet = together(lambda: load_network(options.inception, device, options.timm)) if wants_network else None
     job = together(lambda: CheckpointEvaluation(
         options.checkpoint, options.data, options.split, device, options.captions, options.max_samples,
         options.batch_size, frechet, options.probe, mesh,

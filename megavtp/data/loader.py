@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -285,10 +285,10 @@ class EvalDataset(CroppedSamples):
                 "caption": captions, "meta": [raw.meta for raw in raws],
             }
 
-    def metadata(self) -> list[dict[str, Any]]:
-        """Read the metadata of all samples, without their images; that of a broken sample is empty."""
+    def metadata(self, indices: Iterable[int] | None = None) -> list[dict[str, Any]]:
+        """Read the metadata of these samples, or of all, without their images; that of a broken sample is empty."""
         found: list[dict[str, Any]] = []
-        for index in range(self._count):
+        for index in range(self._count) if indices is None else indices:
             try:
                 found.append(self.dataset.meta(*locate(self._ends, self._number(index))))
             except BadSample:

@@ -1,5 +1,6 @@
 """This reads the DiT of a native checkpoint, without engine or optimizer, and tells whether a run can continue it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,11 @@ class StoredDiT(DiTFacts):
     def trained_classes(self) -> int:
         """The number of labels that a class-conditioned DiT was trained on, as far as is known."""
         return len(self.classes) if self.classes else known(self.config.model.num_classes, "model.num_classes")
+
+    @property
+    def class_values(self) -> Sequence[str | int]:
+        """What a data set's metadata say of each class, in the order of the labels: its name, or its number."""
+        return self.classes or range(self.trained_classes)
 
     def class_name(self, label: int) -> str:
         return self.classes[label] if self.classes and label < len(self.classes) else f"class {label}"

@@ -27,6 +27,7 @@ from megavtp.parallel.mesh import SINGLE
 from megavtp.pixels import from_unit
 
 TIMM = "timm:"
+_FEATURES = f"objectives.adversarial.features = {TIMM}"
 _REMEDY = "objectives.adversarial.features_weights takes the weights of the timm ViT that features names"
 
 
@@ -102,15 +103,9 @@ class TimmFeatures(nn.Module):
         """Raise UserError if timm is absent or knows no such ViT, or if the weights do not fit it."""
         super().__init__()
         self.compute_dtype = compute_dtype
-        model = _timm_vit(name)
         if weights is None:
-            raise UserError(f"objectives.adversarial.features = {TIMM}{name} needs the file of its weights: {_REMEDY}")
-        state = read_weights_file(Path(weights), "no weights", _REMEDY)
-        own = model.state_dict()
-        found = {key: value for key, value in state.items() if not key.startswith("head.")}
-        check(found, {key: list(value.shape) for key, value in own.items()}, f"{weights} ({name})")
-        model.load_state_dict(found)
-        self.model = model.eval().requires_grad_(False)
+            raise UserError(f"{_FEATURES}{name} needs the file of its weights: {_REMEDY}")
+        self.model = model = load_timm_vit(name, weights, f"{_FEATURES}{name}", _REMEDY)
         settings = model.pretrained_cfg
         self.mean, self.std = settings["mean"], settings["std"]
         self.size = size or settings["input_size"][-1]
@@ -126,24 +121,36 @@ class TimmFeatures(nn.Module):
             return [*tokens, self.model.norm(tokens[-1])]
 
 
-def _timm_vit(name: str) -> Any:
+def load_timm_vit(name: str, weights: str | Path, asked: str, remedy: str) -> Any:
+    """Return timm's frozen ViT of this name, without its classifier, with the weights in a file.
+
+    ``asked`` is the setting that names it, and ``remedy`` what to do about the file, for the UserError that tells that
+    timm is absent or knows no such ViT, or that the weights do not fit it.
+    """
+    model = _timm_vit(name, asked)
+    state = read_weights_file(Path(weights), "no weights", remedy)
+    found = {key: value for key, value in state.items() if not key.startswith("head.")}
+    check(found, {key: list(value.shape) for key, value in model.state_dict().items()}, f"{weights} ({name})")
+    model.load_state_dict(found)
+    return model.eval().requires_grad_(False)
+
+
+def _timm_vit(name: str, asked: str) -> Any:
     try:
         import timm
     except (ImportError, OSError, RuntimeError) as error:  # the last is a torchvision that is not for this torch
         remedy = 'pip install "megavtp[timm]"'
-        raise UserError(
-            f"objectives.adversarial.features = {TIMM}{name} needs the timm library ({error}): {remedy}"
-        ) from None
+        raise UserError(f"{asked} needs the timm library ({error}): {remedy}") from None
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models())
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() has the names"
-        raise UserError(f"objectives.adversarial.features = {TIMM}{name}: timm has no such model; {hint}")
+        raise UserError(f"{asked}: timm has no such model; {hint}")
     try:
         model = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
     except TypeError:  # of a network without patches
         model = None
     if not all(hasattr(model, part) for part in ("blocks", "norm", "forward_intermediates")):
-        raise UserError(f"objectives.adversarial.features = {TIMM}{name} is no ViT: name one (timm:vit_...)")
+        raise UserError(f"{asked} is no ViT: name one (vit_...)")
     return model
 
 

@@ -7,7 +7,8 @@ from evaluation_fakes import FakeTokenizer
 
 from megavtp.errors import UserError
 from megavtp.evaluation import ranking
-from megavtp.evaluation.tokenizer.classification import class_embeddings, knn_accuracy, knn_predict, zero_shot
+from megavtp.evaluation.ranking import knn_predict
+from megavtp.evaluation.tokenizer.classification import class_embeddings, knn_accuracy, zero_shot
 from megavtp.evaluation.tokenizer.labels import blind_accuracy, read_labels, readable
 from megavtp.parallel.mesh import SINGLE
 

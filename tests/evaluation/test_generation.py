@@ -16,6 +16,7 @@ import torch
 from distributed import run_ranks
 from evaluation_fakes import FakeModel, FakeSet, FakeTokenizer
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from megavtp.config.schema import EvaluationConfig
 from megavtp.data.index import build_index
@@ -30,6 +31,7 @@ from megavtp.evaluation.distances.feature_sets import frechet_distance, kernel_d
 from megavtp.evaluation.distances.image_sources import open_images
 from megavtp.evaluation.distances.measure import Reference, measure_generation, open_reference
 from megavtp.evaluation.distances.network import FeatureNetwork
+from megavtp.evaluation.generation.recognition import vote
 from megavtp.evaluation.generation.samples import samples_like
 from megavtp.evaluation.generation.scale import Noise, blur, untrained
 from megavtp.parallel.mesh import SINGLE, build_mesh
@@ -217,7 +219,7 @@ def run_tool(monkeypatch, *arguments) -> int:
 def pools(monkeypatch):
     from megavtp.evaluation.generation import job
 
-    monkeypatch.setattr(job, "load_network", lambda inception, device: Pools())
+    monkeypatch.setattr(job, "load_network", lambda inception, device, timm: Pools())
 
 
 def test_tool_on_files(folders, tmp_path, pools, monkeypatch, capsys):
@@ -255,23 +257,27 @@ def dit(tmp_path_factory):
     return write_dit(tmp_path_factory.mktemp("dit") / "ckpt", replace(tokenizer_facts(), statistics=STATISTICS))
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """Three of four are of the first class, none is of the second; a caption in two has a number."""
-    folder = tmp_path_factory.mktemp("shards") / "train"
-    folder.mkdir()
-    with tarfile.open(folder / "shard-000000.tar", "w") as tar:
-        for i, pixels in enumerate(pictures(12, 3)):
+def write_shards(folder: Path, count: int, meta) -> Path:
+    """A data set of ``count`` pictures with the metadata ``meta(i)``; a caption in two has a number."""
+    (folder / "train").mkdir()
+    with tarfile.open(folder / "train" / "shard-000000.tar", "w") as tar:
+        for i, pixels in enumerate(pictures(count, 3)):
             image = io.BytesIO()
             Image.fromarray(pixels).save(image, "PNG")
-            meta = {"kind": NAMES[0 if i % 4 else 2], "number": i % 3}
-            members = {"png": image.getvalue(), "txt": f"thing {i // 2}".encode(), "json": json.dumps(meta).encode()}
+            members = {"png": image.getvalue(), "txt": f"thing {i // 2}".encode(), "json": json.dumps(meta(i)).encode()}
             for ending, data in members.items():
                 info = tarfile.TarInfo(f"{i:04d}.{ending}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    build_index(folder)
-    return folder.parent
+    build_index(folder / "train")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Three of four are of the first class, none is of the second."""
+    folder = tmp_path_factory.mktemp("shards")
+    return write_shards(folder, 12, lambda i: {"kind": NAMES[0 if i % 4 else 2], "number": i % 3})
 
 
 def test_tool_with_a_dit(dit, shards, tmp_path, pools, monkeypatch, capsys):
@@ -281,6 +287,7 @@ def test_tool_with_a_dit(dit, shards, tmp_path, pools, monkeypatch, capsys):
     content = json.loads(out.read_text())
     assert content["metrics"]["samples"] == 10 and content["metrics"]["reference_samples"] == 12
     assert content["sampling"]["steps"] == 2 and content["label"] == "kind"
+    assert "than these 12" in content["skipped"]["generation/class_accuracy"] and content["classes"] == {}
     # the same images from the sampler, in other batches
     sampler = open_sampler(dit, TOKENIZER, SamplingSettings(steps=2))
     samples = [Sample(0, i) for i in range(7)] + [Sample(2, i) for i in range(3)]  # 7.5 and 2.5 of 10
@@ -301,11 +308,63 @@ def test_tool_with_a_dit(dit, shards, tmp_path, pools, monkeypatch, capsys):
     assert "the value None of 12 samples" in capsys.readouterr().err
 
 
+def test_tool_tells_which_classes_are_recognised(dit, tmp_path, pools, monkeypatch, capsys):
+    """Two pictures of a concept follow each other; four of each class are drawn, however rare it is."""
+    data = write_shards(tmp_path, 40, lambda i: {"kind": NAMES[min(i % 8, 2)], "concept": f"thing {i // 2}"})
+    out = tmp_path / "metrics.json"
+    options = ["--dit", dit, "--tokenizer", TOKENIZER, "--reference", data, "--steps", 2, "--out", out]
+    options += ["--samples", 12, "--label", "kind", "--equal-classes", "--device", "cpu"]
+    assert run_tool(monkeypatch, *options, "--batch-size", 5) == 0
+    content, printed = json.loads(out.read_text()), capsys.readouterr().out
+
+    sampler = open_sampler(dit, TOKENIZER, SamplingSettings(steps=2))
+    drawn = Pools()(sampler.images([Sample(label, i) for label in range(3) for i in range(4)]))
+    real = Pools()(next(open_images(data, sampler.size).batches(40, 0, 1))[1])
+    each = torch.arange(40)
+    found = vote(drawn, torch.arange(12) // 4, real, (each % 8).clamp_max(2), each // 2, NAMES)
+    assert {name: content["metrics"][name] for name in found.metrics} == pytest.approx(found.metrics)
+    assert content["metrics"]["chance/generation/class_accuracy"] == pytest.approx(1 / 3)
+    assert content["compare"] == {"real": pytest.approx(found.real)} and content["classes"].keys() == set(NAMES)
+    assert content["classes"]["Flags"] == {**found.classes["Flags"], "drawn_pictures": 4, "real_pictures": 5}
+    assert "note: generation/class_accuracy by class, the least first" in printed
+    assert "Animals, Flags: fewer real pictures" in printed or "Flags, Animals: fewer real pictures" in printed
+
+
+def test_the_same_latents_through_another_decoder(dit, shards, tmp_path, pools, monkeypatch, capsys):
+    """A second stage changes the decoder only: the DiT fits both tokenizers, and no tokenizer of another encoder."""
+    weights = load_file(TOKENIZER / "model.safetensors")
+    towers = {"decoder": "pixel_decoder.proj_out.bias", "encoder": "trunk.blocks.0.", "bottleneck": "bottleneck"}
+    for tower, part in towers.items():
+        folder = tmp_path / tower
+        folder.mkdir()
+        (folder / "config.json").write_bytes((TOKENIZER / "config.json").read_bytes())
+        changed = [name for name in weights if part in name and weights[name].is_floating_point()]
+        assert changed, sorted(weights)
+        save_file(weights | {name: weights[name] + 0.1 for name in changed}, folder / "model.safetensors")
+    samples = [Sample(label, 0) for label in range(3)]
+    first, second = (
+        open_sampler(dit, path, SamplingSettings(steps=2)) for path in (TOKENIZER, tmp_path / "decoder")
+    )
+    assert torch.equal(first.latents(samples), second.latents(samples))
+
+    out = tmp_path / "metrics.json"
+    options = ["--dit", dit, "--reference", shards, "--steps", 2, "--samples", 10, "--out", out, "--device", "cpu"]
+    distances = []
+    for tokenizer in (TOKENIZER, tmp_path / "decoder"):
+        assert run_tool(monkeypatch, *options, "--tokenizer", tokenizer) == 0
+        distances.append(json.loads(out.read_text())["metrics"]["generation/fd_pools"])
+    assert abs(distances[1] - distances[0]) > 1e-3 * distances[0]
+    for tower in ("encoder", "bottleneck"):
+        assert run_tool(monkeypatch, *options, "--tokenizer", tmp_path / tower) == 2
+        assert "belong to different tokenizers" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_which_samples_are_drawn(dit, shards, tmp_path):
     stored = load_dit(dit, "cpu")
     count = lambda *given: Counter(s.condition for s in samples_like(*given))  # noqa: E731
     assert count("absent", stored, 7, None) == {0: 3, 1: 2, 2: 2}
     assert count(shards, stored, 8, "kind") == {0: 6, 2: 2}
+    assert count(shards, stored, 9, "kind", True) == {0: 3, 1: 3, 2: 3}
     numbered = replace(stored, classes=None)
     assert count(shards, numbered, 9, "number") == {0: 3, 1: 3, 2: 3}
     captioned = SimpleNamespace(config=SimpleNamespace(model=SimpleNamespace(condition="caption")))
@@ -324,6 +383,7 @@ def test_which_samples_are_drawn(dit, shards, tmp_path):
     ([], "--samples-from"),
     (["--samples-from", "{sets}/samples.npz", "--tokenizer", "x"], "--tokenizer belongs to --dit"),
     (["--samples-from", "{sets}/samples.npz", "--label", "x"], "--label belongs to --dit"),
+    (["--samples-from", "{sets}/samples.npz", "--equal-classes"], "--equal-classes belongs to --label"),
     (["--samples-from", "{sets}/none.npz"], "none.npz does not exist"),
     (["--samples-from", "{sets}/samples.npz", "--batch-size", "0"], "--batch-size: must be a whole number"),
     (["--dit", "{sets}"], "--dit needs --tokenizer"),

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -59,11 +59,11 @@ def open_images(path: str | Path, size: int | None = None, limit: int | None = N
     if folder := split_folders(path).get("train"):
         if size is None:
             raise UserError(f"{path} holds shards, whose images may have any size: say which by --size")
-        return _ShardImages(folder, size, limit)
+        return ShardImages(folder, size, limit)
     return _StoredImages(_Folder(path), size, limit)
 
 
-class _ShardImages:
+class ShardImages:
     """The images of an ``EvalDataset``, without their captions."""
 
     def __init__(self, folder: Path, size: int, limit: int | None):
@@ -77,6 +77,10 @@ class _ShardImages:
     def batches(self, batch_size: int, rank: int, world: int) -> Iterator[NumberedImages]:
         for batch in self._samples.batches(batch_size, rank, world):
             yield batch["index"], batch["image"]
+
+    def metadata(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
+        """Read the metadata of the images of these numbers."""
+        return self._samples.metadata(numbers)
 
 
 class _Folder:

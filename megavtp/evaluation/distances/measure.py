@@ -3,7 +3,7 @@
 The first needs streamed moments of all images' features, the others the features themselves of a part.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from megavtp.evaluation.distances.feature_sets import FeatureMoments, FeatureSta
 from megavtp.evaluation.distances.image_sources import ImageSource, open_images
 from megavtp.evaluation.distances.network import INCEPTION, FeatureNetwork, Inception, metric_name
 from megavtp.evaluation.distances.npz_file import holds_images, read_statistics
+from megavtp.evaluation.distances.timm_vit import TimmViT
 from megavtp.evaluation.gathering import gather_rows
 from megavtp.parallel.collectives import broadcast_object, together
 from megavtp.parallel.mesh import SINGLE, Mesh
@@ -29,17 +30,25 @@ from megavtp.parallel.mesh import SINGLE, Mesh
 MAX_KEPT = 50_000
 
 
-def load_network(inception: str | Path | None, device: torch.device | str) -> FeatureNetwork:
-    """Load FID's Inception if its weights are given, else EfficientNet-Lite0. Raises ``UserError``."""
+def load_network(
+    inception: str | Path | None, device: torch.device | str, timm: Sequence[str] | None = None
+) -> FeatureNetwork:
+    """Load FID's Inception if its weights are given, a ViT if ``timm`` has its name and its weights, else
+    EfficientNet-Lite0. Raises ``UserError``."""
+    if timm is not None:
+        name, weights = timm
+        return TimmViT(name, weights, device)
     return load_efficientnet(device) if inception is None else Inception(inception, device)
 
 
 @dataclass(frozen=True)
 class FeatureSummary:
-    """Has ``statistics`` of all images, and ``features`` (n, d), float32, of at most ``MAX_KEPT`` of them, in order."""
+    """Has ``statistics`` of all images, and ``features`` (n, d), float32, of at most ``MAX_KEPT`` of them, in the order
+    of their ``numbers`` (n,) in the source."""
 
     statistics: FeatureStatistics
     features: Tensor
+    numbers: Tensor
 
 
 def summarise(
@@ -68,8 +77,9 @@ def summarise(
 
     moments, numbers, kept = together(own_share)
     statistics = moments.statistics(mesh)
-    order = torch.argsort(gather_rows(numbers, mesh, device))
-    return FeatureSummary(statistics, gather_rows(kept, mesh, device)[order].to(device))
+    numbers = gather_rows(numbers, mesh, device)
+    order = torch.argsort(numbers)
+    return FeatureSummary(statistics, gather_rows(kept, mesh, device)[order].to(device), numbers[order])
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ def open_reference(path: str | Path, network: FeatureNetwork, size: int, limit: 
         return Reference(open_images(path, size, limit))
     images = open_images(path, size, limit) if holds_images(path) else None
     try:
-        statistics = read_statistics(path, network.name, network.dims)
+        statistics = read_statistics(path, network.made_by, network.dims)
     except UserError as error:
         if images is None:
             raise
@@ -107,6 +117,7 @@ class GenerationResult:
     """``skipped`` gives the reason for each metric that is not in ``metrics``; ``notes`` are for the reader.
 
     ``reference`` has its statistics, which a file can keep for further use, ``compare`` the metrics of other images.
+    ``made`` has the features of the samples, ``real`` those of the reference if it has images.
     """
 
     metrics: dict[str, float]
@@ -114,6 +125,8 @@ class GenerationResult:
     compare: dict[str, dict[str, float]]
     skipped: dict[str, str]
     notes: list[str]
+    made: FeatureSummary
+    real: FeatureSummary | None
 
 
 def measure_generation(
@@ -146,7 +159,7 @@ def measure_generation(
             notes.append(warning)
     if network.name != INCEPTION:
         notes.append(f"{name} is a distance of {network.title} features, no FID: do not compare it with published FID")
-    return GenerationResult(metrics, statistics, compared, skipped, notes)
+    return GenerationResult(metrics, statistics, compared, skipped, notes, made, real)
 
 
 def _distances(

@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,9 +19,14 @@ MetricKind = Literal["frechet", "kernel", "kernel_std", "precision", "recall"]
 class FeatureNetwork:
     """A frozen network that maps each image to a vector. Only Inception's distances have the names of the papers."""
 
-    name: ClassVar[str]  # this is part of the names of metrics
-    title: ClassVar[str]  # this is shown to people
-    dims: ClassVar[int]
+    name: str  # this is part of the names of metrics
+    title: str  # this is shown to people
+    dims: int
+
+    @property
+    def made_by(self) -> str:
+        """What a file of statistics says of the network that its features are of."""
+        return self.name
 
     def __call__(self, images: Tensor) -> Tensor:
         """Map images, uint8 (b, 3, H, W) on the network's device, to features (b, dims), float32.

@@ -7,9 +7,16 @@ import torch
 from megavtp.dit.sampling.sampler import GeneratedImages, sampler_of
 from megavtp.dit.sampling.settings import settings_of
 from megavtp.errors import UserError
-from megavtp.evaluation.distances.image_sources import ImageSource, open_images
-from megavtp.evaluation.distances.measure import Reference, load_network, measure_generation, open_reference
+from megavtp.evaluation.distances.image_sources import ImageSource, ShardImages, open_images
+from megavtp.evaluation.distances.measure import (
+    GenerationResult,
+    Reference,
+    load_network,
+    measure_generation,
+    open_reference,
+)
 from megavtp.evaluation.distances.npz_file import write_statistics
+from megavtp.evaluation.generation.recognition import METRIC, recognise
 from megavtp.evaluation.generation.samples import samples_like
 from megavtp.evaluation.generation.scale import BLURS, Blurred, Noise, untrained
 from megavtp.evaluation.report import format_table, write_metrics
@@ -22,7 +29,7 @@ _DRAWN = 10_000  # samples that a DiT draws by default, for FID-10k as in the pa
 def run_generation(options: argparse.Namespace) -> None:
     """Measure, write the files that are asked for, and print a table. Raises ``UserError`` on every rank."""
     device, mesh = join_others(options.device)
-    network = together(lambda: load_network(options.inception, device))
+    network = together(lambda: load_network(options.inception, device, options.timm))
     samples = together(lambda: _samples(options, device))
     reference = together(lambda: open_reference(options.reference, network, samples.size, options.reference_samples))
     compare = together(lambda: _scale(options, samples, reference)) if options.scale else {}
@@ -32,14 +39,15 @@ def run_generation(options: argparse.Namespace) -> None:
     )
     if mesh.rank:
         return
+    classes = _recognise(samples, reference, result, options.label)
     if options.save_reference:
-        write_statistics(options.save_reference, result.reference, network.name)
+        write_statistics(options.save_reference, result.reference, network.made_by)
     if options.out:
         names = ("samples_from", "dit", "tokenizer", "reference", "size", "label", "weights")
         told = {name: str(value) for name in names if (value := getattr(options, name)) is not None}
         drawn = {} if options.dit is None else {"sampling": vars(settings_of(options))}
         found = {name: getattr(result, name) for name in ("metrics", "compare", "skipped", "notes")}
-        write_metrics(options.out, {**told, **drawn, "features": network.title, **found})
+        write_metrics(options.out, {**told, **drawn, "features": network.title, **found, "classes": classes})
     print(format_table(result.metrics, result.compare))
     for name, reason in result.skipped.items():
         print(f"left out: {name}: {reason}")
@@ -48,6 +56,8 @@ def run_generation(options: argparse.Namespace) -> None:
 
 
 def _samples(options: argparse.Namespace, device: torch.device) -> ImageSource:
+    if options.equal_classes and options.label is None:
+        raise UserError("--equal-classes belongs to --label; without that, all classes have equally many samples")
     if options.dit is None:
         for name in ("tokenizer", "label"):
             if getattr(options, name) is not None:
@@ -59,7 +69,26 @@ def _samples(options: argparse.Namespace, device: torch.device) -> ImageSource:
         raise UserError("--size is for --samples-from; a DiT draws images of one size")
     sampler = sampler_of(options, device)
     count = _DRAWN if options.samples is None else options.samples
-    return GeneratedImages(sampler, samples_like(options.reference, sampler.dit, count, options.label))
+    drawn = samples_like(options.reference, sampler.dit, count, options.label, options.equal_classes)
+    return GeneratedImages(sampler, drawn)
+
+
+def _recognise(
+    samples: ImageSource, reference: Reference, result: GenerationResult, label: str | None
+) -> dict[str, dict[str, float]]:
+    """Add the share of recognised samples to ``result`` if their classes are known; return the shares by class."""
+    if label is None:
+        return {}
+    assert isinstance(samples, GeneratedImages) and isinstance(reference.images, ShardImages) and result.real
+    try:
+        found = recognise(samples, result.made, reference.images, result.real, label)
+    except UserError as error:
+        result.skipped[METRIC] = str(error)
+        return {}
+    result.metrics.update(found.metrics)
+    result.compare["real"] = found.real
+    result.notes.extend(found.notes)
+    return found.classes
 
 
 def _scale(options: argparse.Namespace, samples: ImageSource, reference: Reference) -> dict[str, ImageSource]:

@@ -1,7 +1,6 @@
 """This chooses the samples of a DiT to compare with a reference."""
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +13,15 @@ from megavtp.dit.sampling.samples import Sample, in_proportion
 from megavtp.errors import UserError
 
 
-def samples_like(reference: str | Path, dit: StoredDiT, count: int, label: str | None) -> list[Sample]:
+def samples_like(
+    reference: str | Path, dit: StoredDiT, count: int, label: str | None, equal: bool = False
+) -> list[Sample]:
     """List ``count`` samples of the DiT to compare with ``reference``.
 
     Classes have equally many samples, as in the papers; with ``label``, they have the proportions that this key of the
-    metadata has in the reference's shards. Captions are those of ``count`` images spread over the reference's shards.
-    ``UserError`` if shards are needed and there are none, or the DiT does not know their labels or captions.
+    metadata has in the reference's shards, unless they are to be ``equal``. Captions are those of ``count`` images
+    spread over the reference's shards. ``UserError`` if shards are needed and there are none, or the DiT does not know
+    their labels or captions.
     """
     if count < 2:
         raise UserError(f"--samples {count}: must be at least 2, better 10,000")
@@ -35,7 +37,8 @@ def samples_like(reference: str | Path, dit: StoredDiT, count: int, label: str |
         return _captions(dataset, count)
     if model.condition == "caption":
         raise UserError(f"--label {label}: this DiT takes captions, which the reference gives; leave it out")
-    return in_proportion(_class_counts(dataset, dit, label), count)
+    counts = _class_counts(dataset, dit, label)
+    return in_proportion([1] * len(counts) if equal else counts, count)
 
 
 def _captions(dataset: ShardDataset, count: int) -> list[Sample]:
@@ -66,7 +69,7 @@ def _class_counts(dataset: ShardDataset, dit: StoredDiT, label: str) -> list[int
             except BadSample:
                 continue  # the reference leaves it out, too
             values[value if isinstance(value, str | int) else None] += 1
-    classes: Sequence[str | int] = dit.classes or range(dit.trained_classes)
+    classes = dit.class_values
     if strange := [value for value in values if value not in classes]:
         raise UserError(
             f"--label {label}: the value {strange[0]!r} of {values[strange[0]]} samples in {dataset.folder} is no "

@@ -4,7 +4,6 @@ The first is CLIP's zero-shot classification (arXiv 2103.00020), the second DINO
 classification on frozen features (arXiv 2104.14294, section 4.1).
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +14,11 @@ from torch import Tensor
 from megavtp.arithmetic import ceil_div
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.errors import UserError
-from megavtp.evaluation.ranking import match_rank, recall, row_blocks
+from megavtp.evaluation.ranking import knn_predict, match_rank, recall
 from megavtp.evaluation.tokenizer.interface import VTPEvaluated
 from megavtp.evaluation.tokenizer.labels import blind_accuracy, first_seen_ids, label_values, read_labels, readable
 from megavtp.parallel.collectives import all_gather
 from megavtp.parallel.mesh import Mesh
-
-_TEMPERATURE = 0.07  # of the neighbours' votes, as in DINO
 
 
 def class_embeddings(
@@ -65,30 +62,6 @@ def zero_shot(
             metrics[f"zero_shot/{field}_top{k}"] = recall(ranks, k)
             metrics[f"chance/zero_shot/{field}_top{k}"] = blind_accuracy(labels.ids, k)
     return metrics
-
-
-def knn_predict(
-    queries: Tensor, bank: Tensor, bank_ids: Tensor, classes: int, k: int,
-    query_group: Tensor | None = None, bank_group: Tensor | None = None,
-) -> Tensor:
-    """Predict classes (q,) of ``queries`` (q, D) by a vote of the k nearest of ``bank`` (g, D).
-
-    This normalises the features; a neighbour's vote has the weight exp(cosine / 0.07). With groups, entries of the
-    query's own group have no vote. The class is -1 where nobody votes (or the features are not finite).
-    """
-    queries, bank = F.normalize(queries.float(), dim=-1), F.normalize(bank.float(), dim=-1)
-    k = min(k, len(bank))
-    predicted = torch.empty(len(queries), dtype=torch.long, device=queries.device)
-    for rows in row_blocks(len(queries), len(bank)):
-        scores = queries[rows] @ bank.T
-        if query_group is not None and bank_group is not None:
-            scores.masked_fill_(query_group[rows, None] == bank_group, -math.inf)
-        near, who = scores.topk(k, dim=1)
-        weights = torch.exp((near - 1.0) / _TEMPERATURE)  # the constant shift changes no majority, and avoids overflow
-        votes = torch.zeros(len(scores), classes, device=scores.device).scatter_add_(1, bank_ids[who], weights)
-        most, winner = votes.max(1)
-        predicted[rows] = torch.where(most > 0, winner, -1)  # NaN > 0 is false
-    return predicted
 
 
 def knn_accuracy(
