@@ -23,7 +23,8 @@ _FIRST_STEPS, _FIRST_SHARE = 200, 0.1  # of the run, in which the head has yet t
 
 
 class CollapseMonitors:
-    """Adds up the micro-batches of one step. It keeps K_local + D^2 numbers: prototypes on this rank, trunk width."""
+    """Adds up the micro-batches of one step. Of K_local prototypes on this rank and a trunk of width D it keeps
+    K_local + D^2 numbers."""
 
     def __init__(self, mesh: Mesh, student_temperature: float, teacher_temperature: float, rows_at_once: int):
         self.mesh, self.rows_at_once = mesh, rows_at_once
@@ -86,8 +87,8 @@ def collapse_watches(config: Config) -> list[Watch]:
         ),
         Watch(
             "self_distillation/teacher_student_kl", 0.02, after,
-            "teacher and student say the same of nearly every crop (KL {value} nats), so nothing is left to learn: "
-            "what they say hardly depends on the picture",
+            "teacher and student agree on nearly every crop (KL {value} nats), so nothing is left to learn: their "
+            "answers hardly depend on the picture",
             "try a lower objectives.self_distillation.teacher_temperature, a teacher_momentum nearer to 1 beside it, "
             "or a lower train.optimizer.lr",
         ),

@@ -210,7 +210,9 @@ class SelfDistillationPass(_PretrainingPass):
         return {"koleo": koleo(torch.stack(rows), self.mesh)}
 
     def monitors(self) -> dict[str, Tensor]:
-        return self._collapse.values()
+        values = self._collapse.values()
+        del self._collapse  # it keeps a matrix of the trunk's width
+        return values
 
 
 class ReconstructionPass(_PretrainingPass):
