@@ -82,3 +82,8 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     telemetry: LoggingConfig = field(default_factory=LoggingConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed keys, passed through
+
+
+def has_line(config: RunConfig, done: int) -> bool:
+    """Tell whether a line is written about the steps up to ``done``."""
+    return done % config.telemetry.log_every == 0 or done == config.train.steps

@@ -27,6 +27,7 @@ class Pass(ABC):
     term_weights: Mapping[str, float] = MappingProxyType({})  # inside the objective; 1 where none is given
     over_batch: bool = False  # whether it has terms over the whole batch (``global_terms``)
     term_names: tuple[str, ...] | None = None  # filled in by the first execution
+    monitor_names: tuple[str, ...] = ()  # of ``monitors`` in this step, set by ``prepare`` on all ranks
     state_shard: Shard | None = None  # how tensors of ``state`` are cut over tensor-parallel ranks
     on_last_stage: bool = False  # its one tower is whole on the last pipeline rank, which runs it alone
 
@@ -57,6 +58,13 @@ class Pass(ABC):
         """Return the loss terms over the whole batch, unweighted."""
         return {}
 
+    def monitors(self) -> dict[str, Tensor]:
+        """Return numbers about the step that enter no loss, the same on all ranks that have outputs.
+
+        It is called after the backward of all micro-batches, in steps that have ``monitor_names``.
+        """
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         """Return what the pass carries from step to step (a running mean), by its name in a checkpoint.
 
@@ -75,7 +83,8 @@ class Pass(ABC):
 
 
 def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
-    """Run forward and backward of all micro-batches of a pass; return its terms, detached, under ``name/term``.
+    """Run forward and backward of all micro-batches of a pass; return its terms, detached, under ``name/term``, and
+    its monitors of this step beside them.
 
     With more than one micro-batch, terms over the whole batch are exact by a second forward (GradCache, arXiv
     2101.06983): the first, without graph, collects all rows; the loss on them gives their gradients; the second
@@ -122,15 +131,17 @@ def _not_finite_with(terms: Iterable[Tensor], loss: Tensor) -> Tensor:
 
 
 def _terms_everywhere(objective: Pass, run: Runner, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give every pipeline rank the last one's terms as float32, without waiting for the device."""
+    """Give every pipeline rank the last one's terms and monitors as float32; terms do not wait for the device."""
+    found = terms | objective.monitors() if objective.monitor_names and run.mesh.is_last_stage else terms
     if run.mesh.pp == 1:
-        return terms
+        return found
     if objective.term_names is None:  # this is sent once a run, as the terms depend on the settings alone
         objective.term_names = broadcast_last_stage_object(tuple(terms), run.mesh)
-    values = torch.empty(len(objective.term_names), device=run.device)
+    names = objective.term_names + objective.monitor_names
+    values = torch.empty(len(names), device=run.device)
     if run.mesh.is_last_stage:
-        values = torch.stack([terms[name].float() for name in objective.term_names])
-    return dict(zip(objective.term_names, broadcast_last_stage(values, run.mesh).unbind()))
+        values = torch.stack([found[name].float() for name in names])
+    return dict(zip(names, broadcast_last_stage(values, run.mesh).unbind()))
 
 
 class _Seeds(NamedTuple):

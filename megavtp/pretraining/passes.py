@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megavtp.config.run import has_line
 from megavtp.config.share import PassShare, Share
 from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig, contrastive_size
 from megavtp.data.batch import Batch, masked_rows
@@ -26,6 +27,7 @@ from megavtp.parallel.passes import Pass
 from megavtp.parallel.pipeline import Runner, forward
 from megavtp.parallel.sharding import Shard
 from megavtp.pixels import normalise
+from megavtp.pretraining.monitors import MONITORS, CollapseMonitors
 from megavtp.training.schedules import linear_warmup
 
 CONTRASTIVE_LOSSES = {"infonce": info_nce, "siglip": siglip}
@@ -132,10 +134,13 @@ class SelfDistillationPass(_PretrainingPass):
 
     def prepare(self, run: Runner, batch: Batch) -> int:
         count = super().prepare(run, batch)
+        s = self.settings
         self.temperature = linear_warmup(
-            batch.step, round(self.settings.teacher_temperature_warmup * self.config.train.steps),
-            self.settings.teacher_temperature_start, self.settings.teacher_temperature,
+            batch.step, round(s.teacher_temperature_warmup * self.config.train.steps), s.teacher_temperature_start,
+            s.teacher_temperature,
         )
+        self.monitor_names = MONITORS if s.dino_weight and has_line(self.config, batch.step + 1) else ()
+        self._collapse = CollapseMonitors(self.mesh, s.student_temperature, self.temperature, s.chunk)
         self.global_crops, self.local_crops = _needed(batch.global_crops), _needed(batch.local_crops)
         masks = [_needed(batch.masks)[:, self.share.rows(micro)] for micro in range(count)]  # (2, m, patches) each
         rows_and_weights = [masked_rows(mask) for mask in masks]
@@ -190,8 +195,11 @@ class SelfDistillationPass(_PretrainingPass):
         }
 
     def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
+        student = StudentOutput(*outputs)
+        if self.monitor_names:
+            self._collapse.add(student, self.teacher[micro], self.bias.cls)
         return self_distillation_loss(
-            StudentOutput(*outputs), self.teacher[micro], self.bias, self._patch_weights[micro], self.settings,
+            student, self.teacher[micro], self.bias, self._patch_weights[micro], self.settings,
             teacher_temperature=self.temperature, images_total_local=self.share.local, mesh=self.mesh,
         )
 
@@ -200,6 +208,11 @@ class SelfDistillationPass(_PretrainingPass):
 
     def global_terms(self, rows: list[Tensor], shared: list[Tensor]) -> dict[str, Tensor]:
         return {"koleo": koleo(torch.stack(rows), self.mesh)}
+
+    def monitors(self) -> dict[str, Tensor]:
+        values = self._collapse.values()
+        del self._collapse  # it keeps a matrix of the trunk's width
+        return values
 
 
 class ReconstructionPass(_PretrainingPass):

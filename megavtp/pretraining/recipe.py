@@ -31,6 +31,7 @@ from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.passes import Pass
 from megavtp.planning.flops import flops_per_step
 from megavtp.pretraining.in_loop import InLoopEvaluation
+from megavtp.pretraining.monitors import collapse_watches
 from megavtp.pretraining.passes import build_passes
 from megavtp.training.optimizer import build_optimizer
 from megavtp.training.recipe import Hook, Recipe
@@ -38,6 +39,7 @@ from megavtp.training.schedules import cosine
 from megavtp.training.state import checkpoint_root, decides_samples, flat_config
 from megavtp.training.step import Pairs
 from megavtp.training.telemetry import Telemetry
+from megavtp.training.watch import Watch
 
 
 class Pretraining(Recipe):
@@ -112,6 +114,9 @@ class Pretraining(Recipe):
                 f"{checkpoint.path} is of a run of {launcher}, which this one does not go on from: set another "
                 "output_dir, and name that checkpoint with model.init_from"
             )
+
+    def watches(self) -> list[Watch]:
+        return collapse_watches(self.config)
 
     def notes(self) -> list[tuple[str, str]]:
         return [("initial_weights", note) for note in self._notes]

@@ -119,6 +119,11 @@ def warnings(run: Run) -> list[str]:
             f"{_count(len(skipped), 'step')} skipped, as a loss term or the gradient was not finite: step {steps}; "
             f"the same command with {skipped[0].get('replay')} shows where it comes from"
         )
+    warned: dict[str, str] = {}  # by term: each start of a run may warn of it anew
+    for event in run.events_of("warning"):
+        line = f"At step {event['step']:,} {event.get('message')}; {event.get('remedy')}"
+        warned.setdefault(str(event.get("term")), line)
+    found += warned.values()
     if nonfinite := sum(line.nonfinite_steps for line in run.steps):
         found.append(f"{_count(nonfinite, 'step')} left out of the means, as a number in them was not finite")
     if bad := sum(line.bad_samples for line in run.steps):

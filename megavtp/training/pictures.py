@@ -30,6 +30,9 @@ TITLES = {
     "self_distillation/koleo": "KoLeo",
     "reconstruction/l1": "reconstruction, L1",
     "reconstruction/perceptual": "reconstruction, LPIPS",
+    "self_distillation/teacher_entropy": "teacher's mean assignment, entropy (1 is uniform)",
+    "self_distillation/teacher_student_kl": "teacher to student, KL in nats",
+    "self_distillation/feature_rank": "class tokens, effective rank",
 }
 
 log = logging.getLogger(__name__)

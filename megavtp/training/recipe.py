@@ -16,6 +16,7 @@ from megavtp.parallel.passes import Pass
 from megavtp.training.pictures import loss_curves
 from megavtp.training.step import Pairs
 from megavtp.training.telemetry import METRICS_FILE, Telemetry
+from megavtp.training.watch import Watch
 
 Hook = Callable[[int], None]
 
@@ -92,6 +93,10 @@ class Recipe(ABC):
     def facts(self) -> Mapping[str, Any]:
         """Return the JSON that is saved with every checkpoint."""
         return {}
+
+    def watches(self) -> list[Watch]:
+        """Return the levels below which terms of the run mean trouble."""
+        return []
 
     def notes(self) -> list[tuple[str, str]]:
         """Return (kind, text) of events to report when the run starts."""

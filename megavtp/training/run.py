@@ -38,7 +38,7 @@ def run(recipe: Recipe, replay: int | None = None) -> int:
 
 def _train(recipe: Recipe, output: OutputDir) -> int:
     check_trackers(recipe.config.telemetry)
-    telemetry = Telemetry(recipe.config, recipe.mesh, recipe.flops_per_step(), output.keep)
+    telemetry = Telemetry(recipe.config, recipe.mesh, recipe.flops_per_step(), output.keep, recipe.watches())
     trainer = Trainer(recipe, telemetry)
     phase.enter("reading the checkpoint", slow=True)
     start = trainer.resume()

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavtp.config.run import RunConfig
+from megavtp.config.run import RunConfig, has_line
 from megavtp.parallel.collectives import all_reduce
 from megavtp.parallel.mesh import Mesh
 from megavtp.planning.devices import device_peak_tflops
 from megavtp.training.metrics_file import MetricsFile
 from megavtp.training.progress import ProgressLine, peak_memory_gib
 from megavtp.training.trackers import Tracker, open_trackers
+from megavtp.training.watch import Watch, Watches
 
 METRICS_FILE = "metrics.jsonl"
 _NORM = "grad_norm"  # among the terms of a step: the norm of its gradient, and with a tower's name that tower's
@@ -34,9 +35,13 @@ class Telemetry:
     Args:
         flops: model FLOPs of a step over all devices.
         keep_folder: makes ``output_dir`` anew if it was deleted; rank 0 calls it before it writes a record.
+        watches: of terms that every line has; one that is due becomes an event ``warning``.
     """
 
-    def __init__(self, config: RunConfig, mesh: Mesh, flops: float, keep_folder: Callable[[], None] = lambda: None):
+    def __init__(
+        self, config: RunConfig, mesh: Mesh, flops: float, keep_folder: Callable[[], None] = lambda: None,
+        watches: Sequence[Watch] = (),
+    ):
         self.config, self.mesh, self.is_main = config, mesh, mesh.rank == 0
         self.device, known_peak = torch.device("cpu"), None
         if torch.cuda.is_available():
@@ -45,8 +50,8 @@ class Telemetry:
         peak = config.telemetry.peak_tflops or known_peak
         self._flops, self._peak_flops = flops, peak * mesh.world_size * 1e12 if peak else None  # the peak is per second
         self._keep_folder = keep_folder
-        self._names: list[str] = []
-        self._rows: list[list[Tensor | float]] = []  # one value of each name by step since the last line, on the device
+        self._watches = Watches(watches)
+        self._rows: list[dict[str, Tensor | float]] = []  # the values by name of each step since the last line
         self._file: MetricsFile | None = None
         self._trackers: list[Tracker] = []
         self._before_start: list[dict[str, Any]] = []
@@ -73,8 +78,8 @@ class Telemetry:
 
         Args:
             step: index of the step, from 0.
-            terms: detached scalars on the device, with the same names in every step and on every rank; they must not
-                change afterwards.
+            terms: detached scalars on the device, with the same names on every rank; they must not change afterwards.
+                A line has the terms of its last step, which other steps may lack.
             wait_seconds: time spent waiting for data since the start.
             tower_norms: gradient norm of each tower, equal on all ranks.
             bad_samples: how many different samples this rank has replaced by others since the start.
@@ -83,13 +88,10 @@ class Telemetry:
         non-finite ones, whose number is ``nonfinite_steps``; ``grad_norm_max`` is the largest; ``lr`` is the last;
         ``bad_samples`` are those that were newly replaced, over all ranks.
         """
-        values = {**terms, **{_OF_TOWER + tower: norm for tower, norm in tower_norms.items()}, _NORM: grad_norm}
-        self._names = self._names or list(values)
-        assert self._names == list(values), "the loss terms changed during the run"
-        self._rows.append(list(values.values()))
-        done = step + 1
-        if done % self.config.telemetry.log_every == 0 or done == self.config.train.steps:
-            self._line(done, lr, wait_seconds, bad_samples)
+        towers = {_OF_TOWER + tower: norm for tower, norm in tower_norms.items()}
+        self._rows.append({**terms, **towers, _NORM: grad_norm})
+        if has_line(self.config, step + 1):
+            self._line(step + 1, lr, wait_seconds, bad_samples)
 
     def event(self, kind: str, *, step: int, **fields: Any) -> None:
         """Record something that happened after ``step`` done steps; numbers among ``fields`` go to the trackers too."""
@@ -134,15 +136,15 @@ class Telemetry:
         self._since, self._paused, self._waited, self._replaced = now, 0.0, wait_seconds, bad_samples
         if not self.is_main:
             return
-        columns = {name: list(filter(math.isfinite, column)) for name, column in zip(self._names, zip(*rows))}
+        columns = {name: [row[name] for row in rows if math.isfinite(row.get(name, math.nan))] for name in rows[-1]}
         means = {name: sum(values) / len(values) if values else math.nan for name, values in columns.items()}
         norms = {name.removeprefix(_OF_TOWER): mean for name, mean in means.items() if name.startswith(_OF_TOWER)}
+        terms = {name: mean for name, mean in means.items() if not name.startswith(_NORM)}
         self._emit({
-            "kind": "step", "step": done, "time": time.time(),
-            "terms": {name: mean for name, mean in means.items() if not name.startswith(_NORM)},
+            "kind": "step", "step": done, "time": time.time(), "terms": terms,
             "tower_grad_norms": norms,
             "grad_norm": means[_NORM], "grad_norm_max": max(columns[_NORM], default=math.nan), "lr": lr,
-            "nonfinite_steps": sum(not all(map(math.isfinite, row)) for row in rows),
+            "nonfinite_steps": sum(not all(map(math.isfinite, row.values())) for row in rows),
             "bad_samples": round(replaced * self.mesh.dp),
             "images_per_second": self.config.train.batch_size / pace, "seconds_per_step": pace,
             "data_wait": wait / elapsed,
@@ -150,19 +152,24 @@ class Telemetry:
             "memory_gib": peak_memory_gib(self.device),
             "eta_seconds": (self.config.train.steps - done) * self._seconds_per_step,
         })
+        for warning in self._watches.due(done, terms):
+            self.event("warning", step=done, **warning)
 
-    def _read(self, wait: float, replaced: int) -> tuple[list[list[float]], float, float]:
+    def _read(self, wait: float, replaced: int) -> tuple[list[dict[str, float]], float, float]:
         """Return the rows of values by step, the seconds waited and the samples replaced, all means over ranks, in one
         transfer.
 
         Norms that are numbers already are the same on every rank and stay as they are.
         """
-        scalars = [value for row in self._rows for value in row if isinstance(value, Tensor)]
+        scalars = [value for row in self._rows for value in row.values() if isinstance(value, Tensor)]
         vector = torch.stack([scalar.detach().reshape(()).to(self.device, torch.float32) for scalar in scalars])
         vector = torch.cat([vector, vector.new_tensor([wait, replaced])])
         *values, wait, bad = (all_reduce(vector, self.mesh, "dp") / self.mesh.dp).tolist()
         read = iter(values)
-        rows = [[next(read) if isinstance(value, Tensor) else value for value in row] for row in self._rows]
+        rows = [
+            {name: next(read) if isinstance(value, Tensor) else value for name, value in row.items()}
+            for row in self._rows
+        ]
         self._rows = []
         return rows, wait, bad
 

@@ -3,12 +3,12 @@ import math
 import pytest
 import torch
 
-from megavtp.evaluation.tokenizer.spectrum import LatentMoments, effective_rank, spectrum_metrics
+from megavtp.evaluation.tokenizer.spectrum import Moments, effective_rank, spectrum_metrics
 from megavtp.parallel.mesh import SINGLE
 
 
 def spectrum(latents, batch=4):
-    moments = LatentMoments()
+    moments = Moments()
     for part in latents.split(batch):
         moments.add(part)
     return moments.spectrum(SINGLE)
@@ -23,9 +23,14 @@ def test_spectrum_is_that_of_torchs_covariance_for_any_batch_size():
         torch.testing.assert_close(spectrum(latents, batch), want / want.sum(), atol=1e-12, rtol=0)
 
 
+def test_vectors_are_maps_of_one_position():
+    vectors = torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(spectrum(vectors), spectrum(vectors[:, :, None, None]))
+
+
 def test_an_empty_share_of_a_rank_adds_nothing():
     latents = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    moments = LatentMoments()
+    moments = Moments()
     for part in (latents[:0], latents, latents[:0]):
         moments.add(part)
     assert torch.equal(moments.spectrum(SINGLE), spectrum(latents))

@@ -20,6 +20,7 @@ from megavtp.objectives.prototypes import prototype_cross_entropy
 from megavtp.objectives.self_distillation import StudentOutput, TeacherBias, TeacherOutput, self_distillation_loss
 from megavtp.parallel.collectives import all_gather, all_reduce
 from megavtp.parallel.mesh import SINGLE, build_mesh
+from megavtp.pretraining.monitors import MONITORS, CollapseMonitors
 
 B, D, K, L = 8, 6, 16, 3
 ROWS, PROTOTYPES, ROWS_AT_ONCE = 21, 4 * 31, 8  # 31 and its multiples are sizes of nothing else
@@ -60,6 +61,9 @@ def evaluate(mesh):
         return all_reduce(x, mesh, "dp") / mesh.dp
 
     results = {f"{name}/value": mean(loss) for name, loss in losses.items()}
+    monitors = CollapseMonitors(mesh, student_temperature=0.1, teacher_temperature=0.07, rows_at_once=3)
+    monitors.add(student, TeacherOutput(teacher_cls, teacher_patch, teacher_W), bias.cls)
+    results |= {f"monitors/{name}": mean(value) for name, value in monitors.values().items()}
     for name, loss in losses.items():
         for what, leaf in {"trunk": trunk, "W": W, "scale": scale, "bias": sigmoid_bias}.items():
             grad, = torch.autograd.grad(loss, leaf, retain_graph=True, allow_unused=True)
@@ -117,7 +121,7 @@ def everywhere():
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_every_layout_equals_one_process(everywhere, tp):
     expected = evaluate(SINGLE)
-    assert len(expected) == 6 + 2 * 2 + 1 + 3 * 2 + 1 + 4
+    assert len(expected) == 6 + 2 * 2 + 1 + 3 * 2 + 1 + 4 + len(MONITORS)
     for rank in range(4):
         got = everywhere[rank][0][tp]
         assert set(got) == set(expected)

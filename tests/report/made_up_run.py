@@ -66,6 +66,8 @@ def tokenizer_run(folder: Path, **settings) -> Path:
         event("started", 0, **STARTED), event("initial_weights", 0, note="weights from elsewhere"), steps[0],
         event("picture", 10, name="reconstructions", path=str(folder / "pictures" / "step-000010.png")),
         event("evaluation", 10, **{**METRICS, "knn/group_top1": 0.3}),
+        event("warning", 12, term="loss", message="nothing is learnt", remedy="try less"),
+        event("warning", 14, term="loss", message="still nothing is learnt", remedy="try less"),
         event("skipped", 15, terms=["contrastive/loss"], replay="--replay 15", ids=["a", "b"]), steps[1],
         event("checkpoint", 20), event("stopped_by_signal", 20), event("data_changed", 20, keys=["data.root"]),
         event("resumed", 20, checkpoint="step-00000020"), event("started", 20, **OTHER_CODE), steps[2], steps[3],

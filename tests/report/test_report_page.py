@@ -119,9 +119,11 @@ def test_a_run_in_words(folders):
     for text in (
         "went on with other data, as these settings changed: data.root", "1 step was skipped", "15 (contrastive/loss)",
         "source was 0123abcd (last started at step 0), 4567cdef (last started at step 20)", "--replay 15",
+        "At step 12 nothing is learnt; try less",
         "2 bad samples were replaced", "Started again once", "1 step was left out of the means",
     ):
         assert text in joined, text
+    assert "still nothing" not in joined  # of the same term, as every start may warn of it
     assert warnings(dit) == []
     assert commands(joint) == [
         ("From the configuration that ran, into a folder of its own", f"deepspeed --num_accelerators 2 launchers/"

@@ -32,6 +32,7 @@ from megavtp.training.replay import NOT_FINITE
 from megavtp.training.run import run
 from megavtp.training.state import changed_keys
 from megavtp.training.telemetry import Telemetry
+from megavtp.training.watch import PATIENCE, Watch
 
 WIDTH, ROWS, STEPS = 3, 8, 4
 OPTIMIZER = OptimizerConfig(lr=0.1, min_lr=0.1, warmup_steps=0, clip_grad=0.0)
@@ -215,6 +216,22 @@ def test_a_signal_stops_a_run_only_while_a_step_is_left(tmp_path):
     assert last[0] == 0 and f"told to stop (SIGTERM), but all {STEPS} steps are done and saved" in last[1]
     assert [(tmp_path / str(step) / "finished").exists() for step in (1, STEPS)] == [False, True]
     assert _tensors(tmp_path / "1", 2) and _tensors(tmp_path / str(STEPS), STEPS)
+
+
+class Watched(ToyRecipe):
+    def watches(self) -> list[Watch]:
+        return [Watch("sums/square", 1e9, 1, "the loss is only {value}", "try more")]
+
+
+def _watched(rank: int, folder: Path) -> int:
+    train = TrainConfig(steps=PATIENCE + 3, batch_size=ROWS, optimizer=OPTIMIZER)
+    return run(Watched(ToyConfig(str(folder), train=train), torch.device("cpu")))
+
+
+def test_a_recipes_watches_warn_in_its_run(tmp_path):
+    assert run_ranks(1, _watched, tmp_path, timeout=100) == [0]
+    (warning,) = (record for record in read_metrics(tmp_path / "metrics.jsonl") if record["kind"] == "warning")
+    assert warning["step"] == 1 + PATIENCE and warning["message"].startswith("the loss is only ")
 
 
 def test_other_times_are_other_data_to_a_dit():

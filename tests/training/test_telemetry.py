@@ -18,6 +18,7 @@ from megavtp.training import progress, trackers
 from megavtp.training import telemetry as telemetry_module
 from megavtp.training.metrics_file import MetricsFile, read_metrics
 from megavtp.training.telemetry import Telemetry
+from megavtp.training.watch import PATIENCE, Watch
 
 
 class Clock:
@@ -42,12 +43,12 @@ class ListTracker:
         self.closed = True
 
 
-def make(tmp_path, log_every=4, total=100, rank=0, flops=0.0, peak_tflops=None):
+def make(tmp_path, log_every=4, total=100, rank=0, flops=0.0, peak_tflops=None, watches=()):
     config = Config(
         output_dir=str(tmp_path), train=TrainConfig(steps=total, batch_size=32),
         telemetry=TelemetryConfig(log_every=log_every, peak_tflops=peak_tflops),
     )
-    return Telemetry(config, Mesh(dp_rank=rank), flops)
+    return Telemetry(config, Mesh(dp_rank=rank), flops, watches=watches)
 
 
 @pytest.fixture
@@ -168,6 +169,37 @@ def test_the_device_is_read_once_a_line(tmp_path, monkeypatch):
         assert counter.reads == 0 and not transfers
         run(telemetry, 19, 40)
     assert transfers == [(20 * 3 + 2,)] * 2 and counter.reads == 0
+
+
+def test_a_term_of_some_steps_is_averaged_over_those(tmp_path):
+    telemetry = make(tmp_path, log_every=3)
+    telemetry.start(0)
+    for step in range(6):
+        telemetry.step(step, terms(step) | ({"monitor": torch.tensor(float(step))} if step % 3 else {}), 1.0, 0.1, 0.0)
+    first, second = lines(tmp_path)
+    assert first["terms"] == {"contrastive/loss": 1.0, "reconstruction/l1": 0.5, "monitor": 1.5}
+    assert second["terms"]["monitor"] == 4.5 and first["nonfinite_steps"] == 0
+
+
+def test_a_term_that_stays_low_is_told_once_in_words(tmp_path, tracker, capsys):
+    watches = [
+        Watch("contrastive/loss", 0.2, 4, "the loss is {value} of 1", "try less"),
+        Watch("reconstruction/l1", 0.5, 4, "never", "nothing"),  # it never falls below 0.5
+    ]
+    telemetry = make(tmp_path, log_every=2, watches=watches)
+    telemetry.start(0)
+    # Low in lines 2 and 4, which are too early, in 6 and 8, which are too few, after a line without a number, and on.
+    losses = [0.125] * 8 + [0.2] * 2 + [0.125] * 2 + [math.nan] * 2 + [0.125] * 40
+    for step, loss in enumerate(losses):
+        telemetry.step(
+            step, {"contrastive/loss": torch.tensor(loss), "reconstruction/l1": torch.tensor(0.5)}, 1.0, 0.1, 0.0
+        )
+    telemetry.close()
+    (warning,) = lines(tmp_path, "warning")
+    assert warning["step"] == 14 + 2 * PATIENCE
+    told = {"term": "contrastive/loss", "message": "the loss is 0.12 of 1", "remedy": "try less"}
+    assert {key: warning[key] for key in told} == told
+    assert capsys.readouterr().out.count("warning term=contrastive/loss message=the loss is 0.12 of 1 remedy=") == 1
 
 
 def test_values_are_reduced_over_ranks_together(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The variance of latents along the eigenvectors of their covariance, which tells how many directions carry them."""
+"""The variance of vectors along the eigenvectors of their covariance, which tells how many directions carry them."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from megavtp.parallel.collectives import all_reduce
 from megavtp.parallel.mesh import Mesh
 
 
-class LatentMoments:
-    """Adds up the first and second moments of the latents' vectors, one vector for each position of each image.
+class Moments:
+    """Adds up the first and second moments of vectors.
 
     The sums are float64, so their order (batches, ranks) is not seen in what follows from them.
     """
@@ -16,9 +16,9 @@ class LatentMoments:
     def __init__(self) -> None:
         self._sums: Tensor | None = None
 
-    def add(self, latents: Tensor) -> None:
-        """Add latents (b, C, h, w); b may be zero."""
-        vectors = latents.flatten(2).transpose(1, 2).flatten(0, 1).double()
+    def add(self, features: Tensor) -> None:
+        """Add vectors (b, C), or maps (b, C, h, w) with a vector for each position of each image; b may be zero."""
+        vectors = features.movedim(1, -1).flatten(0, -2).double()
         vectors = torch.cat([vectors, vectors.new_ones(len(vectors), 1)], 1)
         sums = vectors.T @ vectors  # (C + 1, C + 1): the second moments, and in the last row the first, and the count
         self._sums = sums if self._sums is None else self._sums + sums
@@ -26,10 +26,10 @@ class LatentMoments:
     def spectrum(self, mesh: Mesh) -> Tensor:
         """Return the shares of the variance (C,) along the covariance's eigenvectors, the largest first.
 
-        This is a collective call. The shares are NaN if the latents do not vary or are not finite.
+        This is a collective call. The shares are NaN if the vectors do not vary or are not finite.
         """
-        assert self._sums is not None, "no latents were added"
-        sums = all_reduce(self._sums, mesh, "dp").cpu()
+        assert self._sums is not None, "no vectors were added"
+        sums = all_reduce(self._sums, mesh, "dp")
         mean = sums[-1, :-1] / sums[-1, -1]
         covariance = sums[:-1, :-1] / sums[-1, -1] - mean.outer(mean)
         # Below this, the variance is what rounding in float64 leaves of a constant.

@@ -21,7 +21,7 @@ from megavtp.evaluation.tokenizer.collect import Extract, Table, collect
 from megavtp.evaluation.tokenizer.interface import Perceptual, VTPEvaluated
 from megavtp.evaluation.tokenizer.reconstruction import flat_psnr, psnr, ssim
 from megavtp.evaluation.tokenizer.retrieval import caption_retrieval, cross_style_retrieval
-from megavtp.evaluation.tokenizer.spectrum import LatentMoments, spectrum_metrics
+from megavtp.evaluation.tokenizer.spectrum import Moments, spectrum_metrics
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.pixels import denormalise, normalise
 
@@ -57,7 +57,7 @@ def evaluate(
     skipped = {} if skipped is None else skipped
     details = {} if details is None else details
     gather = partial(collect, batch_size=config.batch_size, mesh=mesh, device=device, quiet=quiet)
-    moments = LatentMoments()
+    moments = Moments()
     table = gather(test_set, _extraction(model, perceptual or {}, frechet, probes), totals={_MOMENTS: moments.add})
     metrics: dict[str, float] = {"samples": float(len(table.captions))}
     if "contrastive" in model.objectives:
