@@ -6,7 +6,7 @@ rank = dp_rank * (pp * tp) + pp_rank * tp + tp_rank, so tensor-parallel peers ar
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+import numpy as np
 import torch.distributed as dist
 
 from megavtp.errors import UserError
@@ -78,12 +78,12 @@ def build_mesh(tp: int, pp: int, virtual_stages: int = 1, sequence_parallel: boo
     """Split the initialised world into a mesh; every rank must call it. The world size must divide by tp * pp."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     dp = world // (tp * pp)
-    ranks_at = torch.arange(dp * pp * tp).view(dp, pp, tp)
+    ranks_at = np.arange(dp * pp * tp).reshape(dp, pp, tp)
     lists: dict[str, list[list[int]]] = {
-        "tp": ranks_at.flatten(0, 1).tolist(),
-        "pp": ranks_at.transpose(1, 2).flatten(0, 1).tolist(),
-        "dp": ranks_at.flatten(1).T.tolist(),
-        "mp": ranks_at.flatten(1).tolist(),
+        "tp": ranks_at.reshape(dp * pp, tp).tolist(),
+        "pp": ranks_at.swapaxes(1, 2).reshape(dp * tp, pp).tolist(),
+        "dp": ranks_at.reshape(dp, pp * tp).T.tolist(),
+        "mp": ranks_at.reshape(dp, pp * tp).tolist(),
     }
     lists["pp_down"] = lists["pp"]
     groups: dict[str, dist.ProcessGroup | None] = {}
