@@ -4,7 +4,7 @@ rank = dp_rank * (pp * tp) + pp_rank * tp + tp_rank, so tensor-parallel peers ar
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch.distributed as dist
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megavtp.errors import UserError
 
 Axis = Literal["tp", "pp", "dp", "mp"]
+AXES: tuple[Axis, ...] = get_args(Axis)
 
 
 @dataclass(frozen=True)
@@ -97,3 +98,9 @@ def build_mesh(tp: int, pp: int, virtual_stages: int = 1, sequence_parallel: boo
         virtual_stages=virtual_stages, sequence_parallel=sequence_parallel,
         **{f"{axis}_group": group for axis, group in groups.items()},
     )
+
+
+def members(mesh: Mesh, axis: Axis) -> list[int]:
+    """Return the ranks of this rank's group along an axis, in the group's order."""
+    group = mesh.group(axis)
+    return [mesh.rank] if group is None else dist.get_process_group_ranks(group)

@@ -54,14 +54,19 @@ class Inventory:
 
     def rank(self, tp: int, pp: int, pp_rank: int, virtual_stages: int) -> list[Piece]:
         """Return what a pipeline rank holds."""
-        named = self._named(Mesh(tp=tp, pp=pp, pp_rank=pp_rank, virtual_stages=virtual_stages))
-        group_of = {id(p): index for index, group in enumerate(self._groups(named)) for p in group["params"]}
-        return [Piece(name, p.numel(), group_of.get(id(p))) for name, p in named]
+        return pieces(self._named(Mesh(tp=tp, pp=pp, pp_rank=pp_rank, virtual_stages=virtual_stages)), self._groups)
+
+
+def pieces(named: Sequence[tuple[str, nn.Parameter]], groups: Groups) -> list[Piece]:
+    """Return the pieces of a rank's named parameters."""
+    group_of = {id(p): index for index, group in enumerate(groups(named)) for p in group["params"]}
+    return [Piece(name, p.numel(), group_of.get(id(p))) for name, p in named]
 
 
 _READ = {  # by each forward, beginnings of parameters' names
     "contrastive": ("trunk.", "visual_proj.", "text.", "logit_"), "student": ("trunk.", "dino_head."),
     "teacher": ("teacher.",), "reconstruction": ("trunk.", "pixel_decoder."),
+    "velocity": ("dit.",),
 }
 
 _TOWERS = ("trunk", "text", "pixel_decoder", "teacher.trunk")  # modules that are called chunk by chunk

@@ -7,20 +7,30 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from megavtp.config.schema import Config
 from megavtp.config.share import share
 from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig
+from megavtp.config.validate import with_vocabulary
 from megavtp.data.batch import Batch
 from megavtp.models.latent_noise import LatentNoise
 from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS, weight_shapes
+from megavtp.models.vtp import VTP
 from megavtp.nn.drop_path import BranchDrop, DropPlan
+from megavtp.planning.devices import find_device
 from megavtp.planning.flops import expected_masked_patches, patches_of
-from megavtp.planning.passes import MODES, term_count
+from megavtp.planning.parts import MODES
+from megavtp.planning.passes import term_count
+from megavtp.planning.plan import Planner
 from megavtp.pretraining import passes
 from megavtp.pretraining.recipe import Pretraining
-from megavtp.training.rehearsal import Played, play
+from megavtp.pretraining.validate import validate_pretraining
+from megavtp.training.optimizer import parameter_groups
+from megavtp.training.rehearsal import Played, Rehearsed, play
+
+CLIP_VOCABULARY = 49_408
 
 
-class _Rehearsed(Pretraining):
+class _WithoutFiles(Pretraining):
     """Pre-training that reads no file."""
 
     def open(self) -> None:
@@ -48,20 +58,36 @@ class _Rehearsed(Pretraining):
         )
 
 
-def rehearse_pretraining(
-    config: ResolvedConfig, world_size: int, rank: int, towers: frozenset[str], *, fused_norms: bool = True
-) -> Played:
+def rehearse_pretraining(given: Config, world_size: int, rank: int) -> Rehearsed:
+    """Check a recipe for a world, play it on one of its ranks, and add what is planned of that rank. UserError.
+
+    A vocabulary that the data decide is taken as CLIP's.
+    """
+    config = validate_pretraining(given, world_size)
+    if config.model.text.vocab_size is None:
+        config = with_vocabulary(config, CLIP_VOCABULARY)
+    played = play_pretraining(config, world_size, rank)
+    groups = partial(parameter_groups, config=config.train.optimizer)
+    plan = Planner(config, groups, find_device("h100")).plan(config, world_size).ranks[played.mesh.pp_rank]
+    return Rehearsed(played, plan.sent, plan.memory)
+
+
+def play_pretraining(config: ResolvedConfig, world_size: int, rank: int, *, fused_norms: bool = True) -> Played:
     """Play ``config``, validated for the world and with a vocabulary, on one of its ranks.
 
     What chance decides has its expected number: masked patches, and the sequences that drop path keeps.
     """
 
     def make() -> tuple[Pretraining, Batch]:
-        recipe = _Rehearsed(config, torch.device("cpu"))
+        recipe = _WithoutFiles(config, torch.device("cpu"))
         recipe.open()
         return recipe, recipe.batch()
 
-    terms = {name: term_count(config, MODES[name]) for name in share(config, 1).passes}
+    objectives = share(config, 1).passes
+    with torch.device("meta"):
+        whole = VTP(config.model, objectives=frozenset(objectives))
+    towers = {group["tower"] for group in parameter_groups(whole.named_parameters(), config.train.optimizer)}
+    terms = {name: term_count(config, MODES[name]) for name in objectives}
     with patch.multiple(
         passes, masked_rows=partial(_masked_rows, config), draw_drop_plan=_drop_plan, draw_latent_noise=_latent_noise
     ):
