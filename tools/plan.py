@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a cl
 from megavtp.cli import run  # noqa: E402
 from megavtp.options import Options, place, real, whole  # noqa: E402
 
+
 def parse() -> argparse.Namespace:
     parser = Options(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=place, help="YAML recipe (default: the demo's)")
@@ -50,10 +51,11 @@ def rehearse(options: argparse.Namespace) -> int:
     if options.rehearse >= options.gpus:
         raise UserError(f"--rehearse {options.rehearse}: the ranks of {options.gpus} GPUs are 0 to {options.gpus - 1}")
     path = options.config or DEMO_CONFIG
-    is_dit = "flow_matching" in read_yaml(path)
-    config = load_config(path, DiTConfig if is_dit else Config, options.overrides)
     print("setting up and playing two steps; large models take minutes ...", file=sys.stderr, flush=True)
-    found = (rehearse_dit if is_dit else rehearse_pretraining)(config, options.gpus, options.rehearse)
+    if "flow_matching" in read_yaml(path):
+        found = rehearse_dit(load_config(path, DiTConfig, options.overrides), options.gpus, options.rehearse)
+    else:
+        found = rehearse_pretraining(load_config(path, Config, options.overrides), options.gpus, options.rehearse)
     print(found.page())
     if found.agrees():
         return 0

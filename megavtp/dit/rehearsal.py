@@ -17,7 +17,6 @@ from megavtp.planning.parts import Sent
 from megavtp.training.optimizer import parameter_groups
 from megavtp.training.rehearsal import Played, Rehearsed, play
 
-
 _OF_CONDITION = {"class": "num_classes", "caption": "caption_width"}
 
 

@@ -11,7 +11,7 @@ from itertools import groupby
 from time import perf_counter
 from typing import Any
 
-from megavtp.parallel.mesh import AXES, Mesh, members
+from megavtp.parallel.mesh import AXES, Axis, Mesh, members
 from megavtp.parallel.rehearsal import rehearsed_rank
 from megavtp.parallel.striping import Stripe
 from megavtp.parallel.traffic import Traffic, count_traffic
@@ -37,7 +37,7 @@ class Played:
     """
 
     mesh: Mesh
-    groups: Mapping[str, list[int]]
+    groups: Mapping[Axis, list[int]]
     blocks: Mapping[str, list[int]]
     peak: int
     traffic: Traffic
@@ -70,13 +70,14 @@ def play(
         fused_norms: see ``parallel.rehearsal``.
     """
     seconds: dict[str, float] = {}
+    start = perf_counter()
 
     def done(part: str) -> None:
         nonlocal start
         seconds[part], start = perf_counter() - start, perf_counter()
 
     with rehearsed_rank(rank, world_size, towers, fused_norms=fused_norms) as live:
-        start = perf_counter()
+        start = perf_counter()  # DeepSpeed is imported
         recipe, batch = make()
         before = live.now
         done("groups")

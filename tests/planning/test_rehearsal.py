@@ -72,14 +72,14 @@ def test_latents_that_are_not_there() -> None:
 
 
 def test_the_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(sys, "argv", ["plan.py", "--gpus", "8", "--rehearse", "6", "parallel.pp=2", "parallel.tp=2"])
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--gpus", "4", "--rehearse", "3", "parallel.pp=2"])
     with pytest.raises(SystemExit) as ended:
         run_path(str(ROOT / "tools" / "plan.py"), run_name="__main__")
     said = capsys.readouterr()
     assert ended.value.code == 0, said
     lines = said.out.splitlines()
-    assert lines[0] == "rank        6 of 8: tp 0 of 2, pp 1 of 2, dp 1 of 2"
-    assert lines[1] == "groups      tp 6-7; pp 4 6; dp 2 6; mp 4-7"
+    assert lines[0] == "rank        3 of 4: tp 0 of 1, pp 1 of 2, dp 1 of 2"
+    assert lines[1] == "groups      pp 2-3; dp 1 3; mp 2-3"
     rows = [line.split() for line in lines if line.startswith("  ")]
     assert rows[0] == ["axis", "operation", "messages", "bytes", "planned"]
-    assert {row[0] for row in rows[1:]} == {"tp", "pp", "dp", "mp"} and all(row[3] == row[4] for row in rows[1:])
+    assert {row[0] for row in rows[1:]} == {"pp", "dp", "mp"} and all(row[3] == row[4] for row in rows[1:])
