@@ -72,7 +72,8 @@ def test_latents_that_are_not_there() -> None:
 
 
 def test_the_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(sys, "argv", ["plan.py", "--gpus", "4", "--rehearse", "3", "parallel.pp=2"])
+    settings = ["parallel.pp=2", "objectives.self_distillation.weight=0"]
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--gpus", "4", "--rehearse", "3", *settings])
     with pytest.raises(SystemExit) as ended:
         run_path(str(ROOT / "tools" / "plan.py"), run_name="__main__")
     said = capsys.readouterr()
