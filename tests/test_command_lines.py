@@ -59,7 +59,8 @@ NUMBERS = {
     INDEX: "vocab-size=-1 vocab-size=8 vocab-size=999999999999 max-bad=-1",
     CHECK: "workers=-1 workers=1000000000000 max-pixels=-1",
     "tools/plan.py ": "gpus=0 gpus=-8 gpus=1000000000000",
-    PLAN: "memory=0 memory=nan memory=-80 memory=inf gpus-per-node=0 margin=1 margin=-0.1 margin=nan top=0 top=100000",
+    PLAN: "memory=0 memory=nan memory=-80 memory=inf gpus-per-node=0 margin=1 margin=-0.1 margin=nan top=0 top=100000 "
+          "rehearse=-1 rehearse=1000000000000",
     STUDY: "gpus=0 gpus=-8 gpus=1e3 utilization=0 utilization=1.5 utilization=nan",
     DOCTOR: "megabytes=-5 megabytes=0 megabytes=1000000000000 timeout=0 timeout=-1 timeout=nan timeout=inf",
 }
@@ -170,6 +171,9 @@ OTHERS = [
     ("tools/prepare_data.py index empty", "empty"),
     ("tools/prepare_data.py check empty", "empty"),
     ("tools/prepare_data.py check nowhere", "nowhere is not a folder"),
+    (PLAN + "--rehearse 8", "--rehearse 8: the ranks of 8 GPUs are 0 to 7"),
+    (PLAN + "--rehearse 0 parallel.tp=8", "is not a multiple of parallel.tp = 8: use a tp that divides it"),
+    (PLAN + "--rehearse 0 parallel.pp=3", "is not a multiple of parallel.tp x parallel.pp = 3"),
     (PLAN + "--device abacus", "device abacus: not known"),
     (PLAN + "--config nowhere.yaml", "nowhere.yaml: no such config file"),
     (PLAN + "train.setps=3", "did you mean train.steps?"),

@@ -2,7 +2,9 @@
 
     python tools/plan.py --config configs/pretrain/vtp_g.yaml --gpus 256 --memory 80
     python tools/plan.py --config configs/pretrain/vtp_l.yaml --gpus 8 --device a100 --top 3 train.batch_size=4096
+    python tools/plan.py --config configs/pretrain/vtp_g.yaml --gpus 1024 --rehearse 37 parallel.tp=4 parallel.pp=8
 
+The last plays two steps as rank 37 in the recipe's own layout, of a VTP or a DiT, and sets the plan beside them.
 Nothing is trained and no GPU is needed. Memory and traffic are counted on the real model without its data; times are
 bounds from the device's data sheet.
 """
@@ -18,8 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a cl
 from megavtp.cli import run  # noqa: E402
 from megavtp.options import Options, place, real, whole  # noqa: E402
 
-CLIP_VOCABULARY = 49_408
-
 
 def parse() -> argparse.Namespace:
     parser = Options(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -33,12 +33,40 @@ def parse() -> argparse.Namespace:
         help="part of the memory left to the context, the communication library and gaps (default: 0.1)",
     )
     parser.add_argument("--top", type=whole(1, 1000), default=5, help="layouts to print (default: 5)")
+    parser.add_argument(
+        "--rehearse", type=whole(0, 999_999), metavar="RANK", help="play the recipe's own layout on one rank"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the recipe's")
     return parser.parse_args()
 
 
+def rehearse(options: argparse.Namespace) -> int:
+    from megavtp.config.load import load_config, read_yaml
+    from megavtp.config.schema import DEMO_CONFIG, Config
+    from megavtp.dit.config import DiTConfig
+    from megavtp.dit.rehearsal import rehearse_dit
+    from megavtp.errors import UserError
+    from megavtp.pretraining.rehearsal import rehearse_pretraining
+
+    if options.rehearse >= options.gpus:
+        raise UserError(f"--rehearse {options.rehearse}: the ranks of {options.gpus} GPUs are 0 to {options.gpus - 1}")
+    path = options.config or DEMO_CONFIG
+    print("setting up and playing two steps; large models take minutes ...", file=sys.stderr, flush=True)
+    if "flow_matching" in read_yaml(path):
+        found = rehearse_dit(load_config(path, DiTConfig, options.overrides), options.gpus, options.rehearse)
+    else:
+        found = rehearse_pretraining(load_config(path, Config, options.overrides), options.gpus, options.rehearse)
+    print(found.page())
+    if found.agrees():
+        return 0
+    print("the plan is not what was played")
+    return 1
+
+
 def main() -> int:
     options = parse()
+    if options.rehearse is not None:
+        return rehearse(options)
     from megavtp.config.load import load_config
     from megavtp.config.run import ParallelConfig
     from megavtp.config.schema import DEMO_CONFIG, Config
@@ -49,6 +77,7 @@ def main() -> int:
     from megavtp.planning.plan import GIB, Planner
     from megavtp.planning.search import search
     from megavtp.planning.summary import parameter_counts
+    from megavtp.pretraining.rehearsal import CLIP_VOCABULARY
     from megavtp.training.optimizer import parameter_groups
 
     device = find_device(options.device)

@@ -61,7 +61,7 @@ def own_stage0_norm(engine: Any, mesh: Mesh) -> None:
         norm = _total_norm(engine, mesh, norms, range(len(groups)))
         gradients = [p.grad for group in groups for p in group]
         engine.optimizer._global_grad_norm = norm
-        engine.optimizer.overflow = not bool(torch.isfinite(norm))  # the host reads this once, as in the other stages
+        engine.optimizer.overflow = bool(norm.isinf())  # the host reads this once, as in the other stages
         if max_norm > 0 and not engine.optimizer.overflow:
             torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
 

@@ -4,14 +4,15 @@ rank = dp_rank * (pp * tp) + pp_rank * tp + tp_rank, so tensor-parallel peers ar
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-import torch
+import numpy as np
 import torch.distributed as dist
 
 from megavtp.errors import UserError
 
 Axis = Literal["tp", "pp", "dp", "mp"]
+AXES: tuple[Axis, ...] = get_args(Axis)
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,12 @@ def build_mesh(tp: int, pp: int, virtual_stages: int = 1, sequence_parallel: boo
     """Split the initialised world into a mesh; every rank must call it. The world size must divide by tp * pp."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     dp = world // (tp * pp)
-    ranks_at = torch.arange(dp * pp * tp).view(dp, pp, tp)
+    ranks_at = np.arange(dp * pp * tp).reshape(dp, pp, tp)
     lists: dict[str, list[list[int]]] = {
-        "tp": ranks_at.flatten(0, 1).tolist(),
-        "pp": ranks_at.transpose(1, 2).flatten(0, 1).tolist(),
-        "dp": ranks_at.flatten(1).T.tolist(),
-        "mp": ranks_at.flatten(1).tolist(),
+        "tp": ranks_at.reshape(dp * pp, tp).tolist(),
+        "pp": ranks_at.swapaxes(1, 2).reshape(dp * tp, pp).tolist(),
+        "dp": ranks_at.reshape(dp, pp * tp).T.tolist(),
+        "mp": ranks_at.reshape(dp, pp * tp).tolist(),
     }
     lists["pp_down"] = lists["pp"]
     groups: dict[str, dist.ProcessGroup | None] = {}
@@ -97,3 +98,9 @@ def build_mesh(tp: int, pp: int, virtual_stages: int = 1, sequence_parallel: boo
         virtual_stages=virtual_stages, sequence_parallel=sequence_parallel,
         **{f"{axis}_group": group for axis, group in groups.items()},
     )
+
+
+def members(mesh: Mesh, axis: Axis) -> list[int]:
+    """Return the ranks of this rank's group along an axis, in the group's order."""
+    group = mesh.group(axis)
+    return [mesh.rank] if group is None else dist.get_process_group_ranks(group)

@@ -1,12 +1,15 @@
 """A rehearsal: the real modules on tensors without data, in groups without processes.
 
 It counts what a piece of the model would hold, need at most and send, for any size and any number of ranks, in
-milliseconds and without memory. So the planner has no second description of the model that could go stale.
+milliseconds and without memory. So the planner has no second description of the model that could go stale. One rank of
+a large world can also play whole steps, DeepSpeed's part included (``rehearsed_rank``), to check what the planner says.
 """
 
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +18,13 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megavtp.parallel import gradient_norm
+from megavtp.parallel.deepspeed_adapter import import_deepspeed
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.traffic import Transfer, count_traffic
 
@@ -41,19 +46,49 @@ def rehearsal(*, tp: int = 1, dp: int = 1, fused_norms: bool = False, **fields: 
     The kernels are the CPU's. ``fused_norms``: RMS norms keep for the backward what CUDA's fused kernel keeps, their
     input and a number a row; the CPU's keep the normalised rows too. ``fields``: further fields of the mesh.
     """
+    with _world(0, tp * dp, fused_norms):
+        tp_group = dist.new_group(list(range(tp))) if tp > 1 else None
+        dp_group = dist.new_group(list(range(0, tp * dp, tp))) if dp > 1 else None
+        yield Mesh(tp=tp, dp=dp, tp_group=tp_group, dp_group=dp_group, **fields)
+
+
+@contextmanager
+def _world(rank: int, size: int, fused_norms: bool) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized(), "a rehearsal has a world of its own"
-    dist.init_process_group("fake", rank=0, world_size=tp * dp, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    norms = patch.object(F, "rms_norm", _fused_norm) if fused_norms else nullcontext()
     try:
-        tp_group = dist.new_group(list(range(tp))) if tp > 1 else None
-        dp_group = dist.new_group(list(range(0, tp * dp, tp))) if dp > 1 else None
-        norms = patch.object(F, "rms_norm", _fused_norm) if fused_norms else nullcontext()
         with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings(), norms:
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-            yield Mesh(tp=tp, dp=dp, tp_group=tp_group, dp_group=dp_group, **fields)
+            yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def rehearsed_rank(
+    rank: int, world_size: int, towers: AbstractSet[str], *, fused_norms: bool = False
+) -> Iterator["LiveBytes"]:
+    """Be one rank of a world whose other ranks are not there; inside, a run can be set up and can train.
+
+    What other ranks send has a size and no data. Of what they would say in words, only the ``towers`` that any of them
+    trains are known. Whatever the host asks of a tensor is answered with no: nothing is NaN or infinite. Give what is
+    alive of the tensors that are made inside.
+    """
+    deepspeed = import_deepspeed()
+    live = LiveBytes()
+    place = {"RANK": f"{rank}", "LOCAL_RANK": "0", "WORLD_SIZE": f"{world_size}"}
+    try:
+        with (
+            _world(rank, world_size, fused_norms), patch.dict(os.environ, place),
+            patch.object(nn.Module, "_apply", _converted), live, _Denials(),
+            patch.object(gradient_norm, "all_gather_object", lambda own: [towers]),
+        ):
+            yield live
+    finally:
+        deepspeed.comm.comm.cdb = deepspeed.utils.groups._WORLD_GROUP = None  # DeepSpeed would keep this world's
 
 
 def rehearse(
@@ -69,7 +104,7 @@ def rehearse(
             parameter.grad = torch.empty_like(parameter)
     for x in inputs:
         x.grad = None
-    live = _LiveBytes()
+    live = LiveBytes()
     with live:
         with count_traffic(mesh) as sent:
             results = [x for x in tree_leaves(forward()) if isinstance(x, Tensor)]
@@ -101,7 +136,27 @@ def _fused_norm(
     return _FusedNorm.apply(input, weight)
 
 
-class _LiveBytes(TorchDispatchMode):
+class _Denials(TorchDispatchMode):
+    """Answers the host's questions about tensors without data with no."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return False
+        return func(*args, **(kwargs or {}))
+
+
+def _converted(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Convert a module's tensors as ``Module._apply`` does, which fails where something else refers to a fake one."""
+    for part in module.modules() if recurse else [module]:
+        with torch.no_grad():
+            for name, parameter in part._parameters.items():
+                if parameter is not None and (new := convert(parameter)) is not parameter:
+                    part._parameters[name] = nn.Parameter(new, parameter.requires_grad)
+            part._buffers.update({name: convert(x) for name, x in part._buffers.items() if x is not None})
+    return module
+
+
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that were made inside and are still alive, and the most there were."""
 
     def __init__(self) -> None:
@@ -112,7 +167,8 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         result = func(*args, **(kwargs or {}))
-        for storage in [x.untyped_storage() for x in tree_leaves(result) if isinstance(x, Tensor)]:
+        made = [x.untyped_storage() for x in tree_leaves(result) if isinstance(x, Tensor) and x.device.type != "meta"]
+        for storage in made:
             key, size = storage._cdata, storage.nbytes()
             if key not in self._known and key not in before:
                 self._known.add(key)

@@ -58,7 +58,7 @@ def pass_cost(parts: Rehearsals, layout: RankLayout, name: str, part: PassShare)
     chains = _chains(parts, layout, mode, m)
     sent = _traffic(chains, count, back=True)
     embeddings = 2 if mode == "student" and config.data.augment.local_crops else 1
-    calls = [Calls(mode, count if twice else 0, count, len(chains), embeddings)]
+    calls = [Calls(mode, count if twice else 0, count, len(chains), mesh.virtual_stages, embeddings)]
     base = peak = 0.0  # the bytes that live through the whole pass, and the most at one time
     before = ["teacher"] if mode == "student" else []
     if twice:
@@ -69,7 +69,7 @@ def pass_cost(parts: Rehearsals, layout: RankLayout, name: str, part: PassShare)
         if mesh.is_last_stage:  # their results stay
             base += count * silent[-1].segments[-1].held
         if forward == "teacher":
-            calls.append(Calls("teacher", count, 0, len(silent)))
+            calls.append(Calls("teacher", count, 0, len(silent), mesh.virtual_stages))
             center = parts.centering(part.local, mesh.tp, mesh.dp) if mesh.is_last_stage else Cost()
             sent += center.forward
             peak = base + max(center.peak, *(chain.forward_peak for chain in silent))
@@ -80,7 +80,7 @@ def pass_cost(parts: Rehearsals, layout: RankLayout, name: str, part: PassShare)
         if not twice:
             chains[-1].segments.append(terms)
     if mesh.pp > 1:
-        sent["pp", "broadcast"] += FLOAT * _terms(config, mode)  # the terms are sent to every rank
+        sent["pp", "broadcast"] += FLOAT * term_count(config, mode)  # the terms are sent to every rank
     peak = max(peak, base + _in_flight(chains, layout, count))
     plain = chains if layout.recompute == "none" else _chains(parts, replace(layout, recompute="none"), mode, m)
     activity = count * sum(chain.held for chain in plain)
@@ -186,7 +186,7 @@ def _traffic(chains: Sequence[_Chain], count: int, *, back: bool = False) -> Sen
     return Counter({key: size * count for key, size in sent.items()})
 
 
-def _terms(config: ResolvedConfig, mode: str) -> int:
+def term_count(config: ResolvedConfig, mode: str) -> int:
     """Return how many loss terms a pass reports."""
     if mode == "contrastive":
         return 1

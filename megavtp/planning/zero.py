@@ -54,15 +54,22 @@ class Inventory:
 
     def rank(self, tp: int, pp: int, pp_rank: int, virtual_stages: int) -> list[Piece]:
         """Return what a pipeline rank holds."""
-        named = self._named(Mesh(tp=tp, pp=pp, pp_rank=pp_rank, virtual_stages=virtual_stages))
-        group_of = {id(p): index for index, group in enumerate(self._groups(named)) for p in group["params"]}
-        return [Piece(name, p.numel(), group_of.get(id(p))) for name, p in named]
+        return pieces(self._named(Mesh(tp=tp, pp=pp, pp_rank=pp_rank, virtual_stages=virtual_stages)), self._groups)
+
+
+def pieces(named: Sequence[tuple[str, nn.Parameter]], groups: Groups) -> list[Piece]:
+    """Return the pieces of a rank's named parameters."""
+    group_of = {id(p): index for index, group in enumerate(groups(named)) for p in group["params"]}
+    return [Piece(name, p.numel(), group_of.get(id(p))) for name, p in named]
 
 
 _READ = {  # by each forward, beginnings of parameters' names
     "contrastive": ("trunk.", "visual_proj.", "text.", "logit_"), "student": ("trunk.", "dino_head."),
     "teacher": ("teacher.",), "reconstruction": ("trunk.", "pixel_decoder."),
+    "velocity": ("dit.",),
 }
+
+_TOWERS = ("trunk", "text", "pixel_decoder", "teacher.trunk")  # modules that are called chunk by chunk
 
 
 def touched(name: str, mode: str, shared_bottleneck: bool) -> bool:
@@ -170,6 +177,7 @@ class Calls:
     Attributes:
         forward_only, trained: micro-batches without and with a backward.
         stages: how many stages of the pass are on this rank; each is a call of the model.
+        chunks: how many of them are of the same tower.
         embeddings: how many crop sizes the trunk embeds one by one.
     """
 
@@ -177,12 +185,20 @@ class Calls:
     forward_only: int
     trained: int
     stages: int = 1
+    chunks: int = 1
     embeddings: int = 1
 
     def backwards(self, name: str) -> int:
         """Return how often a parameter's gradient is reduced. Where the contrastive loss is computed from all features
         first, the temperature's gradient comes with the first micro-batch."""
         return min(self.trained, 1) if self.forward_only and name.startswith("logit_") else self.trained
+
+    def times(self, name: str) -> int:
+        """Return how often the module that gathers a parameter runs for one micro-batch."""
+        owner = name.rpartition(".")[0]
+        # The decoder reads the dtype of that weight, so that stage 3 gathers it with the decoder's own.
+        by_tower = owner in _TOWERS or name == "pixel_decoder.proj_in.weight"
+        return self.chunks if by_tower else 1 if owner else self.stages
 
 
 def traffic(
@@ -210,8 +226,9 @@ def traffic(
         if stage == 3:
             sent["dp", "reduce_scatter"] += sum(call.backwards(p.name) * padded([p]) for p in trained)
             if not hold:
-                root = [p for p in pieces if "." not in p.name]  # the model's own parameters, which every call gathers
-                own = padded([p for p in reached if p not in root]) + call.stages * padded(root)
+                # Every call of the model gathers its own parameters, read or not.
+                gathered = reached + [p for p in pieces if "." not in p.name and p not in reached]
+                own = sum(call.times(p.name) * padded([p]) for p in gathered)
                 again = padded([p for p in reached if "patch_embed" in p.name]) * (call.embeddings - 1)
                 sent["dp", "all_gather"] += (call.forward_only + call.trained) * (own + again) + call.trained * own
     return sent

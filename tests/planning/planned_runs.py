@@ -15,7 +15,7 @@ from megavtp.models.vtp import OBJECTIVES, VTP
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.engine_state import flat_partitions, inner_optimizer
 from megavtp.parallel.mesh import build_mesh
-from megavtp.parallel.traffic import count_traffic
+from megavtp.parallel.traffic import Traffic, count_traffic
 from megavtp.planning.devices import find_device
 from megavtp.planning.plan import Plan, Planner
 from megavtp.training.optimizer import parameter_groups
@@ -72,8 +72,18 @@ def state_bytes(engine: Engine, model: VTP, zero_stage: int) -> dict[str, int]:
     }
 
 
-def measure(rank: int, configs: Sequence[Config]) -> list[tuple[int, dict, dict[str, int]]]:
-    """Per configuration this rank's pipeline place, what it sent in the second step, and the state it keeps."""
+def by_kind(traffic: Traffic) -> tuple[dict, dict]:
+    """Bytes and number of calls, each by (axis, operation)."""
+    sent: Counter = Counter()
+    calls: Counter = Counter()
+    for transfer in (t for t in traffic if t.ranks > 1):
+        sent[transfer.axis, transfer.op] += transfer.bytes
+        calls[transfer.axis, transfer.op] += 1
+    return dict(sent), dict(calls)
+
+
+def measure(rank: int, configs: Sequence[Config]) -> list[tuple[int, dict, dict, dict[str, int]]]:
+    """Per configuration this rank's pipeline place, the bytes and calls of the second step, and the state it keeps."""
     found = []
     for config in configs:
         p = config.parallel
@@ -83,9 +93,6 @@ def measure(rank: int, configs: Sequence[Config]) -> list[tuple[int, dict, dict[
         for step in range(2):
             with count_traffic(mesh) as traffic:
                 train_step(engine, passes, data(step), lr_of=learning_rate(config, step))
-        sent: Counter = Counter()
-        for transfer in (t for t in traffic if t.ranks > 1):
-            sent[transfer.axis, transfer.op] += transfer.bytes
-        found.append((mesh.pp_rank, dict(sent), state_bytes(engine, model, p.zero_stage)))
+        found.append((mesh.pp_rank, *by_kind(traffic), state_bytes(engine, model, p.zero_stage)))
         engine.close()
     return found

@@ -7,6 +7,7 @@ from distributed import run_ranks
 from planned_runs import layout, measure, plan_of
 
 from megavtp.config.schema import Config
+from megavtp.pretraining.rehearsal import play_pretraining
 
 TWO = [layout(2, micro, zero_stage=zero) for zero, micro in ((0, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2))]
 FOUR = [
@@ -17,6 +18,7 @@ FOUR = [
     layout(4, 2, pp=2, zero_stage=3),
     layout(4, 2, pp=2, zero_stage=3, zero3_gather="step", schedule="gpipe"),
     layout(4, 4, tp=2, pp=2, zero_stage=1, schedule="interleaved_1f1b", virtual_stages=2, precision="bf16"),
+    layout(4, 2, pp=2, zero_stage=3, schedule="interleaved_1f1b", virtual_stages=2),
 ]
 CASES = [(2, config) for config in TWO] + [(4, config) for config in FOUR]
 
@@ -40,7 +42,15 @@ def test_bytes_sent_and_kept(case: tuple[int, Config], measured: dict) -> None:
     index = (TWO if world_size == 2 else FOUR).index(config)
     plan = plan_of(config, world_size)
     for found in measured[world_size]:
-        pp_rank, sent, state = found[index]
+        pp_rank, sent, _, state = found[index]
         planned = plan.ranks[pp_rank]
         assert sent == dict(planned.sent)
         assert state == {name: getattr(planned.state, name) for name in state}
+
+
+@pytest.mark.parametrize("index", [2, 6, 7])
+def test_a_rehearsed_rank_sends_the_same(index: int, measured: dict) -> None:
+    """Bytes and calls of each kind, on the first rank and the last."""
+    for rank in (0, 3):
+        played = play_pretraining(FOUR[index], 4, rank, fused_norms=False)
+        assert (played.sent, played.messages) == measured[4][rank][index][1:3]

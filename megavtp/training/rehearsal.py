@@ -1,0 +1,147 @@
+"""The whole step of a run, played by one rank of a large world without data, without the other ranks and their memory.
+
+Beside it stands what the planner says of that rank.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from itertools import groupby
+from time import perf_counter
+from typing import Any
+
+from megavtp.parallel.mesh import AXES, Axis, Mesh, members
+from megavtp.parallel.rehearsal import rehearsed_rank
+from megavtp.parallel.striping import Stripe
+from megavtp.parallel.traffic import Traffic, count_traffic
+from megavtp.planning.parts import Sent
+from megavtp.planning.plan import GIB
+from megavtp.training.recipe import Recipe
+from megavtp.training.step import train_step
+
+_STEPS = 2  # the first makes what stays, such as moments
+_CLOSE = 0.1  # relative error of a planned peak
+
+
+@dataclass(frozen=True)
+class Played:
+    """What one rank held and did.
+
+    Attributes:
+        groups: the ranks of each group that it is in, by axis.
+        blocks: the numbers of its blocks, by the name of the tower in the model.
+        peak: the most bytes at one time, from before the model is built to the end of the last step.
+        traffic: what it took part in sending in the last step.
+        seconds: how long each part of the play took on this machine.
+    """
+
+    mesh: Mesh
+    groups: Mapping[Axis, list[int]]
+    blocks: Mapping[str, list[int]]
+    peak: int
+    traffic: Traffic
+    seconds: Mapping[str, float]
+
+    @property
+    def sent(self) -> Sent:
+        """Payload bytes by (axis, operation)."""
+        sent: Sent = Counter()
+        for transfer in self.traffic:
+            sent[transfer.axis, transfer.op] += transfer.bytes
+        return sent
+
+    @property
+    def messages(self) -> Counter[tuple[str, str]]:
+        """The number of calls by (axis, operation)."""
+        return Counter((transfer.axis, transfer.op) for transfer in self.traffic)
+
+
+def play(
+    make: Callable[[], tuple[Recipe, Any]], rank: int, world_size: int, *, towers: AbstractSet[str],
+    terms: Mapping[str, int], fused_norms: bool = False,
+) -> Played:
+    """Set up a run as one rank of a world and train; all is real but the data and the other ranks.
+
+    Args:
+        make: called in that world; gives a recipe that is open, and its batch of a step, of tensors without data.
+        towers: those that any rank trains, by the names in the optimizer's groups.
+        terms: the number of loss terms of each pass, which only the last pipeline rank computes.
+        fused_norms: see ``parallel.rehearsal``.
+    """
+    seconds: dict[str, float] = {}
+    start = perf_counter()
+
+    def done(part: str) -> None:
+        nonlocal start
+        seconds[part], start = perf_counter() - start, perf_counter()
+
+    with rehearsed_rank(rank, world_size, towers, fused_norms=fused_norms) as live:
+        start = perf_counter()  # DeepSpeed is imported
+        recipe, batch = make()
+        before = live.now
+        done("groups")
+        recipe.build()
+        done("model and engine")
+        mesh, engine, passes = recipe.mesh, recipe.engine, recipe.passes()
+        if not mesh.is_last_stage:
+            for one in passes:
+                one.term_names = tuple(map(str, range(terms[one.name])))
+        for _ in range(_STEPS):
+            with count_traffic(mesh) as traffic:
+                _, result = train_step(
+                    engine, passes, batch, averaged=recipe.averaged(), follow=recipe.follow(batch.step),
+                    lr_of=lambda group: group["lr_scale"],
+                )
+            assert result.applied, "in a rehearsal every number is finite"
+            done("step")
+        peak = live.peak - before
+        blocks = {
+            name: module.stripe.blocks for name, module in engine.module.named_modules()
+            if isinstance(getattr(module, "stripe", None), Stripe)
+        }
+        groups = {axis: members(mesh, axis) for axis in AXES}
+        engine.close()
+    return Played(mesh, groups, blocks, peak, Traffic(t for t in traffic if t.ranks > 1), seconds)
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """A play beside what is planned: bytes by (axis, operation), and the most bytes at one time; None is not known."""
+
+    played: Played
+    sent: Sent
+    memory: float | None
+
+    def agrees(self) -> bool:
+        """Tell whether the planned bytes are those of the play, and the memory within 10 %."""
+        close = self.memory is None or abs(self.memory / self.played.peak - 1) <= _CLOSE
+        return close and all(self.played.sent[kind] == size for kind, size in self.sent.items())
+
+    def page(self) -> str:
+        """Return what a user reads of it."""
+        played, mesh = self.played, self.played.mesh
+        groups = [f"{axis} {_spans(ranks)}" for axis, ranks in played.groups.items() if len(ranks) > 1]
+        planned = "" if self.memory is None else f", planned {self.memory / GIB:.3f}"
+        rows = [("axis", "operation", "messages", "bytes", "planned")]
+        for kind, count in sorted(played.messages.items()):
+            known = f"{self.sent[kind]:,}" if kind in self.sent else "-"
+            rows.append((*kind, f"{count:,}", f"{played.sent[kind]:,}", known))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return "\n".join([
+            f"rank        {mesh.rank:,} of {mesh.world_size:,}: tp {mesh.tp_rank} of {mesh.tp}, pp {mesh.pp_rank} of "
+            f"{mesh.pp}, dp {mesh.dp_rank} of {mesh.dp}",
+            f"groups      {'; '.join(groups) or 'none'}",
+            f"blocks      {'; '.join(f'{name} {_spans(blocks)}' for name, blocks in played.blocks.items())}",
+            f"took here   {', '.join(f'{part} {time:.2f} s' for part, time in played.seconds.items())}",
+            f"memory      {played.peak / GIB:.3f} GiB at most{planned}",
+            "sent in a step",
+            *("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows),
+        ])
+
+
+def _spans(numbers: list[int]) -> str:
+    """Write numbers in order: 0-3 8-11 for runs of neighbours, 5 37 ... 997 for many that are not neighbours."""
+    spans = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    written = [f"{span[0]}-{span[-1]}" if len(span) > 1 else f"{span[0]}" for span in spans]
+    return " ".join(written if len(written) <= 4 else [*written[:2], "...", written[-1]]) or "none"

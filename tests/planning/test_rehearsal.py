@@ -1,0 +1,86 @@
+"""A rank of a world that is not there plays whole steps: it sends and needs what the plan says and a real rank does."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from runpy import run_path
+
+import pytest
+from distributed import run_ranks
+from dit_cells import Cell, CellRun
+from latent_folder import random_latents
+from planned_runs import by_kind, layout, plan_of
+from test_planned_memory import SIZES
+
+from megavtp.config.schema import Config
+from megavtp.dit.config import DiTConfig
+from megavtp.dit.rehearsal import planned_traffic, play_dit, rehearse_dit
+from megavtp.dit.validate import with_latents
+from megavtp.errors import UserError
+from megavtp.latents.folder import LatentFolder
+from megavtp.parallel.traffic import count_traffic
+from megavtp.pretraining.rehearsal import play_pretraining
+from megavtp.training.rehearsal import Rehearsed
+from megavtp.training.step import train_step
+
+ROOT = Path(__file__).parents[2]
+OF_16 = {  # by the rank that is played
+    5: layout(16, 1, SIZES, tp=2, pp=2, zero_stage=1, sequence_parallel=True, recompute="selective"),
+    7: layout(16, 2, SIZES, pp=4, zero_stage=2),
+    12: layout(16, 1, SIZES, tp=2, pp=2, zero_stage=3, zero3_gather="step"),
+    15: layout(16, 1, SIZES, tp=4, pp=2, zero_stage=0, schedule="gpipe", precision="bf16"),
+}
+
+
+@pytest.mark.parametrize("rank, config", OF_16.items())
+def test_a_rank_of_sixteen(rank: int, config: Config) -> None:
+    played = play_pretraining(config, 16, rank, fused_norms=False)
+    plan = plan_of(config, 16).ranks[played.mesh.pp_rank]
+    assert played.sent == plan.sent
+    assert plan.memory == pytest.approx(played.peak, rel=0.1)
+    assert Rehearsed(played, plan.sent, plan.memory).agrees()
+    assert not Rehearsed(played, plan.sent, plan.memory * 1.2).agrees()
+    assert not Rehearsed(played, plan.sent + plan.sent, None).agrees()
+
+
+def dit_on_a_real_rank(rank: int, config: DiTConfig) -> tuple[dict, dict]:
+    run = CellRun(config)
+    for step in range(2):
+        with count_traffic(run.mesh) as traffic:
+            train_step(run.engine, run.passes, run.data[step], lr_of=lambda group: 0.01)
+    run.engine.close()
+    return by_kind(traffic)
+
+
+def test_a_dit_sends_what_a_real_one_does(tmp_path: Path) -> None:
+    root = random_latents(tmp_path / "latents", shape=(4, 6, 6), captions=6)
+    config = Cell(1, 2, 2, 3, micro_batches=2, schedule="interleaved_1f1b").config(root)
+    real = run_ranks(4, dit_on_a_real_rank, config)
+    complete = with_latents(config, LatentFolder(root))
+    for rank in (0, 3):
+        played = play_dit(complete, 4, rank, fused_norms=False)
+        assert (played.sent, played.messages) == real[rank]
+        planned = planned_traffic(complete, played.mesh)
+        assert {kind: played.sent[kind] for kind in planned} == planned
+        assert played.blocks["dit"] == played.blocks["ema"] == [[0, 2, 3], [1, 4]][played.mesh.pp_rank]
+
+
+def test_latents_that_are_not_there() -> None:
+    with pytest.raises(UserError, match="model.latent_size = null is that of data.root"):
+        rehearse_dit(DiTConfig(), 1, 0)
+
+
+def test_the_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    settings = ["parallel.pp=2", "objectives.self_distillation.weight=0"]
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--gpus", "4", "--rehearse", "3", *settings])
+    with pytest.raises(SystemExit) as ended:
+        run_path(str(ROOT / "tools" / "plan.py"), run_name="__main__")
+    said = capsys.readouterr()
+    assert ended.value.code == 0, said
+    lines = said.out.splitlines()
+    assert lines[0] == "rank        3 of 4: tp 0 of 1, pp 1 of 2, dp 1 of 2"
+    assert lines[1] == "groups      pp 2-3; dp 1 3; mp 2-3"
+    rows = [line.split() for line in lines if line.startswith("  ")]
+    assert rows[0] == ["axis", "operation", "messages", "bytes", "planned"]
+    assert {row[0] for row in rows[1:]} == {"pp", "dp", "mp"} and all(row[3] == row[4] for row in rows[1:])
