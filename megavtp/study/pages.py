@@ -112,7 +112,8 @@ def _compared(fits: Fits, one: Line, other: Line) -> str:
     else:
         said = (
             f"{better} is better than {worse} everywhere within what was run, without a crossing; so it is in "
-            f"{100 * best.always:.0f} % of the bootstrap, and in {100 * best.never:.0f} % it is not the better one at the end."
+            f"{100 * best.always:.0f} %"
+            f" of the bootstrap, and in {100 * best.never:.0f} % it is not the better one at the end."
         )
     noise = fits.noise[one.measure]
     beside = f"the standard deviation between seeds is {noise.deviation:.4g}" if noise else "no seed was repeated"
