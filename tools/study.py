@@ -69,7 +69,8 @@ def main() -> int:
     else:
         if options.command == "results":
             write_results(study, cells)
-        print(curves_page(fit_results(study, rows_of(cells))))
+        rows = rows_of(cells)
+        print(curves_page(study, fit_results(study, rows), len(rows), len(cells)))
     return status
 
 

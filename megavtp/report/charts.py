@@ -1,8 +1,12 @@
 """Panels as SVG that stands in the page and takes its colours from it, in light and in dark."""
 
+import contextlib
 import importlib.util
 import io
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,20 +32,34 @@ def check_matplotlib() -> None:
         raise UserError('curves are drawn by matplotlib, which is not installed: pip install "megavtp[eval]"')
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """One line's points (n, 2) of x and y over a logarithmic x, and its curve (k, 4): x, y and the interval's ends."""
+
+    number: int
+    points: np.ndarray
+    curve: np.ndarray
+
+
+def draw_fitted(title: str, lines: Sequence[Fitted]) -> str:
+    """Draw points with the curves through them and their intervals as an SVG element; equal lines give equal text."""
+    with _chart(title) as (axis, done):
+        for line in lines:
+            colour = _RUN.format(line.number % COLOURS)
+            axis.plot(line.points[:, 0], line.points[:, 1], "o", color=colour, markersize=4)
+            if len(line.curve):
+                x, y, low, high = line.curve.T
+                axis.plot(x, y, color=colour, linewidth=1.8)
+                axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.set_xscale("log")
+    return done[0]
+
+
 def draw(panel: Panel) -> str:
     """Draw a panel as an SVG element; equal panels give equal text."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever a matplotlibrc says
-        matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, in the page's font
-        matplotlib.rcParams["svg.hashsalt"] = panel.title  # ids are random without one
-        figure = Figure(figsize=_SIZE)
-        FigureCanvasSVG(figure)
-        axis = figure.add_axes(_PLACE)
+    with _chart(panel.title) as (axis, done):
         top = panel.top
         for curve in panel.curves:
             values = curve.values if top is None else np.minimum(curve.values, top)
@@ -57,7 +75,27 @@ def draw(panel: Panel) -> str:
         if panel.unit == "%":
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: panel.text(value)))
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return done[0]
+
+
+@contextlib.contextmanager
+def _chart(title: str) -> Iterator[tuple[Any, list[str]]]:
+    """Yield an empty axis, and a list into which its SVG element comes when all is drawn."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    done: list[str] = []
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever a matplotlibrc says
+        matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, in the page's font
+        matplotlib.rcParams["svg.hashsalt"] = title  # ids are random without one
+        figure = Figure(figsize=_SIZE)
+        FigureCanvasSVG(figure)
+        axis = figure.add_axes(_PLACE)
         axis.yaxis.set_major_locator(MaxNLocator(4))
+        yield axis, done
         axis.grid(color=_GRID, linewidth=0.7)
         axis.tick_params(labelsize=9, length=0, colors=_TEXT)
         axis.yaxis.get_offset_text().set(color=_TEXT, fontsize=8)
@@ -65,7 +103,7 @@ def draw(panel: Panel) -> str:
         axis.patch.set_visible(False)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
-    return _for_the_page(file.getvalue())
+    done.append(_for_the_page(file.getvalue()))
 
 
 def _for_the_page(svg: str) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -76,15 +77,19 @@ def render_page(paths: Sequence[Path]) -> str:
     runs = read_runs(paths)
     measured = [read_measures(run) for run in runs]
     cards = [_card(number, runs, files) for number, files in enumerate(measured)]
+    return render(
+        "page.html", draw=draw, not_recorded=NOT_RECORDED, cards=cards, groups=groups_of(runs),
+        tables=tables(runs, measured), settings=_settings(runs), report_command=report_command(runs),
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template of this package; every value is shown as text unless the template says that it is safe."""
     environment = Environment(
         loader=PackageLoader("megavtp.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
     )
-    environment.globals.update(draw=draw, colours=COLOURS, not_recorded=NOT_RECORDED)
-    return environment.get_template("page.html").render(
-        cards=cards, groups=groups_of(runs), tables=tables(runs, measured), settings=_settings(runs),
-        version=__version__, report_command=report_command(runs),
-    )
+    return environment.get_template(template).render(colours=COLOURS, version=__version__, **values)
 
 
 def _card(number: int, runs: Sequence[Run], measured: dict[str, Measured]) -> Card:
@@ -113,5 +118,3 @@ def _settings(runs: Sequence[Run]) -> list[Settings]:
             labels = [(number, run.label) for number, run in same]
             found.append(Settings(KINDS[kind], labels, differing(changed), changed))
     return found
-
-

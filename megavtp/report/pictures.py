@@ -48,7 +48,7 @@ def read_pictures(run: Run) -> list[Picture]:
     shown += [(path, _CAPTIONS.get(path.stem, path.stem.replace("_", " "))) for path in others[:_OTHERS]]
     if len(others) > _OTHERS:
         run.left_out.append(f"{run.path} has {len(others)} pictures, of which the first {_OTHERS} are shown")
-    pictures = [_read(path, caption, run) for path, caption in shown]
+    pictures = [read_picture(path, caption, run.path, run.left_out) for path, caption in shown]
     return [picture for picture in pictures if picture is not None]
 
 
@@ -71,19 +71,22 @@ def _while_training(path: Path, event: object) -> str:
     return path.stem.replace("-", " ").capitalize()
 
 
-def _read(path: Path, caption: str, run: Run) -> Picture | None:
-    """Decode a picture and encode it again, so that nothing but pixels comes into the page."""
+def read_picture(path: Path, caption: str, root: Path, left_out: list[str]) -> Picture | None:
+    """Decode a picture below ``root`` and encode it again, so that nothing but pixels comes into the page.
+
+    Return None for a file that is no picture, or too large; a line in ``left_out`` names it then.
+    """
     try:
         with Image.open(path) as image:
             if image.width * image.height > _MOST_PIXELS:
-                run.left_out.append(f"{path} is left out: it has {image.width} x {image.height} pixels")
+                left_out.append(f"{path} is left out: it has {image.width} x {image.height} pixels")
                 return None
             pixels = image.convert("RGB")
     except Exception as error:  # PIL raises many kinds for damaged files
-        run.left_out.append(f"{path} is left out: it is no whole picture ({type(error).__name__})")
+        left_out.append(f"{path} is left out: it is no whole picture ({type(error).__name__})")
         return None
     pixels.thumbnail((_WIDEST, _TALLEST), Image.Resampling.LANCZOS)
-    file = str(path.relative_to(run.path))
+    file = str(path.relative_to(root))
     return Picture(caption, file, _encoded(pixels), *pixels.size)
 
 

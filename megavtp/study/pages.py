@@ -2,14 +2,15 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import combinations
 
 from megavtp.study.cells import Cell, links_of
 from megavtp.study.config import StudyConfig
 from megavtp.study.costs import Rates
-from megavtp.study.curves import Fits, Line, Pair
+from megavtp.study.curves import Fits, Line
 from megavtp.study.fits import Interval
 from megavtp.study.links import Link
-from megavtp.study.record import Record, is_finished, read_record
+from megavtp.study.record import is_finished, read_record
 
 
 def plan_page(study: StudyConfig, cells: list[Cell], rates: Rates, devices: int | None = None) -> str:
@@ -21,7 +22,7 @@ def plan_page(study: StudyConfig, cells: list[Cell], rates: Rates, devices: int 
     for cell in cells:
         new = [link for link in cell.links if str(link.folder) not in known]
         known |= {str(link.folder) for link in new}
-        rows.append([cell.name, str(len(new)), _flops(cell.flops), _flops(cell.all_flops), _hours(new, rates)])
+        rows.append([cell.name, str(len(new)), flops_text(cell.flops), flops_text(cell.all_flops), _hours(new, rates)])
     unknown = sorted({link.kind for link in links if rates.estimate(link) is None})
     left = [link for link in links if not is_finished(link, read_record(link))]
     where = "this machine"
@@ -30,8 +31,8 @@ def plan_page(study: StudyConfig, cells: list[Cell], rates: Rates, devices: int 
     lines = [
         *_aligned(rows), "",
         f"{len(cells)} cells of {len(links)} links: {_counts(links)}; a link counts in the first cell that needs it",
-        f"{_flops(sum(link.flops for link in links))} of training; {_hours(links, rates)} hours on {where}, of which "
-        f"{_hours(left, rates)} are left",
+        f"{flops_text(sum(link.flops for link in links))} of training; {_hours(links, rates)} hours on {where}, of "
+        f"which {_hours(left, rates)} are left",
     ]
     if unknown:
         lines.append(
@@ -46,64 +47,117 @@ def status_page(cells: list[Cell], rates: Rates) -> str:
     states: Counter[str] = Counter()
     for cell in cells:
         records = [(link, read_record(link)) for link in cell.links]
-        left = [(link, record) for link, record in records if not is_finished(link, record)]
-        state, detail = _state(left, begun=len(left) < len(records))
+        left = [link for link, record in records if not is_finished(link, record)]
+        state, detail = cell_state(cell)
         states[state] += 1
-        taken = sum(record.seconds for _, record in records if record is not None)
         rows.append([
-            cell.name, f"{len(records) - len(left)}/{len(records)}", detail, f"{taken / 3600:.2f}",
-            _hours([link for link, _ in left], rates),
+            cell.name, f"{len(records) - len(left)}/{len(records)}", detail, hours_taken(cell), _hours(left, rates),
         ])
     total = ", ".join(f"{count} {state}" for state, count in states.items())
     return "\n".join([*_aligned(rows), "", f"{len(cells)} cells: {total}"])
 
 
-def _state(left: Sequence[tuple[Link, Record | None]], *, begun: bool) -> tuple[str, str]:
-    """Return the state of a cell in a word, and in some words, from the links that have not finished."""
+def hours_taken(cell: Cell) -> str:
+    """Format the hours that all links of a cell have taken, those that it shares included."""
+    return f"{sum(record.seconds for link in cell.links if (record := read_record(link))) / 3600:.2f}"
+
+
+def cell_state(cell: Cell) -> tuple[str, str]:
+    """Return the state of a cell in a word, and in some words."""
+    records = [(link, read_record(link)) for link in cell.links]
+    left = [(link, record) for link, record in records if not is_finished(link, record)]
     if not left:
         return "finished", "finished"
     for state in ("failed", "begun"):
         for link, record in left:
             if record is not None and record.state == state:
                 return state, f"{link.kind} {state}{f', see {link.log}' if state == 'failed' else ''}"
-    return ("begun", f"{left[0][0].kind} is next") if begun else ("waiting", "waiting")
+    return ("begun", f"{left[0][0].kind} is next") if len(left) < len(records) else ("waiting", "waiting")
 
 
-def curves_page(fits: Fits) -> str:
-    """Return what the curves say, in words: crossings, predictions, noise, and what could not be computed."""
-    return "\n".join([
-        *(line for pair in fits.pairs for line in _pair(fits.x, pair)),
-        *(text for line in fits.lines for text in _line(line)),
+def answers(study: StudyConfig, fits: Fits, results: int, cells: int) -> list[str]:
+    """Return the answer of a study in sentences: what is compared, how far it is, and for each measure which line is
+    better from where on, with which certainty, beside the noise between seeds.
+
+    ``results`` of the ``cells`` have finished.
+    """
+    axes = "; ".join(f"{axis}: {', '.join(choices)}" for axis, choices in study.axes.items())
+    seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''} of the DiT"
+    told = [f"The study compares {axes or 'one set of objectives'}, at {len(study.looks)} looks with {seeds}."]
+    if results < cells:
+        told.append(f"It is not finished: {results} of {cells} cells have a result, and what follows is preliminary.")
+    for measure in fits.noise:
+        lines = [line for line in fits.lines if line.measure == measure]
+        for one, other in combinations(lines, 2):
+            told.append(f"{measure} ({study.curves.better[measure]} is better): {_compared(fits, one, other)}")
+    return told
+
+
+def _compared(fits: Fits, one: Line, other: Line) -> str:
+    """Say in which order two lines of one measure lie."""
+    pairs = {
+        (pair.line, pair.other): pair.crossing for pair in fits.pairs if pair.measure == one.measure
+    }
+    found = {way: pairs[way] for way in ((one.line, other.line), (other.line, one.line)) if way in pairs}
+    if not found:
+        reasons = [line.left_out["fit"] for line in (one, other) if "fit" in line.left_out]
+        why = reasons[0] if reasons else f"they have no {fits.x} in common"
+        return f"whether the curves of {one.line} and {other.line} cross cannot be said yet ({why})."
+    (better, worse), best = min(found.items(), key=lambda item: (item[1].at is None, item[1].never))
+    if best.at is not None:
+        said = (
+            f"{better} is better than {worse} from {_at(fits.x, best.at)} on ({_interval(fits.x, best.interval)}); "
+            f"in {100 * (1 - best.never):.0f} % of the bootstrap it is the better one at the end."
+        )
+    else:
+        said = (
+            f"{better} is better than {worse} everywhere within what was run, without a crossing; so it is in "
+            f"{100 * best.always:.0f} %"
+            f" of the bootstrap, and in {100 * best.never:.0f} % it is not the better one at the end."
+        )
+    noise = fits.noise[one.measure]
+    beside = f"the standard deviation between seeds is {noise.deviation:.4g}" if noise else "no seed was repeated"
+    last = {line.line: line.points[-1] for line in (one, other)}
+    ends = [f"{last[name].y:.4g} at {_at(fits.x, last[name].x)}" for name in (better, worse)]
+    return f"{said} Their last points are {ends[0]} and {ends[1]}; {beside}."
+
+
+def curves_page(study: StudyConfig, fits: Fits, results: int, cells: int) -> str:
+    """Return what the curves say, in words: the answer, predictions, noise, and what could not be computed."""
+    return "\n".join([*answers(study, fits, results, cells), *remarks(fits)])
+
+
+def remarks(fits: Fits) -> list[str]:
+    """Return what the curves say besides the answer: predictions, noise between seeds, and what was left out."""
+    return [
+        *(text for line in fits.lines for text in _line(fits.x, line)),
         *(f"{measure}: standard deviation between seeds {noise.deviation:.4g} ({noise.groups} cells repeated)"
           if noise else f"{measure}: nothing was repeated with another seed"
           for measure, noise in fits.noise.items()),
         *(f"curves.better.{measure}: {why}" for measure, why in fits.left_out.items()),
-    ])
+    ]
 
 
-def _pair(x: str, pair: Pair) -> list[str]:
-    found, where = pair.crossing, f"{pair.measure}: {pair.line} is better than {pair.other}"
-    if found.at is not None:
-        return [f"{where} from {x} {found.at:.3g} on ({_interval(found.interval)})"]
-    shares = f"in {found.always:.0%} of the bootstrap everywhere, in {found.never:.0%} not at the end"
-    return [f"{where}: no crossing within the data ({shares})"]
-
-
-def _line(line: Line) -> list[str]:
+def _line(x: str, line: Line) -> list[str]:
     where = f"{line.measure} of {line.line}"
     told = [f"{what} left out: {why}" for what, why in line.left_out.items()]
     for point in line.predictions:
         off = "" if point.off is None else f", off by {point.off:+.1%}"
         told.append(
-            f"{where} at {point.x:.3g}: predicted {point.predicted:.4g} ({_interval(point.interval)}), found "
+            f"{where} at {_at(x, point.x)}: predicted {point.predicted:.4g} ({_interval('', point.interval)}), found "
             f"{point.observed:.4g}{off}"
         )
     return told
 
 
-def _interval(interval: Interval) -> str:
-    low, high = ("beyond the data" if end is None else f"{end:.3g}" for end in (interval.low, interval.high))
+def _interval(x: str, interval: Interval) -> str:
+    low, high = ("beyond the data" if end is None else _at(x, end) for end in (interval.low, interval.high))
     return f"95 %: {low} to {high}"
+
+
+def _at(x: str, value: float) -> str:
+    """Format a place on the axis ``x``; "" is the axis of a measure."""
+    return flops_text(value) if x == "flops" else f"{x} {value:.3g}".strip()
 
 
 def _counts(links: Sequence[Link]) -> str:
@@ -116,7 +170,8 @@ def _hours(links: Sequence[Link], rates: Rates, devices: int = 1) -> str:
     return f"{devices * sum(known) / 3600:,.2f}" if known or not links else "?"
 
 
-def _flops(count: float) -> str:
+def flops_text(count: float) -> str:
+    """Format a number of operations."""
     for unit, size in (("Z", 1e21), ("E", 1e18), ("P", 1e15), ("T", 1e12)):
         if count >= size:
             return f"{count / size:.3g} {unit}FLOP"

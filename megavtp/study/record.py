@@ -79,10 +79,18 @@ def read_metrics(link: Link) -> Mapping[str, float]:
     return {name: float(value) for name, value in found.items() if "/" in name and isinstance(value, (int, float))}
 
 
-def tail(log: Path, lines: int = 1) -> str:
+def _tail(log: Path, lines: int = 1) -> str:
     """Return the last lines of a log that say something, in one line; "" if there are none."""
     with contextlib.suppress(OSError), open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - 8192))
         told = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
         return " ".join(told[-lines:])[:300]
     return ""
+
+
+def failure(link: Link) -> str:
+    """Return what is known of a link that failed: its kind and folder, the exit status, its last words and its log."""
+    record = read_record(link)
+    status = f"exit status {record.exit}" if record else "not begun"
+    said = _tail(link.log)
+    return f"{link.kind} in {link.folder} ({status}{f': {said}' if said else ''}); its log is {link.log}"

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megavtp.config.load import to_yaml
 from megavtp.data.files import write_atomic, write_json
 from megavtp.study.cells import Cell
 from megavtp.study.config import COLUMNS, StudyConfig
@@ -14,6 +15,7 @@ from megavtp.study.record import is_finished, read_metrics, read_record
 from megavtp.training.output_dir import writing
 
 Row = dict[str, Any]
+STUDY = "study.yaml"  # the study itself, for the report
 TABLE = "results"  # .csv and .json in the study's folder
 
 
@@ -48,4 +50,5 @@ def write_results(study: StudyConfig, cells: list[Cell]) -> None:
     with writing(folder / TABLE):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / f"{TABLE}.csv", text.getvalue().encode())
+        write_atomic(folder / STUDY, to_yaml(study).encode())
         write_json(folder / f"{TABLE}.json", {"rows": rows, "curves": asdict(fits)}, indent=1)

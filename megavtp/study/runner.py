@@ -19,7 +19,7 @@ from megavtp.errors import UserError
 from megavtp.study.cells import cells_of, links_of
 from megavtp.study.config import StudyConfig, words
 from megavtp.study.links import Link
-from megavtp.study.record import Record, check_unchanged, is_finished, read_record, tail, write_record
+from megavtp.study.record import Record, check_unchanged, failure, is_finished, read_record, write_record
 from megavtp.study.results import write_results
 from megavtp.training.output_dir import writing
 
@@ -56,7 +56,7 @@ def run_study(study: StudyConfig, start: Start | None = None, tell: Callable[[st
                 tell(f"{number}/{len(links)} {link.kind} in {link.folder}: {'goes on' if record else 'begins'}")
                 if not _finish(link, record, launcher, start or run_command):
                     failed[link.folder] = link
-                    tell(f"failed: {_failure(link)}")
+                    tell(f"failed: {failure(link)}")
                 elif link.kind in ("evaluate", "generate"):
                     write_results(study, cells)
         write_results(study, cells)
@@ -64,15 +64,8 @@ def run_study(study: StudyConfig, start: Start | None = None, tell: Callable[[st
         lock.close()
     for link in {link.folder: link for link in failed.values()}.values():
         waiting = sum(any(failed.get(part.folder) is link for part in cell.links) for cell in cells)
-        tell(f"failed: {_failure(link)}; cells without a result: {waiting}")
+        tell(f"failed: {failure(link)}; cells without a result: {waiting}")
     return 1 if failed else 0
-
-
-def _failure(link: Link) -> str:
-    record = read_record(link)
-    status = f"exit status {record.exit}" if record else "not begun"
-    said = tail(link.log)
-    return f"{link.kind} in {link.folder} ({status}{f': {said}' if said else ''}); its log is {link.log}"
 
 
 def _finish(link: Link, record: Record | None, launcher: list[str], start: Start) -> bool:

@@ -72,8 +72,9 @@ def test_a_study_that_cannot_be_is_refused_in_one_line(changes, said, tmp_path):
 def test_a_measure_that_no_cell_has_and_too_few_points_are_told(tmp_path):
     other = small_study(tmp_path, curves={"better": {"generation/gfid": "lower"}})
     run_study(other, StandIn(), lambda line: None)
-    page = curves_page(fit_results(other, rows_of(cells_of(other))))
-    assert page == "curves.better.generation/gfid: no cell has this measure; there are generation/fd, knn/group_top1"
+    page = curves_page(other, fit_results(other, rows_of(cells_of(other))), 16, 16)
+    why = "no cell has this measure; there are generation/fd, knn/group_top1"
+    assert page.splitlines()[-1] == f"curves.better.generation/gfid: {why}"
     few = small_study(tmp_path, looks=[100, 200, 400], output_dir=str(tmp_path / "few"))
     run_study(few, StandIn(), lambda line: None)
     told = (tmp_path / "few" / "results.json").read_text()
@@ -221,7 +222,7 @@ def test_the_tool_plans_tells_the_state_and_refuses_in_one_line(tmp_path, monkey
     assert status == 0 and out.endswith("16 cells: 16 waiting\n")
     run_study(load_study(path), StandIn(), lambda line: None)
     status, out, _ = tool(f"tools/study.py results {path}", monkeypatch, capsys)
-    assert status == 0 and "generation/fd: objectives=joint is better than objectives=ae from flops 1.5" in out
+    assert status == 0 and "generation/fd (lower is better): objectives=joint is better than objectives=ae from " in out
     for words, said in (
         (f"plan {path} --device abacus --gpus 1", "device abacus: not known"),
         (f"plan {path} --gpus 0", "--gpus: must be a whole number"),
