@@ -38,7 +38,11 @@ class Recipe(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Read all files that the run needs, on every rank: one may be missing on a single machine. UserError then."""
+        """Open and read all files that the run needs, on every rank: one may be missing on a single machine.
+
+        What every rank would list or stat is left to ``look_once``, before the rank reads anything by itself: an error
+        of one rank alone must not leave the others in a collective. Raises UserError.
+        """
 
     @abstractmethod
     def build(self) -> None:
