@@ -10,10 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-import torch.distributed as dist
-
 from megavtp.errors import UserError
-from megavtp.parallel.collectives import broadcast_object, together
+from megavtp.parallel.collectives import broadcast_object, is_first, together
 
 T = TypeVar("T")
 
@@ -33,8 +31,7 @@ F = TypeVar("F", bound=Found | None)
 
 def from_first(work: Callable[[], T]) -> T:
     """Return on every rank what ``work()`` returns on rank 0. Its ``UserError`` is raised on all ranks."""
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-    return broadcast_object(together(lambda: work() if is_first else None))
+    return broadcast_object(together(lambda: work() if is_first() else None))
 
 
 def look_once(look: Callable[[], F]) -> F:
@@ -66,7 +63,7 @@ def _located(found: F) -> tuple[F, tuple[int, ...] | None, str]:
 
 def leads_other_machine() -> bool:
     """Tell whether this rank is the first one on its machine, and rank 0 is on another."""
-    return dist.is_initialized() and dist.get_rank() > 0 and os.environ.get("LOCAL_RANK") == "0"
+    return not is_first() and os.environ.get("LOCAL_RANK") == "0"
 
 
 def place_of(path: Path) -> tuple[int, ...] | None:
