@@ -106,7 +106,7 @@ class LatentFolder:
         facts = (self.artifact, names, self.shape, self.has_flips, self.caption_width, self.classes)
         found = hashlib.sha256(repr(facts).encode())
         for labels in self._labels:
-            found.update(labels.numpy())
+            found.update(labels.numpy().tobytes())
         return found.hexdigest()
 
     def read(self, shard: int, row: int, flip: bool) -> LatentSample:

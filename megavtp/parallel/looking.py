@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from megavtp.errors import UserError
 from megavtp.parallel.collectives import broadcast_object, is_first, together
@@ -57,8 +57,8 @@ def look_once(look: Callable[[], F]) -> F:
     return found
 
 
-def _located(found: F) -> tuple[F, tuple[int, ...] | None, str]:
-    return found, found and place_of(found.landmark), socket.gethostname()
+def _located(found: Found | None) -> tuple[Any, tuple[int, ...] | None, str]:
+    return found, None if found is None else place_of(found.landmark), socket.gethostname()
 
 
 def leads_other_machine() -> bool:
