@@ -10,6 +10,7 @@ import torch
 from megavtp.checkpoint.store import Checkpoint
 from megavtp.config.run import ReadingConfig, RunConfig
 from megavtp.data.loader import B, Loader, StepSource
+from megavtp.launch.ranks import collective_limit
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import build_mesh
 from megavtp.parallel.passes import Pass
@@ -34,7 +35,8 @@ class Recipe(ABC):
     def __init__(self, config: RunConfig, device: torch.device):
         p = config.parallel
         self.config, self.device = config, device
-        self.mesh = build_mesh(p.tp, p.pp, p.virtual_stages, p.sequence_parallel)
+        limit = collective_limit(p.timeout)
+        self.mesh = build_mesh(p.tp, p.pp, p.virtual_stages, p.sequence_parallel, limit)
 
     @abstractmethod
     def open(self) -> None:
