@@ -43,14 +43,14 @@ def main(options: argparse.Namespace) -> None:
     from megavtp.data.shards import split_folder
     from megavtp.extraction.job import Extraction, ExtractionSettings
     from megavtp.launch.tool import join_others
-    from megavtp.parallel.collectives import together
+    from megavtp.parallel.looking import from_first
     from megavtp.tokenizer import load_tokenizer
 
     settings = ExtractionSettings(options.label, options.flip, options.captions, options.batch_size, options.precision)
     device, mesh = join_others(options.device)
     tokenizer = load_tokenizer(options.tokenizer, device, compute_dtype(options.precision))
     workers = options.workers if options.workers is not None else 4 if device.type == "cuda" else 0
-    data = together(lambda: split_folder(options.data, options.split))
+    data = from_first(lambda: split_folder(options.data, options.split))
     job = Extraction(
         tokenizer, data, options.out, settings, mesh, workers=workers, max_bad=options.max_bad,
         quiet=mesh.rank > 0 or not sys.stderr.isatty(),

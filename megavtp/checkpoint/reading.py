@@ -91,11 +91,12 @@ class Checkpoint:
     """An open, verified checkpoint, whose tensors are read from disk when they are asked for.
 
     While it is open (until ``close``, the end of a ``with`` block, or collection) a shared lock keeps other processes
-    from pruning it.
+    from pruning it. It can be sent to other processes, which have no lock of their own (None) and read no index.
     """
 
-    def __init__(self, path: Path, index: Index, lock: BinaryIO):
+    def __init__(self, path: Path, index: Index, lock: BinaryIO | None = None):
         self.path = path
+        self._index = index
         self.step = index.step
         self.meta = index.meta
         self._tensors = index.tensors
@@ -105,6 +106,18 @@ class Checkpoint:
             self._told[tensor.file][name] = (_CODES[tensor.dtype], tensor.shape)
         self._handles: dict[str, Any] = {}
         self._lock = lock
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Checkpoint, (self.path, self._index)  # the open files stay behind
+
+    @property
+    def landmark(self) -> Path:
+        """The file that describes all others."""
+        return self.path / INDEX
+
+    @property
+    def digest(self) -> str:
+        return self._index.digest
 
     @property
     def names(self) -> list[str]:
@@ -137,7 +150,8 @@ class Checkpoint:
 
     def close(self) -> None:
         self._handles.clear()
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -180,7 +194,7 @@ def open_checkpoint(path: str | Path, verify: Verify = True) -> Checkpoint:
     killed before it was set. Each one that is skipped is logged with the reason.
 
     ``verify``: True compares every file's size, SHA-256 and header with the index. "sizes" (or False) compares only the
-    sizes, and the header of each file that is read; it is for the other ranks of a job whose first rank compares all.
+    sizes, and the header of each file that is read; it is for a checkpoint whose hashes have just been compared.
     Raises UserError that names the bad file and the remedy.
     """
     path = Path(path)

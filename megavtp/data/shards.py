@@ -1,8 +1,11 @@
 """Random access to the samples of indexed tar shards."""
 
+import hashlib
+import json
 import os
 import tarfile
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from megavtp.errors import UserError
 from megavtp.json_file import read_json
 
 _LEAST_SAMPLE = 2 * tarfile.BLOCKSIZE  # bytes: the header of the image, and at least one block of the image
+_LOOKS = 16  # threads that ask for sizes; each waits for the storage, which may be far away
 _OPEN_SHARDS = 128  # tars and side-cars a process holds at a time; a rank reads one or two shards of each stream
 
 
@@ -96,6 +100,16 @@ class ShardDataset:
     def __len__(self) -> int:
         return sum(self.shard_counts)
 
+    @property
+    def landmark(self) -> Path:
+        """The file that names all others."""
+        return self.folder / "index.json"
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the shards' names, sizes and numbers of samples."""
+        return hashlib.sha256(json.dumps([asdict(shard) for shard in self._shards]).encode()).hexdigest()
+
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardDataset, (self.folder, self._shards)  # the open files stay behind
 
@@ -158,13 +172,21 @@ def open_dataset(folder: str | Path) -> ShardDataset:
     names = [shard.file for shard in index.shards]
     if not names or len(set(names)) < len(names) or index.total != sum(shard.samples for shard in index.shards):
         raise UserError(f"{folder / 'index.json'} is damaged or empty; {remedy}")
-    sizes = {path.name: path.stat().st_size for path in folder.glob("*.tar") if os.path.exists(path)}
+    with ThreadPoolExecutor(_LOOKS) as pool:
+        sizes = dict(pool.map(_sized, folder.glob("*.tar")))
     for shard in index.shards:
         if sizes.get(shard.file) != shard.bytes:
             raise UserError(f"{folder / shard.file} is missing or has changed since it was indexed; {remedy}")
         if shard.samples * _LEAST_SAMPLE > shard.bytes:  # memory for all would be allocated before one is read
             raise UserError(f"{folder / shard.file} is too small for {shard.samples} samples; {remedy}")
     return ShardDataset(folder, index.shards)
+
+
+def _sized(path: Path) -> tuple[str, int | None]:
+    try:
+        return path.name, path.stat().st_size
+    except OSError:  # such as a link to nowhere
+        return path.name, None
 
 
 def _remedy(folder: Path) -> str:

@@ -40,7 +40,7 @@ class DecoderTraining(Pretraining):
             self.config, self.share, self.mesh, self.device, self._initial, model_kind(self.config, self.features)
         )
         self.engine = build_engine(self.model, self.config, self.mesh, (Block, Discriminator))
-        self._initial = {}
+        self._initial, self._opened = {}, {}
 
     def passes(self) -> list[Pass]:
         return build_passes(self.config, self.share, self.mesh, self.device, self.perceptual, self.features)

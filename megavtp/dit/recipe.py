@@ -16,6 +16,7 @@ from megavtp.dit.summary import dit_flops
 from megavtp.dit.validate import TOWER, flow_share, with_latents
 from megavtp.latents.folder import LatentFolder
 from megavtp.parallel.engine import Engine
+from megavtp.parallel.looking import look_once
 from megavtp.parallel.passes import Pass
 from megavtp.training.optimizer import build_optimizer
 from megavtp.training.recipe import Recipe
@@ -29,7 +30,7 @@ class DiTTraining(Recipe):
     config: CompleteDiTConfig
 
     def open(self) -> None:
-        self.folder = LatentFolder(self.config.data.root)
+        self.folder = look_once(lambda: LatentFolder(self.config.data.root))
         self.config = with_latents(self.config, self.folder)
 
     def build(self) -> None:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,11 +29,11 @@ from megavtp.extraction.labels import Labelling, find_labels
 from megavtp.extraction.moments import Moments, channel_moments
 from megavtp.latents.artifact import TokenizerArtifact
 from megavtp.launch import phase
-from megavtp.parallel.collectives import all_gather_object, broadcast_object, together
+from megavtp.parallel.collectives import all_gather_object
+from megavtp.parallel.looking import from_first, look_once
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.tokenizer import Tokenizer
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _SHARDS = 512  # enough to be shared out evenly among many processes
@@ -75,7 +74,7 @@ class Extraction:
         self.workers, self.max_bad, self.quiet, self.on_shard = workers, max_bad, quiet, on_shard
         if settings.captions and "contrastive" not in tokenizer.model.objectives:
             raise UserError(f"--captions: {tokenizer.path} has no text encoder")
-        self.data: ShardDataset = together(lambda: open_dataset(data))
+        self.data: ShardDataset = look_once(lambda: open_dataset(data))
         self.images_per_shard = shard_size(len(self.data), settings.batch_size)
         index = hashlib.sha256((self.data.folder / "index.json").read_bytes()).hexdigest()
         decisive = {"data": index, "images_per_shard": self.images_per_shard, **asdict(settings)}
@@ -87,28 +86,24 @@ class Extraction:
         """Do what is missing in a collective call; return the tokenizer's facts with statistics, and how many samples
         were left out since this start."""
         phase.enter("preparing the extraction", slow=True)
-        self._on_first(self.folder.check)  # before all metadata are read
+        from_first(self.folder.check)  # before all metadata are read
         labels = find_labels(self.data, self.settings.label, self.mesh)  # a wrong key leaves nothing behind
         try:
-            self._on_first(self.folder.claim)
+            from_first(self.folder.claim)
             return self._fill(labels)
         finally:
             self.folder.release()
 
-    def _on_first(self, work: Callable[[], T]) -> T:
-        """Return to all processes what the first one's work returns."""
-        return broadcast_object(together(lambda: work() if self.mesh.rank == 0 else None))
-
     def _fill(self, labels: Labelling) -> tuple[TokenizerArtifact, int]:
         # One process looks: on a network file system others may see an older state of the folder.
-        own = self._on_first(self.folder.missing)[self.mesh.dp_rank :: self.mesh.dp]
+        own = from_first(self.folder.missing)[self.mesh.dp_rank :: self.mesh.dp]
         phase.enter("extracting latents", slow=True)
         # On a CPU the last bits of a product depend on the number of threads, and that on the number of processes.
         with torch.no_grad(), one_thread() if self.tokenizer.device.type == "cpu" else nullcontext():
             self._extract(own, labels)
         phase.enter("finishing the latents", slow=True)
         left_out = sum(all_gather_object(self.left_out))
-        return self._on_first(lambda: self.folder.finish(labels.names)), left_out
+        return from_first(lambda: self.folder.finish(labels.names)), left_out
 
     def _extract(self, shards: list[int], labels: Labelling) -> None:
         ranges = [self._batches(shard) for shard in shards]

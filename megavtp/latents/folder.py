@@ -13,6 +13,7 @@
 Letters: n images of a shard, C channels, h = w positions, E caption features.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from megavtp.data.decode import BadSample
 from megavtp.data.files import refuse_remote
 from megavtp.errors import UserError
 from megavtp.json_file import read_json
-from megavtp.latents.artifact import LatentStatistics, TokenizerArtifact
+from megavtp.latents.artifact import FILE, LatentStatistics, TokenizerArtifact
 
 CLASSES_FILE = "classes.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names
@@ -91,7 +92,22 @@ class LatentFolder:
             raise UserError(
                 f"{self.folder}: a label is {highest}, but {CLASSES_FILE} names {self.num_classes} classes; {_REMEDY}"
             )
-        self._open.clear()  # worker processes open their own
+        self._open.clear()  # other processes open their own
+
+    @property
+    def landmark(self) -> Path:
+        """The file of the tokenizer's facts, which each extraction writes anew."""
+        return self.folder / FILE
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the tokenizer's facts, the shards' names and kind, the classes and the labels."""
+        names = [path.name for path in self._paths]
+        facts = (self.artifact, names, self.shape, self.has_flips, self.caption_width, self.classes)
+        found = hashlib.sha256(repr(facts).encode())
+        for labels in self._labels:
+            found.update(labels.numpy().tobytes())
+        return found.hexdigest()
 
     def read(self, shard: int, row: int, flip: bool) -> LatentSample:
         """Read an image's latents; ``flip`` reads its mirror image's. ``BadSample`` if a number is not finite."""

@@ -71,7 +71,7 @@ def join(member: Member, store: dist.Store, timeout: float) -> torch.device:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     _watchdog = Watchdog(store, member.rank, member.world, socket.gethostname(), timeout)
     _watchdog.start()
-    limit = timedelta(seconds=min(limit_of(timeout, slow=True) + 60, NO_LIMIT))  # after the watchdog's
+    limit = collective_limit(timeout)
     group = dist.PrefixStore("group", store)
     try:
         dist.init_process_group(backend, store=group, rank=member.rank, world_size=member.world, timeout=limit)
@@ -89,6 +89,11 @@ def join(member: Member, store: dist.Store, timeout: float) -> torch.device:
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     faulthandler.register(signal.SIGUSR1)
     return device
+
+
+def collective_limit(timeout: float) -> timedelta:
+    """Return how long a collective may take: longer than the watchdog lets any phase take, which knows whom to name."""
+    return timedelta(seconds=min(limit_of(timeout, slow=True) + 60, NO_LIMIT))
 
 
 def _device(member: Member) -> tuple[torch.device, str]:

@@ -42,7 +42,7 @@ def join_others(device: str) -> tuple[torch.device, Mesh]:
     if device != "auto":
         raise UserError(f"--device {device} is for a single process; several take a GPU each, or the CPU")
     # How long a share takes depends on the user's data, so no process counts as hung. A lost one is still found.
-    return ranks.join(member, meet(member, _ARRIVAL), 0), build_mesh(1, 1)
+    return ranks.join(member, meet(member, _ARRIVAL), 0), build_mesh(1, 1, timeout=ranks.collective_limit(0))
 
 
 def choose_device(name: str) -> torch.device:

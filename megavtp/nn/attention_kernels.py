@@ -3,7 +3,9 @@
 Letters: T tokens of all sequences, H local heads, h head dimension, b sequences of length L in one segment.
 """
 
+import importlib
 import inspect
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -15,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megavtp.errors import UserError
+from megavtp.parallel.collectives import is_first
+
+log = logging.getLogger(__name__)
 
 Kernel = Literal["auto", "flash", "sdpa"]
 Segments = tuple[tuple[int, int], ...]  # (sequences, length) per crop size, in the order they are packed
@@ -22,15 +27,33 @@ Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]  # q, k, 
 
 
 @cache
-def find_varlen() -> Varlen | None:
-    """Find a variable-length kernel: flash-attn's, else torch's, else None. An import decides, not package metadata, as
-    flash-attn can be installed without its compiled part."""
-    with suppress(ImportError, OSError):
-        from flash_attn import flash_attn_varlen_func
+def find_varlen(hopper: bool) -> Varlen | None:
+    """Find a variable-length kernel: FlashAttention 3's for Hopper GPUs, else flash-attn's, else torch's, else None."""
+    return (import_flash("flash_attn_interface") if hopper else None) or import_flash("flash_attn") or import_torch()
 
-        return lambda q, k, v, cu, longest, causal: flash_attn_varlen_func(
-            q, k, v, cu, cu, longest, longest, causal=causal
-        )
+
+def import_flash(module: str) -> Varlen | None:
+    """Return the kernel of FlashAttention 3 (``flash_attn_interface``) or flash-attn (``flash_attn``), None without it.
+
+    An import of what is called decides: a package can lack its compiled part, have it for another torch, or be a mere
+    folder that another one left (flash-attn-4 has no ``flash_attn/__init__.py``). The first rank's log tells of these.
+    """
+    try:
+        function = importlib.import_module(module).flash_attn_varlen_func
+    except Exception as error:  # whatever its code raises: nothing depends on this package
+        if is_first() and not (isinstance(error, ModuleNotFoundError) and error.name == module):
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            log.warning("%s is installed, but cannot be used (%s): another kernel computes attention", module, reason)
+        return None
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, causal: bool) -> Tensor:
+        result = function(q, k, v, offsets, offsets, longest, longest, causal=causal)
+        return result[0] if isinstance(result, tuple) else result  # first releases of 3 add the log-sum-exp
+
+    return varlen
+
+
+def import_torch() -> Varlen | None:
     with suppress(ImportError):
         from torch.nn.attention.varlen import varlen_attn
 
@@ -52,20 +75,18 @@ def adapt_torch_varlen(varlen_attn: Callable[..., Any]) -> Varlen | None:
 
 def check_kernel(kernel: Kernel) -> None:
     """Raise UserError if ``kernel`` asks for what this installation does not have."""
-    if kernel == "flash" and find_varlen() is None:
+    if kernel == "flash" and find_varlen(hopper=True) is None:
         raise UserError(
-            "parallel.attention=flash, but neither flash-attn nor torch's variable-length attention can be "
-            "imported; install flash-attn or set parallel.attention=auto"
+            "parallel.attention=flash, but neither FlashAttention 3, flash-attn nor torch's variable-length attention "
+            "can be imported; install flash-attn or set parallel.attention=auto"
         )
 
 
 def _varlen_of(q: Tensor) -> Varlen | None:
     """Return the variable-length kernel if there is one that takes such tensors."""
-    suits = (
-        q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    )
-    return find_varlen() if suits else None
+    suits = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    generation = torch.cuda.get_device_capability(q.device)[0] if suits else 0
+    return find_varlen(hopper=generation == 9) if generation >= 8 else None
 
 
 def spans(segments: Segments) -> list[slice]:

@@ -135,6 +135,11 @@ def all_gather_object(value: Any) -> list[Any]:
     return values
 
 
+def is_first() -> bool:
+    """Tell whether this is rank 0, or the only process."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def together(work: Callable[[], T]) -> T:
     """Return ``work()`` once every rank has done its own.
 

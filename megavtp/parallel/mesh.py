@@ -4,6 +4,7 @@ rank = dp_rank * (pp * tp) + pp_rank * tp + tp_rank, so tensor-parallel peers ar
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal, get_args
 
 import numpy as np
@@ -75,8 +76,13 @@ class Mesh:
 SINGLE = Mesh()
 
 
-def build_mesh(tp: int, pp: int, virtual_stages: int = 1, sequence_parallel: bool = False) -> Mesh:
-    """Split the initialised world into a mesh; every rank must call it. The world size must divide by tp * pp."""
+def build_mesh(
+    tp: int, pp: int, virtual_stages: int = 1, sequence_parallel: bool = False, timeout: timedelta | None = None
+) -> Mesh:
+    """Split the initialised world into a mesh; every rank must call it. The world size must divide by tp * pp.
+
+    ``timeout`` is that of the groups' collectives; None is the backend's, which they do not take from the world.
+    """
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     dp = world // (tp * pp)
     ranks_at = np.arange(dp * pp * tp).reshape(dp, pp, tp)
@@ -90,7 +96,7 @@ def build_mesh(tp: int, pp: int, virtual_stages: int = 1, sequence_parallel: boo
     groups: dict[str, dist.ProcessGroup | None] = {}
     for axis, members in lists.items():
         for ranks in members:  # creation is collective: every rank creates every group, also those it is not in
-            group = dist.new_group(ranks) if len(ranks) > 1 else None
+            group = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
             if rank in ranks:
                 groups[axis] = group
     return Mesh(

@@ -9,11 +9,12 @@ from torch import Tensor
 from megavtp.config.sizes import ResolvedConfig
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.loader import EvalDataset
-from megavtp.data.shards import open_dataset, split_folder, split_folders
+from megavtp.data.shards import ShardDataset, open_dataset, split_folders
 from megavtp.evaluation import VTPEvaluated, evaluate, format_table, write_metrics
 from megavtp.models.lpips import PERCEPTUAL_NETS
 from megavtp.models.vtp import VTP
 from megavtp.parallel.engine import Engine
+from megavtp.parallel.looking import look_once
 from megavtp.parallel.mesh import Mesh
 from megavtp.pixels import normalise, to_uint8
 from megavtp.training.pictures import reconstruction_grid
@@ -27,21 +28,25 @@ class InLoopEvaluation:
     """
 
     def __init__(
-        self, config: ResolvedConfig, engine: Engine[VTP], mesh: Mesh, tokenizer: CaptionTokenizer,
-        perceptual: Callable[[Tensor, Tensor], Tensor] | None, telemetry: Telemetry,
+        self, config: ResolvedConfig, engine: Engine[VTP], mesh: Mesh, train_set: ShardDataset,
+        tokenizer: CaptionTokenizer, perceptual: Callable[[Tensor, Tensor], Tensor] | None, telemetry: Telemetry,
     ):
         self.config, self.engine, self.mesh = config, engine, mesh
         self.tokenizer, self.telemetry = tokenizer, telemetry
         self.output_dir = Path(config.output_dir)
-        self.train_set = self._samples("train", config.evaluation.max_samples)
-        has_test = "test" in split_folders(Path(config.data.root))
-        self.test_set = self._samples("test", config.evaluation.max_samples) if has_test else None
+        test_set = look_once(self._open_test)
+        self.train_set = self._samples(train_set)
+        self.test_set = None if test_set is None else self._samples(test_set)
         net = PERCEPTUAL_NETS.get(config.objectives.reconstruction.perceptual)
         self.perceptual = {} if perceptual is None else {f"lpips_{net}": perceptual}
 
-    def _samples(self, split: str, count: int) -> EvalDataset:
-        folder = open_dataset(split_folder(self.config.data.root, split))
-        return EvalDataset(folder, self.tokenizer, self.config.model.image_size, count, self.config.data.max_pixels)
+    def _open_test(self) -> ShardDataset | None:
+        folder = split_folders(Path(self.config.data.root)).get("test")
+        return None if folder is None else open_dataset(folder)
+
+    def _samples(self, dataset: ShardDataset) -> EvalDataset:
+        most, size = self.config.evaluation.max_samples, self.config.model.image_size
+        return EvalDataset(dataset, self.tokenizer, size, most, self.config.data.max_pixels)
 
     @torch.no_grad()
     def pictures(self, step: int) -> None:

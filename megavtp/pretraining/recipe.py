@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megavtp.checkpoint.formats.initial import fill, read_initial
+from megavtp.checkpoint.formats.initial import fill, open_sources, read_initial
 from megavtp.checkpoint.reading import has_checkpoints
 from megavtp.checkpoint.store import Checkpoint
 from megavtp.config.precision import compute_dtype
@@ -17,7 +17,6 @@ from megavtp.config.sizes import ResolvedConfig
 from megavtp.config.validate import with_vocabulary
 from megavtp.data.batch import StepDataset
 from megavtp.data.captions import load_tokenizer
-from megavtp.data.files import refuse_hub_id
 from megavtp.data.loader import Loader
 from megavtp.data.shards import open_dataset, split_folder
 from megavtp.errors import UserError
@@ -27,6 +26,7 @@ from megavtp.models.lpips_weights import load_lpips_weights
 from megavtp.models.vtp import VTP
 from megavtp.nn.block import Block
 from megavtp.parallel.engine import Engine
+from megavtp.parallel.looking import from_first, look_once
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.passes import Pass
 from megavtp.planning.flops import flops_per_step
@@ -46,6 +46,9 @@ class Pretraining(Recipe):
     """The three objectives that are on, over image-text pairs; the teacher follows the student."""
 
     config: ResolvedConfig
+    _initial: dict[str, Tensor]
+    _notes: list[str]
+    _opened: dict[str, Checkpoint]  # held open until all ranks have read the initial weights
 
     def __init__(self, config: ResolvedConfig, device: torch.device):
         super().__init__(config, device)
@@ -54,29 +57,24 @@ class Pretraining(Recipe):
     def open(self) -> None:
         config = self.config
         root = config.data.root
-        self.train_set = open_dataset(split_folder(root, "train"))
+        self.train_set = look_once(lambda: open_dataset(split_folder(root, "train")))
+        goes_on = config.train.resume == "auto" and from_first(lambda: has_checkpoints(checkpoint_root(config)))
+        starts_from = None if goes_on else config.model.init_from
+        self._opened = open_sources(starts_from) if starts_from else {}
         self.tokenizer = load_tokenizer(config.data.captions, root, config.model.text.context_length)
         self.config = with_vocabulary(config, self.tokenizer.vocab_size)
         self.perceptual = build_perceptual(config, self.device)
-        self._initial, self._notes = self._read_initial()
-
-    def _read_initial(self) -> tuple[dict[str, Tensor], list[str]]:
-        """Read the weights of ``model.init_from``, unless there is a checkpoint to go on from."""
-        config = self.config
-        goes_on = config.train.resume == "auto" and has_checkpoints(checkpoint_root(config))
-        if config.model.init_from is None or goes_on:
-            return {}, []
-        for path in config.model.init_from.split(","):
-            refuse_hub_id(path.strip())
-        return read_initial(
-            config.model.init_from, config.model, frozenset(self.share.passes),
-            frozen_encoder=config.objectives.reconstruction.frozen_encoder,
-        )
+        self._initial, self._notes = {}, []
+        if starts_from:
+            self._initial, self._notes = read_initial(
+                starts_from, self.config.model, frozenset(self.share.passes),
+                frozen_encoder=config.objectives.reconstruction.frozen_encoder, opened=self._opened,
+            )
 
     def build(self) -> None:
         self.model = build_model(self.config, self.share, self.mesh, self.device, self._initial)
         self.engine = build_engine(self.model, self.config, self.mesh)
-        self._initial = {}
+        self._initial, self._opened = {}, {}
 
     def passes(self) -> list[Pass]:
         return build_passes(self.config, self.share, self.mesh, self.device, self.perceptual)
@@ -123,7 +121,7 @@ class Pretraining(Recipe):
 
     def hooks(self, telemetry: Telemetry) -> list[tuple[int, Hook]]:
         self._evaluation = InLoopEvaluation(
-            self.config, self.engine, self.mesh, self.tokenizer, self.perceptual, telemetry
+            self.config, self.engine, self.mesh, self.train_set, self.tokenizer, self.perceptual, telemetry
         )
         return [
             (self.config.telemetry.pictures_every, self._evaluation.pictures),

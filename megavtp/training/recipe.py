@@ -10,6 +10,7 @@ import torch
 from megavtp.checkpoint.store import Checkpoint
 from megavtp.config.run import ReadingConfig, RunConfig
 from megavtp.data.loader import B, Loader, StepSource
+from megavtp.launch.ranks import collective_limit
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import build_mesh
 from megavtp.parallel.passes import Pass
@@ -35,11 +36,16 @@ class Recipe(ABC):
     def __init__(self, config: RunConfig, device: torch.device):
         p = config.parallel
         self.config, self.device = config, device
-        self.mesh = build_mesh(p.tp, p.pp, p.virtual_stages, p.sequence_parallel)
+        limit = collective_limit(p.timeout)
+        self.mesh = build_mesh(p.tp, p.pp, p.virtual_stages, p.sequence_parallel, limit)
 
     @abstractmethod
     def open(self) -> None:
-        """Read all files that the run needs, on every rank: one may be missing on a single machine. UserError then."""
+        """Open and read all files that the run needs, on every rank: one may be missing on a single machine.
+
+        What every rank would list or stat is left to ``look_once``, before the rank reads anything by itself: an error
+        of one rank alone must not leave the others in a collective. Raises UserError.
+        """
 
     @abstractmethod
     def build(self) -> None:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from megavtp.checkpoint.reading import has_checkpoints
-from megavtp.checkpoint.store import CheckpointStore, find_latest, open_checkpoint
+from megavtp.checkpoint.store import Checkpoint, CheckpointStore, find_latest, open_checkpoint
 from megavtp.data.loader import Loader
 from megavtp.errors import UserError
 from megavtp.launch import phase
 from megavtp.launch.stop_signal import StopSignal
-from megavtp.parallel.collectives import all_gather_object, broadcast_object, together
+from megavtp.parallel.collectives import all_gather_object, broadcast_object
 from megavtp.parallel.engine import StepResult
+from megavtp.parallel.looking import look_once
 from megavtp.training import state
 from megavtp.training.recipe import Recipe
 from megavtp.training.schedules import learning_rate
@@ -44,20 +45,20 @@ class Trainer:
         if self.config.train.resume == "never":
             return 0
         root = state.checkpoint_root(self.config)
-        found = broadcast_object(together(lambda: _newest(root, last) if self.engine.mesh.rank == 0 else None))
+        found = look_once(lambda: _newest(root, last))
         if found is None:
             return 0
-        with open_checkpoint(found, verify="sizes") as checkpoint:  # rank 0 has checked the hashes
+        with found as checkpoint:
             self.recipe.check(checkpoint)
             step = state.load(checkpoint, self.engine, self.passes)
             self.recipe.resumed(checkpoint)
             changed = state.changed_keys(checkpoint, self.config, self.recipe.decides_data)
         if changed:
             self.telemetry.event("data_changed", step=step, keys=changed)
-        all_gather_object(None)  # all ranks have read it when the first one goes on: tidying up may rename it
+            all_gather_object(None)  # all ranks have read it: only now may it be renamed, or pruned by another process
         if self.engine.mesh.rank == 0 and last is None:
-            self.store.tidy(found)
-        self.telemetry.event("resumed", step=step, checkpoint=found.name)
+            self.store.tidy(root / found.path.name)
+        self.telemetry.event("resumed", step=step, checkpoint=found.path.name)
         return step
 
     def run(self, start: int) -> bool:
@@ -154,8 +155,8 @@ class Trainer:
             )
 
 
-def _newest(root: Path, last: int | None) -> Path | None:
-    """Return the newest checkpoint that verifies, None if there is none at all.
+def _newest(root: Path, last: int | None) -> Checkpoint | None:
+    """Open the newest checkpoint that verifies; None if there is none at all.
 
     Raises:
         UserError: all are damaged, and starting over would silently throw the run away. Or ``last`` is given, and no
@@ -169,4 +170,4 @@ def _newest(root: Path, last: int | None) -> Path | None:
         raise UserError(
             f"no checkpoint in {root} is whole{which}: restore one from a copy, or {way} with train.resume=never"
         )
-    return found
+    return None if found is None else open_checkpoint(found, verify="sizes")  # the hashes have been compared

@@ -1,5 +1,6 @@
+import importlib
+import inspect
 import sys
-import types
 
 import pytest
 import torch
@@ -76,18 +77,78 @@ def test_both_signatures_of_torch_varlen():
     assert adapt_torch_varlen(lambda q, k, v: q) is None
 
 
-def test_flash_attn_without_its_extension_is_not_used(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))  # importable, but empty
+FLASH = {  # what may be found as a package
+    "whole": "def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=False): return q, 'found', max_q",
+    "stale": "raise ImportError('_C.so: undefined symbol: _ZN3c104cuda\\nand more')",
+    "partial": "import flash_attn_3_cuda",
+    "empty": "",
+}
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """A function that puts a package where it is imported from; without code it is a folder, as flash-attn-4 leaves."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("flash_attn", "flash_attn_interface"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    def put(name, code):
+        (tmp_path / name).mkdir()
+        if code is not None:
+            (tmp_path / name / "__init__.py").write_text(FLASH[code])
+        importlib.invalidate_caches()
+
+    yield put
+    for name in ("flash_attn", "flash_attn_interface"):
+        sys.modules.pop(name, None)
+
+
+def test_flash_attention_3_is_for_hopper_and_gives_only_the_output(install, caplog):
+    install("flash_attn_interface", "whole")
+    install("flash_attn", "whole")
+    kernels = {hopper: find_varlen.__wrapped__(hopper) for hopper in (True, False)}
+    assert [kernels[hopper](*"qkvo", 5, True) for hopper in (True, False)] == ["q", "q"]
+    modules = [inspect.getclosurevars(kernels[hopper]).nonlocals["function"].__module__ for hopper in (True, False)]
+    assert modules == ["flash_attn_interface", "flash_attn"] and not caplog.text
+
+
+@pytest.mark.parametrize("code, reason", [
+    ("stale", "_C.so: undefined symbol: _ZN3c104cuda"), ("partial", "No module named 'flash_attn_3_cuda'"),
+    ("empty", "has no attribute 'flash_attn_varlen_func'"), (None, "has no attribute 'flash_attn_varlen_func'"),
+])
+def test_a_stale_or_partial_install_falls_back_and_one_line_says_so(install, caplog, code, reason):
+    install("flash_attn", "whole")
+    install("flash_attn_interface", code)
+    kernel = find_varlen.__wrapped__(hopper=True)
+    assert inspect.getclosurevars(kernel).nonlocals["function"].__module__ == "flash_attn"
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.startswith("flash_attn_interface is installed, but cannot be used (") and reason in line
+    assert "\n" not in line
+
+
+def test_nothing_is_said_of_what_is_not_installed(caplog):
+    assert attention_kernels.import_flash("no_such_module") is None and not caplog.text
+
+
+def test_without_any_kernel_flash_is_refused(install, monkeypatch):
+    install("flash_attn", "empty")
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
-    assert find_varlen.__wrapped__() is None
-    monkeypatch.setattr(attention_kernels, "find_varlen", lambda: None)
+    assert find_varlen.__wrapped__(hopper=True) is None
+    monkeypatch.setattr(attention_kernels, "find_varlen", lambda hopper: None)
     with pytest.raises(UserError, match="parallel.attention"):
         Attention(8, 2, kernel="flash")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True])
-def test_cuda_varlen_equals_sdpa(causal):
+@pytest.mark.parametrize("library", ["flash_attn_interface", "flash_attn", "torch"])
+def test_cuda_varlen_equals_sdpa(monkeypatch, library, causal):
+    if library == "flash_attn_interface" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("FlashAttention 3 is for Hopper GPUs")
+    kernel = attention_kernels.import_torch() if library == "torch" else attention_kernels.import_flash(library)
+    if kernel is None:
+        pytest.skip(f"{library} has no variable-length attention here")
+    monkeypatch.setattr(attention_kernels, "_varlen_of", lambda q: kernel)
     q, k, v = (x.cuda().bfloat16().requires_grad_() for x in tokens(SEGMENTS, dim=64))
     results = []
     for kernel in ("auto", "sdpa"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 from distributed import run_ranks
 
@@ -61,3 +63,12 @@ def test_one_process_has_no_groups() -> None:
     mesh = build_mesh(1, 1)
     assert mesh == SINGLE and mesh.rank == 0 and mesh.world_size == 1
     assert all(mesh.group(axis) is None and mesh.size(axis) == 1 for axis in AXES)
+
+
+def _limit(rank: int) -> float:
+    group = build_mesh(1, 1, timeout=timedelta(seconds=77)).dp_group
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def test_the_groups_have_the_limit_that_is_given():
+    assert run_ranks(2, _limit) == [77.0, 77.0]

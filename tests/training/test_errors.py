@@ -73,10 +73,13 @@ def test_output_dir_that_cannot_be(recipe, tmp_path):
 
 
 def _no_data_here(rank: int) -> None:
+    from megavtp.parallel import looking
     from megavtp.pretraining import recipe
 
-    if rank == 1:
+    if rank == 1:  # as the first rank of another machine, where another disk is mounted at the data's place
         found = recipe.open_dataset
+        looking.leads_other_machine = lambda: True
+        looking.place_of = lambda path: None
         recipe.open_dataset = lambda folder: found("/mnt/not/mounted/here")
 
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -13,19 +15,40 @@ from megavtp.checkpoint.formats.hf_vtp import PERIODS
 from megavtp.checkpoint.formats.openclip import from_openclip, is_openclip
 from megavtp.checkpoint.formats.timm_vit import from_timm, is_timm_vit, other_rotation
 from megavtp.checkpoint.formats.vtp_source import check_periods, open_vtp
+from megavtp.checkpoint.reading import Checkpoint, is_checkpoint, open_checkpoint
 from megavtp.config.sizes import ResolvedModel
+from megavtp.data.files import refuse_hub_id
 from megavtp.data.weights_file import read_weights_file
 from megavtp.errors import UserError
 from megavtp.models.fitting import copy_whole, faults
 from megavtp.models.vtp import VTP
+from megavtp.parallel.collectives import together
+from megavtp.parallel.looking import look_once
 
 _REMEDY = "model.init_from takes a checkpoint folder, a released folder, or an OpenCLIP or timm ViT weights file"
 _BOTTLENECK = "trunk.feature_bottleneck.weight"
 _HIDDEN = ("rope_dtype", "heads", "norm", "ffn", "clip_feature", "causal", "pool", "quick_gelu")
 
 
+def open_sources(spec: str) -> dict[str, Checkpoint]:
+    """Open the native checkpoints that ``spec`` names, by path, in a collective call: rank 0 alone verifies them."""
+    paths = _paths(spec)
+    together(lambda: [refuse_hub_id(path) for path in paths])
+    found = {path: look_once(partial(_open_native, Path(path))) for path in paths}
+    return {path: checkpoint for path, checkpoint in found.items() if checkpoint is not None}
+
+
+def _open_native(path: Path) -> Checkpoint | None:
+    return open_checkpoint(path) if is_checkpoint(path) else None
+
+
+def _paths(spec: str) -> list[str]:
+    return [part.strip() for part in spec.split(",")]
+
+
 def read_initial(
-    spec: str, config: ResolvedModel, objectives: AbstractSet[str], frozen_encoder: bool = False
+    spec: str, config: ResolvedModel, objectives: AbstractSet[str], frozen_encoder: bool = False,
+    opened: Mapping[str, Checkpoint] = MappingProxyType({}),
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Read whole tensors by our names, checked against the whole model, and notes for the user.
 
@@ -33,6 +56,7 @@ def read_initial(
         spec: one path, or several separated by commas; a later one replaces what an earlier one gave.
         config: a resolved model, with the size of the vocabulary.
         frozen_encoder: the encoder will not be trained, so the sources must give all that decides a latent.
+        opened: those of the sources that ``open_sources`` has opened.
 
     Raises:
         UserError: a source cannot be read or does not fit; every missing, unexpected and misshapen tensor is listed.
@@ -42,8 +66,8 @@ def read_initial(
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     notes: list[str] = []
-    for path in (part.strip() for part in spec.split(",")):
-        found = _read(Path(path), config, shapes)
+    for path in _paths(spec):
+        found = _read(Path(path), config, shapes, opened.get(path))
         _check(found, shapes, path)
         tensors |= {name: tensor.float() for name, tensor in found.tensors.items()}
         towers = sorted({_tower(name) for name in found.tensors})
@@ -75,9 +99,11 @@ def _tower(name: str) -> str:
     return name.split(".")[0]
 
 
-def _read(path: Path, config: ResolvedModel, shapes: Mapping[str, list[int]]) -> ForeignWeights:
-    if path.is_dir():
-        return _read_vtp(path, config, shapes)
+def _read(
+    path: Path, config: ResolvedModel, shapes: Mapping[str, list[int]], opened: Checkpoint | None
+) -> ForeignWeights:
+    if opened is not None or path.is_dir():
+        return _read_vtp(path, config, shapes, opened)
     state = unwrapped(read_weights_file(path, "no weights", _REMEDY))
     state = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if empty := [name for name, tensor in state.items() if not tensor.numel()]:
@@ -91,8 +117,10 @@ def _read(path: Path, config: ResolvedModel, shapes: Mapping[str, list[int]]) ->
     return from_timm(state)
 
 
-def _read_vtp(path: Path, config: ResolvedModel, shapes: Mapping[str, list[int]]) -> ForeignWeights:
-    source = open_vtp(path)
+def _read_vtp(
+    path: Path, config: ResolvedModel, shapes: Mapping[str, list[int]], opened: Checkpoint | None
+) -> ForeignWeights:
+    source = open_vtp(path, opened=opened)
     check_periods(source)
     towers = {_tower(name) for name in shapes}
     found, there = ForeignWeights(), source.config

@@ -1,6 +1,7 @@
 """This reads a tokenizer from disk in either format: the checkpoint of a run or the folder of a released model."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,17 +60,18 @@ class VTPSource:
         return kept | {f"pixel_decoder.{name.removeprefix(average)}": tensor for name, tensor in averaged.items()}
 
 
-def open_vtp(path: str | Path, form: str | None = None) -> VTPSource:
+def open_vtp(path: str | Path, form: str | None = None, opened: Checkpoint | None = None) -> VTPSource:
     """Read a tokenizer from the checkpoint of a run, whose hashes are compared, or from a released model's folder.
 
-    ``form`` is "native" or "hf-vtp", for a folder that has the files of both; None prefers native.
+    ``form`` is "native" or "hf-vtp", for a folder that has the files of both; None prefers native. ``opened`` is the
+    run's checkpoint if it is open already; it stays open.
 
     Raises:
         UserError: it is neither, is damaged, does not fit its own config, or has an artifact of other weights.
     """
     path = Path(path)
-    if form == "native" or (form is None and is_checkpoint(path)):
-        with open_checkpoint(path) as checkpoint:
+    if opened is not None or form == "native" or (form is None and is_checkpoint(path)):
+        with nullcontext(opened) if opened is not None else open_checkpoint(path) as checkpoint:
             path, step = checkpoint.path, checkpoint.step
             config, tensors = _read_native(checkpoint)
             where = f"{path / INDEX}: released"
