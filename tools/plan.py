@@ -51,7 +51,6 @@ def rehearse(options: argparse.Namespace) -> int:
     if options.rehearse >= options.gpus:
         raise UserError(f"--rehearse {options.rehearse}: the ranks of {options.gpus} GPUs are 0 to {options.gpus - 1}")
     path = options.config or DEMO_CONFIG
-    print("setting up and playing two steps; large models take minutes ...", file=sys.stderr, flush=True)
     if "flow_matching" in read_yaml(path):
         found = rehearse_dit(load_config(path, DiTConfig, options.overrides), options.gpus, options.rehearse)
     else:

@@ -126,10 +126,6 @@ def _check_axes(study: StudyConfig) -> None:
                 f"axes.{axis}: the name {name!r} becomes a folder's: use letters, digits, ., _, + and -",
             )
         _need(axis not in COLUMNS, f"axes.{axis}: the table of results has a column of this name; choose another one")
-        _need(
-            any(any(stages.values()) for stages in choices.values()),
-            f"axes.{axis}: no choice sets anything; give one a setting, or leave the axis out",
-        )
         for choice, stages in choices.items():
             for stage in stages:
                 _need(
@@ -140,6 +136,10 @@ def _check_axes(study: StudyConfig) -> None:
                     getattr(study, stage).recipe is not None,
                     f"axes.{axis}.{choice}.{stage}: the study has no {stage}; name {stage}.recipe",
                 )
+        _need(
+            any(any(stages.values()) for stages in choices.values()),
+            f"axes.{axis}: no choice sets anything; give one a setting, or leave the axis out",
+        )
 
 
 def _check_curves(study: StudyConfig) -> None:

@@ -3,6 +3,7 @@
 Beside it stands what the planner says of that rank.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
@@ -69,6 +70,7 @@ def play(
         terms: the number of loss terms of each pass, which only the last pipeline rank computes.
         fused_norms: see ``parallel.rehearsal``.
     """
+    print("setting up and playing two steps; large models take minutes ...", file=sys.stderr, flush=True)
     seconds: dict[str, float] = {}
     start = perf_counter()
 

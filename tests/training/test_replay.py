@@ -128,6 +128,6 @@ def test_the_checkpoint_before_the_step(tmp_path):
     for step in (4, 6):
         store.save(step, {"x": torch.zeros(1)}, {})
         store.wait()
-    assert [_newest(tmp_path, last).name[-1] for last in (4, 5, 6, 7, None)] == ["4", "4", "6", "6", "6"]
+    assert [_newest(tmp_path, last).step for last in (4, 5, 6, 7, None)] == [4, 4, 6, 6, 6]
     with pytest.raises(UserError, match="from before step 4: .*train.resume=never"):
         _newest(tmp_path, 3)
