@@ -53,9 +53,9 @@ class Trainer:
             step = state.load(checkpoint, self.engine, self.passes)
             self.recipe.resumed(checkpoint)
             changed = state.changed_keys(checkpoint, self.config, self.recipe.decides_data)
+            all_gather_object(None)  # all ranks have read it: only now may it be renamed, or pruned by another process
         if changed:
             self.telemetry.event("data_changed", step=step, keys=changed)
-            all_gather_object(None)  # all ranks have read it: only now may it be renamed, or pruned by another process
         if self.engine.mesh.rank == 0 and last is None:
             self.store.tidy(root / found.path.name)
         self.telemetry.event("resumed", step=step, checkpoint=found.path.name)
