@@ -109,6 +109,11 @@ class LPIPS(nn.Module):
         return taps
 
 
+def empty_lpips(net: Net) -> LPIPS:
+    """Return the network with weights that have no values yet, to count what it takes."""
+    return LPIPS(net, {name: torch.empty(shape) for name, shape in weight_shapes(net).items()})
+
+
 def _unit(x: Tensor) -> Tensor:
     """Scale to unit length over the channels, in float32: a 16-bit float would lose the 1e-10 and divide by zero."""
     x = x.float()

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from megavtp.parallel import gradient_norm
 from megavtp.parallel.deepspeed_adapter import import_deepspeed
 from megavtp.parallel.mesh import Mesh
-from megavtp.parallel.traffic import Transfer, count_traffic
+from megavtp.parallel.traffic import Traffic, count_traffic
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Rehearsed:
 
     held: int  # alive at the end of its forward: what the backward needs, and the result
     peak: int  # most alive at one time, forward and backward
-    forward: tuple[Transfer, ...]  # what this rank took part in sending, here and in the backward
-    backward: tuple[Transfer, ...]
+    forward: Traffic  # what this rank took part in sending, here and in the backward
+    backward: Traffic
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def rehearse(
             results = [x for x in results if x.requires_grad]
             if results:
                 torch.autograd.backward(results, [torch.empty_like(x) for x in results])
-    return Rehearsed(held, live.peak, tuple(sent), tuple(sent_back))
+    return Rehearsed(held, live.peak, sent, sent_back)
 
 
 class _FusedNorm(torch.autograd.Function):

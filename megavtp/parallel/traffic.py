@@ -1,5 +1,6 @@
 """The traffic between ranks as it really is, counted below our collectives, the pipeline and DeepSpeed."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,20 @@ class Traffic(list[Transfer]):
     @property
     def bytes(self) -> int:
         return sum(t.bytes for t in self)
+
+    @property
+    def sent(self) -> Counter[tuple[str, str]]:
+        """Payload bytes by (axis, operation)."""
+        found: Counter[tuple[str, str]] = Counter()
+        for t in self:
+            found[t.axis, t.op] += t.bytes
+        return found
+
+    @property
+    def messages(self) -> Counter[tuple[str, str]]:
+        """The number of calls by (axis, operation)."""
+        return Counter((t.axis, t.op) for t in self)
+
 
 @contextmanager
 def count_traffic(mesh: Mesh) -> Iterator[Traffic]:

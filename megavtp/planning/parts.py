@@ -20,7 +20,7 @@ from torch import Tensor
 from megavtp.config.precision import compute_dtype
 from megavtp.config.share import share
 from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig, contrastive_size, feature_width
-from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS, weight_shapes
+from megavtp.models.lpips import PERCEPTUAL_NETS, empty_lpips
 from megavtp.models.vtp import VTP
 from megavtp.nn.attention_kernels import Segments
 from megavtp.nn.block import Recompute, run_blocks
@@ -89,11 +89,7 @@ def _cost(
     mesh: Mesh, forward: Callable[[], Any], parameters: Sequence[Tensor] = (), inputs: Sequence[Tensor] = ()
 ) -> Cost:
     counted = rehearse(mesh, forward, parameters, inputs=inputs)
-    cost = Cost(counted.held, counted.peak)
-    for sent, transfers in ((cost.forward, counted.forward), (cost.backward, counted.backward)):
-        for transfer in transfers:
-            sent[transfer.axis, transfer.op] += transfer.bytes
-    return cost
+    return Cost(counted.held, counted.peak, counted.forward.sent, counted.backward.sent)
 
 
 def _line(a: Cost, b: Cost, t: float) -> Cost:
@@ -272,7 +268,7 @@ class Rehearsals:
         """Return what computes the loss terms of one micro-batch from a pass's outputs, if it has any."""
         if mode == "reconstruction":
             net = PERCEPTUAL_NETS.get(self.config.objectives.reconstruction.perceptual)
-            perceptual = net and LPIPS(net, {name: torch.empty(shape) for name, shape in weight_shapes(net).items()})
+            perceptual = net and empty_lpips(net)
             target = torch.empty(m, 3, self.config.model.image_size, self.config.model.image_size)
             return partial(reconstruction_terms, target=target, perceptual=perceptual, images_total_local=m)
         if mode != "student":

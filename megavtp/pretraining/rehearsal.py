@@ -13,7 +13,7 @@ from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig
 from megavtp.config.validate import with_vocabulary
 from megavtp.data.batch import Batch
 from megavtp.models.latent_noise import LatentNoise
-from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS, weight_shapes
+from megavtp.models.lpips import PERCEPTUAL_NETS, empty_lpips
 from megavtp.models.vtp import VTP
 from megavtp.nn.drop_path import BranchDrop, DropPlan
 from megavtp.planning.devices import find_device
@@ -35,7 +35,7 @@ class _WithoutFiles(Pretraining):
 
     def open(self) -> None:
         net = PERCEPTUAL_NETS.get(self.config.objectives.reconstruction.perceptual)
-        self.perceptual = net and LPIPS(net, {name: torch.empty(shape) for name, shape in weight_shapes(net).items()})
+        self.perceptual = net and empty_lpips(net)
         self._initial = {}
 
     def batch(self) -> Batch:

@@ -10,7 +10,9 @@ from megavtp.study.costs import Rates
 from megavtp.study.curves import Fits, Line
 from megavtp.study.fits import Interval
 from megavtp.study.links import Link
-from megavtp.study.record import is_finished, read_record
+from megavtp.study.record import Record, is_finished, read_record
+
+Records = Sequence[tuple[Link, Record | None]]  # of the links of a cell; None for one that has not begun
 
 
 def plan_page(study: StudyConfig, cells: list[Cell], rates: Rates, devices: int | None = None) -> str:
@@ -46,25 +48,29 @@ def status_page(cells: list[Cell], rates: Rates) -> str:
     rows = [["cell", "finished", "state", "hours taken", "hours left"]]
     states: Counter[str] = Counter()
     for cell in cells:
-        records = [(link, read_record(link)) for link in cell.links]
+        records = records_of(cell)
         left = [link for link, record in records if not is_finished(link, record)]
-        state, detail = cell_state(cell)
+        state, detail = cell_state(records)
         states[state] += 1
         rows.append([
-            cell.name, f"{len(records) - len(left)}/{len(records)}", detail, hours_taken(cell), _hours(left, rates),
+            cell.name, f"{len(records) - len(left)}/{len(records)}", detail, hours_taken(records), _hours(left, rates),
         ])
     total = ", ".join(f"{count} {state}" for state, count in states.items())
     return "\n".join([*_aligned(rows), "", f"{len(cells)} cells: {total}"])
 
 
-def hours_taken(cell: Cell) -> str:
+def records_of(cell: Cell) -> Records:
+    """Read the record of each link of a cell."""
+    return [(link, read_record(link)) for link in cell.links]
+
+
+def hours_taken(records: Records) -> str:
     """Format the hours that all links of a cell have taken, those that it shares included."""
-    return f"{sum(record.seconds for link in cell.links if (record := read_record(link))) / 3600:.2f}"
+    return f"{sum(record.seconds for _, record in records if record is not None) / 3600:.2f}"
 
 
-def cell_state(cell: Cell) -> tuple[str, str]:
+def cell_state(records: Records) -> tuple[str, str]:
     """Return the state of a cell in a word, and in some words."""
-    records = [(link, read_record(link)) for link in cell.links]
     left = [(link, record) for link, record in records if not is_finished(link, record)]
     if not left:
         return "finished", "finished"
@@ -95,9 +101,7 @@ def answers(study: StudyConfig, fits: Fits, results: int, cells: int) -> list[st
 
 def _compared(fits: Fits, one: Line, other: Line) -> str:
     """Say in which order two lines of one measure lie."""
-    pairs = {
-        (pair.line, pair.other): pair.crossing for pair in fits.pairs if pair.measure == one.measure
-    }
+    pairs = {(pair.line, pair.other): pair.crossing for pair in fits.pairs if pair.measure == one.measure}
     found = {way: pairs[way] for way in ((one.line, other.line), (other.line, one.line)) if way in pairs}
     if not found:
         reasons = [line.left_out["fit"] for line in (one, other) if "fit" in line.left_out]
@@ -112,8 +116,8 @@ def _compared(fits: Fits, one: Line, other: Line) -> str:
     else:
         said = (
             f"{better} is better than {worse} everywhere within what was run, without a crossing; so it is in "
-            f"{100 * best.always:.0f} %"
-            f" of the bootstrap, and in {100 * best.never:.0f} % it is not the better one at the end."
+            f"{100 * best.always:.0f} % of the bootstrap, and in {100 * best.never:.0f} % it is not the better one at "
+            "the end."
         )
     noise = fits.noise[one.measure]
     beside = f"the standard deviation between seeds is {noise.deviation:.4g}" if noise else "no seed was repeated"

@@ -79,12 +79,12 @@ def read_metrics(link: Link) -> Mapping[str, float]:
     return {name: float(value) for name, value in found.items() if "/" in name and isinstance(value, (int, float))}
 
 
-def _tail(log: Path, lines: int = 1) -> str:
-    """Return the last lines of a log that say something, in one line; "" if there are none."""
+def _last_words(log: Path) -> str:
+    """Return the last line of a log that says something, up to 300 characters; "" if there is none."""
     with contextlib.suppress(OSError), open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - 8192))
         told = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-        return " ".join(told[-lines:])[:300]
+        return " ".join(told[-1:])[:300]
     return ""
 
 
@@ -92,5 +92,5 @@ def failure(link: Link) -> str:
     """Return what is known of a link that failed: its kind and folder, the exit status, its last words and its log."""
     record = read_record(link)
     status = f"exit status {record.exit}" if record else "not begun"
-    said = _tail(link.log)
+    said = _last_words(link.log)
     return f"{link.kind} in {link.folder} ({status}{f': {said}' if said else ''}); its log is {link.log}"

@@ -14,7 +14,7 @@ from megavtp.report.pictures import Picture, read_picture
 from megavtp.study.cells import Cell, cells_of, links_of
 from megavtp.study.config import StudyConfig, load_study
 from megavtp.study.curves import Fits, fit_results
-from megavtp.study.pages import answers, cell_state, flops_text, hours_taken, remarks
+from megavtp.study.pages import answers, cell_state, flops_text, hours_taken, records_of, remarks
 from megavtp.study.record import failure, read_record
 from megavtp.study.results import STUDY, Row, rows_of
 
@@ -59,10 +59,10 @@ def _table(study: StudyConfig, cells: Sequence[Cell], rows: Sequence[Row]) -> li
     values = {row["cell"]: row for row in rows}
     return [
         [
-            cell.name, cell_state(cell)[1], flops_text(cell.flops), flops_text(cell.all_flops), hours_taken(cell),
+            cell.name, cell_state(records)[1], flops_text(cell.flops), flops_text(cell.all_flops), hours_taken(records),
             *(shown(measure, values.get(cell.name, {}).get(measure)) for measure in study.curves.better),
         ]
-        for cell in cells
+        for cell, records in ((cell, records_of(cell)) for cell in cells)
     ]
 
 

@@ -4,7 +4,6 @@ Beside it stands what the planner says of that rank.
 """
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -43,19 +42,6 @@ class Played:
     peak: int
     traffic: Traffic
     seconds: Mapping[str, float]
-
-    @property
-    def sent(self) -> Sent:
-        """Payload bytes by (axis, operation)."""
-        sent: Sent = Counter()
-        for transfer in self.traffic:
-            sent[transfer.axis, transfer.op] += transfer.bytes
-        return sent
-
-    @property
-    def messages(self) -> Counter[tuple[str, str]]:
-        """The number of calls by (axis, operation)."""
-        return Counter((transfer.axis, transfer.op) for transfer in self.traffic)
 
 
 def play(
@@ -117,18 +103,19 @@ class Rehearsed:
 
     def agrees(self) -> bool:
         """Tell whether the planned bytes are those of the play, and the memory within 10 %."""
+        sent = self.played.traffic.sent
         close = self.memory is None or abs(self.memory / self.played.peak - 1) <= _CLOSE
-        return close and all(self.played.sent[kind] == size for kind, size in self.sent.items())
+        return close and all(sent[kind] == size for kind, size in self.sent.items())
 
     def page(self) -> str:
         """Return what a user reads of it."""
-        played, mesh = self.played, self.played.mesh
+        played, mesh, sent = self.played, self.played.mesh, self.played.traffic.sent
         groups = [f"{axis} {_spans(ranks)}" for axis, ranks in played.groups.items() if len(ranks) > 1]
         planned = "" if self.memory is None else f", planned {self.memory / GIB:.3f}"
         rows = [("axis", "operation", "messages", "bytes", "planned")]
-        for kind, count in sorted(played.messages.items()):
+        for kind, count in sorted(played.traffic.messages.items()):
             known = f"{self.sent[kind]:,}" if kind in self.sent else "-"
-            rows.append((*kind, f"{count:,}", f"{played.sent[kind]:,}", known))
+            rows.append((*kind, f"{count:,}", f"{sent[kind]:,}", known))
         widths = [max(map(len, column)) for column in zip(*rows)]
         return "\n".join([
             f"rank        {mesh.rank:,} of {mesh.world_size:,}: tp {mesh.tp_rank} of {mesh.tp}, pp {mesh.pp_rank} of "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -74,12 +73,8 @@ def state_bytes(engine: Engine, model: VTP, zero_stage: int) -> dict[str, int]:
 
 def by_kind(traffic: Traffic) -> tuple[dict, dict]:
     """Bytes and number of calls, each by (axis, operation)."""
-    sent: Counter = Counter()
-    calls: Counter = Counter()
-    for transfer in (t for t in traffic if t.ranks > 1):
-        sent[transfer.axis, transfer.op] += transfer.bytes
-        calls[transfer.axis, transfer.op] += 1
-    return dict(sent), dict(calls)
+    between_ranks = Traffic(t for t in traffic if t.ranks > 1)
+    return dict(between_ranks.sent), dict(between_ranks.messages)
 
 
 def measure(rank: int, configs: Sequence[Config]) -> list[tuple[int, dict, dict, dict[str, int]]]:

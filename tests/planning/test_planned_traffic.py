@@ -53,4 +53,4 @@ def test_a_rehearsed_rank_sends_the_same(index: int, measured: dict) -> None:
     """Bytes and calls of each kind, on the first rank and the last."""
     for rank in (0, 3):
         played = play_pretraining(FOUR[index], 4, rank, fused_norms=False)
-        assert (played.sent, played.messages) == measured[4][rank][index][1:3]
+        assert (played.traffic.sent, played.traffic.messages) == measured[4][rank][index][1:3]

@@ -37,7 +37,7 @@ OF_16 = {  # by the rank that is played
 def test_a_rank_of_sixteen(rank: int, config: Config) -> None:
     played = play_pretraining(config, 16, rank, fused_norms=False)
     plan = plan_of(config, 16).ranks[played.mesh.pp_rank]
-    assert played.sent == plan.sent
+    assert played.traffic.sent == plan.sent
     assert plan.memory == pytest.approx(played.peak, rel=0.1)
     assert Rehearsed(played, plan.sent, plan.memory).agrees()
     assert not Rehearsed(played, plan.sent, plan.memory * 1.2).agrees()
@@ -60,9 +60,9 @@ def test_a_dit_sends_what_a_real_one_does(tmp_path: Path) -> None:
     complete = with_latents(config, LatentFolder(root))
     for rank in (0, 3):
         played = play_dit(complete, 4, rank, fused_norms=False)
-        assert (played.sent, played.messages) == real[rank]
+        assert (played.traffic.sent, played.traffic.messages) == real[rank]
         planned = planned_traffic(complete, played.mesh)
-        assert {kind: played.sent[kind] for kind in planned} == planned
+        assert {kind: played.traffic.sent[kind] for kind in planned} == planned
         assert played.blocks["dit"] == played.blocks["ema"] == [[0, 2, 3], [1, 4]][played.mesh.pp_rank]
 
 
