@@ -26,16 +26,28 @@ def find_varlen() -> Varlen | None:
     """Find a variable-length kernel: flash-attn's, else torch's, else None. An import decides, not package metadata, as
     flash-attn can be installed without its compiled part."""
     with suppress(ImportError, OSError):
-        from flash_attn import flash_attn_varlen_func
-
-        return lambda q, k, v, cu, longest, causal: flash_attn_varlen_func(
-            q, k, v, cu, cu, longest, longest, causal=causal
-        )
+        return flash_attn_varlen()
     with suppress(ImportError):
-        from torch.nn.attention.varlen import varlen_attn
-
-        return adapt_torch_varlen(varlen_attn)
+        return torch_varlen()
     return None
+
+
+def flash_attn_varlen() -> Varlen:
+    """Return flash-attn's kernel. ImportError or OSError where it is not installed, or without its compiled part."""
+    from flash_attn import flash_attn_varlen_func
+
+    return adapt_flash_attn(flash_attn_varlen_func)
+
+
+def adapt_flash_attn(varlen_func: Callable[..., Any]) -> Varlen:
+    return lambda q, k, v, cu, longest, causal: varlen_func(q, k, v, cu, cu, longest, longest, causal=causal)
+
+
+def torch_varlen() -> Varlen | None:
+    """Return torch's kernel, None if its signature is not a known one. ImportError where torch has none."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return adapt_torch_varlen(varlen_attn)
 
 
 def adapt_torch_varlen(varlen_attn: Callable[..., Any]) -> Varlen | None:
