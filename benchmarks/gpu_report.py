@@ -113,7 +113,8 @@ class Report:
         self.records.append(record)
         self._write(record)
         if "case" in record:
-            print(f"  {record['case']}" + (f": missing, {record['missing']}" if "missing" in record else ""), flush=True)
+            missing = f": missing, {record['missing']}" if "missing" in record else ""
+            print(f"  {record['case']}{missing}", flush=True)
 
     def _write(self, record: Mapping[str, Any]) -> None:
         with open(self.lines_file, "a") as file:

@@ -6,6 +6,7 @@
 import argparse
 import importlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -36,8 +37,8 @@ def main() -> int:
         getattr(part, function)(argument, options.rehearse)
     except Exception as error:
         traceback.print_exc()
-        print(reason(error), flush=True)  # the last line is what the page shows
-        return 1
+        print(reason(error), flush=True)
+        os._exit(1)  # at once: the last line is what the page shows, and libraries say more when a process ends
     return 0
 
 

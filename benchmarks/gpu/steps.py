@@ -56,15 +56,15 @@ def measure_vtp(size: str, rehearse: bool) -> None:
     for name, config in configs.items():
         forget(device)
         attempt(name, partial(measure_config, config, device, batch, steps))
+    ranks.stop()  # the planner's ranks have a world of their own
     planners: dict[Any, Planner] = {}
-    for name, config in configs.items():  # afterwards, for a plan takes seconds and could be had without the device
+    for name, config in configs.items():
         if config.objectives not in planners:
             groups = partial(parameter_groups, config=config.train.optimizer)
             planners[config.objectives] = Planner(config, groups, _ANY, cuda=device.type == "cuda")
         plan = planners[config.objectives].plan(config, 1)
         moved = plan.seconds["elementwise"] * _ANY.memory_bandwidth * 1e9
         tell(case=name, planned_gib=plan.memory / GIB, moved_bytes=moved)
-    ranks.stop()
 
 
 def measure_dit(_: str, rehearse: bool) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu.measure import tell
+from megavtp.errors import UserError
 
 TESTS = Path(__file__).parents[2] / "tests"
 
@@ -39,4 +40,4 @@ def run_tests(_: str, rehearse: bool) -> None:
     options = ["-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--rootdir", str(TESTS.parent)]
     status = pytest.main([*options, str(place)], plugins=[Outcomes()])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-        raise RuntimeError("some tests failed" if status == pytest.ExitCode.TESTS_FAILED else f"pytest: {status!r}")
+        raise UserError("some tests failed" if status == pytest.ExitCode.TESTS_FAILED else f"pytest: {status!r}")
