@@ -59,8 +59,9 @@ _PLANNED = (
     Column("planned to measured", lambda row, rates: f"{row['planned_gib'] / row['memory_gib']:.2f}"),
 )
 _TERMS = (
-    "MFU counts model FLOPs against the data sheet's dense bf16 peak. The limit is the longer of the step's "
-    "products at the rate that the part on kernels measured, and of the bytes that the planner counts at the measured bandwidth. "
+    "MFU counts model FLOPs against the data sheet's dense bf16 peak. The limit is the longer of the step's products "
+    "at the rate that the part on kernels measured, and of the bytes that the planner counts at the measured "
+    "bandwidth. "
 )
 # What differs from the first case, as settings over the recipe's: another setting to compare, such as one of how
 # blocks are compiled, is one more line.
