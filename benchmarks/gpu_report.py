@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ from megavtp.data.files import write_atomic  # noqa: E402
 from megavtp.errors import UserError  # noqa: E402
 from megavtp.options import Options, new_folder  # noqa: E402
 
-_MACHINE_LIMIT = 90.0  # seconds for the first import of torch, from a cold disk
+_MACHINE_LIMIT = 240.0  # seconds for the first import of torch, from a cold disk
 
 
 def parse() -> argparse.Namespace:
@@ -44,6 +45,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     start, options = time.monotonic(), parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as by `timeout`: the part that runs has to end, too
     parts = chosen(all_parts(options.rehearse), options.parts)
     machine = facts_of_machine()
     if machine["device"] == "CPU" and not options.rehearse:

@@ -7,14 +7,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import gpu_report
+from benchmarks.gpu import kernels
 from benchmarks.gpu.measure import reason
 from benchmarks.gpu.parts import BUDGET, Column, Part, all_parts
 from benchmarks.gpu.supervise import supervise
+from benchmarks.step import measure_steps
 from megavtp.errors import UserError
+from megavtp.nn.attention_kernels import attend
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_report.py"
 MACHINE = {
@@ -22,7 +27,10 @@ MACHINE = {
     "rehearsal": False, "command": "gpu_report.py", "versions": {"torch": "2.11.0"},
 }
 TELLS = "import os, sys, time\ntell = lambda text: print('RESULT ' + text, flush=True)\n"
-COLUMNS = (Column("ms", lambda row, rates: f"{row['seconds'] * 1e3:.1f}"),)
+COLUMNS = (
+    Column("ms", lambda row, rates: f"{row['seconds'] * 1e3:.1f}"),
+    Column("planned, GiB", lambda row, rates: f"{row['planned_gib']}"),
+)
 
 
 def part(name: str, program: str, limit: float = 60, cases: tuple[str, ...] = ("one", "two")) -> Part:
@@ -39,10 +47,11 @@ def filled(folder: Path, *parts: Part, budget: float = 300) -> tuple[gpu_report.
 
 
 def test_a_part_that_finishes(tmp_path):
-    other = """tell('{"case": "two", "missing": "out of memory"}')"""
+    other = """tell('{"case": "two", "missing": "out of memory"}')\ntell('{"case": "two", "planned_gib": 200}')"""
     report, failed, page = filled(tmp_path, part("good", ONE + other))
     assert failed == [] and report.page_file.name == "nvidia-h200-2026-01-02.md"
-    assert "| one | 250.0 |" in page and "- two: missing, out of memory" in page and "This part took" in page
+    assert "| case | ms | planned, GiB |\n| --- | --- | --- |\n| one | 250.0 | - |\n| two | - | 200 |" in page
+    assert "- two: missing, out of memory" in page and "- one: missing" not in page and "This part took" in page
     assert "NVIDIA H200 with 140 GiB, 16 CPU cores" in page and "torch 2.11.0" in page
     lines = [json.loads(line) for line in report.lines_file.read_text().splitlines()]
     assert lines[0] == MACHINE and lines[1] == {"part": "good", "case": "one", "seconds": 0.25}
@@ -89,7 +98,7 @@ def test_limits_fit_into_nine_minutes():
 
 
 def test_an_unknown_part_is_refused():
-    with pytest.raises(UserError, match="--parts VTP-X: there is no such part; choose from GPU tests, kernels"):
+    with pytest.raises(UserError, match="--parts VTP-X: there is no such part; choose from kernels, VTP-S"):
         gpu_report.chosen(all_parts(False), "VTP-L, VTP-X")
     assert [part.name for part in gpu_report.chosen(all_parts(False), "sampling,VTP-L")] == ["VTP-L", "sampling"]
 
@@ -98,7 +107,30 @@ def test_reasons_are_one_line():
     assert reason(MemoryError()) == "out of memory"
     assert reason(ModuleNotFoundError("No module", name="apex")) == "not installed (no module apex)"
     assert reason(ImportError("undefined symbol\nmore")) == "installed, but cannot be imported: undefined symbol"
+    assert reason(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")) == "out of memory"
     assert reason(UserError("a remedy")) == "a remedy" and reason(ValueError("a\nb")) == "ValueError: a"
+
+
+def test_a_skipped_step_is_not_measured(monkeypatch):
+    from megavtp.training import step
+
+    closed: list[bool] = []
+    monkeypatch.setattr(step, "train_step", lambda *_, **__: ({}, SimpleNamespace(applied=False)))
+    engine = SimpleNamespace(device=torch.device("cpu"), close=lambda: closed.append(True))
+    with pytest.raises(ValueError, match="a step was skipped, as its loss or gradient is not finite"):
+        measure_steps(engine, [], [], None, 1, 1.0, "fp32")
+    assert closed
+
+
+def test_a_kernel_agrees_if_its_result_and_gradients_do():
+    def agrees(change) -> bool:
+        def kernel(q, k, v, segments):
+            return change(q, attend(q, k, v, segments, kernel="sdpa"))
+
+        return kernels.compare_attention(kernel, ((2, 5), (3, 2)), torch.device("cpu"))["agrees"]
+
+    assert agrees(lambda q, out: out) and not agrees(lambda q, out: 1.1 * out)
+    assert not agrees(lambda q, out: out + 0 * (0 * q).sqrt())  # the gradient by q is NaN, nothing else
 
 
 def test_every_case_is_a_run_of_today():
@@ -107,11 +139,11 @@ def test_every_case_is_a_run_of_today():
     for case in VTP_CASES.values():
         assert vtp_config("l", case, False).parallel.precision == "bf16"
     for case in STEP_CASES.values():
-        assert dit_config(case, False).train.batch_size == 256
+        assert dit_config(case, False).train.batch_size == 128
 
 
 def test_a_machine_without_a_gpu_says_so(tmp_path):
-    done = subprocess.run([sys.executable, SCRIPT, "--out", tmp_path], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, SCRIPT, "--out", tmp_path], capture_output=True, text=True, timeout=280)
     assert done.returncode == 2 and done.stderr.startswith("error: no GPU: torch finds no CUDA device")
     assert "--rehearse" in done.stderr and not list(tmp_path.iterdir())
 

@@ -25,7 +25,7 @@ _AGREES = 1e-3  # an error this small is one of rounding, whatever torch's own i
 
 def compare(_: str, rehearse: bool) -> None:
     """Tell the rates first, which the parts on steps are compared with."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     attempt("bf16 products", lambda: product_rate(256 if rehearse else 8192, device))
     attempt("copy", lambda: copy_rate(2**20 if rehearse else 2**30, device))
     # The crops of self-distillation in VTP-L: global ones of 224 pixels and local ones of 96, with class tokens.
@@ -118,7 +118,7 @@ def _compare(
     def run(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
         own_inputs = [x.detach().to(dtype).requires_grad_() for x in inputs]
         out = function(*own_inputs)
-        return [out, *torch.autograd.grad(out, own_inputs, factor.to(dtype))]
+        return [out.detach(), *torch.autograd.grad(out, own_inputs, factor.to(dtype))]
 
     exact, device, dtype = run(own, torch.float32), inputs[0].device, inputs[0].dtype
     error, torch_error = (_error(run(f, dtype), exact) for f in (kernel, own))

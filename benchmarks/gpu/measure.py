@@ -7,6 +7,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -44,7 +45,7 @@ def main() -> int:
 
 def tell(**result: Any) -> None:
     """Hand figures on: those of a case have its name as ``case``, and may come in several parts."""
-    print(MARK + json.dumps(result), flush=True)
+    print("\n" + MARK + json.dumps(result), flush=True)  # on a line of its own: pytest's dots do not end theirs
 
 
 def attempt(case: str, measure: Callable[[], dict[str, Any]]) -> None:
@@ -61,7 +62,7 @@ def attempt(case: str, measure: Callable[[], dict[str, Any]]) -> None:
 def reason(error: Exception) -> str:
     """Say in one line why a figure is missing."""
     kind, first = type(error).__name__, next(iter(str(error).splitlines()), "")
-    if kind in ("OutOfMemoryError", "MemoryError"):
+    if kind in ("OutOfMemoryError", "MemoryError") or re.search("out of memory|ALLOC_FAILED", first):
         return "out of memory"
     if isinstance(error, ModuleNotFoundError):
         return f"not installed (no module {error.name})"

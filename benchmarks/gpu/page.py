@@ -40,20 +40,20 @@ def _body(part: Part, records: Sequence[Record], rates: Rates) -> list[str]:
             rows.setdefault(record["case"], {}).update(record)
     end = next((record for record in records if "case" not in record), None)
     reason = "not begun" if end is None else end["why"] or "it was not told of"
-    named = [*part.cases, *(case for case in rows if case not in part.cases)]
+    named = list(dict.fromkeys([*part.cases, *rows]))
     columns = [c for c in part.columns if any(_cell(c, row, rates) != "-" for row in rows.values())]
     lines = []
-    if any("missing" not in row for row in rows.values()):
-        titles = ["case", *(column.title for column in columns)]
-        lines += [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
+    if columns:
+        lines += [f"| {' | '.join(['case', *(c.title for c in columns)])} |", "|" + " --- |" * (len(columns) + 1)]
         for case in named:
-            if case in rows and "missing" not in rows[case]:
-                lines.append(f"| {' | '.join([case, *(_cell(column, rows[case], rates) for column in columns)])} |")
+            cells = [_cell(column, rows.get(case, {}), rates) for column in columns]
+            if set(cells) != {"-"}:  # one that ran out of memory still has what was planned
+                lines.append(f"| {' | '.join([case, *cells])} |")
         lines.append("")
-    lines += [
-        f"- {case}: missing, {rows[case]['missing'] if case in rows else reason}"
-        for case in named if case not in rows or "missing" in rows[case]
-    ]
+    for case in named:
+        row = rows.get(case, {})
+        if "seconds" not in row:
+            lines.append(f"- {case}: missing, {row.get('missing', reason)}")
     if end is None:
         told = "This part has not begun." if not rows else "This part is under way."
     elif end["why"]:

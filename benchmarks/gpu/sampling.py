@@ -21,7 +21,7 @@ from megavtp.tokenizer import Tokenizer
 
 
 def measure_sampling(_: str, rehearse: bool) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     vtp = vtp_config("l", ["model.bottleneck=8"] if rehearse else [], rehearse)
     config = dit_config([], rehearse)
     model, count = vtp.model, config.model.latent_channels

@@ -13,6 +13,10 @@ TESTS = Path(__file__).parents[2] / "tests"
 class Outcomes:
     """A plugin of pytest; a test that fails says in one line why, and the whole is in the output."""
 
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:  # those that the time does not suffice for are missing
+            tell(case=_name(item.nodeid))
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return
@@ -22,22 +26,26 @@ class Outcomes:
         elif report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             why = next(iter(crash.message.splitlines()), "") if crash else f"in its {report.when}"
-        case = report.nodeid.rpartition("/")[2].replace("|", "/")
         if report.skipped:
-            tell(case=case, missing=why)
+            tell(case=_name(report.nodeid), missing=why)
         else:
-            tell(case=case, outcome=report.outcome + (f": {why[:200]}" if why else ""), seconds=report.duration)
+            outcome = report.outcome + (f": {why[:200]}" if why else "")
+            tell(case=_name(report.nodeid), outcome=outcome.replace("|", "/"), seconds=report.duration)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             last = str(report.longrepr).splitlines()[-1]
-            tell(case=report.nodeid.rpartition("/")[2], missing=f"it cannot be read: {last[:200]}")
+            tell(case=_name(report.nodeid), missing=f"it cannot be read: {last[:200]}")
+
+
+def _name(node: str) -> str:
+    return node.rpartition("/")[2].replace("|", "/")  # a cell of the page's table must not hold its mark
 
 
 def run_tests(_: str, rehearse: bool) -> None:
-    """Run them; a rehearsal has those of one file, which a machine without a GPU skips."""
-    place = TESTS / "gpu" / "test_gpu_step.py" if rehearse else TESTS
+    """Run them, which a machine without a GPU skips. Only files that have such tests are read: the others take long."""
+    files = [str(file) for file in sorted(TESTS.rglob("test_*.py")) if "pytest.mark.gpu\n" in file.read_text("utf-8")]
     options = ["-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--rootdir", str(TESTS.parent)]
-    status = pytest.main([*options, str(place)], plugins=[Outcomes()])
+    status = pytest.main([*options, *files], plugins=[Outcomes()])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise UserError("some tests failed" if status == pytest.ExitCode.TESTS_FAILED else f"pytest: {status!r}")
