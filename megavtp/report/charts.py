@@ -43,6 +43,8 @@ class Fitted:
 
 def draw_fitted(title: str, lines: Sequence[Fitted]) -> str:
     """Draw points with the curves through them and their intervals as an SVG element; equal lines give equal text."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
     with _chart(title) as (axis, done):
         for line in lines:
             colour = _RUN.format(line.number % COLOURS)
@@ -52,6 +54,10 @@ def draw_fitted(title: str, lines: Sequence[Fitted]) -> str:
                 axis.plot(x, y, color=colour, linewidth=1.8)
                 axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         axis.set_xscale("log")
+        least, most = axis.get_xlim()
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 1000 * least else (1,), numticks=9))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20T
     return done[0]
 
 

@@ -5,10 +5,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from runpy import run_path
 
+import numpy as np
 import pytest
 from stand_in import StandIn, small_study, write_study
 
 from megavtp.errors import UserError
+from megavtp.report.charts import Fitted, draw_fitted
 from megavtp.study.report import render_study, study_file
 from megavtp.study.runner import run_study
 
@@ -83,3 +85,11 @@ def test_a_study_is_named_alone(finished, tmp_path):
     assert study_file([tmp_path]) is None
     with pytest.raises(UserError, match="is a study, which has a page of its own; name it alone"):
         study_file([finished / "out", tmp_path])
+
+
+@pytest.mark.parametrize(("ends", "first"), [((2e12, 2e14), "2T"), ((1e12, 3e12), "1T"), ((1e15, 1e22), "1P")])
+def test_places_on_the_axis_are_few_and_have_prefixes(ends, first):
+    x = np.geomspace(*ends, 5)
+    drawn = Text(draw_fitted("fd", [Fitted(0, np.stack([x, x / x[0]], 1), np.empty((0, 4)))])).text.split()
+    places = [word for word in drawn if word[-1] in "TPEZ"]
+    assert places[0] == first and 2 <= len(places) <= 8
