@@ -114,9 +114,10 @@ class Report:
     def add(self, record: Mapping[str, Any]) -> None:
         self.records.append(record)
         self._write(record)
-        if "case" in record:
-            missing = f": missing, {record['missing']}" if "missing" in record else ""
-            print(f"  {record['case']}{missing}", flush=True)
+        if "missing" in record:
+            print(f"  {record['case']}: missing, {record['missing']}", flush=True)
+        elif "case" in record and "seconds" in record:
+            print(f"  {record['case']}", flush=True)
 
     def _write(self, record: Mapping[str, Any]) -> None:
         with open(self.lines_file, "a") as file:

@@ -18,8 +18,11 @@ from benchmarks.gpu.measure import reason
 from benchmarks.gpu.parts import BUDGET, Column, Part, all_parts
 from benchmarks.gpu.supervise import supervise
 from benchmarks.step import measure_steps
+from megavtp.config.load import load_config
+from megavtp.config.schema import Config
 from megavtp.errors import UserError
 from megavtp.nn.attention_kernels import attend
+from megavtp.pretraining.validate import validate_pretraining
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_report.py"
 MACHINE = {
@@ -134,12 +137,16 @@ def test_a_kernel_agrees_if_its_result_and_gradients_do():
 
 
 def test_every_case_is_a_run_of_today():
+    from benchmarks.gpu.reading import run_of
     from benchmarks.gpu.steps import STEP_CASES, VTP_CASES, dit_config, vtp_config
 
     for case in VTP_CASES.values():
         assert vtp_config("l", case, False).parallel.precision == "bf16"
     for case in STEP_CASES.values():
         assert dit_config(case, False).train.batch_size == 128
+    for rehearse in (False, True):
+        recipe, settings = run_of(rehearse)
+        assert validate_pretraining(load_config(recipe, Config, settings), 1).train.steps <= 64
 
 
 def test_a_machine_without_a_gpu_says_so(tmp_path):
