@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -98,6 +99,12 @@ def test_nothing_that_a_part_started_is_left(tmp_path):
 
 def test_limits_fit_into_nine_minutes():
     assert sum(part.limit for part in all_parts(rehearse=False)) < BUDGET - 30 < 540 - 30
+
+
+def test_every_column_shows_a_number():
+    for part in all_parts(rehearse=False):
+        for column in part.columns:
+            assert column.show(defaultdict(lambda: 2), {"flops": 1.0, "bytes": 1.0})
 
 
 def test_an_unknown_part_is_refused():

@@ -115,14 +115,14 @@ def all_parts(rehearse: bool) -> list[Part]:
             "data", ["data"], 55, ("VTP-S",), (
                 _number("pairs/s", "images_per_second", ".1f"), _number("data wait", "data_wait", ".1%"),
                 _number("MFU", "mfu", ".1%"), _number("peak, GiB", "memory_gib", ".2f"),
-                _number("workers", "workers", "d"),
+                _number("workers", "workers", ".0f"),
             ),
             "A run of `launchers/pretrain.py` on JPEG files of some 400 x 320 pixels, read by its loader; VTP-S, the "
             "fastest to train, asks most of it. The figures are the telemetry's last line.",
         ),
         Part(
             "sampling", ["sampling"], 40, tuple(SAMPLING_CASES),
-            (_number("images/s", "images_per_second", ".2f"), _number("Euler steps", "steps", "d")),
+            (_number("images/s", "images_per_second", ".2f"), _number("Euler steps", "steps", ".0f")),
             "DiT-XL in bf16 with VTP-L's decoder at 256 pixels, both with random weights.",
         ),
         Part(
