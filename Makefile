@@ -1,4 +1,4 @@
-# make install | demo | test | matrix | sweeps | crash-sweep | test-gpu | lint | clean
+# make install | demo | test | matrix | sweeps | crash-sweep | test-gpu | gpu-report | lint | clean
 # PYTHON: the interpreter of a new environment; VENV: where it is; EXTRAS: what of setup.py's extras to install.
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +16,7 @@ LAUNCH = $(BIN)/deepspeed $(PROCESSES)
 DRAW := --dit runs/demo_dit/checkpoints/latest --tokenizer runs/demo/tokenizer --method heun --steps 8 --shift 0.5 \
   --precision bf16
 
-.PHONY: install demo demo-tokenizer demo-generation test matrix sweeps crash-sweep test-gpu lint clean
+.PHONY: install demo demo-tokenizer demo-generation test matrix sweeps crash-sweep test-gpu gpu-report lint clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -79,6 +79,10 @@ crash-sweep: install
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu -rs
 	$(BIN)/python benchmarks/step.py --gpu
+
+# Everything that is measured on a GPU, in less than nine minutes, into benchmarks/results/. REPORT="--rehearse" tries it.
+gpu-report: install
+	$(BIN)/python benchmarks/gpu_report.py $(REPORT)
 
 lint: install
 	$(BIN)/ruff check .

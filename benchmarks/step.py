@@ -17,7 +17,10 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
@@ -80,45 +83,100 @@ def run_case(name: str) -> dict:
 
 
 def measure(options: argparse.Namespace, case: dict) -> dict:
-    import torch
-
-    from megavtp.config.share import share
     from megavtp.launch import ranks
-    from megavtp.parallel.mesh import build_mesh
-    from megavtp.planning.devices import device_peak_tflops
-    from megavtp.planning.flops import flops_per_step
-    from megavtp.pretraining.passes import build_passes
-    from megavtp.pretraining.recipe import build_engine, build_model
-    from megavtp.training.progress import peak_memory_gib
-    from megavtp.training.step import train_step
 
     device = ranks.start()
     config = make_config(options, case, device.type == "cuda")
-    mesh, shares, batch = build_mesh(1, 1), share(config, 1), make_batch(config, device.type == "cuda")
-    model = build_model(config, shares, mesh, device)
+    result = measure_config(config, device, make_batch(config, device.type == "cuda"), options.steps)
+    ranks.stop()
+    return result
+
+
+def measure_config(config, device, batch, steps: int) -> dict:
+    """Measure the steps of a VTP; LPIPS, where it is on, has random weights, which take the same time."""
+    import torch
+
+    from megavtp.config.share import share
+    from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS, weight_shapes
+    from megavtp.parallel.mesh import build_mesh
+    from megavtp.planning.flops import flops_per_step
+    from megavtp.pretraining.passes import build_passes
+    from megavtp.pretraining.recipe import build_engine, build_model
+
+    mesh, shares = build_mesh(1, 1), share(config, 1)
+    perceptual, kind = None, config.objectives.reconstruction.perceptual
+    if kind != "none":
+        net = PERCEPTUAL_NETS[kind]
+        # Small enough that no feature overflows.
+        weights = {name: 0.02 * torch.randn(shape) for name, shape in weight_shapes(net).items()}
+        perceptual = LPIPS(net, weights).to(device)
+    with drawn_on(device):
+        model = build_model(config, shares, mesh, device)
     engine = build_engine(model, config, mesh)
-    passes = build_passes(config, shares, mesh, device, None)
+    passes = build_passes(config, shares, mesh, device, perceptual)
+    result = measure_steps(
+        engine, passes, model.averaged(), batch, steps, flops_per_step(config)["total"], config.parallel.precision
+    )
+    return {
+        "size": config.model.size, "batch": config.train.batch_size, "subset": config.objectives.reconstruction.batch,
+        "pairs_per_second": config.train.batch_size / result["seconds"], **result,
+    }
+
+
+def measure_steps(engine, passes, averaged, batch, steps: int, flops: float, precision: str) -> dict:
+    """Measure ``steps`` steps of ``flops`` operations each and close the engine. ValueError if one is skipped."""
+    import torch
+
+    from megavtp.planning.devices import device_peak_tflops
+    from megavtp.training.progress import peak_memory_gib
+    from megavtp.training.step import train_step
+
+    device = engine.device
+
+    def step() -> None:
+        _, result = train_step(engine, passes, batch, lr_of=lambda group: 1e-4, averaged=averaged, follow=0.01)
+        if not result.applied:
+            raise ValueError("a step was skipped, as its loss or gradient is not finite")
+
+    try:
+        pace = timed(step, device, steps)
+    finally:
+        engine.close()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    peak = device_peak_tflops(name, precision)
+    return {
+        "device": name, "seconds": pace, "memory_gib": peak_memory_gib(device), "flops": flops,
+        "mfu": flops / pace / (peak * 1e12) if peak else None,
+    }
+
+
+@contextmanager
+def drawn_on(device) -> Iterator[None]:
+    """Draw the initial values of a model on ``device``: on a CPU those of VTP-L take ten seconds."""
+    import torch
+
+    from megavtp.models import init
+
+    def generator(name: str) -> torch.Generator:
+        return torch.Generator(device).manual_seed(named(name).initial_seed())
+
+    named = init.named_generator
+    with patch.object(init, "named_generator", generator), device:
+        yield
+
+
+def timed(call: Callable[[], object], device, count: int, untimed: int = 2) -> float:
+    """Return the median seconds of ``count`` calls, until the device has done them, after some that are not timed."""
+    import torch
+
     seconds = []
-    for _ in range(2 + options.steps):
+    for _ in range(untimed + count):
         start = time.perf_counter()
-        train_step(
-            engine, passes, batch, lr_of=lambda group: 1e-4, averaged=model.averaged(), follow=0.01
-        )
+        call()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    pace = sorted(seconds[2:])[options.steps // 2]
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    peak = device_peak_tflops(name, config.parallel.precision)
-    result = {
-        "device": name, "size": config.model.size, "batch": config.train.batch_size,
-        "subset": config.objectives.reconstruction.batch, "seconds": pace,
-        "pairs_per_second": config.train.batch_size / pace, "memory_gib": peak_memory_gib(device),
-        "mfu": flops_per_step(config)["total"] / pace / (peak * 1e12) if peak else None,
-    }
-    engine.close()
-    ranks.stop()
-    return result
+    return sorted(seconds[untimed:])[count // 2]
 
 
 def make_config(options: argparse.Namespace, case: dict, gpu: bool):

@@ -15,7 +15,7 @@ from megavtp.parallel.sequence import TokenCut, on_own_rows
 
 
 @cache
-def _apex() -> Any | None:
+def find_apex_norms() -> Any | None:
     """Return apex's functional norms if its compiled extension loads, which an import alone does not show."""
     try:
         from apex.normalization import FusedLayerNorm, FusedRMSNorm, fused_layer_norm
@@ -28,7 +28,7 @@ def _apex() -> Any | None:
 
 def _fused(x: Tensor, weight: Tensor) -> Any | None:
     """Return apex's norms if they are installed and take such tensors."""
-    return _apex() if x.is_cuda and x.dtype == weight.dtype and x.numel() > 0 else None
+    return find_apex_norms() if x.is_cuda and x.dtype == weight.dtype and x.numel() > 0 else None
 
 
 class RMSNorm(nn.Module):

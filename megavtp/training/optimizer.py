@@ -57,7 +57,7 @@ def build_optimizer(
     """
     groups = parameter_groups(named, config, tower_of)
     beta1, beta2 = config.betas
-    fused = _apex_adam() if groups[0]["params"][0].is_cuda and zero_stage < 3 else None
+    fused = find_apex_adam() if groups[0]["params"][0].is_cuda and zero_stage < 3 else None
     if fused is not None:
         optimizer = fused(groups, adam_w_mode=True, lr=config.lr, betas=(beta1, beta2), eps=config.eps)
     else:
@@ -77,7 +77,8 @@ def _cap_logit_scale(ceiling: float, optimizer: torch.optim.Optimizer, *_: objec
                 values.clamp_(max=ceiling)
 
 
-def _apex_adam() -> type | None:
+def find_apex_adam() -> type | None:
+    """Return apex's fused AdamW if it is installed with its kernels."""
     # `import apex` alone proves nothing, as the package of that name on PyPI is another project.
     try:
         from apex.multi_tensor_apply import multi_tensor_applier

@@ -49,9 +49,9 @@ def test_apex_without_its_extension_is_not_used(monkeypatch):
     package.fused_layer_norm = types.ModuleType("apex.normalization.fused_layer_norm")
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.normalization", package)
-    assert norms._apex.__wrapped__() is None
+    assert norms.find_apex_norms.__wrapped__() is None
     package.FusedLayerNorm = package.FusedRMSNorm = lambda width: None
-    assert norms._apex.__wrapped__() is package.fused_layer_norm
+    assert norms.find_apex_norms.__wrapped__() is package.fused_layer_norm
 
 
 def test_apex_kernels_are_called_with_weight_and_eps(monkeypatch):

@@ -11,7 +11,7 @@ from torch import nn
 from megavtp.config.run import OptimizerConfig
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import SINGLE
-from megavtp.training.optimizer import _apex_adam, build_optimizer, parameter_groups
+from megavtp.training.optimizer import build_optimizer, find_apex_adam, parameter_groups
 
 
 class GroupCountingAdam(torch.optim.Optimizer):
@@ -103,10 +103,10 @@ def test_the_logit_scale_comes_down_from_its_ceiling_at_once():
 
 @pytest.mark.parametrize("available", [True, False])
 def test_apex_is_used_only_with_its_kernels(monkeypatch, available):
-    assert _apex_adam() is None  # not installed, or another package of that name
+    assert find_apex_adam() is None  # not installed, or another package of that name
     optimizers, apply = ModuleType("apex.optimizers"), ModuleType("apex.multi_tensor_apply")
     optimizers.FusedAdam = GroupCountingAdam
     apply.multi_tensor_applier = type("Applier", (), {"available": available})
     for module in (ModuleType("apex"), optimizers, apply):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    assert _apex_adam() is (GroupCountingAdam if available else None)
+    assert find_apex_adam() is (GroupCountingAdam if available else None)

@@ -1,0 +1,1 @@
+"""Scripts that measure, which import one another as ``benchmarks.NAME``."""
