@@ -361,19 +361,26 @@ def test_the_same_latents_through_another_decoder(dit, shards, tmp_path, pools, 
 
 def test_which_samples_are_drawn(dit, shards, tmp_path):
     stored = load_dit(dit, "cpu")
-    count = lambda *given: Counter(s.condition for s in samples_like(*given))  # noqa: E731
+    count = lambda *given: Counter(s.condition for s in samples_like(*given).samples)  # noqa: E731
     assert count("absent", stored, 7, None) == {0: 3, 1: 2, 2: 2}
     assert count(shards, stored, 8, "kind") == {0: 6, 2: 2}
     assert count(shards, stored, 9, "kind", True) == {0: 3, 1: 3, 2: 3}
     numbered = replace(stored, classes=None)
     assert count(shards, numbered, 9, "number") == {0: 3, 1: 3, 2: 3}
     captioned = SimpleNamespace(config=SimpleNamespace(model=SimpleNamespace(condition="caption")))
-    drawn = samples_like(shards, captioned, 12, None)
+    drawn = samples_like(shards, captioned, 12, None).samples
     assert drawn == [Sample(f"thing {i // 2}", i % 2) for i in range(12)]
-    assert samples_like(shards, captioned, 3, None) == [Sample(f"thing {i}", 0) for i in (0, 2, 4)]
+    assert samples_like(shards, captioned, 3, None).samples == [Sample(f"thing {i}", 0) for i in (0, 2, 4)]
+    # Of each kind in its proportion, or equally many, spread over the pictures of that kind.
+    labelled = samples_like(shards, captioned, 8, "kind")
+    assert labelled.shown == [NAMES[2]] * 2 + [NAMES[0]] * 6
+    assert [s.condition for s in labelled.samples[:2]] == ["thing 0", "thing 2"]
+    equal = samples_like(shards, captioned, 8, "kind", True)
+    assert equal.shown == [NAMES[2]] * 4 + [NAMES[0]] * 4
+    assert equal.samples[:4] == [Sample("thing 0", 0), Sample("thing 0", 1), Sample("thing 2", 0), Sample("thing 4", 0)]
     for given, message in (
         ((tmp_path, stored, 7, "kind"), "no folder of shards"), ((tmp_path, captioned, 7, None), "no folder of shards"),
-        ((shards, captioned, 7, "kind"), "leave it out"), ((shards, stored, 1, None), "--samples 1"),
+        ((shards, captioned, 7, "colour"), "no sample in .* has it"), ((shards, stored, 1, None), "--samples 1"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             samples_like(*given)

@@ -202,7 +202,7 @@ def test_a_model_with_room_for_more_classes_than_it_was_trained_on(tmp_path):
     dit = load_dit(path)
     assert samples_of(dit, "all", None, 1) == each([0, 1, 2], 1)
     assert names_of(dit, samples_of(dit, "9,1", None, 1)) == ["class 9", "Flags"]
-    assert samples_like("absent", dit, 7, None) == in_proportion([1, 1, 1], 7)
+    assert samples_like("absent", dit, 7, None).samples == in_proportion([1, 1, 1], 7)
     numbered = replace(dit, classes=None)
     assert samples_of(numbered, "all", None, 1) == each(range(10), 1)
 

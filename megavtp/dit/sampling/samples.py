@@ -33,12 +33,17 @@ def in_proportion(weights: Sequence[float], count: int) -> list[Sample]:
     Weighted by a data set's images, each class has as many samples as a random draw from it has on average. With equal
     weights, all classes have equally many, or the first ones one more.
     """
-    shares = np.asarray(weights, dtype=np.float64)
-    shares = shares * (count / shares.sum())
-    counts = np.floor(shares).astype(int)
-    first = np.argsort(counts - shares, kind="stable")[: count - int(counts.sum())]
+    return [Sample(label, index) for label, number in enumerate(shares(weights, count)) for index in range(number)]
+
+
+def shares(weights: Sequence[float], count: int) -> list[int]:
+    """Divide ``count`` in the given proportions, by the largest remainders."""
+    exact = np.asarray(weights, dtype=np.float64)
+    exact = exact * (count / exact.sum())
+    counts = np.floor(exact).astype(int)
+    first = np.argsort(counts - exact, kind="stable")[: count - int(counts.sum())]
     counts[first] += 1
-    return [Sample(label, index) for label, number in enumerate(counts.tolist()) for index in range(number)]
+    return counts.tolist()
 
 
 def samples_of(dit: StoredDiT, classes: str | None, captions: list[str] | None, per_class: int) -> list[Sample]:

@@ -17,7 +17,7 @@ from megavtp.evaluation.distances.measure import (
 )
 from megavtp.evaluation.distances.npz_file import write_statistics
 from megavtp.evaluation.generation.recognition import METRIC, recognise
-from megavtp.evaluation.generation.samples import samples_like
+from megavtp.evaluation.generation.samples import Label, samples_like
 from megavtp.evaluation.generation.scale import BLURS, Blurred, Noise, untrained
 from megavtp.evaluation.report import format_table, write_metrics
 from megavtp.launch.tool import join_others
@@ -30,7 +30,7 @@ def run_generation(options: argparse.Namespace) -> None:
     """Measure, write the files that are asked for, and print a table. Raises ``UserError`` on every rank."""
     device, mesh = join_others(options.device)
     network = together(lambda: load_network(options.inception, device, options.timm))
-    samples = together(lambda: _samples(options, device))
+    samples, shown = together(lambda: _samples(options, device))
     reference = together(lambda: open_reference(options.reference, network, samples.size, options.reference_samples))
     compare = together(lambda: _scale(options, samples, reference)) if options.scale else {}
     result = measure_generation(
@@ -39,7 +39,7 @@ def run_generation(options: argparse.Namespace) -> None:
     )
     if mesh.rank:
         return
-    classes = _recognise(samples, reference, result, options.label)
+    classes = _recognise(shown, reference, result, options.label)
     if options.save_reference:
         write_statistics(options.save_reference, result.reference, network.made_by)
     if options.out:
@@ -55,33 +55,34 @@ def run_generation(options: argparse.Namespace) -> None:
         print(f"note: {note}")
 
 
-def _samples(options: argparse.Namespace, device: torch.device) -> ImageSource:
+def _samples(options: argparse.Namespace, device: torch.device) -> tuple[ImageSource, list[Label] | None]:
+    """Return the samples, and the value of the label that each is to show if there is a label."""
     if options.equal_classes and options.label is None:
         raise UserError("--equal-classes belongs to --label; without that, all classes have equally many samples")
     if options.dit is None:
         for name in ("tokenizer", "label"):
             if getattr(options, name) is not None:
                 raise UserError(f"--{name} belongs to --dit; leave it out, the samples are there already")
-        return open_images(options.samples_from, options.size, options.samples)
+        return open_images(options.samples_from, options.size, options.samples), None
     if options.tokenizer is None:
         raise UserError("--dit needs --tokenizer, the folder of the tokenizer whose latents it makes")
     if options.size is not None:
         raise UserError("--size is for --samples-from; a DiT draws images of one size")
     sampler = sampler_of(options, device)
     count = _DRAWN if options.samples is None else options.samples
-    drawn = samples_like(options.reference, sampler.dit, count, options.label, options.equal_classes)
-    return GeneratedImages(sampler, drawn)
+    wanted = samples_like(options.reference, sampler.dit, count, options.label, options.equal_classes)
+    return GeneratedImages(sampler, wanted.samples), wanted.shown
 
 
 def _recognise(
-    samples: ImageSource, reference: Reference, result: GenerationResult, label: str | None
+    shown: list[Label] | None, reference: Reference, result: GenerationResult, label: str
 ) -> dict[str, dict[str, float]]:
     """Add the share of recognised samples to ``result`` if their classes are known; return the shares by class."""
-    if label is None:
+    if shown is None:
         return {}
-    assert isinstance(samples, GeneratedImages) and isinstance(reference.images, ShardImages) and result.real
+    assert isinstance(reference.images, ShardImages) and result.real
     try:
-        found = recognise(samples, result.made, reference.images, result.real, label)
+        found = recognise(shown, result.made, reference.images, result.real, label)
     except UserError as error:
         result.skipped[METRIC] = str(error)
         return {}

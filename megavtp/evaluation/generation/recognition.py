@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megavtp.dit.sampling.sampler import GeneratedImages
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.image_sources import ShardImages
 from megavtp.evaluation.distances.measure import FeatureSummary
+from megavtp.evaluation.generation.samples import Label
 from megavtp.evaluation.ranking import knn_predict
 from megavtp.evaluation.report import CHANCE
 from megavtp.evaluation.tokenizer.labels import blind_accuracy, first_seen_ids
@@ -35,25 +35,26 @@ class Recognition:
 
 
 def recognise(
-    samples: GeneratedImages, made: FeatureSummary, images: ShardImages, real: FeatureSummary, label: str
+    shown: Sequence[Label], made: FeatureSummary, images: ShardImages, real: FeatureSummary, label: str
 ) -> Recognition:
-    """Tell of how many of the ``samples``, with the features ``made``, the class is recognised among real ``images``.
+    """Tell of how many drawn pictures, with the features ``made``, the class is recognised among real ``images``.
 
-    ``label`` is the key of the images' metadata with their class. Real pictures are classified by the others, as a
-    scale: none votes for itself, nor for another of its ``concept`` if all have one. Raises ``UserError`` if there are
-    too few real pictures, or none of a class that was drawn.
+    ``label`` is the key of the images' metadata with their class, and ``shown`` its value for each of the pictures that
+    were to be drawn. Real pictures are classified by the others, as a scale: none votes for itself, nor for another of
+    its ``concept`` if all have one. Raises ``UserError`` if there are too few real pictures, or none of a class that
+    was drawn.
     """
-    dit = samples.sampler.dit
     metas = images.metadata(real.numbers.tolist())
     labels = [meta.get(label) for meta in metas]
-    known = [row for row, value in enumerate(labels) if value in dit.class_values]
+    known = [row for row, value in enumerate(labels) if isinstance(value, str | int)]
+    values = sorted({*shown, *(labels[row] for row in known)}, key=lambda value: (isinstance(value, str), value))
     concepts = [metas[row].get("concept") for row in known]
     own = first_seen_ids([str(concept) for concept in concepts]) if all(concepts) else torch.arange(len(known))
     return vote(
-        made.features, torch.tensor([samples.samples[number].condition for number in made.numbers.tolist()]),
+        made.features, torch.tensor([values.index(shown[number]) for number in made.numbers.tolist()]),
         real.features[torch.tensor(known, dtype=torch.long, device=real.features.device)],
-        torch.tensor([dit.class_values.index(labels[row]) for row in known], dtype=torch.long), own,
-        [dit.class_name(number) for number in range(len(dit.class_values))],
+        torch.tensor([values.index(labels[row]) for row in known], dtype=torch.long), own,
+        [value if isinstance(value, str) else f"class {value}" for value in values],
     )
 
 
