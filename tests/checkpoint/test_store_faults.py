@@ -278,7 +278,7 @@ def test_unfinished_saves_are_logged_when_they_are_newer(tmp_path, caplog):
 
 def test_writers_in_two_processes_and_one_of_them_killed(tmp_path):
     def writer(rank):
-        store = CheckpointStore(tmp_path, 2, run_token="run", part_timeout=0.5)
+        store = CheckpointStore(tmp_path, 2, run_token="run", part_timeout=2)
         store.save(10, {f"w{rank}": torch.full((4,), 10.0)}, {} if rank == 0 else None, rank, 2)
         store.wait()
         if rank == 1:
