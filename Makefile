@@ -12,6 +12,8 @@ DEMO_DECODER := configs/demo/decoder_emoji.yaml
 DEMO_DIT := configs/demo/dit_emoji.yaml
 # How many processes the launcher starts: one for each GPU, two on a CPU.
 PROCESSES ?= $(shell nvidia-smi -L 2> /dev/null | grep -q ^GPU || echo --num_accelerators 2)
+# How many files of tests run at a time. More than two cores have work for: many tests wait for processes or a limit.
+JOBS ?= 3
 LAUNCH = $(BIN)/deepspeed $(PROCESSES)
 DRAW := --dit runs/demo_dit/checkpoints/latest --tokenizer runs/demo/tokenizer --method heun --steps 8 --shift 0.5 \
   --precision bf16
@@ -59,9 +61,10 @@ demo-generation: demo-tokenizer
 	  --samples 256 --reference-samples 512 --out runs/demo_dit/generation.json
 	$(BIN)/python tools/report.py runs/demo runs/demo/decoder runs/demo_dit --out runs/report.html
 
-# Without the GPUs of the machine, if it has any: those are for test-gpu.
+# Without the GPUs of the machine, if it has any: those are for test-gpu. The tests of a file share its fixtures and run
+# one after another.
 test: install
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # CELLS="zero=3 pp=2,4" narrows it.
 matrix: install

@@ -12,7 +12,8 @@ EXTRAS = {
     "timm": ["timm"],  # ViTs for a discriminator to read; its torchvision has to be made for this torch
     "track": ["wandb", "tensorboard"],
     "test": [
-        "pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "types-psutil", "types-tqdm", "tensorboard",
+        "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-psutil", "types-tqdm",
+        "tensorboard",
     ],
 }
 

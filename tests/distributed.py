@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
+import itertools
 import multiprocessing
 import os
+import random
 import socket
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,10 +30,28 @@ multiprocessing.get_context("forkserver").set_forkserver_preload([
 ])
 
 
+def _own_ports() -> Iterator[int]:
+    """Ports that no other worker of pytest-xdist gives out. They lie below those that the system gives to connections,
+    and begin somewhere: another run of the tests on this machine will do so elsewhere."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    ports = range(20_000 + worker, 32_000, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    first = random.SystemRandom().randrange(len(ports))
+    return itertools.cycle([*ports[first:], *ports[:first]])
+
+
+_PORTS = _own_ports()
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """A port at which nobody listens, and which nobody takes before the test does."""
+    return next(port for port in _PORTS if _is_free(port))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as sock, contextlib.suppress(OSError):
+        sock.bind(("", port))
+        return True
+    return False
 
 
 def _worker(rank: int, world_size: int, port: int, folder: str, timeout: float, fn: Callable, args: tuple) -> None:
