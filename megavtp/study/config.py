@@ -58,7 +58,7 @@ class SlurmConfig:
     """How ``run --launch slurm`` makes jobs of links: options of sbatch, each of which wins over the line before."""
 
     template: str | None = None  # a batch script that runs "$@"; None is launchers/slurm/study.sbatch
-    options: str = ""  # over the template's, such as --partition=gpu --account=vision --time=12:00:00
+    options: str | None = None  # over the template's, such as --partition=gpu --account=vision --time=12:00:00
     by_kind: dict[str, str] = field(default_factory=dict)  # over these, such as convert: --ntasks=1 --gres=none
     launcher: str = "srun --kill-on-bad-exit=0 --wait=120 python -u"  # starts the processes of a link in its job
 
@@ -75,7 +75,7 @@ class StudyConfig:
     looks_at: Literal["checkpoints", "runs"] = "runs"
     tokenizer: StageConfig = field(default_factory=StageConfig)
     decoder: StageConfig = field(default_factory=StageConfig)
-    latents: str = ""  # options of tools/extract_latents.py besides the places, such as --data data/emoji --label group
+    latents: str | None = None  # options of tools/extract_latents.py besides the places, such as --data data/emoji --label group
     dit: StageConfig = field(default_factory=StageConfig)
     seeds: tuple[int, ...] = (0,)  # of the DiT and of what it draws
     measures: MeasureConfig = field(default_factory=MeasureConfig)
