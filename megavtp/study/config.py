@@ -75,7 +75,8 @@ class StudyConfig:
     looks_at: Literal["checkpoints", "runs"] = "runs"
     tokenizer: StageConfig = field(default_factory=StageConfig)
     decoder: StageConfig = field(default_factory=StageConfig)
-    latents: str | None = None  # options of tools/extract_latents.py besides the places, such as --data data/emoji --label group
+    # Options of tools/extract_latents.py besides the places, such as --data data/emoji --label group.
+    latents: str | None = None
     dit: StageConfig = field(default_factory=StageConfig)
     seeds: tuple[int, ...] = (0,)  # of the DiT and of what it draws
     measures: MeasureConfig = field(default_factory=MeasureConfig)
