@@ -154,9 +154,7 @@ STEPS = {  # by the ranks of the world and which of them is here
         layout(2, 1, SIZES, tp=2, sequence_parallel=True, recompute="selective"), layout(2, 1, SIZES, zero_stage=3),
         layout(2, 4, SIZES, pp=2), layout(2, 4, SIZES, pp=2, schedule="gpipe"), layout(2, 4, SIZES, **INTERLEAVED),
     ],
-    (2, 1): [
-        layout(2, 4, SIZES, pp=2), layout(2, 4, SIZES, **INTERLEAVED), layout(2, 2, SECOND_STAGE, pp=2),
-    ],
+    (2, 1): [layout(2, 4, SIZES, pp=2), layout(2, 4, SIZES, **INTERLEAVED)],
     (4, 0): [
         layout(4, 4, SIZES, **INTERLEAVED, zero_stage=3),
         layout(4, 2, SIZES, tp=2, pp=2, sequence_parallel=True, recompute="full"),
@@ -182,7 +180,6 @@ def peaks_of_steps(_: int, world: int, rank: int) -> list[tuple[int, int]]:
     """Pipeline rank and peak of each layout: from before the model is built to the end of the second step,
     everything that is allocated at one time."""
     pretend(world, rank)
-    decoder_passes.to_uint8 = to_uint8
     peaks = []
     for config in STEPS[world, rank]:
         parallel = config.parallel
