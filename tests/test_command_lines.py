@@ -184,7 +184,8 @@ OTHERS = [
     ("tools/study.py status study.yaml", "looks = [40]: 40 is beyond the tokenizer's train.steps = 12"),
     (STUDY + "looks=[4] axes.size.s={tokeniser:[]}", "axes.size.s.tokeniser: no stage has this name"),
     (STUDY + "looks=[4] axes.size.s={tokenizer:[model.sice=s]}", "tokenizer of size s: model.sice: unknown key"),
-    ("tools/study.py results study.yaml looks=[4] output_dir=file/x", "results: cannot be written (Not a directory)"),
+    ("tools/study.py results study.yaml looks=[4] output_dir=file/x", "results.lock: cannot be written (Not a dir"),
+    ("tools/study.py run study.yaml looks=[4] --launch cloud", "argument --launch: invalid choice: 'cloud'"),
     (STUDY + "lokks=[4]", "lokks: unknown key; did you mean looks?"),
     (STUDY + "looks=[4] --gpus 8 --device abacus", "device abacus: not known"),
     # words that are empty, or no text

@@ -71,6 +71,7 @@ def main() -> int:
     from megavtp.config.schema import DEMO_CONFIG, Config
     from megavtp.config.share import share
     from megavtp.config.validate import validate, with_vocabulary
+    from megavtp.decoder.validate import validate_decoder
     from megavtp.planning import report
     from megavtp.planning.devices import find_device
     from megavtp.planning.plan import GIB, Planner
@@ -85,8 +86,10 @@ def main() -> int:
     # Of the recipe's layout only precision and kernels count: the rest is what is sought.
     given = recipe.parallel
     alone = ParallelConfig(precision=given.precision, attention=given.attention, timeout=given.timeout)
-    config = validate(replace(recipe, parallel=alone), None)
-    if set(share(config, 1).passes) == {"reconstruction"} and config.model.init_from is not None:
+    objectives = recipe.objectives
+    second_stage = objectives.adversarial.weight > 0 or objectives.reconstruction.decoder_momentum > 0
+    config = (validate_decoder if second_stage else validate)(replace(recipe, parallel=alone), None)
+    if not second_stage and set(share(config, 1).passes) == {"reconstruction"} and config.model.init_from is not None:
         print("encoder     planned as trained; of a run of launchers/train_decoder.py this is an upper bound")
     if config.model.text.vocab_size is None:
         config = with_vocabulary(config, CLIP_VOCABULARY)

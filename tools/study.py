@@ -3,6 +3,7 @@
     python tools/study.py plan    configs/study/emoji_compute.yaml
     python tools/study.py plan    configs/study/vtp_compute.yaml --gpus 64 --device h100
     python tools/study.py run     configs/study/emoji_compute.yaml
+    python tools/study.py run     configs/study/vtp_compute.yaml --launch slurm
     python tools/study.py status  configs/study/emoji_compute.yaml
     python tools/study.py results configs/study/emoji_compute.yaml
 
@@ -31,6 +32,12 @@ def parse() -> argparse.Namespace:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("study", type=place, help="YAML file, such as configs/study/emoji_compute.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")
+        if name == "run":
+            command.add_argument(
+                "--launch", choices=["here", "slurm"], default="here",
+                help="run the links here, one after the other, or submit them as SLURM jobs (default: here)",
+            )
+            command.add_argument("--link", type=place, metavar="FOLDER", help="run this link alone, as its job does")
         if name == "plan":
             command.add_argument("--gpus", type=whole(1, 1_000_000), help="reckon with so many GPUs at a time")
             command.add_argument("--device", default="h100", help="with --gpus: a100, h100, ... (default: h100)")
@@ -43,19 +50,27 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
+    from megavtp.errors import UserError
     from megavtp.planning.devices import find_device
     from megavtp.study.cells import cells_of, links_of
     from megavtp.study.config import CostConfig, load_study
     from megavtp.study.costs import rates_of
     from megavtp.study.curves import fit_results
-    from megavtp.study.pages import curves_page, plan_page, status_page
+    from megavtp.study.pages import cost_text, curves_page, plan_page, status_page
     from megavtp.study.results import rows_of, write_results
-    from megavtp.study.runner import run_study
+    from megavtp.study.runner import run_link, run_study
+    from megavtp.study.slurm import jobs_of
+    from megavtp.study.submit import submit_study
 
     study = load_study(options.study, options.overrides)
     status = 0
     if options.command == "run":
         go_on_unread()
+        if options.link:
+            return run_link(study, options.link)
+        if options.launch == "slurm":
+            submit_study(study)
+            return 0
         status = run_study(study)
     cells = cells_of(study)
     if options.command == "plan" and options.gpus:
@@ -65,12 +80,18 @@ def main() -> int:
     elif options.command == "plan":
         print(plan_page(study, cells, rates_of(links_of(cells), study.cost)))
     elif options.command == "status":
-        print(status_page(cells, rates_of(links_of(cells), study.cost)))
+        links, jobs = links_of(cells), {}
+        try:
+            jobs = jobs_of(links)
+        except UserError as error:  # the rest is known without the queue
+            print(f"warning: {error}", file=sys.stderr)
+        print(status_page(cells, rates_of(links, study.cost), jobs))
     else:
         if options.command == "results":
             write_results(study, cells)
         rows = rows_of(cells)
         print(curves_page(study, fit_results(study, rows), len(rows), len(cells)))
+        print(cost_text(cells))
     return status
 
 

@@ -13,7 +13,7 @@ from megavtp.config.sizes import ResolvedConfig, adversarial_starts
 from megavtp.decoder.adversary import Adversary
 from megavtp.decoder.passes import AdversarialDecoderPass, DecoderPass, DiscriminatorPass
 from megavtp.models.discriminator import Discriminator
-from megavtp.models.feature_networks import TIMM, FeatureNetwork, OwnFeatures, PixelFeatures, TimmFeatures
+from megavtp.models.feature_networks import FeatureNetwork, OwnFeatures, PixelFeatures, timm_features
 from megavtp.models.second_stage import SecondStageVTP
 from megavtp.nn.block import Block
 from megavtp.parallel.mesh import Mesh
@@ -71,8 +71,7 @@ def build_features(config: ResolvedConfig, device: torch.device) -> FeatureNetwo
         return OwnFeatures(config.model, settings.features_size, dtype, config.parallel.attention)
     if settings.features == "pixels":
         return PixelFeatures()
-    name = settings.features.removeprefix(TIMM)
-    return TimmFeatures(name, settings.features_weights, settings.features_size, dtype).to(device)
+    return timm_features(settings, dtype).to(device)
 
 
 def model_kind(config: ResolvedConfig, features: FeatureNetwork | None) -> Any:

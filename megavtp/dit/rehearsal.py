@@ -13,7 +13,7 @@ from megavtp.dit.recipe import DiTTraining
 from megavtp.dit.validate import TOWER, flow_share, validate_dit
 from megavtp.parallel.mesh import Mesh
 from megavtp.planning import zero
-from megavtp.planning.parts import Sent
+from megavtp.planning.cost import Sent
 from megavtp.training.optimizer import parameter_groups
 from megavtp.training.rehearsal import Played, Rehearsed, play
 

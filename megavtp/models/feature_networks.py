@@ -99,13 +99,10 @@ class OwnFeatures(nn.Module):
 class TimmFeatures(nn.Module):
     """A ViT of the timm library, such as DINO's (``vit_small_patch8_224.dino``), read in the same places."""
 
-    def __init__(self, name: str, weights: str | None, size: int | None, compute_dtype: torch.dtype):
-        """Raise UserError if timm is absent or knows no such ViT, or if the weights do not fit it."""
+    def __init__(self, model: Any, size: int | None, compute_dtype: torch.dtype):
         super().__init__()
         self.compute_dtype = compute_dtype
-        if weights is None:
-            raise UserError(f"{_FEATURES}{name} needs the file of its weights: {_REMEDY}")
-        self.model = model = load_timm_vit(name, weights, f"{_FEATURES}{name}", _REMEDY)
+        self.model = model
         settings = model.pretrained_cfg
         self.mean, self.std = settings["mean"], settings["std"]
         self.size = size or settings["input_size"][-1]
@@ -119,6 +116,19 @@ class TimmFeatures(nn.Module):
                 images, indices=self.taps, output_fmt="NLC", intermediates_only=True
             )
             return [*tokens, self.model.norm(tokens[-1])]
+
+
+def timm_features(settings: AdversarialConfig, compute_dtype: torch.dtype, *, read: bool = True) -> TimmFeatures:
+    """Return the features that ``settings`` name, with their weights if they are to be ``read``.
+
+    UserError: timm is absent or knows no such ViT, or the weights do not fit it.
+    """
+    name = settings.features.removeprefix(TIMM)
+    if settings.features_weights is None:
+        raise UserError(f"{_FEATURES}{name} needs the file of its weights: {_REMEDY}")
+    asked = f"{_FEATURES}{name}"
+    model = load_timm_vit(name, settings.features_weights, asked, _REMEDY) if read else _timm_vit(name, asked)
+    return TimmFeatures(model.requires_grad_(False), settings.features_size, compute_dtype)
 
 
 def load_timm_vit(name: str, weights: str | Path, asked: str, remedy: str) -> Any:

@@ -9,8 +9,8 @@ Letters: m images of a micro-batch, N patches, T packed tokens, D width.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, TypeVar, cast
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megavtp.config.precision import compute_dtype
-from megavtp.config.share import share
+from megavtp.config.share import PassShare, share
 from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig, contrastive_size, feature_width
 from megavtp.models.lpips import PERCEPTUAL_NETS, empty_lpips
 from megavtp.models.vtp import VTP
@@ -31,22 +31,26 @@ from megavtp.objectives.koleo import koleo
 from megavtp.objectives.reconstruction import reconstruction_terms
 from megavtp.objectives.self_distillation import StudentOutput, TeacherBias, TeacherOutput, self_distillation_loss
 from megavtp.parallel.mesh import Mesh
-from megavtp.parallel.rehearsal import rehearsal, rehearse
+from megavtp.parallel.rehearsal import rehearsal
 from megavtp.pixels import normalise
+from megavtp.planning.cost import Cost, cost_of, line
 from megavtp.planning.flops import expected_masked_patches, patches_of
+from megavtp.planning.second_stage import Judge, balanced_cost, copied_weights, discriminator_cost, features_of
 
 MODES = {"contrastive": "contrastive", "self_distillation": "student", "reconstruction": "reconstruction"}
 # The towers that the stages of a pass run through, leg by leg; those of one leg run side by side.
 LEGS: dict[str, tuple[tuple[str, ...], ...]] = {
     "contrastive": (("trunk", "text"),), "student": (("trunk",),), "teacher": (("trunk",),),
     "reconstruction": (("trunk",), ("pixel_decoder",)),
+    # Behind a frozen encoder.
+    "encode": (("trunk",),), "decode": (("pixel_decoder",),),
 }
+SILENT = ("teacher", "encode")  # without a backward
 
 _LINEAR = (64, 128)  # with this many images in a micro-batch or more, everything grows linearly
 _ENOUGH_CHUNKS = 4
 _TEMPERATURE = 0.07  # of the teacher: any will do
 
-Sent = Counter[tuple[str, str]]  # (axis, operation) -> payload bytes of one rank
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -64,52 +68,11 @@ def once(method: Method) -> Method:
     return cast(Method, known_or_made)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Bytes of one micro-batch on one rank.
-
-    Attributes:
-        held: alive from the end of its forward to its backward.
-        peak: the most at one time while it runs alone, ``held`` included.
-        forward, backward: bytes sent in each, by (axis, operation).
-    """
-
-    held: float = 0
-    peak: float = 0
-    forward: Sent = field(default_factory=Sent)
-    backward: Sent = field(default_factory=Sent)
-
-    @property
-    def extra(self) -> float:
-        """The bytes that are needed beyond ``held`` while it runs."""
-        return self.peak - self.held
-
-
-def _cost(
-    mesh: Mesh, forward: Callable[[], Any], parameters: Sequence[Tensor] = (), inputs: Sequence[Tensor] = ()
-) -> Cost:
-    counted = rehearse(mesh, forward, parameters, inputs=inputs)
-    return Cost(counted.held, counted.peak, counted.forward.sent, counted.backward.sent)
-
-
-def _line(a: Cost, b: Cost, t: float) -> Cost:
-    """Return the cost at ``t`` on the straight line through ``a`` (t = 0) and ``b`` (t = 1)."""
-
-    def at(x: float, y: float) -> float:
-        return x + t * (y - x)
-
-    def sent(x: Sent, y: Sent) -> Sent:
-        return Counter({key: round(at(x[key], y[key])) for key in x.keys() | y.keys()})
-
-    held = at(a.held, b.held)
-    return Cost(held, held + at(a.extra, b.extra), sent(a.forward, b.forward), sent(a.backward, b.backward))
-
-
 def _interpolated(at: Callable[[int], Cost], m: int) -> Cost:
     """Return ``at(m)``; for a large ``m`` it is extrapolated linearly."""
     if m <= _LINEAR[0]:
         return at(m)
-    return _line(at(_LINEAR[0]), at(_LINEAR[1]), (m - _LINEAR[0]) / (_LINEAR[1] - _LINEAR[0]))
+    return line(at(_LINEAR[0]), at(_LINEAR[1]), (m - _LINEAR[0]) / (_LINEAR[1] - _LINEAR[0]))
 
 
 class Rehearsals:
@@ -122,6 +85,7 @@ class Rehearsals:
         self.config, self.fused_norms = config, fused_norms
         self.dtype = compute_dtype(config.parallel.precision)
         self.objectives = frozenset(share(config, 1).passes)
+        self.features = features_of(config, self.dtype)
 
     @once
     def stack(
@@ -133,13 +97,13 @@ class Rehearsals:
         """
         if blocks == 0:
             return Cost()
-        if mode == "teacher":  # without a backward nothing is recomputed
+        if mode in SILENT:  # nothing is recomputed
             recompute = "none"
 
         def at(size: int) -> Cost:
             one, two = self._one_and_two_blocks(mode, tower, size, tp, sequence_parallel, recompute)
-            line = _line(one, two, blocks - 1)  # each further block holds and sends what the second did
-            return replace(line, peak=line.held + (one if blocks == 1 else two).extra)  # one runs at a time
+            whole = line(one, two, blocks - 1)  # each further block holds and sends what the second did
+            return replace(whole, peak=whole.held + (one if blocks == 1 else two).extra)  # one runs at a time
 
         return _interpolated(at, m)
 
@@ -147,7 +111,7 @@ class Rehearsals:
     def _one_and_two_blocks(
         self, mode: str, name: str, m: int, tp: int, sequence_parallel: bool, recompute: Recompute
     ) -> tuple[Cost, ...]:
-        trained = mode != "teacher"
+        trained = mode not in SILENT
         with rehearsal(tp=tp, sequence_parallel=sequence_parallel, fused_norms=self.fused_norms) as mesh:
             # These are two different blocks: the gradients of one used twice would wait for each other.
             model = self._model(mesh, depth=2)
@@ -167,7 +131,7 @@ class Rehearsals:
                     return run_blocks(blocks[:count], x, segments, tables, drop, recompute)
 
             parameters = list(tower.parameters())
-            return tuple(_cost(mesh, partial(forward, count), parameters, [x]) for count in (1, 2))
+            return tuple(cost_of(mesh, partial(forward, count), parameters, [x]) for count in (1, 2))
 
     def segments(self, mode: str, tower: str, m: int) -> Segments:
         """Return (sequences, length) of each crop size in a tower, as the blocks see them."""
@@ -207,7 +171,7 @@ class Rehearsals:
         with rehearsal(tp=tp, fused_norms=self.fused_norms, pp=2, pp_rank=int(is_last)) as mesh:
             model, inputs = self._model(mesh, depth=0), self._inputs(mode, m)
             specs = model.activation_specs(mode, stage, **inputs) if stage else []
-            trained = mode != "teacher"
+            trained = mode not in SILENT
             activations = [torch.empty(shape, dtype=dtype, requires_grad=trained) for shape, dtype in specs]
             close = self._closing(mode, m, mesh) if loss and stage == 2 * len(LEGS[mode]) - 1 else None
             results: list[Any] = []  # of the pass: they live as long as its backward
@@ -215,12 +179,12 @@ class Rehearsals:
             def forward() -> Any:
                 pixels = {}
                 if stage == 0:  # later ones read only shapes
-                    pixels = {name: normalise(x) for name, x in inputs.items() if x.dtype == torch.uint8}
+                    pixels = {name: normalise(x) for name, x in inputs.items() if name in self._pictures(mode, m)}
                 results.append(model(mode, stage=stage, activations=activations, **(inputs | pixels)))
                 return close(results[0]) if close else results[0]
 
             with torch.set_grad_enabled(loss):
-                return _cost(mesh, forward, list(model.parameters()), activations)
+                return cost_of(mesh, forward, list(model.parameters()), activations)
 
     @once
     def activation_bytes(self, mode: str, leg: int, is_first: bool, m: int) -> int:
@@ -235,7 +199,7 @@ class Rehearsals:
         augment = self.config.data.augment
         if mode == "contrastive":
             return {"images": (m, contrastive_size(self.config))}
-        if mode == "reconstruction":
+        if mode in ("reconstruction", "encode", "decode"):
             return {"images": (m, self.config.model.image_size)}
         crops = {"global_crops": (GLOBAL_CROPS * m, augment.global_size)}
         if mode == "student" and augment.local_crops:
@@ -246,9 +210,13 @@ class Rehearsals:
         """Return the bytes of a micro-batch's normalised pixels."""
         return sum(torch.float32.itemsize * count * 3 * size**2 for count, size in self._pictures(mode, m).values())
 
-    def _inputs(self, mode: str, m: int) -> dict[str, Tensor]:
-        """Make a micro-batch as it comes from the loader."""
-        inputs = {
+    def _inputs(self, mode: str, m: int) -> dict[str, Any]:
+        """Make a micro-batch as it comes from the loader, or for a decoder alone the latents."""
+        if mode == "decode":
+            side = self.config.model.image_size // self.config.model.patch_size
+            latents = torch.empty(m, self.config.model.bottleneck, side, side, dtype=self.dtype)
+            return {"latents": latents, "with_head_input": self.config.objectives.adversarial.weight > 0}
+        inputs: dict[str, Any] = {
             name: torch.empty(count, 3, size, size, dtype=torch.uint8)
             for name, (count, size) in self._pictures(mode, m).items()
         }
@@ -267,10 +235,9 @@ class Rehearsals:
     def _closing(self, mode: str, m: int, mesh: Mesh) -> Callable[[Any], Any] | None:
         """Return what computes the loss terms of one micro-batch from a pass's outputs, if it has any."""
         if mode == "reconstruction":
-            net = PERCEPTUAL_NETS.get(self.config.objectives.reconstruction.perceptual)
-            perceptual = net and empty_lpips(net)
-            target = torch.empty(m, 3, self.config.model.image_size, self.config.model.image_size)
-            return partial(reconstruction_terms, target=target, perceptual=perceptual, images_total_local=m)
+            return self._reconstruction_terms(m)
+        if mode == "decode":
+            return self._decoder_terms(m)
         if mode != "student":
             return None
         teacher = self._teacher(m, mesh.tp)
@@ -287,6 +254,49 @@ class Rehearsals:
 
         return close
 
+    def _reconstruction_terms(self, m: int) -> Callable[[Tensor], dict[str, Tensor]]:
+        net = PERCEPTUAL_NETS.get(self.config.objectives.reconstruction.perceptual)
+        perceptual = net and empty_lpips(net)
+        target = torch.empty(m, 3, self.config.model.image_size, self.config.model.image_size)
+        return partial(reconstruction_terms, target=target, perceptual=perceptual, images_total_local=m)
+
+    def _decoder_terms(self, m: int) -> Callable[[Any], Any] | None:
+        """Return what computes the terms of a decoder behind a frozen encoder; the adaptive weight leaves them to
+        ``balanced``."""
+        adversarial, terms = self.config.objectives.adversarial, self._reconstruction_terms(m)
+        if adversarial.weight == 0:
+            return terms
+        if adversarial.adaptive:
+            return None
+        judge = self._judge()
+        return lambda outputs: (terms(outputs[0]), judge.persuaded(outputs[0]))
+
+    @once
+    def balanced(self, part: PassShare, dp: int) -> Cost:
+        """Return the cost of a decoder's terms over a rank's batch, which the adaptive weight balances."""
+
+        def terms_of(images: Tensor, judge: Judge) -> dict[str, Tensor]:
+            terms = self._reconstruction_terms(len(images))(images)
+            return terms | {"adversarial": judge.persuaded(images)}
+
+        return balanced_cost(self.config.model, self._judge, terms_of, part, dp)
+
+    def _judge(self) -> Judge:
+        assert self.features is not None, "there is no adversarial term"
+        return Judge(self.config, self.features, self.dtype)
+
+    def adversary_bytes(self, part: PassShare) -> int:
+        """Return the bytes that live through both passes of the second stage: a copy of the discriminator's weights,
+        and the decoded pictures as uint8."""
+        if self.features is None:
+            return 0
+        return copied_weights(self.features.widths) + part.local * 3 * self.config.model.image_size**2
+
+    @once
+    def discriminator(self, m: int) -> Cost:
+        """Return the cost of a micro-batch of the discriminator's own pass."""
+        return _interpolated(partial(discriminator_cost, self._judge, self.config.model.image_size), m)
+
     def _teacher(self, images: int, tp: int) -> TeacherOutput:
         head = self.config.model.dino_head
         rows = (GLOBAL_CROPS * images, self._masked(images))
@@ -302,9 +312,9 @@ class Rehearsals:
                 image, text = (torch.empty(images, model.text.width, requires_grad=True) for _ in range(2))
                 scale = torch.empty((), requires_grad=True)
                 loss = info_nce if self.config.objectives.contrastive.loss == "infonce" else siglip
-                return _cost(mesh, lambda: loss(image, text, scale, None, mesh), inputs=[image, text])
+                return cost_of(mesh, lambda: loss(image, text, scale, None, mesh), inputs=[image, text])
             features = torch.empty(GLOBAL_CROPS, images, feature_width(model), requires_grad=True)
-            return _cost(mesh, lambda: koleo(features, mesh), inputs=[features])
+            return cost_of(mesh, lambda: koleo(features, mesh), inputs=[features])
 
     @once
     def centering(self, images: int, tp: int, dp: int) -> Cost:
@@ -320,7 +330,7 @@ class Rehearsals:
                 sinkhorn_bias, W=prototypes, temperature=_TEMPERATURE, iterations=settings.sinkhorn_iterations,
                 rows_at_once=settings.chunk, mesh=mesh,
             )
-            cost = _cost(mesh, lambda: [bias([group]) for group in groups])
+            cost = cost_of(mesh, lambda: [bias([group]) for group in groups])
         # Further chunks need no more memory; over tp every row sends the same.
         ratio = sum(map(len, rows)) / sum(map(len, groups))
         sent = Counter({key: round(count * ratio) if key[0] == "tp" else count for key, count in cost.forward.items()})

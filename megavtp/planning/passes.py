@@ -14,7 +14,8 @@ from megavtp.models.cuts import tower_cuts
 from megavtp.nn.block import Recompute
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.orders import Schedule, bubble, train_order
-from megavtp.planning.parts import LEGS, MODES, Cost, Rehearsals, Sent
+from megavtp.planning.cost import Cost, Sent
+from megavtp.planning.parts import LEGS, MODES, Rehearsals
 from megavtp.planning.zero import FLOAT, Calls
 
 
@@ -52,15 +53,21 @@ class PassCost:
 def pass_cost(parts: Rehearsals, layout: RankLayout, name: str, part: PassShare) -> PassCost:
     """Return what one objective costs with the micro-batches of ``part``."""
     mesh, config = layout.mesh, parts.config
-    mode, m, count = MODES[name], part.micro_batch, part.micro_batches
-    over_batch = mode == "contrastive" or (mode == "student" and config.objectives.self_distillation.koleo_weight > 0)
+    mode, m, count = mode_of(config, name), part.micro_batch, part.micro_batches
+    adversarial = config.objectives.adversarial
+    over_batch = {
+        "contrastive": True, "student": config.objectives.self_distillation.koleo_weight > 0,
+        "decode": adversarial.weight > 0 and adversarial.adaptive,
+    }.get(mode, False)
     twice = over_batch and count > 1
     chains = _chains(parts, layout, mode, m)
     sent = _traffic(chains, count, back=True)
     embeddings = 2 if mode == "student" and config.data.augment.local_crops else 1
     calls = [Calls(mode, count if twice else 0, count, len(chains), mesh.virtual_stages, embeddings)]
     base = peak = 0.0  # the bytes that live through the whole pass, and the most at one time
-    before = ["teacher"] if mode == "student" else []
+    if mode == "decode" and mesh.is_last_stage:
+        base = parts.picture_bytes(mode, m) + parts.adversary_bytes(part)  # the former to compare with
+    before = [forward for of, forward in (("student", "teacher"), ("decode", "encode")) if of == mode]
     if twice:
         before.append(mode)
     for forward in before:  # without graph
@@ -73,10 +80,14 @@ def pass_cost(parts: Rehearsals, layout: RankLayout, name: str, part: PassShare)
             center = parts.centering(part.local, mesh.tp, mesh.dp) if mesh.is_last_stage else Cost()
             sent += center.forward
             peak = base + max(center.peak, *(chain.forward_peak for chain in silent))
+        if forward == "encode":
+            calls.append(Calls("encode", count, 0, len(silent), mesh.virtual_stages))
+            peak = max(base + chain.forward_peak for chain in silent)
     if over_batch and mesh.is_last_stage:
-        terms = parts.over_batch(mode, part.local, mesh.dp)
+        decoding = mode == "decode"
+        terms = parts.balanced(part, mesh.dp) if decoding else parts.over_batch(mode, part.local, mesh.dp)
         sent += terms.forward + terms.backward
-        peak = max(peak, terms.peak)
+        peak = max(peak, base + terms.peak)
         if not twice:
             chains[-1].segments.append(terms)
     if mesh.pp > 1:
@@ -86,6 +97,19 @@ def pass_cost(parts: Rehearsals, layout: RankLayout, name: str, part: PassShare)
     activity = count * sum(chain.held for chain in plain)
     idle = 0.0 if mesh.pp == 1 else _bubble(layout.schedule, mesh.pp, len(chains), count)
     return PassCost(peak, activity, +sent, idle, calls, 3.0 + twice + (layout.recompute == "full"))
+
+
+def mode_of(config: ResolvedConfig, name: str) -> str:
+    """Return the forward that an objective trains by."""
+    return "decode" if config.objectives.reconstruction.frozen_encoder else MODES[name]
+
+
+def discriminator_cost(parts: Rehearsals, part: PassShare) -> PassCost:
+    """Return what the discriminator's own pass costs on the last pipeline rank, which runs it alone."""
+    cost = parts.discriminator(part.micro_batch)
+    peak = parts.adversary_bytes(part) + cost.peak
+    calls = [Calls("discriminate", 1, part.micro_batches)]
+    return PassCost(peak, part.micro_batches * cost.held, Counter(), 0.0, calls, 3.0)
 
 
 @lru_cache(maxsize=1024)
@@ -130,8 +154,8 @@ def _chains(parts: Rehearsals, layout: RankLayout, mode: str, m: int, *, loss: b
     """Return, stage by stage, what this rank runs of a pass; with one rank everything is one stage."""
     mesh = layout.mesh
     cuts = tower_cuts(parts.config.model, parts.objectives, mesh.chunks)
-    # In float32 the embedding itself holds the pictures.
-    pictures = 0 if parts.dtype == torch.float32 else parts.picture_bytes(mode, m)
+    # In float32 the embedding itself holds the pictures, and a decoder alone takes none.
+    pictures = 0 if parts.dtype == torch.float32 or mode == "decode" else parts.picture_bytes(mode, m)
     stages = len(LEGS[mode]) * mesh.chunks
 
     def into(stage: int) -> int:
@@ -190,8 +214,9 @@ def term_count(config: ResolvedConfig, mode: str) -> int:
     """Return how many loss terms a pass reports."""
     if mode == "contrastive":
         return 1
-    if mode == "reconstruction":
-        return 1 + (config.objectives.reconstruction.perceptual != "none")
+    if mode in ("reconstruction", "decode"):
+        adversarial = 2 * (config.objectives.adversarial.weight > 0)  # with the adaptive weight
+        return 1 + (config.objectives.reconstruction.perceptual != "none") + adversarial
     settings = config.objectives.self_distillation
     dino = (2 if config.data.augment.local_crops else 1) if settings.dino_weight else 0
     return dino + bool(settings.ibot_weight) + bool(settings.koleo_weight)

@@ -1,17 +1,19 @@
 """The plan of one layout: its memory, its traffic and the least time that a step can take."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from megavtp.config.share import PassShare, share
 from megavtp.config.sizes import ResolvedConfig
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.traffic import Transfer
 from megavtp.planning import zero
+from megavtp.planning.cost import Sent
 from megavtp.planning.devices import Device
 from megavtp.planning.flops import flops_per_step
-from megavtp.planning.parts import MODES, Rehearsals, Sent, once
-from megavtp.planning.passes import PassCost, RankLayout, pass_cost
+from megavtp.planning.parts import MODES, Rehearsals, once
+from megavtp.planning.passes import PassCost, RankLayout, discriminator_cost, mode_of, pass_cost
+from megavtp.planning.second_stage import feature_bytes, shape_of
 
 GIB = 2**30
 _ADAM_BYTES = 28  # for a trained float32 parameter: gradient, weight, two moments are read, the last three written
@@ -75,9 +77,9 @@ class Plan:
         bandwidth, and each axis sends at the bandwidth of the slowest link that it crosses.
         """
         busy, idle = 0.0, 0.0
-        per_objective = flops_per_step(self.config)
+        per_objective = flops_per_step(self.config)  # the discriminator's are among the reconstruction's
         for name, cost in self.ranks[0].passes.items():
-            time = per_objective[name] / 3 * cost.forwards / self.world_size / (self.device.peak_tflops * 1e12)
+            time = per_objective.get(name, 0.0) / 3 * cost.forwards / self.world_size / (self.device.peak_tflops * 1e12)
             busy, idle = busy + time, idle + time * cost.bubble
         seconds = {"products": busy, "bubble": idle, "elementwise": max(map(self._elementwise, self.ranks))}
         p = self.config.parallel
@@ -109,7 +111,8 @@ class Planner:
     ):
         self.device, self.gpus_per_node = device, gpus_per_node
         self.parts = Rehearsals(config, fused_norms=cuda)
-        self.inventory = zero.Inventory(config.model, self.parts.objectives, groups)
+        widths = None if self.parts.features is None else self.parts.features.widths
+        self.inventory = zero.Inventory(partial(shape_of, config, self.parts.objectives, widths), groups)
 
     def plan(self, config: ResolvedConfig, world_size: int, *, draft: bool = False) -> Plan:
         """Plan ``config``, this planner's with another ``parallel`` section or micro-batches, validated for the size.
@@ -134,8 +137,10 @@ class Planner:
 
     @once
     def _state(self, mesh: Mesh, stage: int, gather: str) -> zero.State:
-        first_mode = next(MODES[name] for name in MODES if name in self.parts.objectives)
-        return zero.state(self._pieces(mesh), stage, mesh.dp, first_mode=first_mode, hold=gather == "step")
+        first_mode = next(mode_of(self.parts.config, name) for name in MODES if name in self.parts.objectives)
+        state = zero.state(self._pieces(mesh), stage, mesh.dp, first_mode=first_mode, hold=gather == "step")
+        features = feature_bytes(self.parts.features) if mesh.is_last_stage else 0  # whole, whatever the stage
+        return replace(state, teacher=state.teacher + features)
 
     @once
     def _pass_cost(self, layout: RankLayout, name: str, part: PassShare) -> PassCost:
@@ -145,6 +150,8 @@ class Planner:
         p, mesh = config.parallel, _mesh(config, world_size, pp_rank)
         layout = RankLayout(replace(mesh, sequence_parallel=p.sequence_parallel), p.schedule, p.recompute)
         passes = {name: self._pass_cost(layout, name, part) for name, part in share(config, mesh.dp).passes.items()}
+        if config.objectives.adversarial.weight > 0 and mesh.is_last_stage:
+            passes["discriminator"] = discriminator_cost(self.parts, share(config, mesh.dp).passes["reconstruction"])
         pieces = self._pieces(mesh)
         calls = [call for cost in passes.values() for call in cost.calls]
         sent = sum((cost.sent for cost in passes.values()), Sent())

@@ -13,8 +13,6 @@ import torch
 from torch import nn
 
 from megavtp.arithmetic import ceil_div
-from megavtp.config.sizes import ResolvedModel
-from megavtp.models.vtp import VTP
 from megavtp.parallel.mesh import Mesh
 
 FLOAT = 4  # bytes
@@ -39,18 +37,18 @@ class Piece:
 
 
 class Inventory:
-    """Every parameter of a model and its rank, taken from the model itself on the meta device.
+    """Every parameter of a model and its rank, taken from the model itself, which ``make`` makes on the meta device.
 
     ``groups`` groups parameters as the optimizer does, and ``towers`` is the number of towers among the groups.
     """
 
-    def __init__(self, model: ResolvedModel, objectives: frozenset[str], groups: Groups):
-        self._model, self._objectives, self._groups = model, objectives, groups
+    def __init__(self, make: Callable[[Mesh], nn.Module], groups: Groups):
+        self._make, self._groups = make, groups
         self.towers = len({group["tower"] for group in groups(self._named(Mesh()))})
 
     def _named(self, mesh: Mesh) -> list[tuple[str, nn.Parameter]]:
         with torch.device("meta"):
-            return list(VTP(self._model, mesh, objectives=self._objectives).named_parameters())
+            return list(self._make(mesh).named_parameters())
 
     def rank(self, tp: int, pp: int, pp_rank: int, virtual_stages: int) -> list[Piece]:
         """Return what a pipeline rank holds."""
@@ -66,6 +64,7 @@ def pieces(named: Sequence[tuple[str, nn.Parameter]], groups: Groups) -> list[Pi
 _READ = {  # by each forward, beginnings of parameters' names
     "contrastive": ("trunk.", "visual_proj.", "text.", "logit_"), "student": ("trunk.", "dino_head."),
     "teacher": ("teacher.",), "reconstruction": ("trunk.", "pixel_decoder."),
+    "encode": ("trunk.",), "decode": ("pixel_decoder.",), "discriminate": ("discriminator.",),
     "velocity": ("dit.",),
 }
 
@@ -74,7 +73,7 @@ _TOWERS = ("trunk", "text", "pixel_decoder", "teacher.trunk")  # modules that ar
 
 def touched(name: str, mode: str, shared_bottleneck: bool) -> bool:
     """Tell whether the forward ``mode`` reads a parameter."""
-    bottleneck_read = shared_bottleneck or mode == "reconstruction"
+    bottleneck_read = shared_bottleneck or mode in ("reconstruction", "encode")
     return name.startswith(_READ[mode]) and (bottleneck_read or "trunk.feature_bottleneck." not in name)
 
 

@@ -5,10 +5,11 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megavtp.config.load import load_config
 from megavtp.errors import UserError
+from megavtp.study.links import KINDS
 
 Stage = Literal["tokenizer", "decoder", "dit"]
 STAGES: tuple[Stage, ...] = ("tokenizer", "decoder", "dit")
@@ -53,6 +54,16 @@ class CostConfig:
 
 
 @dataclass(frozen=True)
+class SlurmConfig:
+    """How ``run --launch slurm`` makes jobs of links: options of sbatch, each of which wins over the line before."""
+
+    template: str | None = None  # a batch script that runs "$@"; None is launchers/slurm/study.sbatch
+    options: str | None = None  # over the template's, such as --partition=gpu --account=vision --time=12:00:00
+    by_kind: dict[str, str] = field(default_factory=dict)  # over these, such as convert: --ntasks=1 --gres=none
+    launcher: str = "srun --kill-on-bad-exit=0 --wait=120 python -u"  # starts the processes of a link in its job
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     output_dir: str = "runs/study"
     launcher: str = "deepspeed"  # what starts the processes of a link, such as deepspeed --num_accelerators 2
@@ -64,12 +75,14 @@ class StudyConfig:
     looks_at: Literal["checkpoints", "runs"] = "runs"
     tokenizer: StageConfig = field(default_factory=StageConfig)
     decoder: StageConfig = field(default_factory=StageConfig)
-    latents: str = ""  # options of tools/extract_latents.py besides the places, such as --data data/emoji --label group
+    # Options of tools/extract_latents.py besides the places, such as --data data/emoji --label group.
+    latents: str | None = None
     dit: StageConfig = field(default_factory=StageConfig)
     seeds: tuple[int, ...] = (0,)  # of the DiT and of what it draws
     measures: MeasureConfig = field(default_factory=MeasureConfig)
     curves: CurveConfig = field(default_factory=CurveConfig)
     cost: CostConfig = field(default_factory=CostConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
@@ -95,9 +108,13 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
         study.measures.tokenizer is not None or study.measures.generation is not None,
         "measures: the study measures nothing; give measures.tokenizer or measures.generation",
     )
-    for name in ("launcher", "latents", "measures.tokenizer", "measures.generation", "measures.samples"):
+    for name in ("latents", "measures.tokenizer", "measures.generation", "measures.samples", "slurm.options"):
         words(study, name)
-    _need(bool(words(study, "launcher")), "launcher: name what starts the processes, such as deepspeed")
+    for name, example in (("launcher", "deepspeed"), ("slurm.launcher", "srun python -u")):
+        _need(bool(words(study, name)), f"{name}: name what starts the processes, such as {example}")
+    for kind in study.slurm.by_kind:
+        _need(kind in KINDS, f"slurm.by_kind.{kind}: no link is of this kind; use {', '.join(KINDS)}")
+        words(study, f"slurm.by_kind.{kind}")
     _need(
         study.dit.recipe is None or "--data" in words(study, "latents"),
         "latents: the DiT needs a data set; give the options of tools/extract_latents.py, such as --data data/emoji",
@@ -109,9 +126,9 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
 
 def words(study: StudyConfig, name: str) -> list[str]:
     """Return the words of a key that holds a part of a command line."""
-    value = study
+    value: Any = study
     for part in name.split("."):
-        value = getattr(value, part)
+        value = value.get(part) if isinstance(value, dict) else getattr(value, part)
     try:
         return shlex.split(str(value or ""))
     except ValueError as error:

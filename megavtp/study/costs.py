@@ -1,11 +1,17 @@
-"""What the links of a study cost: operations, and hours by the rates that were measured or given."""
+"""What the links of a study cost: operations, hours by the rates that were measured or given, and device-hours."""
 
+import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise, takewhile
 
 from megavtp.study.config import CostConfig
 from megavtp.study.links import Link
-from megavtp.study.record import is_finished, read_record
+from megavtp.study.record import Record, is_finished, read_record
 
+# Options of launchers with the number of processes of a machine, or of all, and with the number of machines.
+_PROCESSES = ("--num_gpus", "--num_accelerators", "--nproc_per_node", "--nproc-per-node", "--ntasks")
+_MACHINES = ("--num_nodes", "--nnodes")
 START = "start"  # the name, among the given seconds, of what every link takes before it works
 
 
@@ -48,3 +54,24 @@ def rates_of(links: list[Link], given: CostConfig) -> Rates:
         else:
             seconds[kind] = took / len(pairs)
     return Rates(rates, seconds, start)
+
+
+def devices_of(command: str) -> int | None:
+    """Return how many processes, each on a device of its own, a link's command starts; None if it does not say."""
+    launcher = list(takewhile(lambda word: not word.endswith(".py"), shlex.split(command)))
+    if launcher == ["python"]:
+        return 1
+    words = [part for word in launcher for part in word.split("=")]
+    numbers = {option: int(value) for option, value in pairwise(words) if value.isdigit()}
+    each = next((numbers[option] for option in _PROCESSES if option in numbers), None)
+    return each and each * next((numbers[option] for option in _MACHINES if option in numbers), 1)
+
+
+def device_hours(records: Iterable[Record]) -> float | None:
+    """Return the hours of links, each times its devices; None if it is not known how many these were."""
+    total = 0.0
+    for record in records:
+        if (devices := devices_of(record.command)) is None:
+            return None
+        total += devices * record.seconds / 3600
+    return total

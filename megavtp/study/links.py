@@ -5,13 +5,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from megavtp.config.load import to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 # In the order of a chain.
 Kind = Literal["pretrain", "decoder", "convert", "evaluate", "latents", "dit", "generate", "draw"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 # Keys that change no result, so that a link may go on with other values of them.
 _FREE = (
     "parallel.", "telemetry.", "deepspeed.", "data.workers", "data.prefetch", "train.checkpoint_every",
@@ -59,15 +60,17 @@ class Link:
         """Whether the command refuses outputs that a broken one left behind, as it does not resume."""
         return self.kind == "convert"
 
+    @property
+    def resumes(self) -> bool:
+        """Whether the command goes on from the state that a broken one saved."""
+        return self.flops > 0
+
     def command(self, launcher: list[str]) -> list[str]:
         """Return the command line; a conversion runs in a single process, without the launcher."""
-        first, *rest = ["python"] if self.kind == "convert" else launcher
-        own = Path(sys.executable).with_name(first)  # of the environment that runs this
-        if first == "python":
-            first = sys.executable
-        elif own.exists():
-            first = str(own)
-        return [first, *rest, str(ROOT / self.script), *self.arguments]
+        words = ["python"] if self.kind == "convert" else launcher
+        first, *rest = [sys.executable if word == "python" else word for word in words]
+        own = Path(sys.executable).parent / first  # of the environment that runs this
+        return [str(own) if own.exists() else first, *rest, str(ROOT / self.script), *self.arguments]
 
     def shown(self, launcher: list[str]) -> str:
         """Return the command as one would type it in the repository."""

@@ -1,17 +1,22 @@
 """What the study's commands print: the plan, the state, and what the curves say."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
+from types import MappingProxyType
 
 from megavtp.study.cells import Cell, links_of
 from megavtp.study.config import StudyConfig
-from megavtp.study.costs import Rates
+from megavtp.study.costs import Rates, device_hours
 from megavtp.study.curves import Fits, Line
 from megavtp.study.fits import Interval
 from megavtp.study.links import Link
 from megavtp.study.record import Record, is_finished, read_record
+from megavtp.study.slurm import Job
 
+Jobs = Mapping[Path, Job]  # of links, by their folders
+NO_JOBS: Jobs = MappingProxyType({})
 Records = Sequence[tuple[Link, Record | None]]  # of the links of a cell; None for one that has not begun
 
 
@@ -43,20 +48,21 @@ def plan_page(study: StudyConfig, cells: list[Cell], rates: Rates, devices: int 
     return "\n".join(lines)
 
 
-def status_page(cells: list[Cell], rates: Rates) -> str:
-    """Return a line for each cell: how many of its links have finished, what is next, and the hours it has taken."""
-    rows = [["cell", "finished", "state", "hours taken", "hours left"]]
+def status_page(cells: list[Cell], rates: Rates, jobs: Jobs = NO_JOBS) -> str:
+    """Return a line for each cell: how many of its links have finished, what is next, and the hours it has taken; and
+    a line for each of the ``jobs``."""
+    rows = [["cell", "finished", "state", "hours taken", "device-hours", "hours left"]]
     states: Counter[str] = Counter()
     for cell in cells:
         records = records_of(cell)
         left = [link for link, record in records if not is_finished(link, record)]
-        state, detail = cell_state(records)
+        state, detail = cell_state(records, jobs)
         states[state] += 1
-        rows.append([
-            cell.name, f"{len(records) - len(left)}/{len(records)}", detail, hours_taken(records), _hours(left, rates),
-        ])
+        done = f"{len(records) - len(left)}/{len(records)}"
+        rows.append([cell.name, done, detail, *hours_taken(records), _hours(left, rates)])
     total = ", ".join(f"{count} {state}" for state, count in states.items())
-    return "\n".join([*_aligned(rows), "", f"{len(cells)} cells: {total}"])
+    queue = [f"{link.kind} in {link.folder}: {jobs[link.folder]}" for link in links_of(cells) if link.folder in jobs]
+    return "\n".join([*_aligned(rows), "", *queue, f"{len(cells)} cells: {total}"])
 
 
 def records_of(cell: Cell) -> Records:
@@ -64,16 +70,29 @@ def records_of(cell: Cell) -> Records:
     return [(link, read_record(link)) for link in cell.links]
 
 
-def hours_taken(records: Records) -> str:
-    """Format the hours that all links of a cell have taken, those that it shares included."""
-    return f"{sum(record.seconds for _, record in records if record is not None) / 3600:.2f}"
+def hours_taken(records: Records) -> tuple[str, str]:
+    """Format the hours and the device-hours that all links of a cell have taken, those that it shares included."""
+    begun = [record for _, record in records if record is not None]
+    devices = device_hours(begun)
+    return f"{sum(record.seconds for record in begun) / 3600:.2f}", "?" if devices is None else f"{devices:.2f}"
 
 
-def cell_state(records: Records) -> tuple[str, str]:
+def cost_text(cells: list[Cell]) -> str:
+    """Say what the study has cost so far; a link counts once."""
+    records = [(link, read_record(link)) for link in links_of(cells)]
+    flops = sum(link.flops for link, record in records if is_finished(link, record))
+    hours, devices = hours_taken(records)
+    return f"The links that were run took {hours} hours, {devices} device-hours, for {flops_text(flops)} of training."
+
+
+def cell_state(records: Records, jobs: Jobs = NO_JOBS) -> tuple[str, str]:
     """Return the state of a cell in a word, and in some words."""
     left = [(link, record) for link, record in records if not is_finished(link, record)]
     if not left:
         return "finished", "finished"
+    queued = [(link, jobs[link.folder]) for link, _ in left if link.folder in jobs]
+    for link, job in sorted(queued, key=lambda pair: pair[1].state == "pending"):
+        return job.state, f"{link.kind} {job}"
     for state in ("failed", "begun"):
         for link, record in left:
             if record is not None and record.state == state:

@@ -15,6 +15,7 @@ from megavtp.study.links import Link
 from megavtp.training.output_dir import writing
 
 RECORD = "link.json"
+State = Literal["begun", "failed", "finished"]
 
 
 @form
@@ -24,7 +25,7 @@ class Record:
     version: Literal[1]
     command: str
     settings: dict[str, Any]
-    state: Literal["begun", "failed", "finished"]
+    state: State
     exit: int | None
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     whole: bool
@@ -37,9 +38,8 @@ def read_record(link: Link) -> Record | None:
 
 
 def write_record(link: Link, record: Record) -> None:
-    """Write a link's record, which makes its folder. UserError: it cannot be written."""
+    """Write a link's record. UserError: it cannot be written."""
     with writing(link.folder / RECORD):
-        link.folder.mkdir(parents=True, exist_ok=True)
         write_json(link.folder / RECORD, vars(record), indent=1)
 
 
@@ -80,11 +80,12 @@ def read_metrics(link: Link) -> Mapping[str, float]:
 
 
 def _last_words(log: Path) -> str:
-    """Return the last line of a log that says something, up to 300 characters; "" if there is none."""
+    """Return the last line of a log that says something, up to 300 characters; "" if there is none. What srun says of
+    the statuses of its tasks says nothing."""
     with contextlib.suppress(OSError), open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - 8192))
-        told = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-        return " ".join(told[-1:])[:300]
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+        return next((line for line in reversed(lines) if line and not line.startswith("srun: ")), "")[:300]
     return ""
 
 

@@ -14,7 +14,7 @@ from megavtp.report.pictures import Picture, read_picture
 from megavtp.study.cells import Cell, cells_of, links_of
 from megavtp.study.config import StudyConfig, load_study
 from megavtp.study.curves import Fits, fit_results
-from megavtp.study.pages import answers, cell_state, flops_text, hours_taken, records_of, remarks
+from megavtp.study.pages import answers, cell_state, cost_text, flops_text, hours_taken, records_of, remarks
 from megavtp.study.record import failure, read_record
 from megavtp.study.results import STUDY, Row, rows_of
 
@@ -47,19 +47,21 @@ def render_study(path: Path) -> str:
     return render(
         "study.html", name=path.stem if path.name != STUDY else path.parent.name, folder=study.output_dir,
         answers=answers(study, fits, len(rows), len(cells)), remarks=remarks(fits), failed=failed,
-        measures=list(study.curves.better), cells=_table(study, cells, rows), charts=_charts(study, fits),
-        lines=_line_names(fits), pictures=[pair for pair in pictures if pair[1]], left_out=left_out,
+        measures=list(study.curves.better), cost=cost_text(cells), cells=_table(study, cells, rows),
+        charts=_charts(study, fits), lines=_line_names(fits),
+        pictures=[pair for pair in pictures if pair[1]], left_out=left_out,
         again=[shlex.join(["python", "tools/study.py", "run", str(path)]),
                shlex.join(["python", "tools/report.py", str(path), "--out", "report.html"])],
     )
 
 
 def _table(study: StudyConfig, cells: Sequence[Cell], rows: Sequence[Row]) -> list[list[str]]:
-    """Return a row for each cell: name, state, operations, hours, and each measure of the curves."""
+    """Return a row for each cell: name, state, operations, hours, device-hours, and each measure of the curves."""
     values = {row["cell"]: row for row in rows}
     return [
         [
-            cell.name, cell_state(records)[1], flops_text(cell.flops), flops_text(cell.all_flops), hours_taken(records),
+            cell.name, cell_state(records)[1], flops_text(cell.flops), flops_text(cell.all_flops),
+            *hours_taken(records),
             *(shown(measure, values.get(cell.name, {}).get(measure)) for measure in study.curves.better),
         ]
         for cell, records in ((cell, records_of(cell)) for cell in cells)

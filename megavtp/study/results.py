@@ -11,12 +11,14 @@ from megavtp.data.files import write_atomic, write_json
 from megavtp.study.cells import Cell
 from megavtp.study.config import COLUMNS, StudyConfig
 from megavtp.study.curves import fit_results
+from megavtp.study.locks import alone
 from megavtp.study.record import is_finished, read_metrics, read_record
 from megavtp.training.output_dir import writing
 
 Row = dict[str, Any]
 STUDY = "study.yaml"  # the study itself, for the report
 TABLE = "results"  # .csv and .json in the study's folder
+_LOCK = "results.lock"
 
 
 def rows_of(cells: list[Cell]) -> list[Row]:
@@ -37,18 +39,18 @@ def rows_of(cells: list[Cell]) -> list[Row]:
 def write_results(study: StudyConfig, cells: list[Cell]) -> None:
     """Write the table of the cells that have finished, and the curves through it; equal results give equal bytes.
 
+    Of several processes one does so at a time, from the records as they are then: what stands there at last has all.
     UserError: a file cannot be written, or metrics are damaged.
     """
-    rows = rows_of(cells)
     folder = Path(study.output_dir)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    fits = fit_results(study, rows)
-    with writing(folder / TABLE):
-        folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder / _LOCK, "another process writes the results"), writing(folder / TABLE):
+        rows = rows_of(cells)
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        fits = fit_results(study, rows)
         write_atomic(folder / f"{TABLE}.csv", text.getvalue().encode())
         write_atomic(folder / STUDY, to_yaml(study).encode())
         write_json(folder / f"{TABLE}.json", {"rows": rows, "curves": asdict(fits)}, indent=1)

@@ -1,12 +1,10 @@
 """Run a study's links one after the other: finished ones are skipped, broken ones go on, failed ones are named."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,93 +14,117 @@ from types import FrameType
 from megavtp import cli
 from megavtp.data.folder_lock import FolderLock
 from megavtp.errors import UserError
-from megavtp.study.cells import cells_of, links_of
+from megavtp.launch.ranks import STOPPED
+from megavtp.study.cells import Cell, cells_of, links_of
 from megavtp.study.config import StudyConfig, words
 from megavtp.study.links import Link
-from megavtp.study.record import Record, check_unchanged, failure, is_finished, read_record, write_record
+from megavtp.study.locks import alone
+from megavtp.study.record import Record, State, check_unchanged, failure, is_finished, read_record, write_record
 from megavtp.study.results import write_results
+from megavtp.study.slurm import slurm_launcher
 from megavtp.training.output_dir import writing
 
 # Runs a link's command, which inherits the locked descriptor, with its output in the link's log; returns the status.
 Start = Callable[[list[str], Link, int], int]
 _RUNNING = "running"  # the file that a link's process holds locked
-_POLL = 2.0  # seconds between two looks at a link that an earlier start left running
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
     print(line, flush=True)
 
 
-def run_study(study: StudyConfig, start: Start | None = None, tell: Callable[[str], None] = _tell) -> int:
+def run_study(study: StudyConfig, start: Start | None = None, tell: Callable[[str], None] = tell) -> int:
     """Run what is left of a study and write its results; return the exit status, 1 if a link failed.
 
     Raises:
         UserError: a link was begun with other settings, or another process runs the study. Nothing has run then.
     """
-    cells = cells_of(study)
-    launcher, folder = words(study, "launcher"), Path(study.output_dir)
-    links = links_of(cells)
-    for link in links:
-        check_unchanged(link, read_record(link))
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FolderLock(folder, "set another output_dir")
+    launcher = words(study, "launcher")
     failed: dict[Path, Link] = {}  # by the folder of each link that cannot finish, the one that failed
-    try:
+    with opened(study) as cells:
+        links = links_of(cells)
         for number, link in enumerate(links, 1):
             if broken := [failed[before.folder] for before in link.after if before.folder in failed]:
                 failed[link.folder] = broken[0]
             elif not is_finished(link, record := read_record(link)):
                 tell(f"{number}/{len(links)} {link.kind} in {link.folder}: {'goes on' if record else 'begins'}")
-                if not _finish(link, record, launcher, start or run_command):
+                if not is_finished(link, _finish(link, launcher, start or run_command)):
                     failed[link.folder] = link
                     tell(f"failed: {failure(link)}")
                 elif link.kind in ("evaluate", "generate"):
                     write_results(study, cells)
         write_results(study, cells)
-    finally:
-        lock.close()
     for link in {link.folder: link for link in failed.values()}.values():
         waiting = sum(any(failed.get(part.folder) is link for part in cell.links) for cell in cells)
         tell(f"failed: {failure(link)}; cells without a result: {waiting}")
     return 1 if failed else 0
 
 
-def _finish(link: Link, record: Record | None, launcher: list[str], start: Start) -> bool:
-    """Run a link's command and record how it ended; return whether it has finished."""
-    before = record.seconds if record else 0.0
-    begun = Record(1, link.shown(launcher), dict(link.settings), "begun", None, before, whole=record is None)
-    write_record(link, begun)
-    with _alone(link.folder) as lock:
+@contextlib.contextmanager
+def opened(study: StudyConfig) -> Iterator[list[Cell]]:
+    """Lock a study's folder against other starts, and yield the cells.
+
+    UserError: a link was begun with other settings, or another process holds the lock.
+    """
+    cells, folder = cells_of(study), Path(study.output_dir)
+    for link in links_of(cells):
+        check_unchanged(link, read_record(link))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(folder, "set another output_dir")
+    try:
+        yield cells
+    finally:
+        lock.close()
+
+
+def run_link(study: StudyConfig, folder: Path, start: Start | None = None) -> int:
+    """Run the link in a folder, as a SLURM job does, and write the study's results.
+
+    Returns:
+        The exit status: 0: it has finished. ``STOPPED``: its state is saved, and it goes on from there. 1: it failed.
+
+    Raises:
+        UserError: the study has no such link, one before it has not finished, or it was begun with other settings.
+    """
+    cells = cells_of(study)
+    link = next((link for link in links_of(cells) if link.folder == folder), None)
+    if link is None:
+        raise UserError(f"--link {folder}: no link of the study has this folder; study.py status names the cells")
+    check_unchanged(link, read_record(link))
+    for before in link.after:
+        if not is_finished(before, read_record(before)):
+            raise UserError(f"{link.kind} in {folder} needs {before.kind} in {before.folder}, which is not finished")
+    record = _finish(link, slurm_launcher(study), start or run_command)
+    if is_finished(link, record):
+        write_results(study, cells)
+        return 0
+    tell(f"failed: {failure(link)}" if record.state == "failed" else f"stopped: {link.kind} in {folder}")
+    return 1 if record.state == "failed" else STOPPED
+
+
+def _finish(link: Link, launcher: list[str], start: Start) -> Record:
+    """Run a link's command, unless another process has just finished it, and return the record of how it ended.
+
+    A training that was told to stop has saved its state: its record stays as begun.
+    """
+    with alone(link.folder / _RUNNING, "still running from an earlier start") as lock:
+        record = read_record(link)
+        if record is not None and is_finished(link, record):
+            return record
+        before = record.seconds if record else 0.0
+        begun = Record(1, link.shown(launcher), dict(link.settings), "begun", None, before, whole=record is None)
+        write_record(link, begun)
         if link.wants_new_place:
             for path in link.outputs:
                 shutil.rmtree(path, ignore_errors=True)
         begin = time.monotonic()
         status = start(link.command(launcher), link, lock)
-    done = status == 0 and all(path.exists() for path in link.outputs)
-    seconds = begun.seconds + time.monotonic() - begin
-    write_record(link, replace(begun, state="finished" if done else "failed", exit=status, seconds=seconds))
-    return done
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[int]:
-    """Wait until no process of an earlier start, which was killed, works in the folder any more; yield the lock."""
-    descriptor = os.open(folder / _RUNNING, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        told = False
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told:
-                    print(f"{folder}: still running from an earlier start; waiting for it", file=sys.stderr, flush=True)
-                told = True
-                time.sleep(_POLL)
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        done = status == 0 and all(path.exists() for path in link.outputs)
+        state: State = "finished" if done else "begun" if status == STOPPED and link.resumes else "failed"
+        ended = replace(begun, state=state, exit=status, seconds=before + time.monotonic() - begin)
+        write_record(link, ended)
+        return ended
 
 
 def run_command(command: list[str], link: Link, lock: int) -> int:

@@ -15,7 +15,7 @@ from megavtp.parallel.mesh import AXES, Axis, Mesh, members
 from megavtp.parallel.rehearsal import rehearsed_rank
 from megavtp.parallel.striping import Stripe
 from megavtp.parallel.traffic import Traffic, count_traffic
-from megavtp.planning.parts import Sent
+from megavtp.planning.cost import Sent
 from megavtp.planning.plan import GIB
 from megavtp.training.recipe import Recipe
 from megavtp.training.step import train_step

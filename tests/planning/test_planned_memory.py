@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
 from planned_runs import layout, plan_of
-from tiny_run import build_engine, build_model, data_of, learning_rate, passes_of
+from safetensors.torch import save_file
+from tiny_run import build_engine, build_model, data_of, learning_rate, merged, passes_of
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from megavtp.config.schema import Config
+from megavtp.decoder import passes as decoder_passes
 from megavtp.models.vtp import OBJECTIVES, VTP
 from megavtp.parallel.mesh import SINGLE, Mesh, build_mesh
 from megavtp.parallel.passes import execute
+from megavtp.pixels import to_uint8
 from megavtp.planning.zero import Inventory
 from megavtp.training.optimizer import parameter_groups
 from megavtp.training.step import train_step
@@ -33,12 +41,20 @@ SIZES = {
     "data": {"augment": {"global_size": 64, "local_size": 32, "local_crops": 4}},
     "objectives": {"self_distillation": {"drop_path": 0.3, "chunk": 256}},
 }
+SECOND_STAGE = merged(SIZES, {
+    "model": {"init_from": "not read here"},
+    "objectives": {
+        "contrastive": {"weight": 0.0}, "self_distillation": {"weight": 0.0},
+        "reconstruction": {"frozen_encoder": True},
+        "adversarial": {"weight": 0.75, "discriminator_start": 0.0, "start": 0.0},
+    },
+})
 
 
 class Allocations:
-    """``peak``: most bytes allocated at one time beyond those at the start."""
+    """``peak``: most bytes allocated at one time beyond those at the start; ``left``: those that stay."""
 
-    peak = 0
+    peak = left = 0
 
 
 @contextmanager
@@ -52,6 +68,7 @@ def tracked() -> Iterator[Allocations]:
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
         result.peak = max(result.peak, now)
+    result.left = now
 
 
 class Runner:
@@ -84,6 +101,49 @@ def test_activations_of_each_pass(recompute: str, precision: str, micro_batches:
         with tracked() as allocated:
             execute(objective, runner, batch)
         assert plan.passes[objective.name].peak == pytest.approx(allocated.peak, rel=0.1), objective.name
+
+
+class TimmViT(nn.Module):
+    """What is read of a ViT of timm's, on blocks that are no attention."""
+
+    pretrained_cfg, embed_dim = {"mean": (0.5,) * 3, "std": (0.2,) * 3, "input_size": (3, 64, 64)}, 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed, self.norm = nn.Conv2d(3, 64, 8, 8), nn.LayerNorm(64)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(4))
+
+    def forward_intermediates(self, x: torch.Tensor, indices: list[int], **options: object) -> list[torch.Tensor]:
+        x, found = self.patch_embed(x).flatten(2).transpose(1, 2), []
+        for block in self.blocks:
+            x = x + block(x)
+            found.append(x)
+        return [found[i] for i in indices]
+
+
+@pytest.mark.parametrize("features, adaptive, precision, micro_batches", [
+    ("own", True, "fp32", 1), ("own", True, "bf16", 2), ("own", False, "fp32", 2), ("pixels", True, "fp32", 4),
+    ("pixels", False, "bf16", 1), ("timm:vit", True, "fp32", 2),
+])
+def test_activations_of_the_second_stage(
+    features: str, adaptive: bool, precision: str, micro_batches: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A pass of the decoder, whose encoder is frozen, and one of the discriminator, which finds what it has left."""
+    monkeypatch.setattr(decoder_passes, "to_uint8", to_uint8)
+    library = SimpleNamespace(is_model=lambda name: True, create_model=lambda name, **given: TimmViT())
+    monkeypatch.setitem(sys.modules, "timm", library)
+    save_file(TimmViT().state_dict(), tmp_path / "vit.safetensors")
+    weights = str(tmp_path / "vit.safetensors") if features == "timm:vit" else None
+    chosen = {"features": features, "features_weights": weights, "adaptive": adaptive}
+    sizes = merged(SECOND_STAGE, {"objectives": {"adversarial": chosen}})
+    config = layout(1, micro_batches, sizes, precision=precision)
+    plan = plan_of(config, 1).ranks[0]
+    runner, batch, left = Runner(config), data_of(config, SINGLE)(0), 0
+    for objective in passes_of(config, SINGLE):
+        with tracked() as allocated:
+            execute(objective, runner, batch)
+        assert plan.passes[objective.name].peak == pytest.approx(left + allocated.peak, rel=0.1), objective.name
+        left += allocated.left
 
 
 INTERLEAVED = {"pp": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}
@@ -148,7 +208,8 @@ def test_peaks_of_steps(world: int, rank: int) -> None:
 def test_parameters_are_those_of_each_rank(tp: int, pp: int, virtual_stages: int) -> None:
     """Names and sizes, against models built for the place on the meta device."""
     config = layout(1)
-    inventory = Inventory(config.model, OBJECTIVES, lambda named: parameter_groups(named, config.train.optimizer))
+    make = partial(VTP, config.model, objectives=OBJECTIVES)
+    inventory = Inventory(make, lambda named: parameter_groups(named, config.train.optimizer))
     for pp_rank in range(pp):
         mesh = Mesh(tp=tp, pp=pp, pp_rank=pp_rank, virtual_stages=virtual_stages)
         with torch.device("meta"):

@@ -10,6 +10,7 @@ from runpy import run_path
 import pytest
 from stand_in import ROOT, StandIn, small_study, write_study
 
+from megavtp.config.load import to_yaml
 from megavtp.errors import UserError
 from megavtp.planning.flops import flops_per_step
 from megavtp.study.cells import cells_of, links_of
@@ -67,6 +68,14 @@ def test_a_study_that_cannot_be_is_refused_in_one_line(changes, said, tmp_path):
     with pytest.raises(UserError, match=said):
         run_study(small_study(tmp_path, **changes), StandIn())
     assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
+
+
+def test_what_a_study_writes_of_itself_is_that_study(tmp_path):
+    written = {"dit": {}, "measures": {"tokenizer": "--data data"}, "latents": None}
+    for changes in ({}, written):
+        study = small_study(tmp_path, **changes)
+        (tmp_path / "again.yaml").write_text(to_yaml(study))
+        assert load_study(tmp_path / "again.yaml") == study
 
 
 def test_a_measure_that_no_cell_has_and_too_few_points_are_told(tmp_path):

@@ -9,16 +9,19 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from stand_in import ROOT, StandIn, small_study
 
 from megavtp.errors import UserError
-from megavtp.study import pages, runner
+from megavtp.study import locks, pages, runner
 from megavtp.study.cells import cells_of, links_of
-from megavtp.study.costs import rates_of
-from megavtp.study.record import read_record
+from megavtp.study.costs import devices_of, rates_of
+from megavtp.study.locks import alone
+from megavtp.study.record import read_record, write_record
+from megavtp.study.report import render_study
 from megavtp.study.runner import run_study
 
 TABLES = ("results.csv", "results.json")
@@ -180,6 +183,30 @@ def test_the_time_of_a_broken_link_is_not_taken_for_a_rate(tmp_path):
     assert rates_of([joint, ae], study.cost).flops_per_second["pretrain"] == pytest.approx(rate)
 
 
+@pytest.mark.parametrize("launcher, devices", [
+    ("deepspeed --num_gpus 8", 8), ("deepspeed --num_accelerators=2 --master_port 29600", 2), ("python", 1),
+    ("torchrun --nnodes 3 --nproc_per_node 4", 12), ("srun --ntasks=16 --wait=120 python -u", 16), ("deepspeed", None),
+    ("deepspeed --hostfile hosts", None),
+])
+def test_device_hours_count_the_processes_that_the_launcher_names(launcher, devices, tmp_path):
+    study = small_study(tmp_path, launcher=launcher, looks=[100], seeds=[0])
+    run_study(study, StandIn(), quiet)
+    assert devices_of(read_record(links_of(cells_of(study))[0]).command) == devices
+
+
+def test_device_hours_stand_beside_the_hours(tmp_path):
+    study = small_study(tmp_path, launcher="deepspeed --num_gpus 8", looks=[100], seeds=[0])
+    run_study(study, StandIn(), quiet)
+    for link in (links := links_of(cells := cells_of(study))):
+        write_record(link, replace(read_record(link), seconds=1800.0))
+    page = pages.status_page(cells, rates_of(links, study.cost))
+    assert [line.split()[3:5] for line in page.splitlines()[1:3]] == [["2.50", "20.00"]] * 2
+    total = sum(link.flops for link in links)
+    told = f"The links that were run took 5.00 hours, 40.00 device-hours, for {pages.flops_text(total)} of training."
+    assert pages.cost_text(cells) == told and told in render_study(tmp_path / "study.yaml")
+    assert b"hours" not in b"".join(tables(study))
+
+
 def test_a_study_that_is_told_to_stop_tells_its_command_and_waits_for_it(tmp_path):
     (link,) = [link for link in links_of(cells_of(small_study(tmp_path, looks=[100]))) if link.kind == "pretrain"][:1]
     link.folder.mkdir(parents=True)
@@ -195,7 +222,7 @@ def test_a_study_that_is_told_to_stop_tells_its_command_and_waits_for_it(tmp_pat
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop).start()
-    with runner._alone(link.folder) as lock, pytest.raises(KeyboardInterrupt):
+    with alone(link.folder / runner._RUNNING, "busy") as lock, pytest.raises(KeyboardInterrupt):
         runner.run_command([sys.executable, "-c", code], link, lock)
     assert link.log.read_text().endswith("saved\n")
 
@@ -203,15 +230,16 @@ def test_a_study_that_is_told_to_stop_tells_its_command_and_waits_for_it(tmp_pat
 def test_a_command_writes_to_the_log_and_its_lock_outlives_a_killed_study(tmp_path):
     (link,) = [link for link in links_of(cells_of(small_study(tmp_path, looks=[100]))) if link.kind == "pretrain"][:1]
     link.folder.mkdir(parents=True)
-    with runner._alone(link.folder) as lock:
+    with alone(link.folder / runner._RUNNING, "busy") as lock:
         status = runner.run_command([sys.executable, "-c", "print('hello'); raise SystemExit(3)"], link, lock)
     assert status == 3 and link.log.read_text().splitlines()[-1] == "hello"
-    with runner._alone(link.folder) as lock:  # as if the study ended here, and its command did not
+    with alone(link.folder / runner._RUNNING, "busy") as lock:  # as if the study ended here, and its command did not
         command = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.7)"], pass_fds=(lock,))
-    begin, runner._POLL = time.monotonic(), 0.05
-    with runner._alone(link.folder):
+    begin, locks._POLL = time.monotonic(), 0.05
+    with alone(link.folder / runner._RUNNING, "busy"):
         waited = time.monotonic() - begin
     command.wait()
     assert waited > 0.2
-    with pytest.raises(UserError, match="no-such-launcher cannot be started"), runner._alone(link.folder) as lock:
+    said = "no-such-launcher cannot be started"
+    with pytest.raises(UserError, match=said), alone(link.folder / runner._RUNNING, "busy") as lock:
         runner.run_command(["no-such-launcher"], link, lock)
