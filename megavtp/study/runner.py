@@ -119,7 +119,11 @@ def _finish(link: Link, launcher: list[str], start: Start) -> Record:
             for path in link.outputs:
                 shutil.rmtree(path, ignore_errors=True)
         begin = time.monotonic()
-        status = start(link.command(launcher), link, lock)
+        try:
+            status = start(link.command(launcher), link, lock)
+        except KeyboardInterrupt:
+            write_record(link, replace(begun, seconds=before + time.monotonic() - begin))
+            raise
         done = status == 0 and all(path.exists() for path in link.outputs)
         state: State = "finished" if done else "begun" if status == STOPPED and link.resumes else "failed"
         ended = replace(begun, state=state, exit=status, seconds=before + time.monotonic() - begin)

@@ -19,6 +19,7 @@ from megavtp.errors import UserError
 from megavtp.study import locks, pages, runner
 from megavtp.study.cells import cells_of, links_of
 from megavtp.study.costs import devices_of, rates_of
+from megavtp.study.links import Link
 from megavtp.study.locks import alone
 from megavtp.study.record import read_record, write_record
 from megavtp.study.report import render_study
@@ -225,6 +226,23 @@ def test_a_study_that_is_told_to_stop_tells_its_command_and_waits_for_it(tmp_pat
     with alone(link.folder / runner._RUNNING, "busy") as lock, pytest.raises(KeyboardInterrupt):
         runner.run_command([sys.executable, "-c", code], link, lock)
     assert link.log.read_text().endswith("saved\n")
+
+
+def test_the_time_of_a_link_that_was_interrupted_counts(tmp_path):
+    study = small_study(tmp_path, looks=[100])
+    first = links_of(cells_of(study))[0]
+
+    def interrupted(command: list[str], link: Link, lock: int) -> int:
+        time.sleep(0.1)
+        raise KeyboardInterrupt
+
+    for times in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            run_study(study, interrupted, quiet)
+        record = read_record(first)
+        assert record.state == "begun" and record.seconds >= 0.1 * times
+    assert run_study(study, StandIn(), quiet) == 0
+    assert read_record(first).state == "finished" and read_record(first).seconds >= 0.2
 
 
 def test_a_command_writes_to_the_log_and_its_lock_outlives_a_killed_study(tmp_path):
