@@ -42,6 +42,7 @@ class CurveConfig:
     x: str = "flops"  # of the tokenizer's pre-training; or samples; or an axis whose choices are numbers
     better: dict[str, Literal["lower", "higher"]] = field(default_factory=dict)  # the measures, and what is better
     held_out: int = 1  # the largest points, which the others are to predict
+    repeats: str | None = None  # an axis whose choices are but repetitions, of which the mean is taken, as of the seeds
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,11 @@ def _check_curves(study: StudyConfig) -> None:
     _need(
         x in ("flops", "samples") or x in study.axes,
         f"curves.x = {x}: must be flops, samples or an axis ({', '.join(study.axes) or 'there is none'})",
+    )
+    repeats = study.curves.repeats
+    _need(
+        repeats is None or repeats in study.axes and repeats != x,
+        f"curves.repeats = {repeats}: must be an axis other than curves.x ({', '.join(study.axes) or 'there is none'})",
     )
     for choice in study.axes.get(x, {}):
         _need(number(choice) > 0, f"curves.x = {x}: its choice {choice!r} is no number above 0")

@@ -29,11 +29,12 @@ _SCALARS = ("flops", "samples")  # what x may be, besides an axis
 
 @dataclass(frozen=True)
 class Point:
-    """A place on a line: the mean over the seeds, and how many there are."""
+    """A place on a line: the mean over seeds and repetitions, how many there are, and their standard deviation."""
 
     x: float
     y: float
     seeds: int
+    deviation: float | None  # None of a single one
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _lines(
         drawn = measure.startswith(_DRAWN)
         if measure not in row or not drawn and row["seed"] not in (None, study.seeds[0]):
             continue  # what is measured on the tokenizer is the same for all seeds of the DiT
-        names = [f"{axis}={row[axis]}" for axis in study.axes if axis != x]
+        names = [f"{axis}={row[axis]}" for axis in study.axes if axis not in (x, study.curves.repeats)]
         if x not in _SCALARS and len(study.looks) > 1:
             names.append(f"steps={row['steps']}")
         places = groups.setdefault(", ".join(names) or "all", {})
@@ -132,11 +133,16 @@ def _line(
     study: StudyConfig, measure: str, name: str, places: Mapping[float, Sequence[float]], fitted: dict[str, Curves]
 ) -> Line:
     """Return a line with its fit, which is added to ``fitted``, and its predictions, as far as there are points."""
-    points = tuple(Point(x, float(np.mean(values)), len(values)) for x, values in places.items())
+    points = tuple(
+        Point(x, float(np.mean(values)), len(values), float(np.std(values, ddof=1)) if len(values) > 1 else None)
+        for x, values in places.items()
+    )
     x, y = np.array([point.x for point in points]), np.array([point.y for point in points])
     held_out, where = study.curves.held_out, f"{measure} of {name}"
     left_out: dict[str, str] = {}
     fit, predictions = None, []
+    if study.curves.x in _SCALARS and len(study.looks) == 1:
+        return Line(measure, name, points, None, (), {})  # no curve was meant
     try:
         curves = fit_curves(x, y[None], name=where)
         fit = _fit(curves)

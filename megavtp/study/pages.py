@@ -9,7 +9,7 @@ from types import MappingProxyType
 from megavtp.study.cells import Cell, links_of
 from megavtp.study.config import StudyConfig
 from megavtp.study.costs import Rates, device_hours
-from megavtp.study.curves import Fits, Line
+from megavtp.study.curves import Fits, Line, Point
 from megavtp.study.fits import Interval
 from megavtp.study.links import Link
 from megavtp.study.record import Record, is_finished, read_record
@@ -106,9 +106,11 @@ def answers(study: StudyConfig, fits: Fits, results: int, cells: int) -> list[st
 
     ``results`` of the ``cells`` have finished.
     """
-    axes = "; ".join(f"{axis}: {', '.join(choices)}" for axis, choices in study.axes.items())
-    seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''} of the DiT"
-    told = [f"The study compares {axes or 'one set of objectives'}, at {len(study.looks)} looks with {seeds}."]
+    repeats = study.curves.repeats
+    axes = "; ".join(f"{axis}: {', '.join(choices)}" for axis, choices in study.axes.items() if axis != repeats)
+    looks, seeds = _several(len(study.looks), "look"), _several(len(study.seeds), "seed")
+    again = f", each for all of {repeats}: {', '.join(study.axes[repeats])}" if repeats else ""
+    told = [f"The study compares {axes or 'one set of objectives'}, at {looks} with {seeds} of the DiT{again}."]
     if results < cells:
         told.append(f"It is not finished: {results} of {cells} cells have a result, and what follows is preliminary.")
     for measure in fits.noise:
@@ -122,6 +124,8 @@ def _compared(fits: Fits, one: Line, other: Line) -> str:
     """Say in which order two lines of one measure lie."""
     pairs = {(pair.line, pair.other): pair.crossing for pair in fits.pairs if pair.measure == one.measure}
     found = {way: pairs[way] for way in ((one.line, other.line), (other.line, one.line)) if way in pairs}
+    if not found and not one.left_out and len(one.points) == len(other.points) == 1:
+        return _apart(one, other)
     if not found:
         reasons = [line.left_out["fit"] for line in (one, other) if "fit" in line.left_out]
         why = reasons[0] if reasons else f"they have no {fits.x} in common"
@@ -143,6 +147,24 @@ def _compared(fits: Fits, one: Line, other: Line) -> str:
     last = {line.line: line.points[-1] for line in (one, other)}
     ends = [f"{last[name].y:.4g} at {_at(fits.x, last[name].x)}" for name in (better, worse)]
     return f"{said} Their last points are {ends[0]} and {ends[1]}; {beside}."
+
+
+def _apart(one: Line, other: Line) -> str:
+    """Say how far two lines of one point each are apart."""
+    points = one.points[0], other.points[0]
+    ends = [f"{line.line} {_repeated(point)}" for line, point in zip((one, other), points)]
+    errors = [point.deviation**2 / point.seeds for point in points if point.deviation is not None]
+    certain = f", with a standard error of {sum(errors) ** 0.5:.2g}" if len(errors) == 2 else ""
+    return f"{ends[0]}; {ends[1]}. The difference is {points[0].y - points[1].y:.4g}{certain}."
+
+
+def _repeated(point: Point) -> str:
+    spread = "" if point.deviation is None else f", standard deviation {point.deviation:.2g}"
+    return f"{point.y:.4g} (mean of {point.seeds}{spread})" if point.seeds > 1 else f"{point.y:.4g}"
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count > 1)}"
 
 
 def curves_page(study: StudyConfig, fits: Fits, results: int, cells: int) -> str:

@@ -76,6 +76,25 @@ def test_a_study_that_is_not_finished_says_so_and_names_what_failed(tmp_path):
     assert f"latents in {tmp_path}/out/{broken} (exit status 1: RuntimeError: no room); its log is" in text
 
 
+def test_a_study_of_one_look_says_how_far_the_repeated_choices_are_apart(tmp_path):
+    """The stand-in's seeds differ by 0.2; an axis of repetitions is none to compare."""
+    study = small_study(
+        tmp_path, looks=[100], curves={"better": {"generation/fd": "lower"}, "held_out": 0, "repeats": "init"},
+        axes={"init": {"a": {}, "b": {"tokenizer": ["seed=1"]}}, "objectives": {
+            "joint": {}, "ae": {"tokenizer": ["objectives.contrastive.weight=0"]},
+        }},
+    )
+    assert run_study(study, StandIn(), quiet) == 0
+    text = Text(render_study(tmp_path / "study.yaml")).text
+    assert "compares objectives: joint, ae, at 1 look with 2 seeds of the DiT, each for all of init: a, b." in text
+    deviation = 0.2 / 3**0.5  # of four values, two on each side
+    assert (
+        f"objectives=joint 60 (mean of 4, standard deviation {deviation:.2g}); objectives=ae 40 (mean of 4, standard "
+        f"deviation {deviation:.2g}). The difference is 20, with a standard error of {deviation / 2**0.5:.2g}."
+    ) in text
+    assert "a fit needs" not in text
+
+
 def test_a_study_that_has_not_begun_has_a_page(tmp_path):
     text = Text(render_study(write_study(tmp_path))).text
     assert "0 of 16 cells have a result" in text and "No cell has a result yet." in text
