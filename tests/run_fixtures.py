@@ -1,7 +1,10 @@
-"""A small real data set, and the recipe of a run on it that takes a second."""
+"""A small real data set, the recipe of a run on it that takes a second, and a SLURM."""
+
+import sys
 
 import numpy as np
 import pytest
+import slurm_cluster
 import yaml
 from tiny_run import BASE, blurred_picture, merged
 
@@ -38,3 +41,12 @@ def recipe(data_root, tmp_path_factory):
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
     path.write_text(yaml.safe_dump(merged(merged(BASE, RECIPE), {"data": {"root": str(data_root)}})))
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    if reason := slurm_cluster.why_not():
+        pytest.skip(reason)
+    with slurm_cluster.Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        cluster.environment |= {"PYTHONPATH": ":".join(filter(None, sys.path)), "PYTHON": sys.executable}
+        yield cluster

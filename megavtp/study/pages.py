@@ -34,7 +34,7 @@ def plan_page(study: StudyConfig, cells: list[Cell], rates: Rates, devices: int 
     left = [link for link in links if not is_finished(link, read_record(link))]
     where = "this machine"
     if devices is not None:
-        where = f"{devices} device{'s' if devices > 1 else ''} ({_hours(links, rates, devices)} device-hours)"
+        where = f"{_several(devices, 'device')} ({_hours(links, rates, devices)} device-hours)"
     lines = [
         *_aligned(rows), "",
         f"{len(cells)} cells of {len(links)} links: {_counts(links)}; a link counts in the first cell that needs it",

@@ -9,20 +9,10 @@ from pathlib import Path
 
 import faulty
 import pytest
-import slurm_cluster
 from launched import ROOT, events, steps_done, wait_for
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 TEMPLATE = ROOT / "launchers" / "slurm" / "pretrain.sbatch"
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    if reason := slurm_cluster.why_not():
-        pytest.skip(reason)
-    with slurm_cluster.Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
-        cluster.environment |= {"PYTHONPATH": ":".join(filter(None, sys.path)), "PYTHON": sys.executable}
-        yield cluster
 
 
 def test_a_job_is_requeued_and_resumes(cluster, recipe, tmp_path):

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import slurm_cluster
 from launched import wait_for
 from stand_in import ROOT, StandIn, small_study
 
@@ -58,19 +57,11 @@ def submitted(study: StudyConfig) -> list[str]:
     return told
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    if reason := slurm_cluster.why_not():
-        pytest.skip(reason)
-    with slurm_cluster.Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
-        yield cluster
-
-
 @pytest.mark.slurm
 @pytest.mark.timeout(600)
 def test_a_study_is_a_chain_of_jobs(cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-    monkeypatch.setenv("PYTHONPATH", ":".join(filter(None, sys.path)))
+    monkeypatch.setenv("PYTHONPATH", cluster.environment["PYTHONPATH"])
     monkeypatch.chdir(ROOT)
     study = study_of(tmp_path)
     cells, out = cells_of(study), tmp_path / "the study"

@@ -48,12 +48,13 @@ def recognise(
     labels = [meta.get(label) for meta in metas]
     known = [row for row, value in enumerate(labels) if isinstance(value, str | int)]
     values = sorted({*shown, *(labels[row] for row in known)}, key=lambda value: (isinstance(value, str), value))
+    ids = {value: number for number, value in enumerate(values)}
     concepts = [metas[row].get("concept") for row in known]
     own = first_seen_ids([str(concept) for concept in concepts]) if all(concepts) else torch.arange(len(known))
     return vote(
-        made.features, torch.tensor([values.index(shown[number]) for number in made.numbers.tolist()]),
+        made.features, torch.tensor([ids[shown[number]] for number in made.numbers.tolist()]),
         real.features[torch.tensor(known, dtype=torch.long, device=real.features.device)],
-        torch.tensor([values.index(labels[row]) for row in known], dtype=torch.long), own,
+        torch.tensor([ids[labels[row]] for row in known], dtype=torch.long), own,
         [value if isinstance(value, str) else f"class {value}" for value in values],
     )
 
