@@ -268,7 +268,7 @@ class Rehearsals:
         """Return what computes the loss terms of one micro-batch from a pass's outputs, if it has any."""
         if mode == "reconstruction":
             net = PERCEPTUAL_NETS.get(self.config.objectives.reconstruction.perceptual)
-            perceptual = net and empty_lpips(net)
+            perceptual = net and empty_lpips(net, self.dtype)
             target = torch.empty(m, 3, self.config.model.image_size, self.config.model.image_size)
             return partial(reconstruction_terms, target=target, perceptual=perceptual, images_total_local=m)
         if mode != "student":
