@@ -114,7 +114,7 @@ def _clip(optimizer: Any, gradients: list[Tensor], norm: Tensor) -> None:
     whether the norm is finite: a step whose norm is not has ended before."""
     if optimizer.clip_grad > 0:
         excess = (norm / optimizer.loss_scale + 1e-6) / optimizer.clip_grad
-        torch._foreach_div_(gradients, excess.clamp(min=1.0) * optimizer.loss_scale)
+        torch._foreach_mul_(gradients, 1.0 / (excess.clamp(min=1.0) * optimizer.loss_scale))
 
 
 def _total_norm(engine: Any, mesh: Mesh, norms: list[Any], of_group: Mapping[int, int] | range) -> Tensor:
