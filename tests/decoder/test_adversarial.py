@@ -105,6 +105,7 @@ def test_the_adaptive_weight_is_bounded():
 
 @pytest.mark.parametrize("shape", [(5, 8, 1), (4, 3, 9), (6, 3, 4, 4)])
 def test_spectral_normalisation_is_torchs(shape):
+    torch.manual_seed(0)  # with two largest singular values nearly alike neither of the two would have settled
     outputs, inputs, *kernel = shape
     kind = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d}[len(kernel)]
     theirs = parametrizations.spectral_norm(kind(inputs, outputs, tuple(kernel)), n_power_iterations=500)
