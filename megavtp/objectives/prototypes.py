@@ -60,7 +60,7 @@ def prototype_logits(features: Tensor, W: Tensor, temperature: float, out: Tenso
         out = features.new_empty(len(features), W.shape[1], dtype=_wide(features.dtype))
     if out.dtype == features.dtype:
         return torch.addmm(out, features, W, beta=0, alpha=1 / temperature, out=out)  # with beta 0 it is not read
-    return torch.div(_matmul_wide(features, W), temperature, out=out)  # 16-bit logits / 0.04 would be coarse
+    return torch.div(matmul_wide(features, W), temperature, out=out)  # 16-bit logits / 0.04 would be coarse
 
 
 def row_logsumexp(logits: Tensor, mesh: Mesh) -> Tensor:
@@ -95,7 +95,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _matmul_wide(a: Tensor, b: Tensor) -> Tensor:
+def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
     """Compute a @ b of one dtype with a result of at least float32."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)  # this returns the accumulator without rounding or an extra pass
@@ -176,11 +176,11 @@ def _one_term(
         slope = by_view.sub_(target, alpha=1 / v).view_as(p).to(student.dtype)
         w = w * (v / student_T)  # a row's factors are multiplied into the small matrices
         if grad_student is not None:
-            grad_student[:, part] = (_matmul_wide(slope, student_W) * w).view(s, -1, d)
+            grad_student[:, part] = (matmul_wide(slope, student_W) * w).view(s, -1, d)
         if grad_W is not None:
             rows = (students * (w * term.weight)).to(student.dtype)
             if rows.dtype == grad_W.dtype:
                 grad_W.addmm_(slope.T, rows)
             else:
-                grad_W += _matmul_wide(slope.T, rows)
+                grad_W += matmul_wide(slope.T, rows)
     return v * normaliser - all_reduce(agreement, mesh, "tp")
