@@ -68,15 +68,22 @@ PERCEPTUAL_NETS: dict[str, Net] = {"lpips-vgg": "vgg", "lpips-alex": "alex"}  # 
 class LPIPS(nn.Module):
     """A frozen network; ``forward(x, y)`` gives one distance per image, differentiable with respect to x."""
 
-    def __init__(self, net: Net, weights: Mapping[str, Tensor]):
-        """``weights`` must have the names and shapes of ``weight_shapes``; else this raises UserError."""
+    def __init__(self, net: Net, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32):
+        """``weights`` must have the names and shapes of ``weight_shapes``; else this raises UserError.
+
+        ``dtype`` is what the convolutions compute in. What follows them is float32: the difference of two features
+        would keep few of 8 bits.
+        """
         super().__init__()
         self.layers = NETS[net]
         if wrong := misfits(weights, weight_shapes(net)):
             raise UserError(f"these tensors are not those of LPIPS-{net}: {', '.join(wrong)}; give other weights")
         # Buffers, not parameters: nothing here is trained, averaged or saved.
         for name, tensor in weights.items():
-            self.register_buffer(name.replace(".", "_"), tensor.detach().float(), persistent=False)
+            tensor = tensor.detach().to(dtype if name.startswith("conv") else torch.float32)
+            if tensor.dim() == 4:  # all is in channels-last order, which convolutions are fastest in
+                tensor = tensor.contiguous(memory_format=torch.channels_last)
+            self.register_buffer(name.replace(".", "_"), tensor, persistent=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x, y (b, 3, H, W) in [-1, 1] -> distances (b,), float32. No gradient flows to y."""
@@ -91,27 +98,28 @@ class LPIPS(nn.Module):
         total = x.new_zeros(len(x), dtype=torch.float32)
         for j, (a, b) in enumerate(zip(taps, targets)):
             squares = (_unit(a) - _unit(b)).square()
-            total = total + (squares * self.get_buffer(f"head_{j}").float()[:, None, None]).sum(1).mean((1, 2))
+            total = total + (squares * self.get_buffer(f"head_{j}")[:, None, None]).sum(1).mean((1, 2))
         return total
 
     def _taps(self, x: Tensor) -> list[Tensor]:
         dtype = self.get_buffer("conv_0_weight").dtype
         channels = zip(x.float().unbind(1), SHIFT, SCALE)
-        x = torch.stack([(channel - shift) / scale for channel, shift, scale in channels], 1).to(dtype)
+        channels_last = torch.stack([(channel - shift) / scale for channel, shift, scale in channels], -1)
+        x = channels_last.to(dtype).movedim(-1, 1)
         taps = []
         for i, conv in enumerate(self.layers):
             if conv.pool:
                 x = F.max_pool2d(x, conv.pool, 2)
             weight, bias = self.get_buffer(f"conv_{i}_weight"), self.get_buffer(f"conv_{i}_bias")
-            x = F.relu(F.conv2d(x, weight, bias, conv.stride, conv.padding))
+            x = F.conv2d(x, weight, bias, conv.stride, conv.padding).relu_()
             if conv.tap:
                 taps.append(x)
         return taps
 
 
-def empty_lpips(net: Net) -> LPIPS:
+def empty_lpips(net: Net, dtype: torch.dtype) -> LPIPS:
     """Return the network with weights that have no values yet, to count what it takes."""
-    return LPIPS(net, {name: torch.empty(shape) for name, shape in weight_shapes(net).items()})
+    return LPIPS(net, {name: torch.empty(shape) for name, shape in weight_shapes(net).items()}, dtype)
 
 
 def _unit(x: Tensor) -> Tensor:

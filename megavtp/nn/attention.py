@@ -57,7 +57,7 @@ class Attention(nn.Module):
         """Attend in x (T, width), packed as ``segments`` says, with a rotary table per segment; return (T, width)."""
         return self.contract(self.expand(x), None, segments, tables)
 
-    def expand(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
+    def expand(self, x: Tensor, cut: TokenCut | None = None, redone: bool = False) -> Tensor:
         """Compute the first matrix product: q, k, v of this rank's heads, (T, 3 * width / tp)."""
         return self.qkv(x, cut)
 

@@ -45,9 +45,12 @@ class LayerScale(nn.Module):
 
 
 class TwoHalves(Protocol):
-    """A network that is called in two halves: its first matrix product, and all that follows it."""
+    """A network that is called in two halves: what its input is multiplied by first, and all that follows.
 
-    def expand(self, *args: Any, **kwargs: Any) -> Tensor: ...
+    ``redone`` tells the first half that the backward pass repeats it up to its last product.
+    """
+
+    def expand(self, x: Tensor, cut: TokenCut | None, redone: bool = False) -> Any: ...
 
     def contract(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
@@ -98,11 +101,12 @@ def branch(
 ) -> Tensor:
     """Compute net(norm x) with the given recomputation; ``more`` goes to the net's second half."""
     if recompute == "selective":
-        hidden = redo(lambda y: net.expand(norm(y, cut), cut), x)
+        hidden = redo(lambda y: net.expand(norm(y, cut), cut, redone=True), x)
         return redo(net.contract, hidden, cut, *more)
     y = to_compute_dtype(norm(x, cut))
     # Of the gathered tokens only own rows are held; the backward gathers again (arXiv 2205.05198, section 4.2.2).
-    hidden = net.expand(y, cut) if cut is None or recompute == "full" else redo(net.expand, y, cut)
+    held = cut is None or recompute == "full"
+    hidden = net.expand(y, cut) if held else redo(lambda y: net.expand(y, cut, redone=True), y)
     return net.contract(hidden, cut, *more)
 
 
@@ -138,7 +142,7 @@ def run_blocks(
     return x if cut is None else cut.join(x)
 
 
-def redo(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def redo(function: Callable[..., Any], *arguments: Any) -> Any:
     """Run ``function(*arguments)``, and recompute it in the backward pass up to its last saved tensor.
 
     A product at the end of ``function`` is thus not recomputed, only what leads to it.

@@ -1,6 +1,7 @@
 """There are two feed-forward networks: a gated one (SwiGLU, arXiv 2002.05202) and a plain MLP.
 
-``expand`` computes the first matrix product, ``contract`` all that follows; for ``cut`` see ``nn.block``.
+``expand`` computes the first matrix products, ``contract`` all that follows; for ``cut`` and ``redone`` see
+``nn.block``.
 """
 
 from collections.abc import Callable
@@ -22,21 +23,18 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 class _Gate(torch.autograd.Function):
-    """Computes silu(g) * v of the halves g, v of the last dimension. It saves only its input for the backward pass:
-    autograd would also save silu(g), half as much again, which is cheap to recompute."""
+    """Computes silu(gate) * value. It saves only its inputs for the backward pass: autograd would also save
+    silu(gate), half as much again, which is cheap to recompute."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden)
-        gate, value = hidden.chunk(2, -1)
+    def forward(ctx: Any, gate: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, value)
         return _silu(gate) * value
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (hidden,) = ctx.saved_tensors
-        gate, value = hidden.chunk(2, -1)
-        of_gate = torch.ops.aten.silu_backward(grad * value, gate.contiguous())
-        return torch.cat([of_gate, grad * _silu(gate)], -1)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, value = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * value, gate.contiguous()), grad * _silu(gate)
 
 
 def _silu(gate: Tensor) -> Tensor:
@@ -58,11 +56,13 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.contract(self.expand(x))
 
-    def expand(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
-        return joint_linear(enter(x, self.mesh, cut), self.w1, self.w2)
+    def expand(self, x: Tensor, cut: TokenCut | None = None, redone: bool = False) -> tuple[Tensor, ...]:
+        """Compute w1 x and w2 x."""
+        x = enter(x, self.mesh, cut)
+        return joint_linear(x, self.w1, self.w2).chunk(2, -1) if redone else (self.w1(x), self.w2(x))
 
-    def contract(self, hidden: Tensor, cut: TokenCut | None = None) -> Tensor:
-        return self.w3(_Gate.apply(hidden), cut)
+    def contract(self, hidden: tuple[Tensor, ...], cut: TokenCut | None = None) -> Tensor:
+        return self.w3(_Gate.apply(*hidden), cut)
 
 
 class MLP(nn.Module):
@@ -80,7 +80,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.contract(self.expand(x))
 
-    def expand(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
+    def expand(self, x: Tensor, cut: TokenCut | None = None, redone: bool = False) -> Tensor:
         return self.fc1(x, cut)
 
     def contract(self, hidden: Tensor, cut: TokenCut | None = None) -> Tensor:

@@ -6,12 +6,12 @@ vector (K_local,), and no target matrix exists.
 Shape letters: n rows of this rank, d feature size, K_local prototypes on this rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from megavtp.objectives.prototypes import prototype_logits, row_logsumexp
+from megavtp.objectives.prototypes import prototype_logits, row_softmax
 from megavtp.parallel.collectives import all_reduce
 from megavtp.parallel.mesh import SINGLE, Mesh
 
@@ -29,28 +29,74 @@ def sinkhorn_bias(
 
     ``features``: the micro-batches' teacher features, (n_j, d) each; the counts may differ between ranks and be 0.
     W (K_local, d). After ``iterations`` the assignment of a row is softmax(row W^T / temperature + bias) over all
-    prototypes (arXiv 2006.09882, as in DINOv2: prototypes are normalised first, then samples). It works on logarithms,
-    so no logit is too large. If there is no row anywhere the bias is 0. No host synchronisation.
+    prototypes (arXiv 2006.09882, as in DINOv2: prototypes are normalised first, then samples). If there is no row
+    anywhere the bias is 0. No host synchronisation.
+
+    The first iteration works on logarithms, so no logit is too large. From then on a row's assignments sum to 1, and a
+    prototype's to 1 / K or more: no sum can overflow or vanish.
     """
     with torch.autocast(W.device.type, enabled=False):
-        blocks = [block for part in features if part.shape[0] for block in part.split(rows_at_once)]
-        keep = sum(block.shape[0] for block in blocks) * W.shape[0] <= KEEP_ELEMENTS
-        kept = [prototype_logits(block, W, temperature) for block in blocks] if keep else None
-        bias = torch.zeros(W.shape[0], dtype=torch.promote_types(W.dtype, torch.float32), device=W.device)
-        for iteration in range(iterations):
-            peak, total = torch.full_like(bias, -torch.inf), torch.zeros_like(bias)
-            for index, block in enumerate(blocks):
-                logits = prototype_logits(block, W, temperature) if kept is None else kept[index]
-                if iteration:  # each row's scale from the last bias; the very first rows are taken as they are
-                    logits = logits - row_logsumexp(logits + bias, mesh)
-                higher = torch.maximum(peak, logits.amax(0))
-                total = total * (peak - higher).exp() + (logits - higher).exp_().sum(0)
-                peak = higher
-            highest = all_reduce(peak, mesh, "dp", "max")  # a rank without rows has the peak -inf
-            total = all_reduce(total * (peak - highest).exp(), mesh, "dp")
-            # minus log sum_rows exp(logit), over all ranks; without any row the total is NaN (-inf - -inf)
-            bias = -torch.where(total > 0, highest + total.log(), 0.0)
+        rows = _Rows(features, W, temperature, rows_at_once)
+        bias, count = _first_bias(rows, mesh)
+        first, prototypes = bias, len(W) * mesh.tp
+        if rows.kept is not None and iterations > 1:
+            for logits in rows.kept:  # they become the assignments under the first bias
+                row_softmax(torch.add(logits, bias, out=rows.room[: len(logits)]), mesh, out=logits)
+        for _ in range(iterations - 1):
+            total = torch.zeros_like(bias)
+            if rows.kept is not None:  # the matrix stays, with a factor for each row and each prototype
+                factors = (bias - first).exp()
+                for assigned in rows.kept:
+                    total += all_reduce(assigned @ factors, mesh, "tp").reciprocal_() @ assigned
+                total *= factors
+            else:
+                for logits in rows.logits():
+                    assigned = rows.room[: len(logits)]
+                    row_softmax(logits.add_(bias), mesh, out=assigned)
+                    total += assigned.sum(0)
+            share = all_reduce(total, mesh, "dp") * (prototypes / count)  # 1 on the mean
+            bias = bias - torch.where(count > 0, share.log(), 0.0)
         return bias
+
+
+class _Rows:
+    """All rows' logits by blocks: kept where they fit, or else computed each time.
+
+    ``room``: memory for a block's; the first touch of new memory would take a CPU longer than a softmax in it.
+    """
+
+    def __init__(self, features: Sequence[Tensor], W: Tensor, temperature: float, rows_at_once: int):
+        self._blocks = [block for part in features if part.shape[0] for block in part.split(rows_at_once)]
+        self._W, self._temperature = W.to(self._blocks[0].dtype) if self._blocks else W, temperature
+        self.count = sum(map(len, self._blocks))
+        wide = torch.promote_types(W.dtype, torch.float32)
+        most = max(map(len, self._blocks), default=0)
+        self.room = W.new_empty(most, len(W), dtype=wide)
+        self.kept: list[Tensor] | None = None
+        if self.count * len(W) <= KEEP_ELEMENTS:
+            self.kept = [prototype_logits(block, self._W, temperature) for block in self._blocks]
+
+    def logits(self) -> Iterator[Tensor]:
+        """Yield each block's logits, (n, K_local), which the caller may overwrite unless they are ``kept``."""
+        if self.kept is not None:
+            yield from self.kept
+            return
+        computed = torch.empty_like(self.room)
+        for block in self._blocks:
+            yield prototype_logits(block, self._W, self._temperature, out=computed[: len(block)])
+
+
+def _first_bias(rows: _Rows, mesh: Mesh) -> tuple[Tensor, Tensor]:
+    """Return minus log sum_rows exp(logit), (K_local,), and the number of rows, (), over all ranks."""
+    peak, total = rows.room.new_full(rows.room.shape[1:], -torch.inf), rows.room.new_zeros(rows.room.shape[1:])
+    for logits in rows.logits():
+        higher = torch.maximum(peak, logits.amax(0))
+        powers = torch.sub(logits, higher, out=rows.room[: len(logits)]).exp_()
+        peak, total = higher, total * (peak - higher).exp_() + powers.sum(0)
+    highest = all_reduce(peak, mesh, "dp", "max")  # a rank without rows has the peak -inf
+    total = torch.cat([total * (peak - highest).exp_(), total.new_full((1,), rows.count)])
+    total, count = all_reduce(total, mesh, "dp").split([len(peak), 1])
+    return -torch.where(count > 0, highest + total.log(), 0.0), count
 
 
 def center_bias(center: Tensor, temperature: float) -> Tensor:

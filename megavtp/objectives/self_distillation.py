@@ -4,14 +4,13 @@ Shape letters: m images in this micro-batch, L local crops, p masked patches, bn
 K_local prototypes on this rank. Crops are crop-major: all first crops, then all second.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
 from megavtp.config.schema import SelfDistillationConfig
 from megavtp.config.sizes import GLOBAL_CROPS
-from megavtp.objectives.prototypes import prototype_cross_entropy
+from megavtp.objectives.prototypes import Term, prototype_cross_entropy
 from megavtp.parallel.mesh import SINGLE, Mesh
 
 
@@ -44,32 +43,32 @@ def self_distillation_loss(
 
     ``patch_weights`` (p,): 1 / number of masked patches in the patch's crop. ``images_total_local``: images of all
     micro-batches of this data-parallel rank; terms of its micro-batches add up to the rank's value, and the mean of
-    that over dp is the global loss. ``dino_local`` is absent without local crops, a term of weight 0 is absent.
+    that over dp is the global loss. ``dino_local`` is absent without local crops, a term of weight 0 is absent. Their
+    gradients add up under ``config``'s weights and no others (see ``prototype_cross_entropy``).
 
     KoLeo seeks neighbours among all images of the step: the caller applies it to ``backbone_cls`` of all micro-batches.
     """
     images = student.global_cls.shape[0] // GLOBAL_CROPS
     local_crops = student.local_cls.shape[0] // images
-    cross_entropy = partial(
-        prototype_cross_entropy, student_temperature=config.student_temperature,
-        teacher_temperature=teacher_temperature, rows_at_once=config.chunk, mesh=mesh,
-    )
-    terms = {}
+    terms, divisors = {}, {}
     if config.dino_weight:
         pairs = GLOBAL_CROPS * (GLOBAL_CROPS - 1) + GLOBAL_CROPS * local_crops  # (student, teacher) crops per image
+        divisors["dino_local"] = divisors["dino_global"] = pairs * images_total_local
+        weight = config.dino_weight / divisors["dino_global"]
         views = teacher.cls.unflatten(0, (GLOBAL_CROPS, images))
         if local_crops:
             local = student.local_cls.unflatten(0, (local_crops, images))
-            terms["dino_local"] = cross_entropy(
-                local, student.W, views, teacher.W, teacher_bias=bias.cls
-            ) / (pairs * images_total_local)
+            terms["dino_local"] = Term(local, views, bias.cls, weight=weight)
         # A global crop is compared with the teacher's view of the other one; with its own the task would be trivial.
-        terms["dino_global"] = cross_entropy(
-            student.global_cls, student.W, views.flip(0).flatten(0, 1), teacher.W, teacher_bias=bias.cls
-        ) / (pairs * images_total_local)
+        terms["dino_global"] = Term(student.global_cls, views.flip(0).flatten(0, 1), bias.cls, weight=weight)
     if config.ibot_weight:
-        terms["ibot"] = cross_entropy(
-            student.patches, student.W, teacher.patches, teacher.W, teacher_bias=bias.patches,
-            row_weights=patch_weights,
-        ) / (GLOBAL_CROPS * images_total_local)
-    return terms
+        divisors["ibot"] = GLOBAL_CROPS * images_total_local
+        weight = config.ibot_weight / divisors["ibot"]
+        terms["ibot"] = Term(student.patches, teacher.patches, bias.patches, patch_weights, weight)
+    if not terms:
+        return {}
+    values = prototype_cross_entropy(
+        list(terms.values()), student.W, teacher.W, student_temperature=config.student_temperature,
+        teacher_temperature=teacher_temperature, rows_at_once=config.chunk, mesh=mesh,
+    )
+    return {name: value / divisors[name] for name, value in zip(terms, values)}

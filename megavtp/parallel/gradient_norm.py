@@ -105,6 +105,16 @@ def norm_by_tower(engine: Any, mesh: Mesh) -> None:
         return [norm] if stage3 else norm
 
     setattr(optimizer, name, total)
+    if not stage3:
+        optimizer.unscale_and_clip_grads = lambda gradients, norm: _clip(optimizer, gradients, norm)
+
+
+def _clip(optimizer: Any, gradients: list[Tensor], norm: Tensor) -> None:
+    """Clip a parameter group's gradients as stages 1 and 2 do, without their asking the host once more for each group
+    whether the norm is finite: a step whose norm is not has ended before."""
+    if optimizer.clip_grad > 0:
+        excess = (norm / optimizer.loss_scale + 1e-6) / optimizer.clip_grad
+        torch._foreach_mul_(gradients, 1.0 / (excess.clamp(min=1.0) * optimizer.loss_scale))
 
 
 def _total_norm(engine: Any, mesh: Mesh, norms: list[Any], of_group: Mapping[int, int] | range) -> Tensor:

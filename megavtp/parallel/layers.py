@@ -56,8 +56,8 @@ def to_compute_dtype(x: Tensor) -> Tensor:
 def joint_linear(x: Tensor, *layers: ColumnParallelLinear) -> Tensor:
     """Compute all ``layers`` on the same entered input in one product: (..., in) -> (..., sum of out / tp).
 
-    Besides being faster, it keeps the input from being followed by a product before its last use is recorded, so that
-    recomputation of what precedes it makes no product again.
+    Joining the weights costs a copy of them. It is for recomputation, which repeats all that precedes the last use of
+    the input: with a product for each layer, that is all products but the last.
     """
     weight = torch.cat([layer.weight.to(x.dtype) for layer in layers])
     biases = [layer.bias.to(x.dtype) for layer in layers if layer.bias is not None]

@@ -256,7 +256,7 @@ class Rehearsals:
 
     def _reconstruction_terms(self, m: int) -> Callable[[Tensor], dict[str, Tensor]]:
         net = PERCEPTUAL_NETS.get(self.config.objectives.reconstruction.perceptual)
-        perceptual = net and empty_lpips(net)
+        perceptual = net and empty_lpips(net, self.dtype)
         target = torch.empty(m, 3, self.config.model.image_size, self.config.model.image_size)
         return partial(reconstruction_terms, target=target, perceptual=perceptual, images_total_local=m)
 

@@ -134,12 +134,17 @@ class Pretraining(Recipe):
 
 
 def build_perceptual(config: ResolvedConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Build the perceptual distance that the reconstruction objective asks for, None if it is off."""
+    """Build the perceptual distance that the reconstruction objective asks for, None if it is off.
+
+    On a GPU, where float32 convolutions miss the tensor cores, it computes in the run's precision.
+    """
     settings = config.objectives.reconstruction
     if settings.weight == 0 or settings.perceptual == "none":
         return None
     net = PERCEPTUAL_NETS[settings.perceptual]
-    return LPIPS(net, load_lpips_weights(net, settings.perceptual_weights)).to(device)
+    weights = load_lpips_weights(net, settings.perceptual_weights)
+    dtype = compute_dtype(config.parallel.precision) if device.type == "cuda" else torch.float32
+    return LPIPS(net, weights, dtype).to(device)
 
 
 def build_model(

@@ -7,6 +7,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from megavtp.config.precision import compute_dtype
 from megavtp.config.schema import Config
 from megavtp.config.share import share
 from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig
@@ -35,7 +36,7 @@ class _WithoutFiles(Pretraining):
 
     def open(self) -> None:
         net = PERCEPTUAL_NETS.get(self.config.objectives.reconstruction.perceptual)
-        self.perceptual = net and empty_lpips(net)
+        self.perceptual = net and empty_lpips(net, compute_dtype(self.config.parallel.precision))
         self._initial = {}
 
     def batch(self) -> Batch:

@@ -90,7 +90,14 @@ def test_bfloat16_is_close(narrow):
         half = model(x, y)
     assert half.dtype == torch.float32
     assert torch.allclose(half, expected, rtol=0.05)
-    assert torch.allclose(model.bfloat16()(x.bfloat16(), y.bfloat16()), expected, rtol=0.05)
+    narrow_type = LPIPS("alex", narrow, torch.bfloat16)
+    assert torch.allclose(narrow_type(x, y), expected, rtol=0.05)
+    slopes = []
+    for network in (model, narrow_type):
+        own = x.clone().requires_grad_()
+        slopes.append(torch.autograd.grad(network(own, y).sum(), own)[0].flatten())
+    assert torch.cosine_similarity(*slopes, dim=0) > 0.95
+    assert narrow_type.get_buffer("head_0").dtype == torch.float32
 
 
 def test_vgg_layout():

@@ -76,7 +76,8 @@ def test_bytes_held_per_token(net: str, mode: str) -> None:
 def test_selective_makes_no_product_again(net: str) -> None:
     plain, selective, full = (held(4, net, mode)[1] for mode in MODES)
     products = [calls["mm"] + calls["addmm"] for calls in (plain, selective, full)]
-    assert products[0] == products[1] == 8 < products[2]
+    # What is recomputed has gate and value in one product, so that neither is made again.
+    assert products[:2] == [10 if net == "swiglu" else 8, 8] and products[2] > products[0]
     attention = "_scaled_dot_product_flash_attention_for_cpu"
     assert plain[attention] == 0 and selective[attention] == full[attention] == 1
 
@@ -95,8 +96,12 @@ def test_no_number_changes(net: str) -> None:
         y = run_blocks(enumerate(blocks), x, segments, tables() * 2, drop, mode)
         y.square().sum().backward()
         results.append([y.detach(), x.grad, *(parameter.grad for parameter in blocks.parameters())])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    none, selective, full = results
+    assert all(torch.equal(a, b) for a, b in zip(none, full, strict=True))
+    # A gated network's input gets its gradient from one product instead of two, which rounds otherwise.
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if net == "swiglu" else {"rtol": 0.0, "atol": 0.0}
+    for a, b in zip(none, selective, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
 
 
 def test_nothing_is_recorded_without_gradients() -> None:

@@ -47,6 +47,30 @@ def test_sinkhorn_survives_logits_that_overflow_exp():
     assert difference < 1e-6 * double.abs().max()
 
 
+def on_logarithms(logits, iterations):
+    """The iteration in float64, where no power can overflow or vanish."""
+    z, bias = logits.double(), torch.zeros(logits.shape[1], dtype=torch.float64)
+    for index in range(iterations):
+        rows = (z + bias).logsumexp(1, keepdim=True) if index else 0.0
+        bias = -(z - rows).logsumexp(0)
+    return (z + bias).softmax(-1)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("iterations", [1, 3, 40])
+@pytest.mark.parametrize("kind", ["3.6", "one prototype is far from all", "one row is far from all"])
+def test_sinkhorn_is_right_where_powers_overflow_or_vanish(monkeypatch, keep, iterations, kind):
+    """exp(3.6 / 0.04) is no float32, and exp(-90) none that is not 0: a row or a column of powers would be NaN."""
+    monkeypatch.setattr(centering, "KEEP_ELEMENTS", 2**26 if keep else 0)
+    features, _ = rows(n=20, d=9)
+    logits = features.clamp(-1, 1) if kind != "3.6" else features * 3.6 / features.abs().max()
+    if kind != "3.6":
+        (logits[:, 4] if "prototype" in kind else logits[7]).sub_(5.0)
+    bias = sinkhorn_bias([logits], torch.eye(9), 0.04, iterations=iterations, rows_at_once=6)
+    target = (logits / 0.04 + bias).softmax(-1)
+    torch.testing.assert_close(target.double(), on_logarithms(logits / 0.04, iterations), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("features", [[], [torch.zeros(0, 6)]])
 def test_no_rows_leave_everything_as_it_is(features):
     W = rows()[1]

@@ -16,7 +16,7 @@ from megavtp.models.dino_head import DinoHead
 from megavtp.objectives.centering import sinkhorn_bias, update_center
 from megavtp.objectives.contrastive import info_nce, siglip
 from megavtp.objectives.koleo import koleo
-from megavtp.objectives.prototypes import prototype_cross_entropy
+from megavtp.objectives.prototypes import Term, prototype_cross_entropy
 from megavtp.objectives.self_distillation import StudentOutput, TeacherBias, TeacherOutput, self_distillation_loss
 from megavtp.parallel.collectives import all_gather, all_reduce
 from megavtp.parallel.mesh import SINGLE, build_mesh
@@ -51,16 +51,17 @@ def evaluate(mesh):
     normal = [F.normalize(x @ trunk, dim=-1) for x in (image, text)]
     losses = {"infonce": info_nce(*normal, scale, None, mesh), "siglip": siglip(*normal, scale, sigmoid_bias, mesh)}
     student = StudentOutput(global_cls @ trunk, local_cls @ trunk, patch @ trunk, W, global_cls @ trunk)
-    losses |= self_distillation_loss(
+    terms = self_distillation_loss(
         student, TeacherOutput(teacher_cls, teacher_patch, teacher_W), bias, weights,
-        SelfDistillationConfig(chunk=4), teacher_temperature=0.07, images_total_local=share, mesh=mesh,
+        SelfDistillationConfig(chunk=4, ibot_weight=0.7), teacher_temperature=0.07, images_total_local=share, mesh=mesh,
     )
+    losses["self_distillation"] = terms["dino_local"] + terms["dino_global"] + 0.7 * terms["ibot"]
     losses["koleo"] = koleo(student.backbone_cls.unflatten(0, (2, share)), mesh)
 
     def mean(x: Tensor) -> Tensor:
         return all_reduce(x, mesh, "dp") / mesh.dp
 
-    results = {f"{name}/value": mean(loss) for name, loss in losses.items()}
+    results = {f"{name}/value": mean(loss) for name, loss in (losses | terms).items()}
     monitors = CollapseMonitors(mesh, student_temperature=0.1, teacher_temperature=0.07, rows_at_once=3)
     monitors.add(student, TeacherOutput(teacher_cls, teacher_patch, teacher_W), bias.cls)
     results |= {f"monitors/{name}": mean(value) for name, value in monitors.values().items()}
@@ -102,9 +103,9 @@ def shapes_made(mesh):
             bias = sinkhorn_bias([targets], target_W, 0.07, iterations=3, rows_at_once=ROWS_AT_ONCE, mesh=mesh)
         features, W = student(x)
         prototype_cross_entropy(
-            features, W, targets, target_W, student_temperature=0.1, teacher_temperature=0.07, teacher_bias=bias,
+            [Term(features, targets, bias)], W, target_W, student_temperature=0.1, teacher_temperature=0.07,
             rows_at_once=ROWS_AT_ONCE, mesh=mesh,
-        ).backward()
+        ).sum().backward()
     return shapes.seen
 
 
@@ -121,7 +122,7 @@ def everywhere():
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_every_layout_equals_one_process(everywhere, tp):
     expected = evaluate(SINGLE)
-    assert len(expected) == 6 + 2 * 2 + 1 + 3 * 2 + 1 + 4 + len(MONITORS)
+    assert len(expected) == 7 + 2 * 2 + 1 + 2 + 1 + 4 + len(MONITORS)
     for rank in range(4):
         got = everywhere[rank][0][tp]
         assert set(got) == set(expected)
@@ -136,5 +137,6 @@ def test_no_rank_holds_all_logits(everywhere, tp):
     for _, shapes in everywhere:
         over_prototypes = {shape for shape in shapes[tp] if own in shape}
         assert (ROWS_AT_ONCE, own) in over_prototypes
-        assert max(size for shape in shapes[tp] for size in shape) == own
+        # A vector over prototypes may carry the number of rows, too.
+        assert max(size for shape in shapes[tp] for size in shape) in (own, own + 1)
         assert all(math.prod(shape) <= ROWS_AT_ONCE * own for shape in over_prototypes)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megavtp.objectives.prototypes import prototype_cross_entropy
+from megavtp.objectives.prototypes import Term, prototype_cross_entropy
 
 
 def problem(s=3, v=2, n=7, d=5, k=11, dtype=torch.float64, magnitude=1.0):
@@ -17,10 +17,11 @@ def problem(s=3, v=2, n=7, d=5, k=11, dtype=torch.float64, magnitude=1.0):
 
 
 def fused(student, student_W, teacher, teacher_W, bias, weights, rows_at_once=4):
-    return prototype_cross_entropy(
-        student, student_W, teacher, teacher_W, student_temperature=0.1, teacher_temperature=0.04, teacher_bias=bias,
-        row_weights=weights, rows_at_once=rows_at_once,
+    (value,) = prototype_cross_entropy(
+        [Term(student, teacher, bias, weights)], student_W, teacher_W, student_temperature=0.1,
+        teacher_temperature=0.04, rows_at_once=rows_at_once,
     )
+    return value
 
 
 def plain(student, student_W, teacher, teacher_W, bias, weights):
@@ -125,3 +126,21 @@ def test_never_makes_more_than_the_logits_of_some_rows():
     with _Largest() as largest:
         value_and_grads(fused, *inputs, rows_at_once=rows_at_once)
     assert largest.elements == rows_at_once * k < s * n * k
+
+
+def test_terms_together_equal_terms_alone_and_share_a_gradient_under_their_weights():
+    student, student_W, teacher, teacher_W, bias, weights = problem()
+    one = Term(student, teacher, bias, weights, weight=0.5)
+    two = Term(student[0, :4], teacher[0, :4], bias.flip(0), weight=3.0)
+    setting = {"student_temperature": 0.1, "teacher_temperature": 0.04, "rows_at_once": 4}
+    alone = [prototype_cross_entropy([term], student_W, teacher_W, **setting)[0] for term in (one, two)]
+    together = prototype_cross_entropy([one, two], student_W, teacher_W, **setting)
+    torch.testing.assert_close(together, torch.stack(alone))
+    wanted = torch.autograd.grad(0.5 * alone[0] + 3.0 * alone[1], (student, student_W), retain_graph=True)
+    for factor in (1.0, 1e-3):
+        loss = factor * (0.5 * together[0] + 3.0 * together[1])
+        got = torch.autograd.grad(loss, (student, student_W), retain_graph=True)
+        torch.testing.assert_close(got, tuple(factor * g for g in wanted))
+    of_student, of_W = torch.autograd.grad(together.sum(), (student, student_W))
+    torch.testing.assert_close(of_student, torch.autograd.grad(sum(alone), student)[0])
+    assert of_W.isnan().all()  # other weights than were promised: no step may be taken with it

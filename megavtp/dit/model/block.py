@@ -34,7 +34,7 @@ class FusedSwiGLU(nn.Module):
         self.w12 = ColumnParallelLinear(width, 2 * hidden, mesh=mesh, parts=2)
         self.w3 = RowParallelLinear(hidden, width, mesh=mesh)
 
-    def expand(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
+    def expand(self, x: Tensor, cut: TokenCut | None = None, redone: bool = False) -> Tensor:
         """Compute the first matrix product, a and b side by side."""
         return self.w12(x, cut)
 

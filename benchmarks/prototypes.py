@@ -1,0 +1,161 @@
+"""Compare the prototype loss with the plain one, which holds all logits: time, memory and agreement.
+
+    python benchmarks/prototypes.py
+    python benchmarks/prototypes.py --threads 1 --chunk 128 1024 --rounds 7
+
+The plain one is what DINOv2 computes (arXiv 2304.07193): the logits of all rows, Sinkhorn-Knopp on the teacher's matrix
+of exponentials, a log-softmax of the student's logits, and automatic differentiation. Both do the work of one
+self-distillation step on given features, forward and backward, in float32: the targets, all three terms, the gradients
+of features and prototypes. They take turns in one process; memory is measured in a new process each, as the rise of
+the peak above what the inputs take.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
+
+import torch
+from torch import Tensor
+
+from megavtp.config.schema import SelfDistillationConfig
+from megavtp.objectives.centering import sinkhorn_bias
+from megavtp.objectives.self_distillation import StudentOutput, TeacherBias, TeacherOutput, self_distillation_loss
+
+TEMPERATURE, ITERATIONS = 0.07, 3
+Result = tuple[Tensor, ...]  # the loss, and its gradients by the student's features and prototypes
+
+
+def main() -> None:
+    options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    student, teacher, weights = inputs(options)
+    ways = {"plain": lambda: plain(student, teacher, weights)}
+    for chunk in options.chunk:
+        ways[f"MegaVTP, chunk {chunk}"] = lambda chunk=chunk: ours(student, teacher, weights, chunk)
+    if options.way is not None:
+        before = own_memory("VmRSS")
+        ways[options.way]()
+        print(f"RESULT {own_memory('VmHWM') - before}")
+        return
+    gib = {name: memory(name) for name in ways}
+    wanted = plain(student, teacher, weights)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    errors = {name: difference(way(), wanted) for name, way in ways.items()}
+    for _ in range(options.rounds):
+        for name, way in ways.items():
+            start = time.process_time()
+            way()
+            seconds[name].append(time.process_time() - start)
+    print(table(options, seconds, gib, errors))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=16, help="each with 2 global and 8 local crops (default: 16)")
+    parser.add_argument("--patches", type=int, default=540, help="masked patches (default: 540)")
+    parser.add_argument("--prototypes", type=int, default=65536, help="default: 65536")
+    parser.add_argument("--chunk", type=int, nargs="+", default=[128, 1024], help="rows whose logits exist at one time")
+    parser.add_argument("--threads", type=int, help="of torch (default: all cores)")
+    parser.add_argument("--rounds", type=int, default=5, help="in which each way runs once (default: 5)")
+    parser.add_argument("--way", help=argparse.SUPPRESS)  # alone, for its memory
+    return parser.parse_args()
+
+
+def inputs(options: argparse.Namespace) -> tuple[StudentOutput, TeacherOutput, Tensor]:
+    """Draw features and prototypes of length 1 with 256 channels, as the DINO head gives."""
+    draw = torch.Generator().manual_seed(0)
+
+    def unit(rows: int) -> Tensor:
+        return torch.nn.functional.normalize(torch.randn(rows, 256, generator=draw), dim=-1)
+
+    m, p, K = options.images, options.patches, options.prototypes
+    student = StudentOutput(*(unit(n).requires_grad_() for n in (2 * m, 8 * m, p, K)), unit(2 * m))
+    return student, TeacherOutput(unit(2 * m), unit(p), unit(K)), torch.rand(p, generator=draw)
+
+
+def ours(student: StudentOutput, teacher: TeacherOutput, weights: Tensor, chunk: int) -> Result:
+    settings = SelfDistillationConfig(chunk=chunk)
+    bias = TeacherBias(*(
+        sinkhorn_bias([rows], teacher.W, TEMPERATURE, iterations=ITERATIONS, rows_at_once=chunk)
+        for rows in (teacher.cls, teacher.patches)
+    ))
+    terms = self_distillation_loss(
+        student, teacher, bias, weights, settings, teacher_temperature=TEMPERATURE,
+        images_total_local=len(student.global_cls) // 2,
+    )
+    loss = torch.stack(list(terms.values())).sum()  # dino_weight and ibot_weight are 1
+    return loss.detach(), *torch.autograd.grad(loss, student[:4])
+
+
+def plain(student: StudentOutput, teacher: TeacherOutput, weights: Tensor) -> Result:
+    images = len(student.global_cls) // 2
+    temperature = SelfDistillationConfig().student_temperature
+    with torch.no_grad():
+        targets = [balanced(rows @ teacher.W.T / TEMPERATURE) for rows in (teacher.cls, teacher.patches)]
+    views, patches = targets[0].chunk(2), targets[1]
+    features = torch.cat([student.global_cls, student.local_cls, student.patches])
+    logits = (features @ student.W.T / temperature).split([len(x) for x in student[:3]])
+    total, pairs = torch.zeros(()), 2 + 2 * (len(student.local_cls) // images)
+    for index, crop in enumerate((*logits[0].chunk(2), *logits[1].split(images))):
+        log_p = crop.log_softmax(-1)
+        for other, view in enumerate(views):
+            if index != other:
+                total = total - (view * log_p).sum(-1).mean() / pairs
+    total = total - ((patches * logits[2].log_softmax(-1)).sum(-1) * weights).sum() / (2 * images)
+    return total.detach(), *torch.autograd.grad(total, student[:4])
+
+
+def balanced(logits: Tensor) -> Tensor:
+    q = logits.exp_()
+    for _ in range(ITERATIONS):
+        q /= q.sum(0, keepdim=True)
+        q /= q.sum(1, keepdim=True)
+    return q
+
+
+def difference(got: Result, wanted: Result) -> float:
+    """Return the largest difference, relative to the largest number of each tensor."""
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, wanted))
+
+
+def own_memory(what: str) -> int:
+    """Return this process's memory now (VmRSS) or its peak (VmHWM) in KiB; ``getrusage`` would count the parent's."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what)]
+    return int(line.split()[1])
+
+
+def memory(name: str) -> float:
+    """Return the GiB that a way takes in a new process."""
+    done = subprocess.run([sys.executable, *sys.argv, "--way", name], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.removeprefix("RESULT ")) / 2**20
+
+
+def table(
+    options: argparse.Namespace, seconds: dict[str, list[float]], gib: dict[str, float], errors: dict[str, float]
+) -> str:
+    lines = [
+        f"{options.images * 10 + options.patches} rows, {options.prototypes} prototypes, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, processor time, medians of {options.rounds} rounds with the least and the "
+        "largest ratio:",
+        "",
+        "| way | seconds | time to plain | GiB | memory to plain | largest difference |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, times in seconds.items():
+        ratios = sorted(mine / its for mine, its in zip(times, seconds["plain"]))
+        lines.append(
+            f"| {name} | {statistics.median(times):.2f} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to "
+            f"{ratios[-1]:.2f}) | {gib[name]:.2f} | {gib[name] / gib['plain']:.2f} | {errors[name]:.0e} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
