@@ -185,6 +185,8 @@ OTHERS = [
     (STUDY + "looks=[4] axes.size.s={tokeniser:[]}", "axes.size.s.tokeniser: no stage has this name"),
     (STUDY + "looks=[4] axes.size.s={tokenizer:[model.sice=s]}", "tokenizer of size s: model.sice: unknown key"),
     ("tools/study.py results study.yaml looks=[4] output_dir=file/x", "results.lock: cannot be written (Not a dir"),
+    ("tools/study.py plan study.yaml --device h100 looks=[40]", "looks = [40]: 40 is beyond the tokenizer's train"),
+    ("tools/study.py plan study.yaml --device h100 looks", "unrecognized arguments: looks"),
     ("tools/study.py run study.yaml looks=[4] --launch cloud", "argument --launch: invalid choice: 'cloud'"),
     (STUDY + "lokks=[4]", "lokks: unknown key; did you mean looks?"),
     (STUDY + "looks=[4] --gpus 8 --device abacus", "device abacus: not known"),
