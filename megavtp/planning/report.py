@@ -51,7 +51,7 @@ def _cells(plan: Plan) -> dict[str, str]:
 def details(plan: Plan) -> str:
     """Show where one plan's memory, traffic and time go."""
     full = plan.fullest
-    state = ", ".join(f"{name} {size / GIB:.2f}" for name, size in asdict(full.state).items() if name != "step")
+    state = ", ".join(f"{name} {size / GIB:.2f}" for name, size in asdict(full.state).items() if name not in ("step", "keeps"))
     activations = ", ".join(f"{name} {cost.peak / GIB:.2f}" for name, cost in full.passes.items())
     sent = ", ".join(f"{axis} {op} {size / GIB:.3f}" for (axis, op), size in sorted(full.sent.items()))
     hours = plan.config.train.steps * plan.step_seconds / 3600
