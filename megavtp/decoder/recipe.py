@@ -32,7 +32,8 @@ class DecoderTraining(Pretraining):
         super().open()
         if self.config.objectives.adversarial.weight > 0:
             # Pipeline ranks before the last compute none of them, but ask for their widths.
-            self.features = build_features(self.config, self.device if self.mesh.is_last_stage else torch.device("meta"))
+            device = self.device if self.mesh.is_last_stage else torch.device("meta")
+            self.features = build_features(self.config, device)
         if isinstance(self.features, OwnFeatures) and self.mesh.is_last_stage and self._initial:
             self.features.load(_of_trunk(self._initial), self.device)
 

@@ -14,7 +14,7 @@ _LAUNCHER = "launchers/train_decoder.py"
 
 
 def asks_for_second_stage(config: Config) -> bool:
-    """Tell whether a configuration has what only the second stage has: a discriminator, or an average of the decoder."""
+    """Tell whether a configuration has what only the second stage has: a discriminator, or a decoder's average."""
     return config.objectives.adversarial.weight > 0 or config.objectives.reconstruction.decoder_momentum > 0
 
 
