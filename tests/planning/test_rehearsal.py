@@ -12,7 +12,6 @@ from dit_cells import Cell, CellRun
 from latent_folder import random_latents
 from planned_runs import by_kind, layout, plan_of
 from test_planned_memory import SECOND_STAGE, SIZES
-from tiny_run import merged
 
 from megavtp.config.schema import Config
 from megavtp.decoder.rehearsal import play_decoder
@@ -47,11 +46,10 @@ def test_a_rank_of_sixteen(rank: int, config: Config) -> None:
     assert not Rehearsed(played, plan.sent + plan.sent, plan.memory).agrees()
 
 
-SHALLOW = merged(SECOND_STAGE, {"model": {"vision": {"depth": 2}, "decoder": {"depth": 2}}})
 DECODERS_OF_16 = {
-    6: layout(16, 2, SHALLOW, tp=2, pp=2, zero_stage=1, sequence_parallel=True),
-    9: layout(16, 1, SHALLOW, tp=2, pp=2, zero_stage=2, precision="bf16"),
-    15: layout(16, 1, SHALLOW, tp=4, zero_stage=3),
+    6: layout(16, 2, SECOND_STAGE, tp=2, pp=2, zero_stage=1, sequence_parallel=True),
+    9: layout(16, 1, SECOND_STAGE, tp=2, pp=2, zero_stage=2, precision="bf16"),
+    15: layout(16, 1, SECOND_STAGE, tp=4, zero_stage=3),
 }
 
 
@@ -65,13 +63,13 @@ def test_a_rank_of_sixteen_in_the_second_stage(rank: int, config: Config) -> Non
 SIZES_OF_LATENTS = {"latent_size": 16, "latent_channels": 8, "num_classes": 10}
 DITS_OF_16 = {
     3: Cell(2, 2, 4, 1, 2, "1f1b", "selective", sequence_parallel=True),
-    7: Cell(1, 4, 4, 3, 4, "gpipe", "full", precision="bf16"),
+    7: Cell(1, 4, 4, 2, 4, "gpipe", "full", precision="bf16"),
 }
 
 
 @pytest.mark.parametrize("rank, cell", DITS_OF_16.items())
 def test_a_rank_of_sixteen_of_a_dit(rank: int, cell: Cell, tmp_path: Path) -> None:
-    config = complete_config(cell.config(tmp_path, model={"width": 96, "depth": 4, "heads": 4, **SIZES_OF_LATENTS}))
+    config = complete_config(cell.config(tmp_path, model={"width": 96, "depth": 8, "heads": 4, **SIZES_OF_LATENTS}))
     played = play_dit(config, 16, rank, fused_norms=False)
     found = Rehearsed(played, *planned(config, played.mesh, fused_norms=False))
     assert found.agrees(), found.page()
