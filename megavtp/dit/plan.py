@@ -4,6 +4,7 @@ A stage is rehearsed for one micro-batch; the schedule and ZeRO are those of ``p
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def empty_batch(config: CompleteDiTConfig, count: int) -> LatentBatch:
 def _chain(config: CompleteDiTConfig, mesh: Mesh, stage: int, part: PassShare, fused_norms: bool) -> Chain:
     """Count one micro-batch in a stage of the pass."""
     p, last = config.parallel, mesh.chunks - 1
-    fields = {"pp": mesh.pp, "pp_rank": mesh.pp_rank, "virtual_stages": mesh.virtual_stages}
+    fields: dict[str, Any] = {"pp": mesh.pp, "pp_rank": mesh.pp_rank, "virtual_stages": mesh.virtual_stages}
     with rehearsal(tp=mesh.tp, sequence_parallel=mesh.sequence_parallel, fused_norms=fused_norms, **fields) as place:
         model = AveragedDiT(
             config.model, place, recompute=p.recompute, attention=p.attention, compute_dtype=compute_dtype(p.precision)

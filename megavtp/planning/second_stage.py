@@ -64,7 +64,9 @@ def unread(features: FeatureNetwork, model: ResolvedModel) -> None:
     """Give a network weights of the rehearsal it is in. Positions are kept: they are few, and made from numbers."""
     if isinstance(features, OwnFeatures):
         features.trunk = VisionEncoder(model).requires_grad_(False)
-    for part in features.modules() if isinstance(features, nn.Module) else ():
+    if not isinstance(features, nn.Module):
+        return
+    for part in features.modules():
         for name, weight in part._parameters.items():
             if weight is not None:
                 part._parameters[name] = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), False)
