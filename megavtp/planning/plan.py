@@ -1,5 +1,6 @@
 """The plan of one layout: its memory, its traffic and the least time that a step can take."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -22,6 +23,13 @@ _TEACHER_BYTES = 12
 _TOUCHES = 4
 
 
+def most_bytes(state: zero.State, peaks: Sequence[tuple[float, float, float]]) -> float:
+    """Return the most bytes at one time in a step whose passes have these ``peaks``, see ``PassCost``."""
+    first, *others = peaks
+    begin = [state.at(moment) + peak for moment, peak in enumerate(first)]
+    return max(*begin, *(state.total + max(peaks) for peaks in others), state.total + state.step)
+
+
 @dataclass(frozen=True)
 class RankPlan:
     """What one pipeline rank of a layout holds and sends."""
@@ -40,7 +48,7 @@ class RankPlan:
     @property
     def memory(self) -> float:
         """The most bytes at one time, in the passes or during the update."""
-        return self.state.total + max(self.activations, self.state.step)
+        return most_bytes(self.state, [cost.peaks for cost in self.passes.values()])
 
     def wire_bytes(self, axis: str, size: int) -> float:
         """Return the bytes that leave the rank for its group of ``size`` ranks along an axis."""
@@ -150,8 +158,9 @@ class Planner:
         p, mesh = config.parallel, _mesh(config, world_size, pp_rank)
         layout = RankLayout(replace(mesh, sequence_parallel=p.sequence_parallel), p.schedule, p.recompute)
         passes = {name: self._pass_cost(layout, name, part) for name, part in share(config, mesh.dp).passes.items()}
-        if config.objectives.adversarial.weight > 0 and mesh.is_last_stage:
-            passes["discriminator"] = discriminator_cost(self.parts, share(config, mesh.dp).passes["reconstruction"])
+        if config.objectives.adversarial.weight > 0:
+            part = share(config, mesh.dp).passes["reconstruction"]
+            passes["discriminator"] = discriminator_cost(self.parts, mesh, part)
         pieces = self._pieces(mesh)
         calls = [call for cost in passes.values() for call in cost.calls]
         sent = sum((cost.sent for cost in passes.values()), Sent())

@@ -85,6 +85,7 @@ class State:
         optimizer: moments, and in stages 1 to 3 the weights' master partition.
         buffers: communication buckets, and in stage 3 what is gathered at one time.
         step: needed on top for a moment during the update, after the last backward.
+        keeps: gradients and buffers stay from step to step, instead of coming with its first backward.
     """
 
     weights: int
@@ -93,6 +94,11 @@ class State:
     teacher: int
     buffers: int
     step: int
+    keeps: bool
+
+    def at(self, moment: int) -> int:
+        """Return the bytes without the activations before (0), in (1) and after (2) the first backward of a step."""
+        return self.total - (0 if self.keeps else (self.gradients + self.buffers, self.gradients, 0)[moment])
 
     @property
     def total(self) -> int:
@@ -125,7 +131,7 @@ def state(pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str, hold
         flat = flat_elements(pieces, dp)
         owned, unreached = _partition_gradients(pieces, dp, first_mode)
         counts = (flat, trained if stage == 1 else owned + unreached, 3 * flat // dp, frozen, bucket, owned)
-    return State(*(FLOAT * count for count in counts))
+    return State(*(FLOAT * count for count in counts), keeps=stage == 3)
 
 
 def _group_sizes(pieces: Iterable[Piece]) -> Counter[int]:

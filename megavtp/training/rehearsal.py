@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import groupby
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 from megavtp.parallel.mesh import AXES, Axis, Mesh, members
@@ -33,7 +33,7 @@ class Played:
         blocks: the numbers of its blocks, by the name of the tower in the model.
         peak: the most bytes at one time, from before the model is built to the end of the last step.
         traffic: what it took part in sending in the last step.
-        seconds: how long each part of the play took on this machine.
+        seconds: of one core that each part of the play took.
     """
 
     mesh: Mesh
@@ -58,14 +58,14 @@ def play(
     """
     print("setting up and playing two steps; large models take minutes ...", file=sys.stderr, flush=True)
     seconds: dict[str, float] = {}
-    start = perf_counter()
+    start = process_time()
 
     def done(part: str) -> None:
         nonlocal start
-        seconds[part], start = perf_counter() - start, perf_counter()
+        seconds[part], start = process_time() - start, process_time()
 
     with rehearsed_rank(rank, world_size, towers, fused_norms=fused_norms) as live:
-        start = perf_counter()  # DeepSpeed is imported
+        start = process_time()  # DeepSpeed is imported
         recipe, batch = make()
         before = live.now
         done("groups")
@@ -95,35 +95,31 @@ def play(
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """A play beside what is planned: bytes by (axis, operation), and the most bytes at one time; None is not known."""
+    """A play beside what is planned: bytes by (axis, operation), and the most bytes at one time."""
 
     played: Played
     sent: Sent
-    memory: float | None
+    memory: float
 
     def agrees(self) -> bool:
         """Tell whether the planned bytes are those of the play, and the memory within 10 %."""
-        sent = self.played.traffic.sent
-        close = self.memory is None or abs(self.memory / self.played.peak - 1) <= _CLOSE
-        return close and all(sent[kind] == size for kind, size in self.sent.items())
+        return self.played.traffic.sent == self.sent and abs(self.memory / self.played.peak - 1) <= _CLOSE
 
     def page(self) -> str:
         """Return what a user reads of it."""
         played, mesh, sent = self.played, self.played.mesh, self.played.traffic.sent
         groups = [f"{axis} {_spans(ranks)}" for axis, ranks in played.groups.items() if len(ranks) > 1]
-        planned = "" if self.memory is None else f", planned {self.memory / GIB:.3f}"
         rows = [("axis", "operation", "messages", "bytes", "planned")]
         for kind, count in sorted(played.traffic.messages.items()):
-            known = f"{self.sent[kind]:,}" if kind in self.sent else "-"
-            rows.append((*kind, f"{count:,}", f"{sent[kind]:,}", known))
+            rows.append((*kind, f"{count:,}", f"{sent[kind]:,}", f"{self.sent[kind]:,}"))
         widths = [max(map(len, column)) for column in zip(*rows)]
         return "\n".join([
             f"rank        {mesh.rank:,} of {mesh.world_size:,}: tp {mesh.tp_rank} of {mesh.tp}, pp {mesh.pp_rank} of "
             f"{mesh.pp}, dp {mesh.dp_rank} of {mesh.dp}",
             f"groups      {'; '.join(groups) or 'none'}",
             f"blocks      {'; '.join(f'{name} {_spans(blocks)}' for name, blocks in played.blocks.items())}",
-            f"took here   {', '.join(f'{part} {time:.2f} s' for part, time in played.seconds.items())}",
-            f"memory      {played.peak / GIB:.3f} GiB at most{planned}",
+            f"one core    {', '.join(f'{part} {time:.2f} s' for part, time in played.seconds.items())}",
+            f"memory      {played.peak / GIB:.3f} GiB at most, planned {self.memory / GIB:.3f}",
             "sent in a step",
             *("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows),
         ])
