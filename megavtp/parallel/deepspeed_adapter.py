@@ -1,6 +1,6 @@
 """DeepSpeed's engine: how it is configured and made, and what has to be done before a step and before a backward.
 
-Only this file, ``gradient_norm`` and ``engine_state`` touch DeepSpeed's internals. They are written against exactly
+Only this file, ``gather_ahead``, ``gradient_norm`` and ``engine_state`` touch DeepSpeed's internals. They are written against exactly
 DeepSpeed 0.19.8: ZeRO-3 gathers of earlier releases return garbage on gloo, and several of the faults that are worked
 around here are silent. Each work-around states its reason; ``tests/parallel/test_deepspeed_adapter.py`` fails without
 it, and also tells when a later DeepSpeed no longer needs it.
@@ -22,6 +22,7 @@ from megavtp.arithmetic import ceil_div
 from megavtp.config.load import merged
 from megavtp.errors import UserError
 from megavtp.parallel import gradient_norm
+from megavtp.parallel.gather_ahead import block_chains, gather_ahead
 from megavtp.parallel.mesh import Axis, Mesh
 
 SUPPORTED_VERSION = "0.19.8"
@@ -102,6 +103,8 @@ def initialize(
         # At every root forward ZeRO-3 compares its trace of module calls over the *world*: pipeline stages would
         # deadlock, and our passes call different towers. Without the hook each module gathers its own on demand.
         engine.optimizer.parameter_offload.fwd_pre_hook.remove()
+        if not hold:
+            gather_ahead(engine, block_chains(module))
     engine.megavtp_hold = hold and stage == 3
     gradient_norm.install(engine, mesh)
     return engine
