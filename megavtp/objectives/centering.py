@@ -148,8 +148,8 @@ def update_center(
     """Begin to sum the features of all ranks. What is returned waits for that and gives the next centre (K_local,):
     momentum * center + (1 - momentum) * global mean of the teacher logits.
 
-    ``features`` as in ``sinkhorn_bias``. The first centre is zeros. The mean of logits is the logit of the mean feature,
-    so one product with a vector does it. Without any row on any rank the centre stays.
+    ``features`` as in ``sinkhorn_bias``. The first centre is zeros. The mean of logits is the logit of the mean
+    feature, so one product with a vector does it. Without any row on any rank the centre stays.
     """
     sums = torch.zeros(W.shape[1] + 1, dtype=center.dtype, device=W.device)  # features, then the row count
     for part in features:

@@ -150,8 +150,8 @@ class _GatherFromDp:
 def begin_gather_from_dp(x: Tensor, mesh: Mesh) -> Callable[[], Tensor]:
     """Begin ``gather_from_dp``; what is returned waits for it and gives its result.
 
-    The backward goes the other way: it begins where the result was asked for and is waited for where the gather began.
-    So what is computed between hides the gather in forward, and what belongs to it in backward the sum of the gradients.
+    The backward goes the other way: it begins where the result was asked for, and is waited for where the gather began.
+    So what is computed between the two hides the gather, and its own backward hides the sum of the gradients.
     """
     if mesh.dp == 1:
         return lambda: x

@@ -109,7 +109,7 @@ class Planner:
     def __init__(
         self, config: ResolvedConfig, groups: zero.Groups, device: Device, gpus_per_node: int = 8, *, cuda: bool = True
     ):
-        self.device, self.gpus_per_node = device, gpus_per_node
+        self.device, self.gpus_per_node, self.cuda = device, gpus_per_node, cuda
         self.parts = Rehearsals(config, fused_norms=cuda)
         widths = None if self.parts.features is None else self.parts.features.widths
         self.inventory = zero.Inventory(partial(shape_of, config, self.parts.objectives, widths), groups)
@@ -138,7 +138,10 @@ class Planner:
     @once
     def _state(self, mesh: Mesh, stage: int, gather: str) -> zero.State:
         first_mode = next(mode_of(self.parts.config, name) for name in MODES if name in self.parts.objectives)
-        state = zero.state(self._pieces(mesh), stage, mesh.dp, first_mode=first_mode, hold=gather == "step")
+        state = zero.state(
+            self._pieces(mesh), stage, mesh.dp, first_mode=first_mode, hold=gather == "step",
+            overlap=self.cuda and mesh.dp > 1,
+        )
         features = feature_bytes(self.parts.features) if mesh.is_last_stage else 0  # whole, whatever the stage
         return replace(state, teacher=state.teacher + features)
 

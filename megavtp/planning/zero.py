@@ -105,11 +105,14 @@ def elements(pieces: Iterable[Piece], *, trained: bool) -> int:
     return sum(p.numel for p in pieces if p.trained == trained)
 
 
-def state(pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str, hold: bool) -> State:
+def state(
+    pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str, hold: bool, overlap: bool = False
+) -> State:
     """Count the state on a rank.
 
     ``first_mode`` is the forward whose backward comes first in a step; what it does not reach is zeroed in stage 2.
-    With ``hold``, stage 3 gathers everything for the whole step (``parallel.zero3_gather``).
+    With ``hold``, stage 3 gathers everything for the whole step (``parallel.zero3_gather``). With ``overlap``, stages 1
+    and 2 reduce while the backward runs, from two buckets in turn, and stage 1 has its partition of the gradients then.
     """
     trained, frozen = elements(pieces, trained=True), elements(pieces, trained=False)
     bucket = ceil_div(min(trained, _BUCKET), 1024) * 1024
@@ -118,13 +121,14 @@ def state(pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str, hold
     elif stage == 3:
         shards = [replace(p, numel=ceil_div(p.numel, dp)) for p in pieces]  # each parameter is cut on its own
         own, others = elements(shards, trained=True), elements(shards, trained=False)
-        modules = _modules(pieces).values()
-        gathered = sum(modules) if hold else max(modules, default=0)
+        gathered = _gathered(pieces, hold) if dp > 1 else 0
         counts = (own, own, 3 * own, others, bucket + gathered, max(_group_sizes(shards).values(), default=0))
     else:
         flat = flat_elements(pieces, dp)
         owned, unreached = _partition_gradients(pieces, dp, first_mode)
-        counts = (flat, trained if stage == 1 else owned + unreached, 3 * flat // dp, frozen, bucket, owned)
+        gradients = owned + unreached if stage == 2 else trained + owned if overlap else trained
+        step = 0 if stage == 1 and overlap else owned
+        counts = (flat, gradients, 3 * flat // dp, frozen, bucket * (1 + overlap), step)
     return State(*(FLOAT * count for count in counts))
 
 
@@ -160,13 +164,17 @@ def _partition_gradients(pieces: Sequence[Piece], dp: int, first_mode: str) -> t
     return owned[most], unreached[most]
 
 
-def _modules(pieces: Sequence[Piece]) -> Counter[str]:
-    """Sum the elements that stage 3 gathers together: those of a block, or elsewhere those of a module."""
-    sizes: Counter[str] = Counter()
+def _gathered(pieces: Sequence[Piece], hold: bool) -> int:
+    """Return the most elements that stage 3 has gathered at one time."""
+    sizes: Counter[tuple[str, int | None]] = Counter()  # of what is gathered together: a block, or elsewhere a module
     for piece in pieces:
         head, found, rest = piece.name.partition("blocks.")
-        sizes[f"{head}{rest.split('.')[0]}" if found else piece.name.rpartition(".")[0]] += piece.numel
-    return sizes
+        sizes[(head, int(rest.split(".")[0])) if found else (piece.name.rpartition(".")[0], None)] += piece.numel
+    if hold:
+        return sizes.total()
+    # While a block computes, the next one of its tower is on its way.
+    both = (size + sizes[head, number + 1] for (head, number), size in list(sizes.items()) if number is not None)
+    return max(*both, *sizes.values(), 0)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """A rehearsal of pre-training on one rank of a large world."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from megavtp.config.load import merged
 from megavtp.config.precision import compute_dtype
 from megavtp.config.schema import Config
 from megavtp.config.share import share
@@ -67,6 +69,10 @@ def rehearse_pretraining(given: Config, world_size: int, rank: int) -> Rehearsed
     config = validate_pretraining(given, world_size)
     if config.model.text.vocab_size is None:
         config = with_vocabulary(config, CLIP_VOCABULARY)
+    p = config.parallel
+    if p.zero_stage > 0 and world_size > p.tp * p.pp:  # as on GPUs, for which the plan is
+        reducing = {"zero_optimization": {"overlap_comm": True}}
+        config = replace(config, deepspeed=merged(reducing, config.deepspeed))
     played = play_pretraining(config, world_size, rank)
     groups = partial(parameter_groups, config=config.train.optimizer)
     plan = Planner(config, groups, find_device("h100")).plan(config, world_size).ranks[played.mesh.pp_rank]

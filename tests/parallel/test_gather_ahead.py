@@ -15,7 +15,7 @@ from distributed import run_ranks
 from layouts import Cell, Run
 from torch import Tensor
 
-from megavtp.nn.block import Block
+from megavtp.nn.block import Block as TransformerBlock
 from megavtp.parallel import deepspeed_adapter as adapter
 from megavtp.parallel.traffic import count_traffic
 
@@ -23,11 +23,14 @@ RECOMPUTE = ("none", "full")  # "selective" recomputes inside a block only
 PIPELINE = Cell(pp=2, dp=2, zero=3, micro_batches=2, off="contrastive")
 
 
+Block = tuple[str, int]  # tower and number
+
+
 class Event(NamedTuple):
     """What happened to a block: its gather is begun or waited for, or it starts or ends to compute."""
 
     kind: str  # begun, arrived, forward, forward done, backward, backward done
-    block: tuple[str, int]  # tower and number
+    block: Block
     whole: int  # blocks that are gathered or in flight right after
 
 
@@ -38,12 +41,12 @@ def recorded(model: torch.nn.Module) -> Iterator[list[Event]]:
 
     blocks = {
         (name.rpartition(".blocks")[0], int(name.rpartition(".")[2])): module
-        for name, module in model.named_modules() if isinstance(module, Block)
+        for name, module in model.named_modules() if isinstance(module, TransformerBlock)
     }
     owner = {id(p): key for key, block in blocks.items() for p in block.parameters()}
     events: list[Event] = []
 
-    def note(kind: str, key: tuple[str, int]) -> None:
+    def note(kind: str, key: Block) -> None:
         present = (block for block in blocks.values() if next(block.parameters()).ds_status.name != "NOT_AVAILABLE")
         events.append(Event(kind, key, sum(1 for _ in present)))
 
@@ -57,7 +60,7 @@ def recorded(model: torch.nn.Module) -> Iterator[list[Event]]:
 
         return noting
 
-    def watch(key: tuple[str, int], block: torch.nn.Module) -> list[Any]:
+    def watch(key: Block, block: torch.nn.Module) -> list[Any]:
         def before(_: Any, inputs: tuple) -> None:
             if torch._C._current_graph_task_id() == -1:  # no recomputation
                 note("forward", key)
@@ -113,11 +116,11 @@ def found() -> dict[str, Step]:
     return run_ranks(2, two_ranks, timeout=240)[0]
 
 
-def check_order(events: list[Event], neighbours: dict[str, dict[tuple[str, int], tuple[str, int] | None]]) -> Counter:
+def check_order(events: list[Event], neighbours: dict[str, dict[Block, Block]]) -> Counter:
     """Each time that a block has computed, its neighbour's gather is under way: it was begun after this block's own
     had arrived, before it ended, and is waited for later. Return how often, by (direction, tower)."""
     counts: Counter = Counter()
-    started: dict[tuple[str, tuple[str, int]], int] = {}
+    started: dict[tuple[str, Block], int] = {}
     for now, (kind, block, _) in enumerate(events):
         direction = kind.split()[0]
         if not kind.endswith("done"):
@@ -132,15 +135,15 @@ def check_order(events: list[Event], neighbours: dict[str, dict[tuple[str, int],
         assert own < begun < now, (kind, block)
         assert ("arrived", neighbour) not in earlier[begun:], (kind, block)
         assert direction == "backward" or begun < started["forward", block]
-        following = next(event[:2] for event in events[now + 1 :] if event.block == neighbour and event.kind != "backward")
-        assert following == ("arrived", neighbour), (kind, block)
+        later = (event.kind for event in events[now + 1 :] if event.block == neighbour)
+        assert next(kind for kind in later if kind != "backward") == "arrived", (kind, block)
         counts[direction, block[0]] += 1
     return counts
 
 
-def neighbours_of(depths: dict[str, list[Sequence[int]]]) -> dict[str, dict[tuple[str, int], tuple[str, int] | None]]:
-    """By direction: block -> the one that runs next, given the chunks of each tower."""
-    pairs = [((tower, a), (tower, b)) for tower, chunks in depths.items() for chunk in chunks for a, b in pairwise(chunk)]
+def neighbours_of(chunks: dict[str, Sequence[int]]) -> dict[str, dict[Block, Block]]:
+    """By direction: block -> the one that runs next, given the blocks of each tower's one chunk."""
+    pairs = [((tower, a), (tower, b)) for tower, numbers in chunks.items() for a, b in pairwise(numbers)]
     return {"forward": dict(pairs), "backward": {second: first for first, second in pairs}}
 
 
@@ -153,7 +156,7 @@ PASSES = {  # how often a tower runs in a step, forward and backward
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_the_next_block_is_gathered_while_one_computes(recompute: str, found: dict) -> None:
-    neighbours = neighbours_of({tower: [range(depth)] for tower, depth in TOWERS.items()})
+    neighbours = neighbours_of({tower: range(depth) for tower, depth in TOWERS.items()})
     expected = {(kind, tower): times * (TOWERS[tower] - 1) for (kind, tower), times in PASSES.items()}
     assert check_order(found[recompute].events, neighbours) == expected
 
@@ -172,7 +175,7 @@ def test_nothing_more_is_sent(recompute: str, found: dict) -> None:
 def test_chunks_of_a_pipeline() -> None:
     """Each rank has one chunk of a tower, whose blocks are neighbours in whichever order micro-batches come."""
     for ahead, plain in run_ranks(4, four_ranks, timeout=240):
-        counts = check_order(ahead.events, neighbours_of({"trunk": [ahead.trunk], "teacher.trunk": [ahead.trunk]}))
+        counts = check_order(ahead.events, neighbours_of({"trunk": ahead.trunk, "teacher.trunk": ahead.trunk}))
         pairs = len(ahead.trunk) - 1
         times = {("forward", "trunk"): 6, ("backward", "trunk"): 4, ("forward", "teacher.trunk"): 2}
         assert counts == {key: count * pairs for key, count in times.items() if pairs}
