@@ -13,10 +13,18 @@ import pytest
 import torch
 from distributed import run_ranks
 from layouts import Cell, Run
+from tiny_run import tiny_config
 from torch import Tensor
 
+from megavtp.config.load import from_dict
+from megavtp.dit.config import DiTConfig, complete_config
+from megavtp.dit.model.average import AveragedDiT
+from megavtp.dit.validate import validate_dit
+from megavtp.models.vtp import VTP
 from megavtp.nn.block import Block as TransformerBlock
 from megavtp.parallel import deepspeed_adapter as adapter
+from megavtp.parallel.gather_ahead import block_chains
+from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.traffic import count_traffic
 
 RECOMPUTE = ("none", "full")  # "selective" recomputes inside a block only
@@ -24,6 +32,8 @@ PIPELINE = Cell(pp=2, dp=2, zero=3, micro_batches=2, off="contrastive")
 
 
 Block = tuple[str, int]  # tower and number
+
+DIT = {"model": {"width": 48, "depth": 5, "heads": 4, "latent_size": 4, "latent_channels": 8, "num_classes": 3}}
 
 
 class Event(NamedTuple):
@@ -170,6 +180,25 @@ def test_at_most_two_blocks_are_whole(recompute: str, found: dict) -> None:
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_nothing_more_is_sent(recompute: str, found: dict) -> None:
     assert found[recompute][2:] == found["not ahead"][2:]
+
+
+def names_of_chains(model: torch.nn.Module) -> list[list[str]]:
+    names = {module: name for name, module in model.named_modules()}
+    return [[names[block] for block in chain] for chain in block_chains(model)]
+
+
+def test_chains_are_the_chunks_of_each_tower() -> None:
+    """Also where a rank has two chunks of a tower, and in a DiT, whose average is a tower as well."""
+    settings = {"vision": {"depth": 8}, "text": {"depth": 3}, "decoder": {"depth": 4}}
+    mesh = Mesh(pp=2, pp_rank=1, virtual_stages=2)
+    with torch.device("meta"):
+        model = VTP(tiny_config({"model": settings}).model, mesh, objectives=frozenset({"reconstruction"}))
+        dit = AveragedDiT(complete_config(validate_dit(from_dict(DIT, DiTConfig), 1)).model)
+    chunks = {tower: getattr(model, tower).stripe.chunks[1::2] for tower in ("trunk", "pixel_decoder")}
+    assert names_of_chains(model) == [
+        [f"{tower}.blocks.{number}" for number in chunk] for tower, parts in chunks.items() for chunk in parts
+    ]
+    assert names_of_chains(dit) == [[f"{tower}.blocks.{number}" for number in range(5)] for tower in ("dit", "ema")]
 
 
 def test_chunks_of_a_pipeline() -> None:

@@ -1,4 +1,4 @@
-"""Collectives begin as soon as their operands exist, and are waited for where the result is needed: the order of events.
+"""Collectives begin once their operands exist, and are waited for where the result is needed: the order of events.
 
 The gathers of ZeRO-3 have a file of their own, ``test_gather_ahead``.
 """
