@@ -179,7 +179,7 @@ def before_backward(engine: Any, is_last: bool) -> None:
     gathered until the backward ends.
     """
     optimizer = engine.optimizer
-    # Beside ``step()``, ZeRO-1 may reduce in this backward; None leaves it to DeepSpeed.
+    # ZeRO-1 may reduce in this backward; None leaves it to ``step()``.
     engine._is_gradient_accumulation_boundary = True if is_last and engine.megavtp_early else None
     if hasattr(optimizer, "clear_backward_seen_flag"):
         optimizer.clear_backward_seen_flag()

@@ -148,11 +148,11 @@ def _on_all_stages(run: Runner, tensors: list[Tensor], specs: Sequence[Activatio
 
 def train(
     run: Runner, mode: str, inputs: Inputs, micro_batches: int, loss: Callable[[Any, int], Tensor],
-    is_last: bool = False,
+    ends_step: bool = False,
 ) -> None:
     """Run forward and backward of all micro-batches; ``loss``: (result, micro-batch) -> scalar, on the last rank.
 
-    ``is_last``: no other pass of the step follows.
+    ``ends_step``: no other pass of the step follows.
     """
     schedule = run.schedule if run.mesh.pp > 1 else "1f1b"
     trip = _Trip(run, mode, inputs, partial(train_order, schedule, m=micro_batches))
@@ -161,7 +161,7 @@ def train(
             activations, out, is_last = trip.forward(op)
             trip.held[op.stage, op.micro] = activations, loss(out, op.micro) if is_last else out
         else:
-            if is_last and op is trip.order[-1]:
+            if ends_step and op is trip.order[-1]:
                 run.announce_last_backward()
             trip.backward(op)
 

@@ -127,20 +127,24 @@ class Planner:
 
     def least_state(self, config: ResolvedConfig, world_size: int) -> int:
         """Return the bytes without activations on the rank that has the least."""
-        p = config.parallel
-        ranks = {0, p.pp // 2, p.pp - 1}
-        return min(self._state(_mesh(config, world_size, rank), p.zero_stage, p.zero3_gather).total for rank in ranks)
+        pp = config.parallel.pp
+        return min(self._state_of(config, world_size, rank).total for rank in {0, pp // 2, pp - 1})
 
     @once
     def _pieces(self, mesh: Mesh) -> list[zero.Piece]:
         return self.inventory.rank(mesh.tp, mesh.pp, mesh.pp_rank, mesh.virtual_stages)
 
+    def _state_of(self, config: ResolvedConfig, world_size: int, pp_rank: int) -> zero.State:
+        p, mesh = config.parallel, _mesh(config, world_size, pp_rank)
+        given = config.deepspeed.get("zero_optimization", {}).get("overlap_comm")
+        overlap = self.cuda and mesh.dp > 1 if given is None else given
+        return self._state(mesh, p.zero_stage, p.zero3_gather, overlap)
+
     @once
-    def _state(self, mesh: Mesh, stage: int, gather: str) -> zero.State:
+    def _state(self, mesh: Mesh, stage: int, gather: str, overlap: bool) -> zero.State:
         first_mode = next(mode_of(self.parts.config, name) for name in MODES if name in self.parts.objectives)
         state = zero.state(
-            self._pieces(mesh), stage, mesh.dp, first_mode=first_mode, hold=gather == "step",
-            overlap=self.cuda and mesh.dp > 1,
+            self._pieces(mesh), stage, mesh.dp, first_mode=first_mode, hold=gather == "step", overlap=overlap
         )
         features = feature_bytes(self.parts.features) if mesh.is_last_stage else 0  # whole, whatever the stage
         return replace(state, teacher=state.teacher + features)
@@ -164,7 +168,7 @@ class Planner:
         )
         sent += zero.norm_traffic(pieces, p.zero_stage, mesh.dp, p.tp * p.pp, self.inventory.towers)
         return RankPlan(
-            pp_rank, self._state(mesh, p.zero_stage, p.zero3_gather), passes, sent,
+            pp_rank, self._state_of(config, world_size, pp_rank), passes, sent,
             owned=zero.elements(pieces, trained=True) // (mesh.dp if p.zero_stage > 0 else 1),
             teacher=zero.elements(pieces, trained=False) // (mesh.dp if p.zero_stage == 3 else 1),
         )

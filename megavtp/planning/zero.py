@@ -106,7 +106,7 @@ def elements(pieces: Iterable[Piece], *, trained: bool) -> int:
 
 
 def state(
-    pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str, hold: bool, overlap: bool = False
+    pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str, hold: bool, overlap: bool
 ) -> State:
     """Count the state on a rank.
 
@@ -173,8 +173,8 @@ def _gathered(pieces: Sequence[Piece], hold: bool) -> int:
     if hold:
         return sizes.total()
     # While a block computes, the next one of its tower is on its way.
-    both = (size + sizes[head, number + 1] for (head, number), size in list(sizes.items()) if number is not None)
-    return max(*both, *sizes.values(), 0)
+    both = [size + sizes[head, number + 1] for (head, number), size in sizes.items() if number is not None]
+    return max([*both, *sizes.values()], default=0)
 
 
 @dataclass(frozen=True)
