@@ -40,7 +40,8 @@ class RankPlan:
     @property
     def memory(self) -> float:
         """The most bytes at one time, in the passes or during the update."""
-        return self.state.total + max(self.activations, self.state.step)
+        last = list(self.passes.values())[-1].peak if self.state.early else 0
+        return self.state.total + max(self.activations, last + self.state.step)
 
     def wire_bytes(self, axis: str, size: int) -> float:
         """Return the bytes that leave the rank for its group of ``size`` ranks along an axis."""
