@@ -20,7 +20,7 @@ def block_chains(model: nn.Module) -> Iterator[list[nn.Module]]:
     for tower in model.modules():
         if isinstance(stripe := getattr(tower, "stripe", None), Stripe):
             for chunk in stripe.chunks[stripe.rank :: stripe.pp]:
-                yield [tower.blocks[str(number)] for number in chunk]
+                yield [tower.get_submodule(f"blocks.{number}") for number in chunk]
 
 
 def gather_ahead(engine: Any, chains: Iterable[Sequence[nn.Module]]) -> None:

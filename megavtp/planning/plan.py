@@ -32,6 +32,7 @@ class RankPlan:
     sent: Sent
     owned: int  # elements that the optimizer updates here
     teacher: int
+    early: bool = False  # what the update needs on top is there in the last pass already
 
     @property
     def activations(self) -> float:
@@ -40,7 +41,7 @@ class RankPlan:
     @property
     def memory(self) -> float:
         """The most bytes at one time, in the passes or during the update."""
-        last = list(self.passes.values())[-1].peak if self.state.early else 0
+        last = list(self.passes.values())[-1].peak if self.early else 0
         return self.state.total + max(self.activations, last + self.state.step)
 
     def wire_bytes(self, axis: str, size: int) -> float:
@@ -137,9 +138,12 @@ class Planner:
 
     def _state_of(self, config: ResolvedConfig, world_size: int, pp_rank: int) -> zero.State:
         p, mesh = config.parallel, _mesh(config, world_size, pp_rank)
+        return self._state(mesh, p.zero_stage, p.zero3_gather, self._overlaps(config, mesh))
+
+    def _overlaps(self, config: ResolvedConfig, mesh: Mesh) -> bool:
+        """Tell whether gradients are reduced while the backward runs."""
         given = config.deepspeed.get("zero_optimization", {}).get("overlap_comm")
-        overlap = self.cuda and mesh.dp > 1 if given is None else given
-        return self._state(mesh, p.zero_stage, p.zero3_gather, overlap)
+        return self.cuda and mesh.dp > 1 if given is None else given
 
     @once
     def _state(self, mesh: Mesh, stage: int, gather: str, overlap: bool) -> zero.State:
@@ -172,6 +176,7 @@ class Planner:
             pp_rank, self._state_of(config, world_size, pp_rank), passes, sent,
             owned=zero.elements(pieces, trained=True) // (mesh.dp if p.zero_stage > 0 else 1),
             teacher=zero.elements(pieces, trained=False) // (mesh.dp if p.zero_stage == 3 else 1),
+            early=p.zero_stage == 1 and self._overlaps(config, mesh),
         )
 
 

@@ -85,7 +85,6 @@ class State:
         optimizer: moments, and in stages 1 to 3 the weights' master partition.
         buffers: communication buckets, and in stage 3 what is gathered at one time.
         step: needed on top for a moment during the update, after the last backward.
-        early: that is needed in the last pass already.
     """
 
     weights: int
@@ -94,7 +93,6 @@ class State:
     teacher: int
     buffers: int
     step: int
-    early: bool
 
     @property
     def total(self) -> int:
@@ -114,7 +112,7 @@ def state(
 
     ``first_mode`` is the forward whose backward comes first in a step; what it does not reach is zeroed in stage 2.
     With ``hold``, stage 3 gathers everything for the whole step (``parallel.zero3_gather``). With ``overlap``, stages 1
-    and 2 reduce while the backward runs, from two buckets in turn.
+    and 2 reduce while the backward runs, from two buckets in turn; in stage 1 ``step`` is needed from the last pass on.
     """
     trained, frozen = elements(pieces, trained=True), elements(pieces, trained=False)
     bucket = ceil_div(min(trained, _BUCKET), 1024) * 1024
@@ -130,7 +128,7 @@ def state(
         owned, unreached = _partition_gradients(pieces, dp, first_mode)
         gradients = trained if stage == 1 else owned + unreached
         counts = (flat, gradients, 3 * flat // dp, frozen, bucket * (1 + overlap), owned)
-    return State(*(FLOAT * count for count in counts), early=overlap and stage == 1)
+    return State(*(FLOAT * count for count in counts))
 
 
 def _group_sizes(pieces: Iterable[Piece]) -> Counter[int]:
