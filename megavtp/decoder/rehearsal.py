@@ -16,7 +16,7 @@ from megavtp.decoder.recipe import DecoderTraining
 from megavtp.decoder.validate import validate_decoder
 from megavtp.planning.second_stage import features_of, unread
 from megavtp.pretraining.rehearsal import WithoutFiles, beside_the_plan, play_pretraining, with_some_vocabulary
-from megavtp.training.rehearsal import Played, Rehearsed
+from megavtp.training.rehearsal import Played, Rehearsed, as_on_gpus
 
 
 class _WithoutFiles(WithoutFiles, DecoderTraining):
@@ -35,7 +35,7 @@ class _WithoutFiles(WithoutFiles, DecoderTraining):
 
 def rehearse_decoder(given: Config, world_size: int, rank: int) -> Rehearsed:
     """Check a recipe for a world, play it on one of its ranks, and add what is planned of that rank. UserError."""
-    config = with_some_vocabulary(validate_decoder(given, world_size))
+    config = as_on_gpus(with_some_vocabulary(validate_decoder(given, world_size)), world_size)
     return beside_the_plan(config, world_size, play_decoder(config, world_size, rank))
 
 

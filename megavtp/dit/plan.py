@@ -27,21 +27,22 @@ from megavtp.training.optimizer import parameter_groups
 TERMS = 2  # the squared error and the cosine
 
 
-def planned(config: CompleteDiTConfig, mesh: Mesh, *, fused_norms: bool = True) -> tuple[Sent, float]:
+def planned(config: CompleteDiTConfig, mesh: Mesh, *, cuda: bool = True) -> tuple[Sent, float]:
     """Return what the rank at ``mesh`` sends in a step, and the most bytes that it holds at one time."""
     p, part = config.parallel, flow_share(config, mesh.dp)
     with torch.device("meta"):
         named = list(AveragedDiT(config.model, mesh).named_parameters())
     pieces = zero.pieces(named, partial(parameter_groups, config=config.train.optimizer, tower_of=lambda name: TOWER))
     hold = p.zero3_gather == "step"
-    chains = [_chain(config, mesh, stage, part, fused_norms) for stage in range(mesh.pp_rank, mesh.chunks, mesh.pp)]
+    chains = [_chain(config, mesh, stage, part, fused_norms=cuda) for stage in range(mesh.pp_rank, mesh.chunks, mesh.pp)]
     sent = chain_traffic(chains, part.micro_batches, back=True) + terms_sent(mesh, TERMS)
     calls = [zero.Calls("velocity", 0, part.micro_batches, mesh.virtual_stages, mesh.virtual_stages)]
     sent += zero.traffic(pieces, p.zero_stage, mesh.dp, calls, shared_bottleneck=False, hold=hold)
     sent += zero.norm_traffic(pieces, p.zero_stage, mesh.dp, mesh.tp * mesh.pp, towers=1)
-    state = zero.state(pieces, p.zero_stage, mesh.dp, first_mode="velocity", hold=hold)
+    overlap = zero.overlaps(config.deepspeed, mesh.dp, cuda=cuda)
+    state = zero.state(pieces, p.zero_stage, mesh.dp, first_mode="velocity", hold=hold, overlap=overlap)
     first, later = in_flight(chains, mesh, p.schedule, part.micro_batches)
-    return sent, most_bytes(state, [(0.0, first, later)])
+    return sent, most_bytes(state, [(0.0, first, later)], early=overlap and p.zero_stage == 1)
 
 
 def empty_batch(config: CompleteDiTConfig, count: int) -> LatentBatch:

@@ -9,7 +9,7 @@ from megavtp.dit.flow_matching import FlowMatchingPass
 from megavtp.dit.plan import TERMS, empty_batch, planned
 from megavtp.dit.recipe import DiTTraining
 from megavtp.dit.validate import TOWER, flow_share, validate_dit
-from megavtp.training.rehearsal import Played, Rehearsed, play
+from megavtp.training.rehearsal import Played, Rehearsed, as_on_gpus, play
 
 _OF_CONDITION = {"class": "num_classes", "caption": "caption_width"}
 
@@ -22,7 +22,7 @@ def rehearse_dit(given: DiTConfig, world_size: int, rank: int) -> Rehearsed:
             getattr(config.model, name) is not None,
             f"model.{name} = null is that of data.root, which a rehearsal does not read: give its value",
         )
-    complete = complete_config(config)
+    complete = as_on_gpus(complete_config(config), world_size)
     played = play_dit(complete, world_size, rank)
     return Rehearsed(played, *planned(complete, played.mesh))
 

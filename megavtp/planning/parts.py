@@ -25,7 +25,7 @@ from megavtp.models.vtp import VTP
 from megavtp.nn.attention_kernels import Segments
 from megavtp.nn.block import Recompute, run_blocks
 from megavtp.nn.drop_path import BranchDrop, DropPlan
-from megavtp.objectives.centering import KEEP_ELEMENTS, sinkhorn_bias
+from megavtp.objectives.centering import KEEP_ELEMENTS, sinkhorn_biases
 from megavtp.objectives.contrastive import info_nce, siglip
 from megavtp.objectives.koleo import koleo
 from megavtp.objectives.reconstruction import reconstruction_terms
@@ -40,7 +40,7 @@ from megavtp.planning.second_stage import Judge, balanced_cost, copied_weights, 
 MODES = {"contrastive": "contrastive", "self_distillation": "student", "reconstruction": "reconstruction"}
 # The towers that the stages of a pass run through, leg by leg; those of one leg run side by side.
 LEGS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "contrastive": (("trunk", "text"),), "student": (("trunk",),), "teacher": (("trunk",),),
+    "contrastive": (("text", "trunk"),), "student": (("trunk",),), "teacher": (("trunk",),),
     "reconstruction": (("trunk",), ("pixel_decoder",)),
     # Behind a frozen encoder.
     "encode": (("trunk",),), "decode": (("pixel_decoder",),),
@@ -326,11 +326,11 @@ class Rehearsals:
         with rehearsal(tp=tp, dp=dp) as mesh:
             *rows, prototypes = self._teacher(images, tp)
             groups = [features[:most] for features in rows]
-            bias = partial(
-                sinkhorn_bias, W=prototypes, temperature=_TEMPERATURE, iterations=settings.sinkhorn_iterations,
-                rows_at_once=settings.chunk, mesh=mesh,
+            biases = partial(
+                sinkhorn_biases, [[group] for group in groups], prototypes, _TEMPERATURE,
+                iterations=settings.sinkhorn_iterations, rows_at_once=settings.chunk, mesh=mesh,
             )
-            cost = cost_of(mesh, lambda: [bias([group]) for group in groups])
+            cost = cost_of(mesh, biases)
         # Further chunks need no more memory; over tp every row sends the same.
         ratio = sum(map(len, rows)) / sum(map(len, groups))
         sent = Counter({key: round(count * ratio) if key[0] == "tp" else count for key, count in cost.forward.items()})

@@ -6,8 +6,9 @@ number of gathers are DeepSpeed's, checked in ``tests/planning``.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -111,11 +112,20 @@ def elements(pieces: Iterable[Piece], *, trained: bool) -> int:
     return sum(p.numel for p in pieces if p.trained == trained)
 
 
-def state(pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str, hold: bool) -> State:
+def overlaps(deepspeed: Mapping[str, Any], dp: int, *, cuda: bool) -> bool:
+    """Tell whether stages 1 and 2 reduce gradients while the backward runs, by the settings for DeepSpeed."""
+    given = deepspeed.get("zero_optimization", {}).get("overlap_comm")
+    return cuda and dp > 1 if given is None else given
+
+
+def state(
+    pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str, hold: bool, overlap: bool
+) -> State:
     """Count the state on a rank.
 
     ``first_mode`` is the forward whose backward comes first in a step; what it does not reach is zeroed in stage 2.
-    With ``hold``, stage 3 gathers everything for the whole step (``parallel.zero3_gather``).
+    With ``hold``, stage 3 gathers everything for the whole step (``parallel.zero3_gather``). With ``overlap``, stages 1
+    and 2 reduce while the backward runs, from two buckets in turn; in stage 1 ``step`` is needed from the last pass on.
     """
     trained, frozen = elements(pieces, trained=True), elements(pieces, trained=False)
     bucket = ceil_div(min(trained, _BUCKET), 1024) * 1024
@@ -124,13 +134,13 @@ def state(pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str, hold
     elif stage == 3:
         shards = [replace(p, numel=ceil_div(p.numel, dp)) for p in pieces]  # each parameter is cut on its own
         own, others = elements(shards, trained=True), elements(shards, trained=False)
-        modules = _modules(pieces).values()
-        gathered = sum(modules) if hold else max(modules, default=0)
+        gathered = _gathered(pieces, hold) if dp > 1 else 0
         counts = (own, own, 3 * own, others, bucket + gathered, max(_group_sizes(shards).values(), default=0))
     else:
         flat = flat_elements(pieces, dp)
         owned, unreached = _partition_gradients(pieces, dp, first_mode)
-        counts = (flat, trained if stage == 1 else owned + unreached, 3 * flat // dp, frozen, bucket, owned)
+        gradients = trained if stage == 1 else owned + unreached
+        counts = (flat, gradients, 3 * flat // dp, frozen, bucket * (1 + overlap), owned)
     return State(*(FLOAT * count for count in counts), keeps=stage == 3)
 
 
@@ -166,13 +176,17 @@ def _partition_gradients(pieces: Sequence[Piece], dp: int, first_mode: str) -> t
     return owned[most], unreached[most]
 
 
-def _modules(pieces: Sequence[Piece]) -> Counter[str]:
-    """Sum the elements that stage 3 gathers together: those of a block, or elsewhere those of a module."""
-    sizes: Counter[str] = Counter()
+def _gathered(pieces: Sequence[Piece], hold: bool) -> int:
+    """Return the most elements that stage 3 has gathered at one time."""
+    sizes: Counter[tuple[str, int | None]] = Counter()  # of what is gathered together: a block, or elsewhere a module
     for piece in pieces:
         head, found, rest = piece.name.partition("blocks.")
-        sizes[f"{head}{rest.split('.')[0]}" if found else piece.name.rpartition(".")[0]] += piece.numel
-    return sizes
+        sizes[(head, int(rest.split(".")[0])) if found else (piece.name.rpartition(".")[0], None)] += piece.numel
+    if hold:
+        return sizes.total()
+    # While a block computes, the next one of its tower is on its way.
+    both = [size + sizes[head, number + 1] for (head, number), size in sizes.items() if number is not None]
+    return max([*both, *sizes.values()], default=0)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from megavtp.pretraining import passes
 from megavtp.pretraining.recipe import Pretraining
 from megavtp.pretraining.validate import validate_pretraining
 from megavtp.training.optimizer import parameter_groups
-from megavtp.training.rehearsal import Played, Rehearsed, play
+from megavtp.training.rehearsal import Played, Rehearsed, as_on_gpus, play
 
 CLIP_VOCABULARY = 49_408
 
@@ -64,7 +64,7 @@ def rehearse_pretraining(given: Config, world_size: int, rank: int) -> Rehearsed
 
     A vocabulary that the data decide is taken as CLIP's.
     """
-    config = with_some_vocabulary(validate_pretraining(given, world_size))
+    config = as_on_gpus(with_some_vocabulary(validate_pretraining(given, world_size)), world_size)
     return beside_the_plan(config, world_size, play_pretraining(config, world_size, rank))
 
 

@@ -6,11 +6,13 @@ Beside it stands what the planner says of that rank.
 import sys
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from time import process_time
-from typing import Any
+from typing import Any, TypeVar
 
+from megavtp.config.load import merged
+from megavtp.config.run import RunConfig
 from megavtp.parallel.mesh import AXES, Axis, Mesh, members
 from megavtp.parallel.rehearsal import rehearsed_rank
 from megavtp.parallel.striping import Stripe
@@ -20,6 +22,7 @@ from megavtp.planning.plan import GIB
 from megavtp.training.recipe import Recipe
 from megavtp.training.step import train_step
 
+C = TypeVar("C", bound=RunConfig)
 _STEPS = 2  # the first makes what stays, such as moments
 _CLOSE = 0.1  # relative error of a planned peak
 
@@ -42,6 +45,14 @@ class Played:
     peak: int
     traffic: Traffic
     seconds: Mapping[str, float]
+
+
+def as_on_gpus(config: C, world_size: int) -> C:
+    """Return ``config`` with ``overlap_comm`` as it is by default on GPUs, for which the plan is."""
+    p = config.parallel
+    if p.zero_stage == 0 or world_size == p.tp * p.pp:
+        return config
+    return replace(config, deepspeed=merged({"zero_optimization": {"overlap_comm": True}}, config.deepspeed))
 
 
 def play(

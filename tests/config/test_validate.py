@@ -150,7 +150,8 @@ CROSS_RULES = [
     (1, "deepspeed.train_batch_size=auto", "deepspeed.train_batch_size: .*train.batch_size"),
     (1, "deepspeed.qqqq=1", "deepspeed.qqqq: not a key of DeepSpeed"),
     (1, "deepspeed.zero_optimization.offload_optimizer.device=cpu", "offload_optimizer: does not work here; remove it"),
-    (1, "deepspeed.zero_optimization.overlap_comm=true", "overlap_comm needs parallel.zero_stage 2 or 3, not 1"),
+    (1, "deepspeed.zero_optimization.overlap_comm=true parallel.zero_stage=0",
+     "overlap_comm needs parallel.zero_stage 1, 2 or 3, not 0"),
 ]
 
 

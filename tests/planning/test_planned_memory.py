@@ -146,12 +146,14 @@ def test_activations_of_the_second_stage(
         left += allocated.left
 
 
+OVERLAPPING = merged(SIZES, {"deepspeed": {"zero_optimization": {"overlap_comm": True}}})
 INTERLEAVED = {"pp": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}
 STEPS = {  # by the ranks of the world and which of them is here
     (1, 0): [layout(1, 1, SIZES, zero_stage=zero_stage) for zero_stage in (0, 1, 2, 3)],
     (2, 0): [
         layout(2, 1, SIZES, tp=2), layout(2, 1, SIZES, tp=2, sequence_parallel=True),
         layout(2, 1, SIZES, tp=2, sequence_parallel=True, recompute="selective"), layout(2, 1, SIZES, zero_stage=3),
+        layout(2, 1, OVERLAPPING, zero_stage=1), layout(2, 1, OVERLAPPING, zero_stage=2),
         layout(2, 4, SIZES, pp=2), layout(2, 4, SIZES, pp=2, schedule="gpipe"), layout(2, 4, SIZES, **INTERLEAVED),
     ],
     (2, 1): [layout(2, 4, SIZES, pp=2), layout(2, 4, SIZES, **INTERLEAVED)],

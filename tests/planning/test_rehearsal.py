@@ -71,7 +71,7 @@ DITS_OF_16 = {
 def test_a_rank_of_sixteen_of_a_dit(rank: int, cell: Cell, tmp_path: Path) -> None:
     config = complete_config(cell.config(tmp_path, model={"width": 96, "depth": 8, "heads": 4, **SIZES_OF_LATENTS}))
     played = play_dit(config, 16, rank, fused_norms=False)
-    found = Rehearsed(played, *planned(config, played.mesh, fused_norms=False))
+    found = Rehearsed(played, *planned(config, played.mesh, cuda=False))
     assert found.agrees(), found.page()
 
 
