@@ -83,9 +83,11 @@ def main() -> int:
     device = find_device(options.device)
     memory = device.memory if options.memory is None else options.memory
     recipe = load_config(options.config or DEMO_CONFIG, Config, options.overrides)
-    # Of the recipe's layout only precision and kernels count: the rest is what is sought.
+    # Of the recipe's layout only precision, kernels and compilation count: the rest is what is sought.
     given = recipe.parallel
-    alone = ParallelConfig(precision=given.precision, attention=given.attention, timeout=given.timeout)
+    alone = ParallelConfig(
+        compile=given.compile, precision=given.precision, attention=given.attention, timeout=given.timeout
+    )
     objectives = recipe.objectives
     second_stage = objectives.adversarial.weight > 0 or objectives.reconstruction.decoder_momentum > 0
     config = (validate_decoder if second_stage else validate)(replace(recipe, parallel=alone), None)

@@ -1,5 +1,6 @@
 """A rehearsal of a DiT's training on one rank of a large world, and what is known of that rank without it."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,6 +12,7 @@ from megavtp.dit.flow_matching import FlowMatchingPass
 from megavtp.dit.model.average import AveragedDiT
 from megavtp.dit.recipe import DiTTraining
 from megavtp.dit.validate import TOWER, flow_share, validate_dit
+from megavtp.nn.compiling import wanted
 from megavtp.parallel.mesh import Mesh
 from megavtp.planning import zero
 from megavtp.planning.cost import Sent
@@ -35,13 +37,16 @@ def rehearse_dit(given: DiTConfig, world_size: int, rank: int) -> Rehearsed:
 
 def play_dit(config: CompleteDiTConfig, world_size: int, rank: int, *, fused_norms: bool = True) -> Played:
     """Play ``config``, validated for the world, on one of its ranks."""
+    compiled, uncompiled = wanted(config.parallel.compile, on_gpu=fused_norms), replace(config.parallel, compile="none")
 
     def make() -> tuple[DiTTraining, LatentBatch]:
-        recipe = DiTTraining(config, torch.device("cpu"))
+        recipe = DiTTraining(replace(config, parallel=uncompiled), torch.device("cpu"))
         return recipe, _batch(config, recipe.mesh.dp)
 
     terms = {FlowMatchingPass.name: 2}  # the squared error and the cosine
-    return play(make, rank, world_size, towers={TOWER}, terms=terms, fused_norms=fused_norms)
+    return play(
+        make, rank, world_size, towers={TOWER}, terms=terms, fused_norms=fused_norms, compiled=compiled
+    )
 
 
 def _batch(config: CompleteDiTConfig, dp: int) -> LatentBatch:

@@ -1,6 +1,7 @@
 """A rehearsal of pre-training on one rank of a large world."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -16,6 +17,7 @@ from megavtp.data.batch import Batch
 from megavtp.models.latent_noise import LatentNoise
 from megavtp.models.lpips import PERCEPTUAL_NETS, empty_lpips
 from megavtp.models.vtp import VTP
+from megavtp.nn.compiling import wanted
 from megavtp.nn.drop_path import BranchDrop, DropPlan
 from megavtp.planning.devices import find_device
 from megavtp.planning.flops import expected_masked_patches, patches_of
@@ -79,8 +81,10 @@ def play_pretraining(config: ResolvedConfig, world_size: int, rank: int, *, fuse
     What chance decides has its expected number: masked patches, and the sequences that drop path keeps.
     """
 
+    compiled, uncompiled = wanted(config.parallel.compile, on_gpu=fused_norms), replace(config.parallel, compile="none")
+
     def make() -> tuple[Pretraining, Batch]:
-        recipe = _WithoutFiles(config, torch.device("cpu"))
+        recipe = _WithoutFiles(replace(config, parallel=uncompiled), torch.device("cpu"))
         recipe.open()
         return recipe, recipe.batch()
 
@@ -92,7 +96,9 @@ def play_pretraining(config: ResolvedConfig, world_size: int, rank: int, *, fuse
     with patch.multiple(
         passes, masked_rows=partial(_masked_rows, config), draw_drop_plan=_drop_plan, draw_latent_noise=_latent_noise
     ):
-        return play(make, rank, world_size, towers=towers, terms=terms, fused_norms=fused_norms)
+        return play(
+            make, rank, world_size, towers=towers, terms=terms, fused_norms=fused_norms, compiled=compiled
+        )
 
 
 def _masked_rows(config: ResolvedConfig, masks: Tensor) -> tuple[Tensor, Tensor]:
