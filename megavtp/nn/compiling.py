@@ -50,7 +50,7 @@ class Compilation:
     _begun: float = 0.0
 
 
-DONE = Compilation()
+COMPILED = Compilation()
 
 
 def compile_regions(model: nn.Module, form: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None) -> None:
@@ -93,12 +93,12 @@ def _prepare() -> None:
 
 
 def _begin(_: Any) -> None:
-    DONE._begun = time.perf_counter()
+    COMPILED._begun = time.perf_counter()
 
 
 def _end(_: Any) -> None:
-    DONE.seconds += time.perf_counter() - DONE._begun
-    DONE.graphs += 1
+    COMPILED.seconds += time.perf_counter() - COMPILED._begun
+    COMPILED.graphs += 1
 
 
 def why_not(device: torch.device) -> str | None:

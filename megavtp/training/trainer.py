@@ -14,7 +14,6 @@ from megavtp.data.loader import Loader
 from megavtp.errors import UserError
 from megavtp.launch import phase
 from megavtp.launch.stop_signal import StopSignal
-from megavtp.nn.compiling import DONE
 from megavtp.parallel.collectives import all_gather_object, broadcast_object
 from megavtp.parallel.engine import StepResult
 from megavtp.parallel.looking import look_once
@@ -37,7 +36,6 @@ class Trainer:
         root = state.checkpoint_root(self.config)
         self.store = CheckpointStore(root, self.config.train.keep_last, run_token=token)
         self.skipped_in_a_row, self.max_skipped = 0, float(self.config.train.max_skipped_steps)
-        self.graphs = DONE.graphs
 
     def resume(self, last: int | None = None) -> int:
         """Load the newest checkpoint that verifies, if ``train.resume`` allows; return the first step to do.
@@ -123,10 +121,6 @@ class Trainer:
             batch.step, terms, result.grad_norm, self.lr, loader.wait_seconds, tower_norms=result.tower_norms,
             bad_samples=len(loader.bad_samples),
         )
-        if DONE.graphs > self.graphs:
-            # From the fourth step on nothing new should come: then this line tells of a fault.
-            self.graphs = DONE.graphs
-            self.telemetry.event("compiled", step=batch.step + 1, graphs=DONE.graphs, seconds=DONE.seconds)
 
     def do_step(self, batch: Any) -> tuple[dict[str, Tensor], StepResult]:
         """Do one step, and report it if it was skipped."""
