@@ -105,10 +105,10 @@ def all_parts(rehearse: bool) -> list[Part]:
                 "five. " + _TERMS + "LPIPS has random weights.",
                 rehearsed=size == "s",
             )
-            for size, limit in (("s", 70), ("b", 70), ("l", 85))
+            for size, limit in (("s", 60), ("b", 60), ("l", 75))
         ),
         Part(
-            "DiT-XL", ["dit-xl"], 65, tuple(STEP_CASES), (_number("latents/s", "latents_per_second", ".1f"), *_STEP),
+            "DiT-XL", ["dit-xl"], 60, tuple(STEP_CASES), (_number("latents/s", "latents_per_second", ".1f"), *_STEP),
             f"Steps of `configs/dit/dit_xl.yaml` with {DIT_BATCH} latents on one device. The planner knows neither the "
             "memory nor the traffic of a DiT, so its limit is that of the products.",
         ),
@@ -127,7 +127,7 @@ def all_parts(rehearse: bool) -> list[Part]:
             "DiT-XL in bf16 with VTP-L's decoder at 256 pixels, both with random weights.",
         ),
         Part(
-            "GPU tests", ["tests"], 85, note="The tests marked `gpu`, each with what it ended with.",
+            "GPU tests", ["tests"], 120, note="The tests marked `gpu`, each with what it ended with.",
             columns=(Column("outcome", lambda row, rates: row["outcome"]), _number("seconds", "seconds", ".1f")),
         ),
     ]

@@ -80,7 +80,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             return run(*arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"parallel.compile=blocks, but torch.compile failed ({reason}): {REMEDY}") from error
+            raise UserError(f"torch.compile failed on {function.__name__} ({reason}): {REMEDY}") from error
 
     return call
 

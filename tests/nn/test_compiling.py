@@ -86,7 +86,7 @@ def test_a_failure_ends_in_one_line(light: None) -> None:
         torch._dynamo.graph_break()
         return x + 1
 
-    with pytest.raises(UserError, match="but torch.compile failed .*set parallel.compile=none"):
+    with pytest.raises(UserError, match="torch.compile failed on breaks .*: set parallel.compile=none"):
         compiling.compiled(breaks)(torch.ones(2, 2))
 
 

@@ -102,7 +102,8 @@ def test_compiling_is_told_and_is_no_training_time(tmp_path, monkeypatch):
         clock.now += 2.0
         run(telemetry, step, step + 1)
     telemetry.close()
-    assert [(e["step"], e["graphs"], e["seconds"]) for e in lines(tmp_path, "compiled")] == [(1, 5, 30.0), (2, 10, 60.0)]
+    events = lines(tmp_path, "compiled")
+    assert [(e["step"], e["graphs"], e["seconds"]) for e in events] == [(1, 5, 30.0), (2, 10, 60.0)]
     assert lines(tmp_path)[0]["seconds_per_step"] == 2.0
 
 
