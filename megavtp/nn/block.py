@@ -8,6 +8,8 @@ none        32 D + 8 H   as counted on a CPU, where RMS norms hold 8 D of it tha
 selective   14 D + 4 H   the residual stream and the outputs of the first products (q, k, v; gate and value)
 full         4 D         a block's input
 
+Compiled regions (``nn.compiling``) hold less with "none". All blocks share a rotary table, 4 h for a head dimension h.
+
 "selective" recomputes what is large but cheap: norms, casts, rotation, gating, and attention between its two products.
 (Megatron-LM, arXiv 2205.05198, section 5, holds all but the softmax part. Today's kernels do not hold that, and with
 the short sequences of a ViT, elementwise results are most of what a block holds.) No product with a weight is

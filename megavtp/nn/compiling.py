@@ -37,7 +37,7 @@ OPTIONS = {"emulate_precision_casts": True}
 _GRAPHS = 64  # of one region: for each width, number type, with gradients and without; more is a fault, and an error
 
 
-class Region(staticmethod):  # type: ignore[type-arg]
+class Region(staticmethod):
     """Marks a function that a class calls as a region."""
 
 

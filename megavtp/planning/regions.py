@@ -45,7 +45,7 @@ def counted(function: Callable[..., Any]) -> Callable[..., Any]:
 @cache
 def _look(function: Callable[..., Any], places: Sequence[int], facts: Sequence[Facts], others: Sequence[Any]) -> _Held:
     """Run the plain form on tensors without storage, unseen by those that count."""
-    arguments, saved = list(others), set()
+    arguments, saved = list(others), set[int]()
 
     def note(x: Tensor) -> None:
         saved.add(x.untyped_storage()._cdata)

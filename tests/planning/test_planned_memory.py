@@ -153,7 +153,7 @@ def test_what_compiled_blocks_hold(
     planned = parts.stack(mode, tower, len(blocks), BATCH, 1, False, recompute)
     assert planned.held == pytest.approx(allocated.left, rel=0.1) and y.requires_grad
     plain = Rehearsals(replace(config, parallel=replace(config.parallel, compile="none")), fused_norms=False)
-    if recompute == "none":
+    if (mode, recompute) == ("student", "none"):  # RMS norms
         assert planned.held < 0.9 * plain.stack(mode, tower, len(blocks), BATCH, 1, False, recompute).held
     compiling.compiled.cache_clear()
 
