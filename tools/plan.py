@@ -88,9 +88,11 @@ def main() -> int:
     device = find_device(options.device)
     memory = device.memory if options.memory is None else options.memory
     recipe = load_config(options.config or DEMO_CONFIG, Config, options.overrides)
-    # Of the recipe's layout only precision and kernels count: the rest is what is sought.
+    # Of the recipe's layout only precision, kernels and compilation count: the rest is what is sought.
     given = recipe.parallel
-    alone = ParallelConfig(precision=given.precision, attention=given.attention, timeout=given.timeout)
+    alone = ParallelConfig(
+        compile=given.compile, precision=given.precision, attention=given.attention, timeout=given.timeout
+    )
     second_stage = asks_for_second_stage(recipe)
     config = (validate_decoder if second_stage else validate)(replace(recipe, parallel=alone), None)
     if not second_stage and set(share(config, 1).passes) == {"reconstruction"} and config.model.init_from is not None:

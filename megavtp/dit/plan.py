@@ -16,12 +16,14 @@ from megavtp.dit.config import CompleteDiTConfig
 from megavtp.dit.flow_matching import flow_matching_terms, straight_path
 from megavtp.dit.model.average import AveragedDiT
 from megavtp.dit.validate import TOWER, flow_share
+from megavtp.nn.compiling import compile_regions, wanted
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.rehearsal import rehearsal
 from megavtp.planning import zero
 from megavtp.planning.cost import Cost, Sent, cost_of
 from megavtp.planning.passes import Chain, chain_traffic, in_flight, terms_sent
 from megavtp.planning.plan import most_bytes
+from megavtp.planning.regions import counted
 from megavtp.training.optimizer import parameter_groups
 
 TERMS = 2  # the squared error and the cosine
@@ -34,7 +36,7 @@ def planned(config: CompleteDiTConfig, mesh: Mesh, *, cuda: bool = True) -> tupl
         named = list(AveragedDiT(config.model, mesh).named_parameters())
     pieces = zero.pieces(named, partial(parameter_groups, config=config.train.optimizer, tower_of=lambda name: TOWER))
     hold = p.zero3_gather == "step"
-    chains = [_chain(config, mesh, stage, part, fused_norms=cuda) for stage in range(mesh.pp_rank, mesh.chunks, mesh.pp)]
+    chains = [_chain(config, mesh, stage, part, cuda) for stage in range(mesh.pp_rank, mesh.chunks, mesh.pp)]
     sent = chain_traffic(chains, part.micro_batches, back=True) + terms_sent(mesh, TERMS)
     calls = [zero.Calls("velocity", 0, part.micro_batches, mesh.virtual_stages, mesh.virtual_stages)]
     sent += zero.traffic(pieces, p.zero_stage, mesh.dp, calls, shared_bottleneck=False, hold=hold)
@@ -58,14 +60,16 @@ def empty_batch(config: CompleteDiTConfig, count: int) -> LatentBatch:
     )
 
 
-def _chain(config: CompleteDiTConfig, mesh: Mesh, stage: int, part: PassShare, fused_norms: bool) -> Chain:
+def _chain(config: CompleteDiTConfig, mesh: Mesh, stage: int, part: PassShare, cuda: bool) -> Chain:
     """Count one micro-batch in a stage of the pass."""
     p, last = config.parallel, mesh.chunks - 1
     fields: dict[str, Any] = {"pp": mesh.pp, "pp_rank": mesh.pp_rank, "virtual_stages": mesh.virtual_stages}
-    with rehearsal(tp=mesh.tp, sequence_parallel=mesh.sequence_parallel, fused_norms=fused_norms, **fields) as place:
+    with rehearsal(tp=mesh.tp, sequence_parallel=mesh.sequence_parallel, fused_norms=cuda, **fields) as place:
         model = AveragedDiT(
             config.model, place, recompute=p.recompute, attention=p.attention, compute_dtype=compute_dtype(p.precision)
         )
+        if wanted(p.compile, on_gpu=cuda):
+            compile_regions(model, counted)
         batch = empty_batch(config, part.micro_batch)
         specs = model.activation_specs("velocity", stage, x=batch.latents)
         size = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in specs)

@@ -24,6 +24,7 @@ from megavtp.models.lpips import PERCEPTUAL_NETS, empty_lpips
 from megavtp.models.vtp import VTP
 from megavtp.nn.attention_kernels import Segments
 from megavtp.nn.block import Recompute, run_blocks
+from megavtp.nn.compiling import compile_regions, wanted
 from megavtp.nn.drop_path import BranchDrop, DropPlan
 from megavtp.objectives.centering import KEEP_ELEMENTS, sinkhorn_biases
 from megavtp.objectives.contrastive import info_nce, siglip
@@ -35,6 +36,7 @@ from megavtp.parallel.rehearsal import rehearsal
 from megavtp.pixels import normalise
 from megavtp.planning.cost import Cost, cost_of, line
 from megavtp.planning.flops import expected_masked_patches, patches_of
+from megavtp.planning.regions import counted
 from megavtp.planning.second_stage import Judge, balanced_cost, copied_weights, discriminator_cost, features_of
 
 MODES = {"contrastive": "contrastive", "self_distillation": "student", "reconstruction": "reconstruction"}
@@ -78,12 +80,14 @@ def _interpolated(at: Callable[[int], Cost], m: int) -> Cost:
 class Rehearsals:
     """Rehearsals of a configuration's parts, each made once.
 
-    Only the precision of the ``parallel`` section counts here. ``fused_norms`` is ``rehearsal``'s, for runs on GPUs.
+    Of the ``parallel`` section only the precision and ``compile`` count here. ``fused_norms`` is ``rehearsal``'s, for
+    runs on GPUs.
     """
 
     def __init__(self, config: ResolvedConfig, *, fused_norms: bool):
         self.config, self.fused_norms = config, fused_norms
         self.dtype = compute_dtype(config.parallel.precision)
+        self.compiled = wanted(config.parallel.compile, on_gpu=fused_norms)
         self.objectives = frozenset(share(config, 1).passes)
         self.features = features_of(config, self.dtype)
 
@@ -153,7 +157,10 @@ class Rehearsals:
     def _model(self, mesh: Mesh, depth: int) -> VTP:
         model = self.config.model
         towers = {name: replace(getattr(model, name), depth=depth) for name in ("vision", "text", "decoder")}
-        return VTP(replace(model, **towers), mesh, objectives=self.objectives, compute_dtype=self.dtype)
+        vtp = VTP(replace(model, **towers), mesh, objectives=self.objectives, compute_dtype=self.dtype)
+        if self.compiled:
+            compile_regions(vtp, counted)
+        return vtp
 
     def end(self, mode: str, leg: int, is_last: bool, m: int, tp: int, *, loss: bool = True) -> Cost:
         """Return the cost of the embedding before a leg's blocks, or of what follows them; the last end has the losses.

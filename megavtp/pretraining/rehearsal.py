@@ -1,6 +1,7 @@
 """A rehearsal of pre-training on one rank of a large world."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -15,6 +16,7 @@ from megavtp.config.validate import with_vocabulary
 from megavtp.data.batch import Batch
 from megavtp.models.latent_noise import LatentNoise
 from megavtp.models.lpips import PERCEPTUAL_NETS, empty_lpips
+from megavtp.nn.compiling import wanted
 from megavtp.nn.drop_path import BranchDrop, DropPlan
 from megavtp.parallel.mesh import SINGLE
 from megavtp.planning.devices import find_device
@@ -90,8 +92,10 @@ def play_pretraining(
     What chance decides has its expected number: masked patches, and the sequences that drop path keeps.
     """
 
+    compiled, uncompiled = wanted(config.parallel.compile, on_gpu=fused_norms), replace(config.parallel, compile="none")
+
     def make() -> tuple[Pretraining, Batch]:
-        run = recipe(config, torch.device("cpu"))
+        run = recipe(replace(config, parallel=uncompiled), torch.device("cpu"))
         run.open()
         return run, run.batch()
 
@@ -105,7 +109,9 @@ def play_pretraining(
     with patch.multiple(
         passes, masked_rows=partial(_masked_rows, config), draw_drop_plan=_drop_plan, draw_latent_noise=_latent_noise
     ):
-        return play(make, rank, world_size, towers=towers, terms=terms, fused_norms=fused_norms)
+        return play(
+            make, rank, world_size, towers=towers, terms=terms, fused_norms=fused_norms, compiled=compiled
+        )
 
 
 def _masked_rows(config: ResolvedConfig, masks: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 
 from megavtp.config.load import merged
 from megavtp.config.run import RunConfig
+from megavtp.nn.compiling import compile_regions
 from megavtp.parallel.mesh import AXES, Axis, Mesh, members
 from megavtp.parallel.rehearsal import rehearsed_rank
 from megavtp.parallel.striping import Stripe
 from megavtp.parallel.traffic import Traffic, count_traffic
 from megavtp.planning.cost import Sent
 from megavtp.planning.plan import GIB
+from megavtp.planning.regions import counted
 from megavtp.training.recipe import Recipe
 from megavtp.training.step import train_step
 
@@ -57,7 +59,7 @@ def as_on_gpus(config: C, world_size: int) -> C:
 
 def play(
     make: Callable[[], tuple[Recipe, Any]], rank: int, world_size: int, *, towers: AbstractSet[str],
-    terms: Mapping[str, int], fused_norms: bool = False,
+    terms: Mapping[str, int], fused_norms: bool = False, compiled: bool = False,
 ) -> Played:
     """Set up a run as one rank of a world and train; all is real but the data and the other ranks.
 
@@ -66,6 +68,7 @@ def play(
         towers: those that any rank trains, by the names in the optimizer's groups.
         terms: the number of loss terms of each pass, which only the last pipeline rank computes.
         fused_norms: see ``parallel.rehearsal``.
+        compiled: its regions hold and make what compiled ones do; the recipe itself compiles nothing.
     """
     print("setting up and playing two steps; large models take minutes ...", file=sys.stderr, flush=True)
     seconds: dict[str, float] = {}
@@ -81,6 +84,8 @@ def play(
         before = live.now
         done("groups")
         recipe.build()
+        if compiled:
+            compile_regions(recipe.engine.module, counted)
         done("model and engine")
         mesh, engine, passes = recipe.mesh, recipe.engine, recipe.passes()
         if not mesh.is_last_stage:
