@@ -28,6 +28,7 @@ from megavtp.cli import run  # noqa: E402
 from megavtp.options import Options, new_file, whole  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # rivals have nothing to fetch
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory, would tell of itself
 
 import torch  # noqa: E402
@@ -107,7 +108,7 @@ def compare(
     for name, comparison in comparisons.items():
         print(f"{name} ...", file=sys.stderr, flush=True)
         try:
-            with comparison.open(setting) as pair:
+            with comparison.start(setting) as pair:
                 seconds = alternate({OURS: pair.ours, THEIRS: pair.theirs}, repeats, setting.device, clock.now)
                 rows.append(row(name, comparison, pair, seconds, setting.device))
         except ImportError as error:
@@ -127,7 +128,7 @@ def row(
     if pair.counts_memory:
         ours, theirs = (peak_bytes(way, device) for way in (pair.ours, pair.theirs))
         memory = f"{ours / theirs:.2f}"
-    differ = "other weights" if pair.difference is None else f"{pair.difference:.0e}"
+    differ = "other weights" if pair.difference is None else f"{pair.difference:.0e}" if pair.difference else "0"
     return (
         f"| {name} | {comparison.what} | {comparison.rival} {version(comparison.rival)} | {ratio:.2f} | "
         f"{low:.2f} to {high:.2f} | {memory} | {differ} | {pair.work} |"
@@ -144,8 +145,9 @@ def page(setting: Setting, repeats: int, clock: Clock, rows: list[str], missing:
         + f", torch {record['versions']['torch']}, {torch.get_num_threads()} threads, {setting.precision}.",
         "",
         f"Ratio: the rival's {clock.name} to MegaVTP's, the median of {repeats} rounds, in each of which both take "
-        "their turn; above 1 MegaVTP is faster. Memory: the most that torch has allocated at one time, MegaVTP's to the "
-        "rival's; below 1 MegaVTP takes less. Results differ by: the largest difference relative to the largest number.",
+        "their turn; above 1 MegaVTP is faster. Memory: the most that torch has allocated at one time, MegaVTP's to "
+        "the rival's; below 1 MegaVTP takes less. Results differ by: the largest difference as a part of the largest "
+        "number; for pictures the mean difference as a part of white.",
         "",
         *HEAD, *rows,
     ]

@@ -54,8 +54,13 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """``open(setting)`` gives the pair and takes it down again. It raises ImportError where the rival is not there."""
+    """``open(setting)`` gives the pair and takes it down again. ImportError says that the rival is not there."""
 
     what: str
     rival: str  # as pip calls it
     open: Callable[[Setting], AbstractContextManager[Pair]]
+
+    def start(self, setting: Setting) -> AbstractContextManager[Pair]:
+        """Open the pair with weights and inputs that are always the same."""
+        torch.manual_seed(0)
+        return self.open(setting)
