@@ -21,7 +21,7 @@ from benchmarks.side_by_side import alternate, difference, peak_bytes, ratios
 CPU = torch.device("cpu")
 TINY = Setting(CPU, tiny=True)
 # How much the results may differ. Steps are two, the first of which updates; crops are of other decoders and kernels.
-AGREES = {"open_clip": 1e-5, "timm": 1e-5, "lightly": 1e-5, "lpips": 1e-4, "torchvision_v1": 0.01,
+AGREES = {"open_clip": 1e-5, "timm": 1e-5, "lightly": 1e-5, "lpips": 1e-3, "torchvision_v1": 0.01,
           "torchvision_v2": 0.01, "torch_fidelity": 1e-5, "pytorch_fid": 1e-5}
 WITH_ENGINE = ("open_clip", "diffusers")  # DeepSpeed's, which wants a process group
 
@@ -134,7 +134,7 @@ def on_a_rank(rank: int, name: str) -> tuple[float | None, str]:
 
 @pytest.mark.parametrize("name", [*AGREES, "diffusers"])
 def test_both_compute_the_same(name):
-    found, missing = run_ranks(1, on_a_rank, name, timeout=120)[0] if name in WITH_ENGINE else tiny_difference(name)
+    found, missing = run_ranks(1, on_a_rank, name, timeout=180)[0] if name in WITH_ENGINE else tiny_difference(name)
     if missing:
         pytest.skip(missing)
     assert found is None if name == "diffusers" else found < AGREES[name]
