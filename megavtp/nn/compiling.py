@@ -33,7 +33,7 @@ REMEDY = "set parallel.compile=none"
 BACKEND = "inductor"
 # What makes 16 bits of 32 and 32 of them again rounds as it does uncompiled: the released models' rotary tables ask for
 # that, and a run that is continued without compilation finds the same numbers.
-OPTIONS = {"emulate_precision_casts": True}
+OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"emulate_precision_casts": True}
 _GRAPHS = 64  # of one region: for each width, number type, with gradients and without; more is a fault, and an error
 
 

@@ -47,12 +47,13 @@ def _look(function: Callable[..., Any], places: Sequence[int], facts: Sequence[F
     """Run the plain form on tensors without storage, unseen by those that count."""
     arguments, saved = list(others), set[int]()
 
-    def note(x: Tensor) -> None:
+    def note(x: Tensor) -> Tensor:
         saved.add(x.untyped_storage()._cdata)
+        return x
 
-    with _disable_current_modes(), saved_tensors_hooks(note, lambda _: None):
-        for place, (shape, dtype, wants_gradient) in zip(places, facts):
-            arguments[place] = torch.empty(shape, dtype=dtype, device="meta", requires_grad=wants_gradient)
+    with _disable_current_modes(), saved_tensors_hooks(note, lambda x: x):
+        for place, (size, dtype, wants_gradient) in zip(places, facts):
+            arguments[place] = torch.empty(size, dtype=dtype, device="meta", requires_grad=wants_gradient)
         results, shape = tree_flatten(function(*arguments))
         inputs = [number for number, place in enumerate(places) if arguments[place].untyped_storage()._cdata in saved]
     return _Held(inputs, [(x.shape, x.dtype) for x in results], shape)

@@ -83,19 +83,19 @@ class State:
     """Bytes on a rank between steps and, for ``gradients`` and ``buffers``, during one.
 
     Attributes:
+        keeps: gradients and buffers stay from step to step, instead of coming with its first backward.
         optimizer: moments, and in stages 1 to 3 the weights' master partition.
         buffers: communication buckets, and in stage 3 what is gathered at one time.
         step: needed on top for a moment during the update, after the last backward.
-        keeps: gradients and buffers stay from step to step, instead of coming with its first backward.
     """
 
+    keeps: bool
     weights: int
     gradients: int
     optimizer: int
     teacher: int
     buffers: int
     step: int
-    keeps: bool
 
     def at(self, moment: int) -> int:
         """Return the bytes without the activations before (0), in (1) and after (2) the first backward of a step."""
@@ -141,7 +141,7 @@ def state(
         owned, unreached = _partition_gradients(pieces, dp, first_mode)
         gradients = trained if stage == 1 else owned + unreached
         counts = (flat, gradients, 3 * flat // dp, frozen, bucket * (1 + overlap), owned)
-    return State(*(FLOAT * count for count in counts), keeps=stage == 3)
+    return State(stage == 3, *(FLOAT * count for count in counts))
 
 
 def _group_sizes(pieces: Iterable[Piece]) -> Counter[int]:

@@ -102,7 +102,7 @@ def play_pretraining(
     objectives = frozenset(share(config, 1).passes)
     features = features_of(config, compute_dtype(config.parallel.precision))
     with torch.device("meta"):
-        whole = shape_of(config, objectives, features and features.widths, SINGLE)
+        whole = shape_of(config, objectives, None if features is None else features.widths, SINGLE)
     towers = {group["tower"] for group in parameter_groups(whole.named_parameters(), config.train.optimizer)}
     terms = {name: term_count(config, mode_of(config, name)) for name in objectives}
     terms["discriminator"] = DISCRIMINATOR_TERMS
