@@ -21,15 +21,19 @@ ROPE = AxialRope(WIDTH // HEADS, "float32")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+def forget() -> None:
+    compiling.compiled.cache_clear()
+    compiling._prepare.cache_clear()  # the reset forgets the callbacks, too
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """Nothing is compiled yet, and what is will be forgotten."""
-    compiling.compiled.cache_clear()
-    torch._dynamo.reset()
+    forget()
     counters.clear()
     yield
-    compiling.compiled.cache_clear()
-    torch._dynamo.reset()
+    forget()
 
 
 @pytest.fixture
