@@ -1,4 +1,4 @@
-# make install | demo | test | matrix | sweeps | crash-sweep | test-gpu | gpu-report | lint | clean
+# make install | demo | test | matrix | sweeps | crash-sweep | test-gpu | gpu-report | benchmark | lint | clean
 # PYTHON: the interpreter of a new environment; VENV: where it is; EXTRAS: what of setup.py's extras to install.
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +18,7 @@ LAUNCH = $(BIN)/deepspeed $(PROCESSES)
 DRAW := --dit runs/demo_dit/checkpoints/latest --tokenizer runs/demo/tokenizer --method heun --steps 8 --shift 0.5 \
   --precision bf16
 
-.PHONY: install demo demo-tokenizer demo-generation test matrix sweeps crash-sweep test-gpu gpu-report lint clean
+.PHONY: install demo demo-tokenizer demo-generation test matrix sweeps crash-sweep test-gpu gpu-report benchmark lint clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -86,6 +86,11 @@ test-gpu: install
 # Everything that is measured on a GPU, in less than nine minutes, into benchmarks/results/. REPORT="--rehearse" tries it.
 gpu-report: install
 	$(BIN)/python benchmarks/gpu_report.py $(REPORT)
+
+# MegaVTP beside other libraries, which it installs, into benchmarks/rivals.md; on a GPU if there is one.
+benchmark:
+	$(MAKE) install EXTRAS=$(EXTRAS),rivals
+	$(BIN)/python benchmarks/rivals.py --out benchmarks/rivals.md
 
 lint: install
 	$(BIN)/ruff check .

@@ -10,6 +10,10 @@ EXTRAS = {
     "fid": ["torch-fidelity"],  # Inception's network for --inception; its torchvision has to be made for this torch
     "clip": ["ftfy", "regex"],  # CLIP's caption tokenizer; its word list: pip install --no-deps open_clip_torch==3.3.0
     "timm": ["timm"],  # ViTs for a discriminator to read; its torchvision has to be made for this torch
+    "rivals": [  # what benchmarks/rivals.py compares with; their torchvision has to be made for this torch
+        "open_clip_torch==3.3.*", "timm==1.0.*", "lightly==1.6.*", "lpips==0.1.*", "diffusers==0.42.*", "torchvision",
+        "torch-fidelity==0.4.*", "pytorch-fid==0.3.*", "scipy<1.18",  # the last: pytorch-fid calls what 1.18 lacks
+    ],
     "track": ["wandb", "tensorboard"],
     "test": [
         "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-psutil", "types-tqdm",

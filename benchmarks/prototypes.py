@@ -6,23 +6,24 @@
 The plain one is what DINOv2 computes (arXiv 2304.07193): the logits of all rows, Sinkhorn-Knopp on the teacher's matrix
 of exponentials, a log-softmax of the student's logits, and automatic differentiation. Both do the work of one
 self-distillation step on given features, forward and backward, in float32: the targets, all three terms, the gradients
-of features and prototypes. They take turns in one process; memory is measured in a new process each, as the rise of
-the peak above what the inputs take.
+of features and prototypes. They take turns in one process; memory is the most that torch has allocated at one time.
 """
 
 import argparse
-import json
+import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory, would tell of itself
+
 import torch
 from torch import Tensor
 
+from benchmarks.side_by_side import alternate, difference, peak_bytes, ratios
 from megavtp.config.schema import SelfDistillationConfig
 from megavtp.objectives.centering import sinkhorn_bias
 from megavtp.objectives.self_distillation import StudentOutput, TeacherBias, TeacherOutput, self_distillation_loss
@@ -35,25 +36,17 @@ def main() -> None:
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    student, teacher, weights = inputs(options)
+    student, teacher = unit_inputs(
+        options.images, options.patches, options.prototypes, torch.device("cpu"), torch.float32
+    )
+    weights = torch.rand(options.patches, generator=torch.Generator().manual_seed(1))
     ways = {"plain": lambda: plain(student, teacher, weights)}
     for chunk in options.chunk:
         ways[f"MegaVTP, chunk {chunk}"] = lambda chunk=chunk: ours(student, teacher, weights, chunk)
-    if options.way is not None:
-        before = own_memory("VmRSS")
-        ways[options.way]()
-        print(f"RESULT {own_memory('VmHWM') - before}")
-        return
-    gib = {name: memory(name) for name in ways}
-    wanted = plain(student, teacher, weights)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    device, wanted = torch.device("cpu"), plain(student, teacher, weights)
+    gib = {name: peak_bytes(way, device) / 2**30 for name, way in ways.items()}
     errors = {name: difference(way(), wanted) for name, way in ways.items()}
-    for _ in range(options.rounds):
-        for name, way in ways.items():
-            start = time.process_time()
-            way()
-            seconds[name].append(time.process_time() - start)
-    print(table(options, seconds, gib, errors))
+    print(table(options, alternate(ways, options.rounds, device, time.process_time), gib, errors))
 
 
 def parse() -> argparse.Namespace:
@@ -64,20 +57,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, nargs="+", default=[128, 1024], help="rows whose logits exist at one time")
     parser.add_argument("--threads", type=int, help="of torch (default: all cores)")
     parser.add_argument("--rounds", type=int, default=5, help="in which each way runs once (default: 5)")
-    parser.add_argument("--way", help=argparse.SUPPRESS)  # alone, for its memory
     return parser.parse_args()
 
 
-def inputs(options: argparse.Namespace) -> tuple[StudentOutput, TeacherOutput, Tensor]:
-    """Draw features and prototypes of length 1 with 256 channels, as the DINO head gives."""
+def unit_inputs(
+    images: int, patches: int, prototypes: int, device: torch.device, dtype: torch.dtype
+) -> tuple[StudentOutput, TeacherOutput]:
+    """Draw features and prototypes of length 1 with 256 channels, as the DINO head gives; of each image two global and
+    eight local crops."""
     draw = torch.Generator().manual_seed(0)
 
     def unit(rows: int) -> Tensor:
-        return torch.nn.functional.normalize(torch.randn(rows, 256, generator=draw), dim=-1)
+        return torch.nn.functional.normalize(torch.randn(rows, 256, generator=draw), dim=-1).to(device)
 
-    m, p, K = options.images, options.patches, options.prototypes
-    student = StudentOutput(*(unit(n).requires_grad_() for n in (2 * m, 8 * m, p, K)), unit(2 * m))
-    return student, TeacherOutput(unit(2 * m), unit(p), unit(K)), torch.rand(p, generator=draw)
+    m, p, K = images, patches, prototypes
+    student = [unit(2 * m).to(dtype), unit(8 * m).to(dtype), unit(p).to(dtype), unit(K)]
+    return (
+        StudentOutput(*(x.requires_grad_() for x in student), unit(2 * m)),
+        TeacherOutput(unit(2 * m).to(dtype), unit(p).to(dtype), unit(K)),
+    )
 
 
 def ours(student: StudentOutput, teacher: TeacherOutput, weights: Tensor, chunk: int) -> Result:
@@ -120,39 +118,22 @@ def balanced(logits: Tensor) -> Tensor:
     return q
 
 
-def difference(got: Result, wanted: Result) -> float:
-    """Return the largest difference, relative to the largest number of each tensor."""
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, wanted))
-
-
-def own_memory(what: str) -> int:
-    """Return this process's memory now (VmRSS) or its peak (VmHWM) in KiB; ``getrusage`` would count the parent's."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what)]
-    return int(line.split()[1])
-
-
-def memory(name: str) -> float:
-    """Return the GiB that a way takes in a new process."""
-    done = subprocess.run([sys.executable, *sys.argv, "--way", name], stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.removeprefix("RESULT ")) / 2**20
-
-
 def table(
     options: argparse.Namespace, seconds: dict[str, list[float]], gib: dict[str, float], errors: dict[str, float]
 ) -> str:
     lines = [
         f"{options.images * 10 + options.patches} rows, {options.prototypes} prototypes, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads, processor time, medians of {options.rounds} rounds with the least and the "
-        "largest ratio:",
+        f"{torch.get_num_threads()} threads, processor time, medians of {options.rounds} rounds with the ratio's "
+        "quartiles:",
         "",
         "| way | seconds | time to plain | GiB | memory to plain | largest difference |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, times in seconds.items():
-        ratios = sorted(mine / its for mine, its in zip(times, seconds["plain"]))
+        low, ratio, high = ratios(times, seconds["plain"])
         lines.append(
-            f"| {name} | {statistics.median(times):.2f} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to "
-            f"{ratios[-1]:.2f}) | {gib[name]:.2f} | {gib[name] / gib['plain']:.2f} | {errors[name]:.0e} |"
+            f"| {name} | {statistics.median(times):.2f} | {ratio:.2f} ({low:.2f} to {high:.2f}) | "
+            f"{gib[name]:.2f} | {gib[name] / gib['plain']:.2f} | {errors[name]:.0e} |"
         )
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megavtp.checkpoint.formats.vtp_source import VTPSource, build_tokenizer, open_vtp
+from megavtp.checkpoint.reading import Checkpoint
 from megavtp.config.sizes import known
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.captions import load_tokenizer as load_captions
@@ -24,13 +25,14 @@ from megavtp.pixels import denormalise, normalise
 
 def load_tokenizer(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *,
-    latents: str | Path | None = None,
+    latents: str | Path | None = None, opened: Checkpoint | None = None,
 ) -> "Tokenizer":
     """Load the tokenizer in a run's checkpoint folder or a released model's folder.
 
     Args:
         dtype: of the matrix products; weights stay float32, and latents, images and features come out in float32.
         latents: folder of extracted latents whose statistics to take; they must be of this tokenizer.
+        opened: the run's checkpoint at ``path`` if it is open already, see ``checkpoint.once``; it stays open.
 
     Raises:
         UserError: the folder holds no tokenizer, is damaged, or has an artifact of other weights; ``latents`` belong to
@@ -43,7 +45,7 @@ def load_tokenizer(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device={device}: no such device here; use cpu, cuda or cuda:N") from None
-    tokenizer = Tokenizer(open_vtp(refuse_hub_id(path)), device, dtype)
+    tokenizer = Tokenizer(open_vtp(refuse_hub_id(path), opened=opened), device, dtype)
     if latents is not None:
         tokenizer.take_statistics(TokenizerArtifact.read(latents), str(latents))
     return tokenizer

@@ -99,10 +99,10 @@ def checkpoint(options: argparse.Namespace) -> None:
     device, mesh = join_others(options.device)
     wants_network = options.frechet or options.inception or options.timm
     frechet = together(lambda: load_network(options.inception, device, options.timm)) if wants_network else None
-    job = together(lambda: CheckpointEvaluation(
+    job = CheckpointEvaluation(
         options.checkpoint, options.data, options.split, device, options.captions, options.max_samples,
         options.batch_size, frechet, options.probe, mesh,
-    ))
+    )
     if mesh.rank == 0:
         print(f"evaluating on {len(job.test_set)} samples of {options.data / options.split}, {device}", file=sys.stderr)
     models = {"metrics": job.model} | ({"untrained": job.untrained()} if options.untrained else {})

@@ -39,16 +39,21 @@ def parse() -> argparse.Namespace:
 
 
 def main(options: argparse.Namespace) -> None:
+    from megavtp.checkpoint.once import opened_once
     from megavtp.config.precision import compute_dtype
     from megavtp.data.shards import split_folder
     from megavtp.extraction.job import Extraction, ExtractionSettings
     from megavtp.launch.tool import join_others
+    from megavtp.parallel.collectives import together
     from megavtp.parallel.looking import from_first
     from megavtp.tokenizer import load_tokenizer
 
     settings = ExtractionSettings(options.label, options.flip, options.captions, options.batch_size, options.precision)
     device, mesh = join_others(options.device)
-    tokenizer = load_tokenizer(options.tokenizer, device, compute_dtype(options.precision))
+    with opened_once(options.tokenizer) as opened:
+        tokenizer = together(
+            lambda: load_tokenizer(options.tokenizer, device, compute_dtype(options.precision), opened=opened)
+        )
     workers = options.workers if options.workers is not None else 4 if device.type == "cuda" else 0
     data = from_first(lambda: split_folder(options.data, options.split))
     job = Extraction(

@@ -4,7 +4,8 @@
     python tools/plan.py --config configs/pretrain/vtp_l.yaml --gpus 8 --device a100 --top 3 train.batch_size=4096
     python tools/plan.py --config configs/pretrain/vtp_g.yaml --gpus 1024 --rehearse 37 parallel.tp=4 parallel.pp=8
 
-The last plays two steps as rank 37 in the recipe's own layout, of a VTP or a DiT, and sets the plan beside them.
+The last plays two steps as rank 37 in the recipe's own layout, of a VTP, its decoder's second stage or a DiT, and sets
+the plan beside them.
 Nothing is trained and no GPU is needed. Memory and traffic are counted on the real model without its data; times are
 bounds from the device's data sheet.
 """
@@ -43,6 +44,8 @@ def parse() -> argparse.Namespace:
 def rehearse(options: argparse.Namespace) -> int:
     from megavtp.config.load import load_config, read_yaml
     from megavtp.config.schema import DEMO_CONFIG, Config
+    from megavtp.decoder.rehearsal import rehearse_decoder
+    from megavtp.decoder.validate import asks_for_second_stage
     from megavtp.dit.config import DiTConfig
     from megavtp.dit.rehearsal import rehearse_dit
     from megavtp.errors import UserError
@@ -54,7 +57,9 @@ def rehearse(options: argparse.Namespace) -> int:
     if "flow_matching" in read_yaml(path):
         found = rehearse_dit(load_config(path, DiTConfig, options.overrides), options.gpus, options.rehearse)
     else:
-        found = rehearse_pretraining(load_config(path, Config, options.overrides), options.gpus, options.rehearse)
+        recipe = load_config(path, Config, options.overrides)
+        play = rehearse_decoder if asks_for_second_stage(recipe) else rehearse_pretraining
+        found = play(recipe, options.gpus, options.rehearse)
     print(found.page())
     if found.agrees():
         return 0
@@ -71,7 +76,7 @@ def main() -> int:
     from megavtp.config.schema import DEMO_CONFIG, Config
     from megavtp.config.share import share
     from megavtp.config.validate import validate, with_vocabulary
-    from megavtp.decoder.validate import validate_decoder
+    from megavtp.decoder.validate import asks_for_second_stage, validate_decoder
     from megavtp.planning import report
     from megavtp.planning.devices import find_device
     from megavtp.planning.plan import GIB, Planner
@@ -83,11 +88,12 @@ def main() -> int:
     device = find_device(options.device)
     memory = device.memory if options.memory is None else options.memory
     recipe = load_config(options.config or DEMO_CONFIG, Config, options.overrides)
-    # Of the recipe's layout only precision and kernels count: the rest is what is sought.
+    # Of the recipe's layout only precision, kernels and compilation count: the rest is what is sought.
     given = recipe.parallel
-    alone = ParallelConfig(precision=given.precision, attention=given.attention, timeout=given.timeout)
-    objectives = recipe.objectives
-    second_stage = objectives.adversarial.weight > 0 or objectives.reconstruction.decoder_momentum > 0
+    alone = ParallelConfig(
+        compile=given.compile, precision=given.precision, attention=given.attention, timeout=given.timeout
+    )
+    second_stage = asks_for_second_stage(recipe)
     config = (validate_decoder if second_stage else validate)(replace(recipe, parallel=alone), None)
     if not second_stage and set(share(config, 1).passes) == {"reconstruction"} and config.model.init_from is not None:
         print("encoder     planned as trained; of a run of launchers/train_decoder.py this is an upper bound")

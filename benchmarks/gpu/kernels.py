@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.measure import attempt
+from benchmarks.side_by_side import difference
 from benchmarks.step import timed
 from megavtp.errors import UserError
 from megavtp.nn.attention_kernels import Segments, Varlen, attend, import_flash, import_torch, sequence_offsets
@@ -121,7 +122,7 @@ def _compare(
         return [out.detach(), *torch.autograd.grad(out, own_inputs, factor.to(dtype))]
 
     exact, device, dtype = run(own, torch.float32), inputs[0].device, inputs[0].dtype
-    error, torch_error = (_error(run(f, dtype), exact) for f in (kernel, own))
+    error, torch_error = (difference(run(f, dtype), exact) for f in (kernel, own))
     return {
         "error": error, "torch_error": torch_error, "agrees": error <= max(2 * torch_error, _AGREES),
         "seconds": _pace(lambda: run(kernel, dtype), device), "torch_seconds": _pace(lambda: run(own, dtype), device),
@@ -140,11 +141,5 @@ def compare_adamw(shape: tuple[int, int], device: torch.device) -> dict[str, Any
         weight.grad = gradient.clone()
         seconds.append(_pace(make([weight]).step, device))
         weights.append(weight.detach())
-    error = _error([weights[0] - start], [weights[1] - start])
+    error = difference([weights[0] - start], [weights[1] - start])
     return {"error": error, "agrees": error <= _AGREES, "seconds": seconds[0], "torch_seconds": seconds[1]}
-
-
-def _error(found: list[Tensor], exact: list[Tensor]) -> float:
-    """Return the largest difference of two tensors of a pair, as a part of the largest value in the second; or NaN."""
-    errors = [(a.float() - b.float()).abs().max() / b.float().abs().max() for a, b in zip(found, exact)]
-    return float(torch.stack(errors).max())  # Python's max would overlook a NaN

@@ -19,6 +19,7 @@ from megavtp.dit.config import CompleteDiTConfig, DiTConfig, complete_config
 from megavtp.dit.recipe import DiTTraining
 from megavtp.dit.validate import validate_dit
 from megavtp.launch import ranks
+from megavtp.nn import compiling
 from megavtp.planning.devices import find_device
 from megavtp.planning.plan import GIB, Planner
 from megavtp.training.optimizer import parameter_groups
@@ -36,6 +37,7 @@ def vtp_config(size: str, case: list[str], rehearse: bool) -> ResolvedConfig:
           for key, value in (("batch", max(2, batch // part)), ("micro_batch", "null"))),
         "model.text.vocab_size=" + ("512" if rehearse else "49408"), *case,
     ]
+    settings = [*(["parallel.compile=blocks"] if rehearse else []), *settings]  # as on a GPU
     recipe = "demo/vtp_emoji.yaml" if rehearse else f"pretrain/vtp_{size}.yaml"
     return validate(load_config(CONFIGS / recipe, Config, settings), 1)
 
@@ -44,13 +46,20 @@ def dit_config(case: list[str], rehearse: bool) -> CompleteDiTConfig:
     batch = 8 if rehearse else DIT_BATCH
     settings = [f"train.batch_size={batch}", "data.streams=1", "flow_matching.micro_batch=null", *case]
     if rehearse:
+        settings = ["parallel.compile=blocks", *settings]
         settings += ["model.latent_size=4", "model.latent_channels=8", "model.num_classes=10"]
     recipe = "demo/dit_emoji.yaml" if rehearse else "dit/dit_xl.yaml"
     return complete_config(validate_dit(load_config(CONFIGS / recipe, DiTConfig, settings), 1))
 
 
+def start(rehearse: bool) -> torch.device:
+    if rehearse:
+        compiling.BACKEND = "aot_eager"  # a C++ compiler takes minutes for what is run twice
+    return ranks.start()
+
+
 def measure_vtp(size: str, rehearse: bool) -> None:
-    device, steps = ranks.start(), 1 if rehearse else 5
+    device, steps = start(rehearse), 1 if rehearse else 5
     configs = {name: vtp_config(size, case, rehearse) for name, case in VTP_CASES.items()}
     batch = make_batch(next(iter(configs.values())), device.type == "cuda")
     for name, config in configs.items():
@@ -59,16 +68,17 @@ def measure_vtp(size: str, rehearse: bool) -> None:
     ranks.stop()  # the planner's ranks have a world of their own
     planners: dict[Any, Planner] = {}
     for name, config in configs.items():
-        if config.objectives not in planners:
+        alike = config.objectives, config.parallel.compile
+        if alike not in planners:
             groups = partial(parameter_groups, config=config.train.optimizer)
-            planners[config.objectives] = Planner(config, groups, _ANY, cuda=device.type == "cuda")
-        plan = planners[config.objectives].plan(config, 1)
+            planners[alike] = Planner(config, groups, _ANY, cuda=device.type == "cuda")
+        plan = planners[alike].plan(config, 1)
         moved = plan.seconds["elementwise"] * _ANY.memory_bandwidth * 1e9
         tell(case=name, planned_gib=plan.memory / GIB, moved_bytes=moved)
 
 
 def measure_dit(_: str, rehearse: bool) -> None:
-    device = ranks.start()
+    device = start(rehearse)
 
     def measure(config: CompleteDiTConfig) -> dict[str, Any]:
         recipe = DiTTraining(config, device)

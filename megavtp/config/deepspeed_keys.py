@@ -85,8 +85,7 @@ def check(section: Mapping[str, Any], zero_stage: int) -> None:
             near = difflib.get_close_matches(key, [*PASSED, *OWNED, *REFUSED], n=1)
             hint = f"did you mean deepspeed.{near[0]}?" if near else "remove it"
             raise UserError(f"deepspeed.{key}: not a key of DeepSpeed 0.19.8 that MegaVTP passes on; {hint}")
-    if zero.get("overlap_comm") and zero_stage < 2:
+    if zero.get("overlap_comm") and zero_stage == 0:
         raise UserError(
-            f"deepspeed.zero_optimization.overlap_comm needs parallel.zero_stage 2 or 3, not {zero_stage}: change "
-            "one of them"
+            "deepspeed.zero_optimization.overlap_comm needs parallel.zero_stage 1, 2 or 3, not 0: change one of them"
         )

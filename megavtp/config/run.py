@@ -19,6 +19,8 @@ class ParallelConfig:
     zero3_gather: Literal["block", "step"] = "block"  # step: all of a rank's weights stay gathered for the step
     sequence_parallel: bool = False  # the tp ranks share the tokens between a block's matrix products, too
     recompute: Literal["none", "selective", "full"] = "none"  # by the backward: the cheap activations, or each block
+    # The elementwise work between a block's products through torch.compile; auto: on a GPU.
+    compile: Literal["none", "blocks", "auto"] = "auto"
     # Weights, moments and teacher are always float32. With auto, the compute is bf16 where the hardware multiplies it.
     precision: Literal["fp32", "bf16", "auto"] = "bf16"
     attention: Literal["auto", "flash", "sdpa"] = "auto"

@@ -31,8 +31,10 @@ class DecoderTraining(Pretraining):
     def open(self) -> None:
         super().open()
         if self.config.objectives.adversarial.weight > 0:
-            self.features = build_features(self.config, self.device)
-        if isinstance(self.features, OwnFeatures) and self._initial:
+            # Pipeline ranks before the last compute none of them, but ask for their widths.
+            device = self.device if self.mesh.is_last_stage else torch.device("meta")
+            self.features = build_features(self.config, device)
+        if isinstance(self.features, OwnFeatures) and self.mesh.is_last_stage and self._initial:
             self.features.load(_of_trunk(self._initial), self.device)
 
     def build(self) -> None:
@@ -54,7 +56,7 @@ class DecoderTraining(Pretraining):
 
     def resumed(self, checkpoint: Checkpoint) -> None:
         """The discriminator's features are those of the encoder that the checkpoint has."""
-        if isinstance(self.features, OwnFeatures):
+        if isinstance(self.features, OwnFeatures) and self.mesh.is_last_stage:
             names = [name.removeprefix("model/") for name in checkpoint.names if name.startswith(f"model/{_TRUNK}")]
             self.features.load(_of_trunk({name: checkpoint.tensor(f"model/{name}") for name in names}), self.device)
 

@@ -13,6 +13,11 @@ from megavtp.models.feature_networks import TIMM
 _LAUNCHER = "launchers/train_decoder.py"
 
 
+def asks_for_second_stage(config: Config) -> bool:
+    """Tell whether a configuration has what only the second stage has: a discriminator, or a decoder's average."""
+    return config.objectives.adversarial.weight > 0 or config.objectives.reconstruction.decoder_momentum > 0
+
+
 def validate_decoder(config: Config, world_size: int | None) -> ResolvedConfig:
     """As ``validate``, for a run whose encoder is frozen, and marked as one. UserError."""
     o = config.objectives

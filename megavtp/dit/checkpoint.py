@@ -1,6 +1,7 @@
 """This reads the DiT of a native checkpoint, without engine or optimizer, and tells whether a run can continue it."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -116,13 +117,17 @@ def dit_tensors(checkpoint: Checkpoint, config: CompleteDiT, prefix: str) -> dic
     return tensors
 
 
-def load_dit(path: str | Path, device: torch.device | str = "cpu", *, average: bool = True) -> StoredDiT:
+def load_dit(
+    path: str | Path, device: torch.device | str = "cpu", *, average: bool = True, opened: Checkpoint | None = None
+) -> StoredDiT:
     """Load the whole DiT from a checkpoint of any layout, in float32, with its averaged weights or the trained ones.
+
+    ``opened`` is the checkpoint if it is open already; it stays open.
 
     Raises:
         UserError: the checkpoint is missing or corrupt, or holds no DiT that fits its config.
     """
-    with open_checkpoint(path) as checkpoint:
+    with nullcontext(opened) if opened is not None else open_checkpoint(path) as checkpoint:
         facts = read_facts(checkpoint)
         config, classes = facts.config, facts.classes
         tensors = dit_tensors(checkpoint, config.model, AVERAGE if average else TRAINED)

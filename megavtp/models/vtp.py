@@ -164,22 +164,28 @@ class VTP(nn.Module):
 
     def _contrast(
         self, chunk: int | None, activations: Sequence[Tensor], images: Tensor, tokens: Tensor,
-        drop: DropPlan | None = None,
+        drop: DropPlan | None = None, on_text: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor | None, ...]:
         """Map images (b, 3, H, W) and tokens (b, L) to unit features (b, E) of both, scale (), and bias () or None.
+
+        The texts go first: ``on_text`` is called with their features before the images are encoded.
 
         The optimizer keeps the scale's parameter below its ceiling; only weights from elsewhere can exceed it. The
         clamp is straight-through: it limits the value but not the gradient, so a parameter at the ceiling can come down
         again, and the gradients of parts of a batch still add up to the whole batch's.
         """
-        image = self._run_trunk(chunk, activations[:1], [images], drop=drop)
         text = self.text(tokens, chunk, *activations[1:])
+        if self._ends(chunk):
+            text = F.normalize(text.float(), dim=-1)
+            if on_text is not None:
+                on_text(text)
+        image = self._run_trunk(chunk, activations[:1], [images], drop=drop)
         if not self._ends(chunk):
             return image, text
         log_scale = self.logit_scale.float().squeeze(0)
         log_scale = log_scale + (log_scale.clamp(max=self.max_logit_scale) - log_scale).detach()
         bias = None if self.logit_bias is None else self.logit_bias.float().squeeze(0)
-        return self._image_feature(image[0]), F.normalize(text.float(), dim=-1), log_scale.exp(), bias
+        return self._image_feature(image[0]), text, log_scale.exp(), bias
 
     @torch.no_grad()
     def _teach(

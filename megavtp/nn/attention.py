@@ -6,27 +6,50 @@ import torch
 from torch import Tensor, nn
 
 from megavtp.errors import UserError
-from megavtp.nn.attention_kernels import Kernel, Segments, attend, check_kernel, spans
-from megavtp.nn.norms import RMSNorm, rms_norm
-from megavtp.nn.rope import RotaryTable, rotate
+from megavtp.nn.attention_kernels import Kernel, Segments, attend, check_kernel
+from megavtp.nn.compiling import Region
+from megavtp.nn.norms import rms_norm
+from megavtp.nn.rope import RotaryTable, packed_table, rotate
 from megavtp.parallel.collectives import copy_to_tp
 from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.sequence import TokenCut
 
 
-class HeadNorm(RMSNorm):
-    """An RMS norm over the head dimension of this rank's heads.
+class HeadNorm(nn.Module):
+    """The weight of an RMS norm over the head dimension of this rank's heads.
 
     Every rank holds the whole weight but sees only its heads, so the weight's gradient is summed over tp.
     """
 
-    def __init__(self, head_dim: int, mesh: Mesh, eps: float = 1e-5):
-        super().__init__(head_dim, eps)
+    def __init__(self, head_dim: int, mesh: Mesh):
+        super().__init__()
         self.mesh = mesh
+        self.weight = nn.Parameter(torch.empty(head_dim))
 
-    def forward(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
-        return rms_norm(x, copy_to_tp(self.weight, self.mesh), self.eps)
+    def forward(self) -> Tensor:
+        return copy_to_tp(self.weight, self.mesh)
+
+
+Rotation = Callable[[Tensor, RotaryTable], Tensor]
+
+
+def split_heads(
+    qkv: Tensor, heads: int, eps: float, rotation: Rotation, q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values (T, heads, h) of qkv (T, 3 * heads * h).
+
+    Queries and keys are normalised if there are weights (h,), then rotated if there is a table, a row for each token.
+    """
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(1)
+    if q_weight is not None and k_weight is not None:
+        # The norm's float32 weights may have raised 16 bits to 32, which the fast kernels do not take.
+        q, k = rms_norm(q, q_weight, eps, v.dtype), rms_norm(k, k_weight, eps, v.dtype)
+    if cos is not None and sin is not None:
+        q, k = rotation(q, (cos, sin)), rotation(k, (cos, sin))
+    # Compiled, views of qkv would have their gradients added to it one by one, and would hold it for the backward.
+    return (q.contiguous(), k.contiguous(), v.contiguous()) if torch.compiler.is_compiling() else (q, k, v)
 
 
 class Attention(nn.Module):
@@ -36,9 +59,11 @@ class Attention(nn.Module):
     other channels.
     """
 
+    split_heads = Region(split_heads)
+
     def __init__(
         self, width: int, heads: int, *, qk_norm: bool = False, norm_eps: float = 1e-5, causal: bool = False,
-        rotation: Callable[[Tensor, RotaryTable], Tensor] = rotate, kernel: Kernel = "auto", mesh: Mesh = SINGLE,
+        rotation: Rotation = rotate, kernel: Kernel = "auto", mesh: Mesh = SINGLE,
     ):
         super().__init__()
         if width % heads:
@@ -49,32 +74,25 @@ class Attention(nn.Module):
         self.head_dim = width // heads
         self.causal, self.kernel, self.rotation = causal, kernel, rotation
         self.qkv = ColumnParallelLinear(width, 3 * width, mesh=mesh, parts=3)
-        self.q_norm = HeadNorm(self.head_dim, mesh, norm_eps) if qk_norm else None
-        self.k_norm = HeadNorm(self.head_dim, mesh, norm_eps) if qk_norm else None
+        self.norm_eps = norm_eps
+        self.q_norm = HeadNorm(self.head_dim, mesh) if qk_norm else None
+        self.k_norm = HeadNorm(self.head_dim, mesh) if qk_norm else None
         self.proj = RowParallelLinear(width, width, mesh=mesh)
 
     def forward(self, x: Tensor, segments: Segments, tables: Sequence[RotaryTable] | None = None) -> Tensor:
         """Attend in x (T, width), packed as ``segments`` says, with a rotary table per segment; return (T, width)."""
-        return self.contract(self.expand(x), None, segments, tables)
+        table = None if tables is None else packed_table(tables, segments)
+        return self.contract(self.expand(x), None, segments, table)
 
     def expand(self, x: Tensor, cut: TokenCut | None = None, redone: bool = False) -> Tensor:
         """Compute the first matrix product: q, k, v of this rank's heads, (T, 3 * width / tp)."""
         return self.qkv(x, cut)
 
     def contract(
-        self, qkv: Tensor, cut: TokenCut | None, segments: Segments, tables: Sequence[RotaryTable] | None = None
+        self, qkv: Tensor, cut: TokenCut | None, segments: Segments, table: RotaryTable | None = None
     ) -> Tensor:
-        q, k, v = qkv.unflatten(-1, (3, self.local_heads, self.head_dim)).unbind(1)
-        if self.q_norm is not None and self.k_norm is not None:
-            # The norm's float32 weights may have raised 16 bits to 32, which the fast kernels do not take.
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        if tables is not None:
-            q, k = self._rotated(q, segments, tables), self._rotated(k, segments, tables)
+        weights = [None if norm is None else norm() for norm in (self.q_norm, self.k_norm)]
+        # Mere views are nothing to compile.
+        split = split_heads if self.q_norm is None and table is None else self.split_heads
+        q, k, v = split(qkv, self.local_heads, self.norm_eps, self.rotation, *weights, *(table or ()))
         return self.proj(attend(q, k, v, segments, self.causal, self.kernel).flatten(1), cut)
-
-    def _rotated(self, x: Tensor, segments: Segments, tables: Sequence[RotaryTable]) -> Tensor:
-        pieces = [
-            self.rotation(x[place].unflatten(0, segment), table).flatten(0, 1)
-            for segment, place, table in zip(segments, spans(segments), tables)
-        ]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

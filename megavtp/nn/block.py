@@ -8,6 +8,8 @@ none        32 D + 8 H   as counted on a CPU, where RMS norms hold 8 D of it tha
 selective   14 D + 4 H   the residual stream and the outputs of the first products (q, k, v; gate and value)
 full         4 D         a block's input
 
+Compiled regions (``nn.compiling``) hold less with "none". All blocks share a rotary table, 4 h for a head dimension h.
+
 "selective" recomputes what is large but cheap: norms, casts, rotation, gating, and attention between its two products.
 (Megatron-LM, arXiv 2205.05198, section 5, holds all but the softmax part. Today's kernels do not hold that, and with
 the short sequences of a ViT, elementwise results are most of what a block holds.) No product with a weight is
@@ -16,6 +18,7 @@ With sequence parallelism a rank holds only its rows of the residual stream, so 
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -24,9 +27,10 @@ from torch.utils.checkpoint import checkpoint
 
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Segments
-from megavtp.nn.drop_path import BranchDrop, DropPlan, add_branch
-from megavtp.nn.rope import RotaryTable
-from megavtp.parallel.layers import to_compute_dtype
+from megavtp.nn.compiling import Region
+from megavtp.nn.drop_path import BranchDrop, DropPlan, add_branch, scaled_sum
+from megavtp.nn.rope import RotaryTable, packed_table
+from megavtp.parallel.layers import compute_dtype_of
 from megavtp.parallel.sequence import TokenCut, on_own_rows
 
 Recompute = Literal["none", "selective", "full"]
@@ -40,8 +44,8 @@ class LayerScale(nn.Module):
         self.init = init
         self.gamma = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
-        return x * on_own_rows(self.gamma, cut)
+    def forward(self, cut: TokenCut | None = None) -> Tensor:
+        return on_own_rows(self.gamma, cut)
 
 
 class TwoHalves(Protocol):
@@ -56,7 +60,9 @@ class TwoHalves(Protocol):
 
 
 class Block(nn.Module):
-    """Computes x += ls1(attn(norm1 x)), then x += ls2(mlp(norm2 x)), on packed tokens (T, width)."""
+    """Computes x += ls1 * attn(norm1 x), then x += ls2 * mlp(norm2 x), on packed tokens (T, width)."""
+
+    scaled_sum = Region(scaled_sum)
 
     def __init__(
         self, width: int, attention: Attention, mlp: TwoHalves, norm: Callable[[int], nn.Module],
@@ -72,38 +78,37 @@ class Block(nn.Module):
         self.ls2 = None if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(
-        self, x: Tensor, segments: Segments, tables: Sequence[RotaryTable] | None = None,
+        self, x: Tensor, segments: Segments, table_of: Callable[[Segments], RotaryTable | None] = lambda segments: None,
         drop: tuple[BranchDrop, BranchDrop] | None = None, cut: TokenCut | None = None, recompute: Recompute = "none",
     ) -> Tensor:
         """Apply the block to packed tokens, (n, width) -> (n, width); with ``cut``, to this rank's rows of them.
 
-        The caller does "full" recomputation, with ``run_block``.
+        ``table_of`` gives the rotary table of packed tokens, if there is one. The caller does "full" recomputation,
+        with ``run_block``.
         """
         drop_attention, drop_mlp = drop or (None, None)
 
         def attention(y: Tensor, kept: Segments, cut: TokenCut | None) -> Tensor:
-            return _scaled(branch(y, self.norm1, self.attn, cut, recompute, kept, tables), self.ls1, cut)
+            return branch(y, self.norm1, self.attn, cut, recompute, kept, table_of(kept))
 
         def mlp(y: Tensor, _: Segments, cut: TokenCut | None) -> Tensor:
-            return _scaled(branch(y, self.norm2, self.mlp, cut, recompute), self.ls2, cut)
+            return branch(y, self.norm2, self.mlp, cut, recompute)
 
-        x = add_branch(x, attention, segments, drop_attention, cut)
-        return add_branch(x, mlp, segments, drop_mlp, cut)
-
-
-def _scaled(y: Tensor, scale: LayerScale | None, cut: TokenCut | None) -> Tensor:
-    return y if scale is None else scale(y, cut)
+        gammas = [None if scale is None else scale(cut) for scale in (self.ls1, self.ls2)]
+        x = add_branch(x, attention, segments, drop_attention, cut, gammas[0], self.scaled_sum)
+        return add_branch(x, mlp, segments, drop_mlp, cut, gammas[1], self.scaled_sum)
 
 
 def branch(
-    x: Tensor, norm: Callable[[Tensor, TokenCut | None], Tensor], net: TwoHalves, cut: TokenCut | None,
+    x: Tensor, norm: Callable[[Tensor, TokenCut | None, torch.dtype], Tensor], net: TwoHalves, cut: TokenCut | None,
     recompute: Recompute, *more: Any,
 ) -> Tensor:
-    """Compute net(norm x) with the given recomputation; ``more`` goes to the net's second half."""
+    """Compute net(norm x) with the given recomputation; ``norm`` casts, and ``more`` goes to the net's second half."""
+    dtype = compute_dtype_of(x)
     if recompute == "selective":
-        hidden = redo(lambda y: net.expand(norm(y, cut), cut, redone=True), x)
+        hidden = redo(lambda y: net.expand(norm(y, cut, dtype), cut, redone=True), x)
         return redo(net.contract, hidden, cut, *more)
-    y = to_compute_dtype(norm(x, cut))
+    y = norm(x, cut, dtype)
     # Of the gathered tokens only own rows are held; the backward gathers again (arXiv 2205.05198, section 4.2.2).
     held = cut is None or recompute == "full"
     hidden = net.expand(y, cut) if held else redo(lambda y: net.expand(y, cut, redone=True), y)
@@ -134,9 +139,11 @@ def run_blocks(
     chosen = [(index, cast(Block, block)) for index, block in blocks]
     cut = TokenCut(chosen[0][1].mesh, len(x)) if chosen and chosen[0][1].mesh.sequence_parallel else None
     x = x if cut is None else cut.split(x)
+    # With stochastic depth each block has other sequences, and holds its own.
+    table_of = lru_cache(1)(lambda segments: None if tables is None else packed_table(tables, segments))
     for index, block in chosen:
         choice = None if drop is None else drop.blocks[index]
-        x = run_block(block, recompute, x, segments, tables, choice, cut)
+        x = run_block(block, recompute, x, segments, table_of, choice, cut)
         if taken is not None and index in taken:
             taken[index] = x if cut is None else cut.join(x)
     return x if cut is None else cut.join(x)

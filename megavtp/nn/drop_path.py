@@ -79,17 +79,28 @@ def _global_choice(
     return [[draw(size) for size in sizes] for _ in range(2 * depth)]
 
 
+def scaled_sum(x: Tensor | None, y: Tensor, *factors: Tensor | None) -> Tensor:
+    """Compute x + y * factors, where None stands for 0 or 1; the factors are float32 or of y's dtype."""
+    for factor in factors:
+        if factor is not None:
+            y = y * factor
+    return y if x is None else x + y
+
+
 def add_branch(
     x: Tensor, branch: Callable[[Tensor, Segments, TokenCut | None], Tensor], segments: Segments,
-    drop: BranchDrop | None, cut: TokenCut | None = None,
+    drop: BranchDrop | None, cut: TokenCut | None = None, gamma: Tensor | None = None,
+    scaled_sum: Callable[..., Tensor] = scaled_sum,
 ) -> Tensor:
-    """Compute x + branch(x), (T, width), with the branch on the sequences that ``drop`` keeps, scaled; None keeps all.
+    """Compute x + gamma * branch(x), (T, width), with the branch on the sequences that ``drop`` keeps, scaled; None
+    keeps all. ``gamma`` is a factor per channel, None = 1.
 
     The branch gets the kept tokens and their segments. With ``cut``, x has only this rank's rows (n, width), as does
     what the branch takes and returns; the cut that it is given then says which of the tokens are kept.
     """
     if drop is None:
-        return x + branch(x, segments, cut)
+        y = branch(x, segments, cut)
+        return x + y if gamma is None else scaled_sum(x, y, gamma)
     tokens = torch.cat([  # positions of the kept sequences' tokens among all
         (kept[:, None] * length + torch.arange(place.start, place.start + length, device=x.device)).flatten()
         for (_, length), place, kept in zip(segments, spans(segments), drop.rows, strict=True)
@@ -101,7 +112,7 @@ def add_branch(
     ])
     if cut is None:
         y = branch(x.index_select(0, tokens), kept_segments, None)
-        return x.index_add(0, tokens, y.to(x.dtype) * scales)
+        return x.index_add(0, tokens, scaled_sum(None, y, gamma, scales))
     y = branch(x, kept_segments, replace(cut, kept=tokens))
     scales = cut.own_rows(scales.new_zeros(cut.total, 1).index_copy_(0, tokens, scales))
-    return x + y.to(x.dtype) * scales  # what is dropped has scale 0
+    return scaled_sum(x, y, gamma, scales)  # what is dropped has scale 0

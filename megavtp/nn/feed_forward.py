@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavtp.config.sizes import ffn_hidden
+from megavtp.nn.compiling import Region
 from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear, enter, joint_linear
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.sequence import TokenCut
@@ -37,6 +38,10 @@ class _Gate(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * value, gate.contiguous()), grad * _silu(gate)
 
 
+def gated(gate: Tensor, value: Tensor) -> Tensor:
+    return _Gate.apply(gate, value)
+
+
 def _silu(gate: Tensor) -> Tensor:
     # On a CPU, the kernel for a non-contiguous tensor is slower, and rounds differently.
     return F.silu(gate if gate.is_cuda else gate.contiguous())
@@ -44,6 +49,8 @@ def _silu(gate: Tensor) -> Tensor:
 
 class SwiGLU(nn.Module):
     """Maps x (..., width) to w3(silu(w1 x) * w2 x), (..., width)."""
+
+    gated = Region(gated)
 
     def __init__(self, width: int, hidden: int, *, mesh: Mesh = SINGLE):
         super().__init__()
@@ -62,7 +69,7 @@ class SwiGLU(nn.Module):
         return joint_linear(x, self.w1, self.w2).chunk(2, -1) if redone else (self.w1(x), self.w2(x))
 
     def contract(self, hidden: tuple[Tensor, ...], cut: TokenCut | None = None) -> Tensor:
-        return self.w3(_Gate.apply(*hidden), cut)
+        return self.w3(self.gated(*hidden), cut)
 
 
 class MLP(nn.Module):

@@ -1,6 +1,6 @@
 """Normalisation layers use apex's fused kernels on CUDA where apex is installed, and torch's own otherwise.
 
-With ``cut`` (sequence parallelism) the input has only this rank's rows of the tokens.
+With ``cut`` (sequence parallelism) the input has only this rank's rows of the tokens. The result is cast to ``dtype``.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megavtp.nn.compiling import Region
 from megavtp.parallel.sequence import TokenCut, on_own_rows
 
 
@@ -28,42 +29,56 @@ def find_apex_norms() -> Any | None:
 
 def _fused(x: Tensor, weight: Tensor) -> Any | None:
     """Return apex's norms if they are installed and take such tensors."""
-    return find_apex_norms() if x.is_cuda and x.dtype == weight.dtype and x.numel() > 0 else None
+    suits = x.is_cuda and x.dtype == weight.dtype and x.numel() > 0
+    return find_apex_norms() if suits and not torch.compiler.is_compiling() else None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """Normalise x (..., width) with a weight (width,), and cast to ``dtype``; a 16-bit x is rounded before the weight
+    is applied."""
+    if (fused := _fused(x, weight)) is not None:
+        y = fused.fused_rms_norm_affine(x, weight, weight.shape, eps)
+    elif x.dtype == torch.float32:
+        y = F.rms_norm(x, weight.shape, weight.float(), eps)
+    else:
+        y = F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype) * weight
+    return y.to(dtype or y.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    if (fused := _fused(x, weight)) is not None:
+        y = fused.fused_layer_norm_affine(x, weight, bias, weight.shape, eps)
+    else:
+        y = F.layer_norm(x, weight.shape, weight, bias, eps)
+    return y.to(dtype or y.dtype)
 
 
 class RMSNorm(nn.Module):
     """Computes x * rsqrt(mean(x^2) + eps) * weight over the last dimension; the statistics are in float32."""
+
+    normalise = Region(rms_norm)
 
     def __init__(self, width: int, eps: float = 1e-5):
         super().__init__()
         self.width, self.eps = width, eps
         self.weight = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
-        return rms_norm(x, on_own_rows(self.weight, cut), self.eps)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise x (..., width) with a weight (width,); a 16-bit x is rounded before the weight is applied."""
-    if (fused := _fused(x, weight)) is not None:
-        return fused.fused_rms_norm_affine(x, weight, weight.shape, eps)
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, weight.shape, weight.float(), eps)
-    return F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype) * weight
+    def forward(self, x: Tensor, cut: TokenCut | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        return self.normalise(x, on_own_rows(self.weight, cut), self.eps, dtype)
 
 
 class LayerNorm(nn.Module):
+    normalise = Region(layer_norm)
+
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.width, self.eps = width, eps
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor, cut: TokenCut | None = None) -> Tensor:
+    def forward(self, x: Tensor, cut: TokenCut | None = None, dtype: torch.dtype | None = None) -> Tensor:
         weight, bias = on_own_rows(self.weight, cut), on_own_rows(self.bias, cut)
-        if (fused := _fused(x, weight)) is not None:
-            return fused.fused_layer_norm_affine(x, weight, bias, (self.width,), self.eps)
-        return F.layer_norm(x, (self.width,), weight, bias, self.eps)
+        return self.normalise(x, weight, bias, self.eps, dtype)
 
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {

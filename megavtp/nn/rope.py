@@ -5,6 +5,7 @@ Letters: L tokens, N = rows * columns patches, h head dimension.
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -80,11 +81,20 @@ class AxialRope(nn.Module):
 
 
 def rotate(x: Tensor, table: RotaryTable) -> Tensor:
-    """Rotate queries or keys (b, L, heads, h) by a table (L, h) in the table's dtype; the result has that of x."""
+    """Rotate queries or keys (..., L, heads, h) by a table (L, h) in the table's dtype; the result has that of x."""
     cos, sin = (t.unsqueeze(1) for t in table)
     y = x.to(cos.dtype)
     first, second = y.chunk(2, -1)
     return (y * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+
+
+def packed_table(tables: Sequence[RotaryTable], segments: Sequence[tuple[int, int]]) -> RotaryTable:
+    """Give every token of a packed batch its cosines and sines, (T, h); ``tables`` has a table per segment."""
+    cos, sin = (
+        [part.expand(sequences, -1, -1).flatten(0, 1) for part, (sequences, _) in zip(parts, segments)]
+        for parts in zip(*tables)
+    )
+    return torch.cat(cos), torch.cat(sin)
 
 
 def reset_rope(model: nn.Module) -> None:

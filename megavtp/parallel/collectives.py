@@ -28,6 +28,22 @@ def all_reduce(x: Tensor, mesh: Mesh, axis: Axis, op: Literal["sum", "max"] = "s
     return x
 
 
+def begin_all_reduce(x: Tensor, mesh: Mesh, axis: Axis, op: Literal["sum", "max"] = "sum") -> Callable[[], Tensor]:
+    """Begin ``all_reduce``; what is returned waits for it and gives its result."""
+    group = mesh.group(axis)
+    x = x.detach()
+    if group is None:
+        return lambda: x
+    x = x.clone(memory_format=torch.contiguous_format)
+    work = dist.all_reduce(x, _OPS[op], group=group, async_op=True)
+
+    def result() -> Tensor:
+        work.wait()
+        return x
+
+    return result
+
+
 def all_gather(x: Tensor, mesh: Mesh, axis: Axis) -> Tensor:
     """Concatenate the ranks' equally shaped ``x`` (n, ...) along dim 0 to (size * n, ...); no gradient flows."""
     group = mesh.group(axis)
@@ -106,15 +122,51 @@ def gather_from_tp(x: Tensor, mesh: Mesh) -> Tensor:
     return x if mesh.tp == 1 else with_gradient(x, lambda x: _all_slices(x, mesh), lambda grad: _own_slice(grad, mesh))
 
 
+class _GatherFromDp:
+    """A gather over dp under way: forward that of the rows, backward the sum of their gradients on the rank of each."""
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+
+    def begin(self, x: Tensor) -> Tensor:
+        whole = x.new_empty(self._mesh.dp * x.shape[0], *x.shape[1:])
+        self._work = _all_gather(whole, x.contiguous(), group=self._mesh.dp_group, async_op=True)
+        return whole
+
+    def wait(self, whole: Tensor) -> Tensor:
+        self._work.wait()
+        return whole
+
+    def begin_backward(self, grad: Tensor) -> Tensor:
+        self._own = grad.new_empty(grad.shape[0] // self._mesh.dp, *grad.shape[1:])
+        self._work = _reduce_scatter(self._own, grad.contiguous(), group=self._mesh.dp_group, async_op=True)
+        return grad  # autograd wants a gradient of this shape; nobody reads it
+
+    def wait_backward(self, _: Tensor) -> Tensor:
+        self._work.wait()
+        return self._own
+
+
+def begin_gather_from_dp(x: Tensor, mesh: Mesh) -> Callable[[], Tensor]:
+    """Begin ``gather_from_dp``; what is returned waits for it and gives its result.
+
+    The backward goes the other way: it begins where the result was asked for, and is waited for where the gather began.
+    So what is computed between the two hides the gather, and its own backward hides the sum of the gradients.
+    """
+    if mesh.dp == 1:
+        return lambda: x
+    gather = _GatherFromDp(mesh)
+    whole = with_gradient(x, gather.begin, gather.wait_backward)
+    return lambda: with_gradient(whole, gather.wait, gather.begin_backward)
+
+
 def gather_from_dp(x: Tensor, mesh: Mesh) -> Tensor:
     """Concatenate (n, ...) over dp to (dp * n, ...), differentiably.
 
     The gradient of a row is the *sum* of all ranks' gradients of it. With a loss that is the mean over own rows, and
     an engine that averages over dp, parameters get the exact gradient of the global mean.
     """
-    if mesh.dp == 1:
-        return x
-    return with_gradient(x, lambda x: all_gather(x, mesh, "dp"), lambda grad: reduce_scatter(grad, mesh, "dp"))
+    return begin_gather_from_dp(x, mesh)()
 
 
 def broadcast_object(value: Any, group: dist.ProcessGroup | None = None, source: int = 0) -> Any:

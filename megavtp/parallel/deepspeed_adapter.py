@@ -1,9 +1,9 @@
 """DeepSpeed's engine: how it is configured and made, and what has to be done before a step and before a backward.
 
-Only this file, ``gradient_norm`` and ``engine_state`` touch DeepSpeed's internals. They are written against exactly
-DeepSpeed 0.19.8: ZeRO-3 gathers of earlier releases return garbage on gloo, and several of the faults that are worked
-around here are silent. Each work-around states its reason; ``tests/parallel/test_deepspeed_adapter.py`` fails without
-it, and also tells when a later DeepSpeed no longer needs it.
+Only this file, ``gather_ahead``, ``reduce_early``, ``gradient_norm`` and ``engine_state`` touch DeepSpeed's internals.
+They are written against exactly DeepSpeed 0.19.8: ZeRO-3 gathers of earlier releases return garbage on gloo, and
+several of the faults that are worked around here are silent. Each work-around states its reason;
+``tests/parallel/test_deepspeed_adapter.py`` fails without it, and also tells when a later DeepSpeed no longer needs it.
 """
 
 import logging
@@ -22,7 +22,9 @@ from megavtp.arithmetic import ceil_div
 from megavtp.config.load import merged
 from megavtp.errors import UserError
 from megavtp.parallel import gradient_norm
+from megavtp.parallel.gather_ahead import block_chains, gather_ahead
 from megavtp.parallel.mesh import Axis, Mesh
+from megavtp.parallel.reduce_early import reduce_in_last_backward
 
 SUPPORTED_VERSION = "0.19.8"
 
@@ -54,11 +56,14 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def build_config(zero_stage: int, clip_grad: float, parameters: int, extra: Mapping[str, Any]) -> dict[str, Any]:
+def build_config(
+    zero_stage: int, clip_grad: float, parameters: int, overlap: bool, extra: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a run; ``extra`` (the user's ``deepspeed:`` keys) is merged in last.
 
     Args:
         parameters: trainable numel of this rank; caps the communication buckets, which DeepSpeed allocates whole.
+        overlap: reduce gradients while the backward runs.
     """
     bucket = ceil_div(min(parameters, 50_000_000), 1024) * 1024  # a multiple of its alignment
     config = {
@@ -71,7 +76,7 @@ def build_config(zero_stage: int, clip_grad: float, parameters: int, extra: Mapp
             "stage": zero_stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-            "overlap_comm": False,
+            "overlap_comm": overlap and zero_stage > 0,
             # A parameter that stays gathered would not see the shard-wise teacher update.
             "stage3_param_persistence_threshold": 0,
         },
@@ -88,7 +93,11 @@ def initialize(
     ``hold``: ZeRO-3 gathers all parameters once a step, instead of each block's whenever it runs.
     """
     deepspeed = import_deepspeed()
-    stage = ds_config["zero_optimization"]["stage"]
+    zero = ds_config["zero_optimization"]
+    stage = zero["stage"]
+    early = stage == 1 and zero["overlap_comm"]
+    if early:  # DeepSpeed's own way, which it refuses here, forgets what the last backward of a step does not reach
+        ds_config = merged(ds_config, {"zero_optimization": {"overlap_comm": False}})
     gradient_norm.mark_norm_ownership(module, mesh)
     if stage == 3 and leaf_classes:
         # Gather a transformer block's parameters in one collective instead of one per sub-module.
@@ -101,7 +110,18 @@ def initialize(
     if stage == 3:
         # At every root forward ZeRO-3 compares its trace of module calls over the *world*: pipeline stages would
         # deadlock, and our passes call different towers. Without the hook each module gathers its own on demand.
-        engine.optimizer.parameter_offload.fwd_pre_hook.remove()
+        offload = engine.optimizer.parameter_offload
+        offload.fwd_pre_hook.remove()
+        if engine.device.type == "cuda":
+            # A stream of their own would let gathers read shards that an update, such as the teacher's, still writes.
+            # The transport itself has one in any case.
+            coordinator, default = offload.get_param_coordinator(), torch.cuda.default_stream()
+            coordinator._PartitionedParameterCoordinator__allgather_stream = default
+        if not hold:
+            gather_ahead(engine, block_chains(module))
+    if early:
+        reduce_in_last_backward(engine)
+    engine.megavtp_early = early
     engine.megavtp_hold = hold and stage == 3
     gradient_norm.install(engine, mesh)
     return engine
@@ -151,14 +171,16 @@ def _gather_all(engine: Any) -> None:
         parameter.ds_active_sub_modules.add(-1)  # no module has this number, so none releases it when it is done
 
 
-def before_backward(engine: Any) -> None:
-    """Prepare the engine for a backward; this is called immediately before each one.
+def before_backward(engine: Any, is_last: bool) -> None:
+    """Prepare the engine for a backward; this is called immediately before each one. ``is_last``: of the step.
 
     ``engine.forward`` resets state that all micro-batches in flight share. After two backwards in a row, ZeRO-3's
     second one would overwrite the first one's reduced gradient; and a per-module counter would keep the whole model
     gathered until the backward ends.
     """
     optimizer = engine.optimizer
+    # ZeRO-1 may reduce in this backward; None leaves it to ``step()``.
+    engine._is_gradient_accumulation_boundary = True if is_last and engine.megavtp_early else None
     if hasattr(optimizer, "clear_backward_seen_flag"):
         optimizer.clear_backward_seen_flag()
     for module in engine.module.modules():

@@ -50,9 +50,12 @@ class Engine(Generic[M]):
         self.module = module
         self.names = {parameter: name for name, parameter in module.named_parameters()}
         numel = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        ds_config = adapter.build_config(zero_stage, clip_grad, numel, extra or {})
+        # Without streams there is nothing to hide it behind.
+        overlap = torch.cuda.is_available() and mesh.dp > 1
+        ds_config = adapter.build_config(zero_stage, clip_grad, numel, overlap, extra or {})
         self._engine = adapter.initialize(module, optimizer, ds_config, mesh, leaf_classes, hold)
         self._engine.megavtp_clip_grad = clip_grad
+        self._last_follows = False
         self.device = self._engine.device
         connect(mesh, self.device)
 
@@ -82,11 +85,16 @@ class Engine(Generic[M]):
 
     def begin_step(self) -> None:
         """Prepare for an optimizer step; this is called before its first backward."""
+        self._last_follows = False
         adapter.before_step(self._engine)
+
+    def announce_last_backward(self) -> None:
+        """Say that the next backward is the last one of the step, which may reduce each gradient as it comes."""
+        self._last_follows = True
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a scalar; over dp, gradients are averaged."""
-        adapter.before_backward(self._engine)
+        adapter.before_backward(self._engine, self._last_follows)
         self._engine.backward(loss)
 
     def step(self) -> StepResult:

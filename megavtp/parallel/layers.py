@@ -44,13 +44,13 @@ class ColumnParallelLinear(nn.Module):
 
 def enter(x: Tensor, mesh: Mesh, cut: TokenCut | None) -> Tensor:
     """Prepare the input of column-parallel layers: its gradient is summed over tp; ``cut`` gathers all tokens."""
-    x = to_compute_dtype(x)  # cast once and before it is sent; the product would cast after that
+    x = x.to(compute_dtype_of(x))  # cast once and before it is sent; the product would cast after that
     return copy_to_tp(x, mesh) if cut is None else cut.gather(x)
 
 
-def to_compute_dtype(x: Tensor) -> Tensor:
-    """Cast x as a matrix product under the present autocast would."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+def compute_dtype_of(x: Tensor) -> torch.dtype:
+    """Return the dtype to which a matrix product casts x under the present autocast."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def joint_linear(x: Tensor, *layers: ColumnParallelLinear) -> Tensor:

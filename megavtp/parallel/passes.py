@@ -82,9 +82,9 @@ class Pass(ABC):
         return [value * self.term_weights.get(name, 1.0) for name, value in terms.items()]
 
 
-def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
+def execute(objective: Pass, run: Runner, batch: Any, ends_step: bool = False) -> dict[str, Tensor]:
     """Run forward and backward of all micro-batches of a pass; return its terms, detached, under ``name/term``, and
-    its monitors of this step beside them.
+    its monitors of this step beside them. ``ends_step``: no other pass of the step follows.
 
     With more than one micro-batch, terms over the whole batch are exact by a second forward (GradCache, arXiv
     2101.06983): the first, without graph, collects all rows; the loss on them gives their gradients; the second
@@ -113,7 +113,7 @@ def execute(objective: Pass, run: Runner, batch: Any) -> dict[str, Tensor]:
         return _not_finite_with(terms.values(), reduce(torch.add, total) * objective.weight)
 
     if not objective.on_last_stage:
-        train(run, objective.mode, objective.inputs, count, loss)
+        train(run, objective.mode, objective.inputs, count, loss, ends_step)
     elif run.mesh.is_last_stage:
         for micro in range(count):
             run.backward(loss(run(objective.mode, **objective.inputs(micro)), micro))

@@ -29,7 +29,8 @@ class Striped(Protocol):
 
 class Runner(Striped, Protocol):
     """What executes a pass: an ``Engine``, or in tests a plain module. With one pipeline rank only ``mesh``, the call
-    and ``backward`` are used; with more, the call takes ``stage`` and ``activations`` too."""
+    and ``backward`` are used; with more, the call takes ``stage`` and ``activations`` too. ``announce_last_backward``
+    is called where ``execute`` is told of the last pass of a step."""
 
     mesh: Mesh
     schedule: Schedule
@@ -38,6 +39,8 @@ class Runner(Striped, Protocol):
     def __call__(self, mode: str, **inputs: Any) -> Any: ...
 
     def backward(self, loss: Tensor) -> None: ...
+
+    def announce_last_backward(self) -> None: ...
 
 
 class _Seed(torch.autograd.Function):
@@ -143,8 +146,14 @@ def _on_all_stages(run: Runner, tensors: list[Tensor], specs: Sequence[Activatio
     return [broadcast_last_stage(x.contiguous(), run.mesh) for x in tensors]
 
 
-def train(run: Runner, mode: str, inputs: Inputs, micro_batches: int, loss: Callable[[Any, int], Tensor]) -> None:
-    """Run forward and backward of all micro-batches; ``loss``: (result, micro-batch) -> scalar, on the last rank."""
+def train(
+    run: Runner, mode: str, inputs: Inputs, micro_batches: int, loss: Callable[[Any, int], Tensor],
+    ends_step: bool = False,
+) -> None:
+    """Run forward and backward of all micro-batches; ``loss``: (result, micro-batch) -> scalar, on the last rank.
+
+    ``ends_step``: no other pass of the step follows.
+    """
     schedule = run.schedule if run.mesh.pp > 1 else "1f1b"
     trip = _Trip(run, mode, inputs, partial(train_order, schedule, m=micro_batches))
     for op in trip.operations():
@@ -152,6 +161,8 @@ def train(run: Runner, mode: str, inputs: Inputs, micro_batches: int, loss: Call
             activations, out, is_last = trip.forward(op)
             trip.held[op.stage, op.micro] = activations, loss(out, op.micro) if is_last else out
         else:
+            if ends_step and op is trip.order[-1]:
+                run.announce_last_backward()
             trip.backward(op)
 
 

@@ -24,8 +24,9 @@ from megavtp.models.lpips import PERCEPTUAL_NETS, empty_lpips
 from megavtp.models.vtp import VTP
 from megavtp.nn.attention_kernels import Segments
 from megavtp.nn.block import Recompute, run_blocks
+from megavtp.nn.compiling import compile_regions, wanted
 from megavtp.nn.drop_path import BranchDrop, DropPlan
-from megavtp.objectives.centering import KEEP_ELEMENTS, sinkhorn_bias
+from megavtp.objectives.centering import KEEP_ELEMENTS, sinkhorn_biases
 from megavtp.objectives.contrastive import info_nce, siglip
 from megavtp.objectives.koleo import koleo
 from megavtp.objectives.reconstruction import reconstruction_terms
@@ -35,12 +36,13 @@ from megavtp.parallel.rehearsal import rehearsal
 from megavtp.pixels import normalise
 from megavtp.planning.cost import Cost, cost_of, line
 from megavtp.planning.flops import expected_masked_patches, patches_of
+from megavtp.planning.regions import counted
 from megavtp.planning.second_stage import Judge, balanced_cost, copied_weights, discriminator_cost, features_of
 
 MODES = {"contrastive": "contrastive", "self_distillation": "student", "reconstruction": "reconstruction"}
 # The towers that the stages of a pass run through, leg by leg; those of one leg run side by side.
 LEGS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "contrastive": (("trunk", "text"),), "student": (("trunk",),), "teacher": (("trunk",),),
+    "contrastive": (("text", "trunk"),), "student": (("trunk",),), "teacher": (("trunk",),),
     "reconstruction": (("trunk",), ("pixel_decoder",)),
     # Behind a frozen encoder.
     "encode": (("trunk",),), "decode": (("pixel_decoder",),),
@@ -78,12 +80,14 @@ def _interpolated(at: Callable[[int], Cost], m: int) -> Cost:
 class Rehearsals:
     """Rehearsals of a configuration's parts, each made once.
 
-    Only the precision of the ``parallel`` section counts here. ``fused_norms`` is ``rehearsal``'s, for runs on GPUs.
+    Of the ``parallel`` section only the precision and ``compile`` count here. ``fused_norms`` is ``rehearsal``'s, for
+    runs on GPUs.
     """
 
     def __init__(self, config: ResolvedConfig, *, fused_norms: bool):
         self.config, self.fused_norms = config, fused_norms
         self.dtype = compute_dtype(config.parallel.precision)
+        self.compiled = wanted(config.parallel.compile, on_gpu=fused_norms)
         self.objectives = frozenset(share(config, 1).passes)
         self.features = features_of(config, self.dtype)
 
@@ -153,7 +157,10 @@ class Rehearsals:
     def _model(self, mesh: Mesh, depth: int) -> VTP:
         model = self.config.model
         towers = {name: replace(getattr(model, name), depth=depth) for name in ("vision", "text", "decoder")}
-        return VTP(replace(model, **towers), mesh, objectives=self.objectives, compute_dtype=self.dtype)
+        vtp = VTP(replace(model, **towers), mesh, objectives=self.objectives, compute_dtype=self.dtype)
+        if self.compiled:
+            compile_regions(vtp, counted)
+        return vtp
 
     def end(self, mode: str, leg: int, is_last: bool, m: int, tp: int, *, loss: bool = True) -> Cost:
         """Return the cost of the embedding before a leg's blocks, or of what follows them; the last end has the losses.
@@ -326,11 +333,11 @@ class Rehearsals:
         with rehearsal(tp=tp, dp=dp) as mesh:
             *rows, prototypes = self._teacher(images, tp)
             groups = [features[:most] for features in rows]
-            bias = partial(
-                sinkhorn_bias, W=prototypes, temperature=_TEMPERATURE, iterations=settings.sinkhorn_iterations,
-                rows_at_once=settings.chunk, mesh=mesh,
+            biases = partial(
+                sinkhorn_biases, [[group] for group in groups], prototypes, _TEMPERATURE,
+                iterations=settings.sinkhorn_iterations, rows_at_once=settings.chunk, mesh=mesh,
             )
-            cost = cost_of(mesh, lambda: [bias([group]) for group in groups])
+            cost = cost_of(mesh, biases)
         # Further chunks need no more memory; over tp every row sends the same.
         ratio = sum(map(len, rows)) / sum(map(len, groups))
         sent = Counter({key: round(count * ratio) if key[0] == "tp" else count for key, count in cost.forward.items()})

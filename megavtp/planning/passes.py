@@ -18,6 +18,8 @@ from megavtp.planning.cost import Cost, Sent
 from megavtp.planning.parts import LEGS, MODES, Rehearsals
 from megavtp.planning.zero import FLOAT, Calls
 
+DISCRIMINATOR_TERMS = 3  # its loss, and its mean answers to real and to decoded pictures
+
 
 @dataclass(frozen=True)
 class RankLayout:
@@ -33,7 +35,7 @@ class PassCost:
     """What one objective costs on one rank.
 
     Attributes:
-        peak: the most activation bytes at one time.
+        peaks: the most activation bytes at one time before the pass's first backward, while that runs, and after it.
         activity: bytes that the training forwards of all micro-batches hold together: a measure of the memory
             traffic beside the products.
         sent: payload bytes by (axis, operation).
@@ -42,12 +44,16 @@ class PassCost:
         forwards: the work on a sample in units of a forward; a plain training pass is 3.
     """
 
-    peak: float
+    peaks: tuple[float, float, float]
     activity: float
     sent: Sent
     bubble: float
     calls: list[Calls]
     forwards: float
+
+    @property
+    def peak(self) -> float:
+        return max(self.peaks)
 
 
 def pass_cost(parts: Rehearsals, layout: RankLayout, name: str, part: PassShare) -> PassCost:
@@ -61,10 +67,10 @@ def pass_cost(parts: Rehearsals, layout: RankLayout, name: str, part: PassShare)
     }.get(mode, False)
     twice = over_batch and count > 1
     chains = _chains(parts, layout, mode, m)
-    sent = _traffic(chains, count, back=True)
+    sent = chain_traffic(chains, count, back=True)
     embeddings = 2 if mode == "student" and config.data.augment.local_crops else 1
     calls = [Calls(mode, count if twice else 0, count, len(chains), mesh.virtual_stages, embeddings)]
-    base = peak = 0.0  # the bytes that live through the whole pass, and the most at one time
+    base = silent_peak = 0.0  # the bytes that live through the whole pass, and the most before its backwards
     if mode == "decode" and mesh.is_last_stage:
         base = parts.picture_bytes(mode, m) + parts.adversary_bytes(part)  # the former to compare with
     before = [forward for of, forward in (("student", "teacher"), ("decode", "encode")) if of == mode]
@@ -72,31 +78,35 @@ def pass_cost(parts: Rehearsals, layout: RankLayout, name: str, part: PassShare)
         before.append(mode)
     for forward in before:  # without graph
         silent = _chains(parts, layout, forward, m, loss=False)
-        sent += _traffic(silent, count)
+        sent += chain_traffic(silent, count)
         if mesh.is_last_stage:  # their results stay
             base += count * silent[-1].segments[-1].held
         if forward == "teacher":
             calls.append(Calls("teacher", count, 0, len(silent), mesh.virtual_stages))
             center = parts.centering(part.local, mesh.tp, mesh.dp) if mesh.is_last_stage else Cost()
             sent += center.forward
-            peak = base + max(center.peak, *(chain.forward_peak for chain in silent))
+            silent_peak = base + max(center.peak, *(chain.forward_peak for chain in silent))
         if forward == "encode":
             calls.append(Calls("encode", count, 0, len(silent), mesh.virtual_stages))
-            peak = max(base + chain.forward_peak for chain in silent)
+            silent_peak = max(base + chain.forward_peak for chain in silent)
+            if mesh.pp > 1:  # every rank gets the latents
+                latents = count * parts.activation_bytes("reconstruction", 1, True, m)
+                sent["pp", "broadcast"] += latents
+                base += 0 if mesh.is_last_stage else latents
     if over_batch and mesh.is_last_stage:
         decoding = mode == "decode"
         terms = parts.balanced(part, mesh.dp) if decoding else parts.over_batch(mode, part.local, mesh.dp)
         sent += terms.forward + terms.backward
-        peak = max(peak, base + terms.peak)
+        silent_peak = max(silent_peak, base + terms.peak)
         if not twice:
             chains[-1].segments.append(terms)
-    if mesh.pp > 1:
-        sent["pp", "broadcast"] += FLOAT * term_count(config, mode)  # the terms are sent to every rank
-    peak = max(peak, base + _in_flight(chains, layout, count))
+    sent += terms_sent(mesh, term_count(config, mode))
+    first, later = in_flight(chains, mesh, layout.schedule, count)
     plain = chains if layout.recompute == "none" else _chains(parts, replace(layout, recompute="none"), mode, m)
     activity = count * sum(chain.held for chain in plain)
     idle = 0.0 if mesh.pp == 1 else _bubble(layout.schedule, mesh.pp, len(chains), count)
-    return PassCost(peak, activity, +sent, idle, calls, 3.0 + twice + (layout.recompute == "full"))
+    peaks = silent_peak, base + first, base + later
+    return PassCost(peaks, activity, +sent, idle, calls, 3.0 + twice + (layout.recompute == "full"))
 
 
 def mode_of(config: ResolvedConfig, name: str) -> str:
@@ -104,12 +114,20 @@ def mode_of(config: ResolvedConfig, name: str) -> str:
     return "decode" if config.objectives.reconstruction.frozen_encoder else MODES[name]
 
 
-def discriminator_cost(parts: Rehearsals, part: PassShare) -> PassCost:
-    """Return what the discriminator's own pass costs on the last pipeline rank, which runs it alone."""
+def discriminator_cost(parts: Rehearsals, mesh: Mesh, part: PassShare) -> PassCost:
+    """Return what the discriminator's own pass costs; the last pipeline rank runs it alone and tells its terms."""
+    sent = terms_sent(mesh, DISCRIMINATOR_TERMS)
+    if not mesh.is_last_stage:
+        return PassCost((0.0, 0.0, 0.0), 0.0, sent, 0.0, [], 3.0)
     cost = parts.discriminator(part.micro_batch)
     peak = parts.adversary_bytes(part) + cost.peak
     calls = [Calls("discriminate", 1, part.micro_batches)]
-    return PassCost(peak, part.micro_batches * cost.held, Counter(), 0.0, calls, 3.0)
+    return PassCost((peak, peak, peak), part.micro_batches * cost.held, sent, 0.0, calls, 3.0)
+
+
+def terms_sent(mesh: Mesh, count: int) -> Sent:
+    """Count the loss terms that the last pipeline rank sends to all."""
+    return Counter({("pp", "broadcast"): FLOAT * count} if mesh.pp > 1 else {})
 
 
 @lru_cache(maxsize=1024)
@@ -118,7 +136,7 @@ def _bubble(schedule: Schedule, p: int, V: int, m: int) -> float:
 
 
 @dataclass
-class _Chain:
+class Chain:
     """The parts of one stage on this rank, in the order of the forward.
 
     Attributes:
@@ -150,7 +168,7 @@ class _Chain:
         return max(before.held + segment.peak for before, segment in pairwise([Cost(), *self.segments]))
 
 
-def _chains(parts: Rehearsals, layout: RankLayout, mode: str, m: int, *, loss: bool = True) -> list[_Chain]:
+def _chains(parts: Rehearsals, layout: RankLayout, mode: str, m: int, *, loss: bool = True) -> list[Chain]:
     """Return, stage by stage, what this rank runs of a pass; with one rank everything is one stage."""
     mesh = layout.mesh
     cuts = tower_cuts(parts.config.model, parts.objectives, mesh.chunks)
@@ -179,28 +197,28 @@ def _chains(parts: Rehearsals, layout: RankLayout, mode: str, m: int, *, loss: b
                 target = parts.picture_bytes(mode, m)
                 segments.append(Cost(target, target))
             segments.append(parts.end(mode, leg, True, m, mesh.tp, loss=loss))
-        chains.append(_Chain(segments, arriving, into(stage + 1), 0 if stage else pictures))
+        chains.append(Chain(segments, arriving, into(stage + 1), 0 if stage else pictures))
     if mesh.pp == 1:
-        return [_Chain([segment for chain in chains for segment in chain.segments], 0, 0, pictures)]
+        return [Chain([segment for chain in chains for segment in chain.segments], 0, 0, pictures)]
     return chains
 
 
-def _in_flight(chains: Sequence[_Chain], layout: RankLayout, count: int) -> float:
-    """Return the most bytes at one time when the rank's operations run in the schedule's order."""
-    pp = layout.mesh.pp
-    schedule = layout.schedule if pp > 1 else "1f1b"
-    now = most = 0.0
-    for op in train_order(schedule, pp, layout.mesh.pp_rank, len(chains), count):
-        chain = chains[op.stage // pp]
+def in_flight(chains: Sequence[Chain], mesh: Mesh, schedule: Schedule, count: int) -> tuple[float, float]:
+    """Return the most bytes at one time up to the end of the first backward, and after it, when the rank's operations
+    run in the schedule's order."""
+    now, most, later = 0.0, [0.0, 0.0], False
+    for op in train_order(schedule if mesh.pp > 1 else "1f1b", mesh.pp, mesh.pp_rank, len(chains), count):
+        chain = chains[op.stage // mesh.pp]
         if op.kind == "B":
             now -= chain.held
-        most = max(most, now + chain.peak)
+        most[later] = max(most[later], now + chain.peak)
         if op.kind == "F":
             now += chain.held
-    return most
+        later = later or op.kind == "B"
+    return most[0], most[1]
 
 
-def _traffic(chains: Sequence[_Chain], count: int, *, back: bool = False) -> Sent:
+def chain_traffic(chains: Sequence[Chain], count: int, *, back: bool = False) -> Sent:
     """Count what ``count`` micro-batches send inside the stages and to the next ones, in the backward pass, too."""
     sent: Sent = Counter()
     for chain in chains:

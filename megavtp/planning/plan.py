@@ -1,5 +1,6 @@
 """The plan of one layout: its memory, its traffic and the least time that a step can take."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -22,6 +23,17 @@ _TEACHER_BYTES = 12
 _TOUCHES = 4
 
 
+def most_bytes(state: zero.State, peaks: Sequence[tuple[float, float, float]], early: bool) -> float:
+    """Return the most bytes at one time in a step whose passes have these ``peaks``, see ``PassCost``.
+
+    ``early`` says that what the update needs on top is there in the last pass already.
+    """
+    first, *others = peaks
+    begin = [state.at(moment) + peak for moment, peak in enumerate(first)]
+    update = state.step + (max(peaks[-1]) if early else 0)
+    return max(*begin, *(state.total + max(peaks) for peaks in others), state.total + update)
+
+
 @dataclass(frozen=True)
 class RankPlan:
     """What one pipeline rank of a layout holds and sends."""
@@ -32,6 +44,7 @@ class RankPlan:
     sent: Sent
     owned: int  # elements that the optimizer updates here
     teacher: int
+    early: bool = False  # see ``most_bytes``
 
     @property
     def activations(self) -> float:
@@ -40,7 +53,7 @@ class RankPlan:
     @property
     def memory(self) -> float:
         """The most bytes at one time, in the passes or during the update."""
-        return self.state.total + max(self.activations, self.state.step)
+        return most_bytes(self.state, [cost.peaks for cost in self.passes.values()], self.early)
 
     def wire_bytes(self, axis: str, size: int) -> float:
         """Return the bytes that leave the rank for its group of ``size`` ranks along an axis."""
@@ -109,7 +122,7 @@ class Planner:
     def __init__(
         self, config: ResolvedConfig, groups: zero.Groups, device: Device, gpus_per_node: int = 8, *, cuda: bool = True
     ):
-        self.device, self.gpus_per_node = device, gpus_per_node
+        self.device, self.gpus_per_node, self.cuda = device, gpus_per_node, cuda
         self.parts = Rehearsals(config, fused_norms=cuda)
         widths = None if self.parts.features is None else self.parts.features.widths
         self.inventory = zero.Inventory(partial(shape_of, config, self.parts.objectives, widths), groups)
@@ -127,18 +140,26 @@ class Planner:
 
     def least_state(self, config: ResolvedConfig, world_size: int) -> int:
         """Return the bytes without activations on the rank that has the least."""
-        p = config.parallel
-        ranks = {0, p.pp // 2, p.pp - 1}
-        return min(self._state(_mesh(config, world_size, rank), p.zero_stage, p.zero3_gather).total for rank in ranks)
+        pp = config.parallel.pp
+        return min(self._state_of(config, world_size, rank).total for rank in {0, pp // 2, pp - 1})
 
     @once
     def _pieces(self, mesh: Mesh) -> list[zero.Piece]:
         return self.inventory.rank(mesh.tp, mesh.pp, mesh.pp_rank, mesh.virtual_stages)
 
+    def _state_of(self, config: ResolvedConfig, world_size: int, pp_rank: int) -> zero.State:
+        p, mesh = config.parallel, _mesh(config, world_size, pp_rank)
+        return self._state(mesh, p.zero_stage, p.zero3_gather, self._overlaps(config, mesh))
+
+    def _overlaps(self, config: ResolvedConfig, mesh: Mesh) -> bool:
+        return zero.overlaps(config.deepspeed, mesh.dp, cuda=self.cuda)
+
     @once
-    def _state(self, mesh: Mesh, stage: int, gather: str) -> zero.State:
+    def _state(self, mesh: Mesh, stage: int, gather: str, overlap: bool) -> zero.State:
         first_mode = next(mode_of(self.parts.config, name) for name in MODES if name in self.parts.objectives)
-        state = zero.state(self._pieces(mesh), stage, mesh.dp, first_mode=first_mode, hold=gather == "step")
+        state = zero.state(
+            self._pieces(mesh), stage, mesh.dp, first_mode=first_mode, hold=gather == "step", overlap=overlap
+        )
         features = feature_bytes(self.parts.features) if mesh.is_last_stage else 0  # whole, whatever the stage
         return replace(state, teacher=state.teacher + features)
 
@@ -150,8 +171,9 @@ class Planner:
         p, mesh = config.parallel, _mesh(config, world_size, pp_rank)
         layout = RankLayout(replace(mesh, sequence_parallel=p.sequence_parallel), p.schedule, p.recompute)
         passes = {name: self._pass_cost(layout, name, part) for name, part in share(config, mesh.dp).passes.items()}
-        if config.objectives.adversarial.weight > 0 and mesh.is_last_stage:
-            passes["discriminator"] = discriminator_cost(self.parts, share(config, mesh.dp).passes["reconstruction"])
+        if config.objectives.adversarial.weight > 0:
+            part = share(config, mesh.dp).passes["reconstruction"]
+            passes["discriminator"] = discriminator_cost(self.parts, mesh, part)
         pieces = self._pieces(mesh)
         calls = [call for cost in passes.values() for call in cost.calls]
         sent = sum((cost.sent for cost in passes.values()), Sent())
@@ -161,9 +183,10 @@ class Planner:
         )
         sent += zero.norm_traffic(pieces, p.zero_stage, mesh.dp, p.tp * p.pp, self.inventory.towers)
         return RankPlan(
-            pp_rank, self._state(mesh, p.zero_stage, p.zero3_gather), passes, sent,
+            pp_rank, self._state_of(config, world_size, pp_rank), passes, sent,
             owned=zero.elements(pieces, trained=True) // (mesh.dp if p.zero_stage > 0 else 1),
             teacher=zero.elements(pieces, trained=False) // (mesh.dp if p.zero_stage == 3 else 1),
+            early=p.zero_stage == 1 and self._overlaps(config, mesh),
         )
 
 

@@ -1,7 +1,6 @@
 """Plans as text: a table, where memory and time go, and the lines to paste into a recipe."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 
 import yaml
 
@@ -51,7 +50,8 @@ def _cells(plan: Plan) -> dict[str, str]:
 def details(plan: Plan) -> str:
     """Show where one plan's memory, traffic and time go."""
     full = plan.fullest
-    state = ", ".join(f"{name} {size / GIB:.2f}" for name, size in asdict(full.state).items() if name != "step")
+    lasting = ("weights", "gradients", "optimizer", "teacher", "buffers")
+    state = ", ".join(f"{name} {getattr(full.state, name) / GIB:.2f}" for name in lasting)
     activations = ", ".join(f"{name} {cost.peak / GIB:.2f}" for name, cost in full.passes.items())
     sent = ", ".join(f"{axis} {op} {size / GIB:.3f}" for (axis, op), size in sorted(full.sent.items()))
     hours = plan.config.train.steps * plan.step_seconds / 3600

@@ -60,9 +60,13 @@ def feature_bytes(features: FeatureNetwork | None) -> int:
     return sum(weight.nbytes for weight in features.parameters()) if isinstance(features, nn.Module) else 0
 
 
-def _emptied(module: nn.Module) -> None:
-    """Give a module weights of the rehearsal it is in. Positions are kept: they are few, and made from numbers."""
-    for part in module.modules():
+def unread(features: FeatureNetwork, model: ResolvedModel) -> None:
+    """Give a network weights of the rehearsal it is in. Positions are kept: they are few, and made from numbers."""
+    if isinstance(features, OwnFeatures):
+        features.trunk = VisionEncoder(model).requires_grad_(False)
+    if not isinstance(features, nn.Module):
+        return
+    for part in features.modules():
         for name, weight in part._parameters.items():
             if weight is not None:
                 part._parameters[name] = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), False)
@@ -73,10 +77,7 @@ class Judge:
 
     def __init__(self, config: ResolvedConfig, features: FeatureNetwork, dtype: torch.dtype):
         self.settings, self.features, self.dtype = config.objectives.adversarial, features, dtype
-        if isinstance(features, OwnFeatures):
-            features.trunk = VisionEncoder(config.model).requires_grad_(False)
-        elif isinstance(features, nn.Module):
-            _emptied(features)
+        unread(features, config.model)
         self.module = Discriminator(self.features.widths)
         weights = dict(self.module.named_parameters())
         self._weights = {name: weight.detach() for name, weight in weights.items()}

@@ -6,8 +6,9 @@ number of gathers are DeepSpeed's, checked in ``tests/planning``.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,17 +83,23 @@ class State:
     """Bytes on a rank between steps and, for ``gradients`` and ``buffers``, during one.
 
     Attributes:
+        keeps: gradients and buffers stay from step to step, instead of coming with its first backward.
         optimizer: moments, and in stages 1 to 3 the weights' master partition.
         buffers: communication buckets, and in stage 3 what is gathered at one time.
         step: needed on top for a moment during the update, after the last backward.
     """
 
+    keeps: bool
     weights: int
     gradients: int
     optimizer: int
     teacher: int
     buffers: int
     step: int
+
+    def at(self, moment: int) -> int:
+        """Return the bytes without the activations before (0), in (1) and after (2) the first backward of a step."""
+        return self.total - (0 if self.keeps else (self.gradients + self.buffers, self.gradients, 0)[moment])
 
     @property
     def total(self) -> int:
@@ -105,11 +112,20 @@ def elements(pieces: Iterable[Piece], *, trained: bool) -> int:
     return sum(p.numel for p in pieces if p.trained == trained)
 
 
-def state(pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str, hold: bool) -> State:
+def overlaps(deepspeed: Mapping[str, Any], dp: int, *, cuda: bool) -> bool:
+    """Tell whether stages 1 and 2 reduce gradients while the backward runs, by the settings for DeepSpeed."""
+    given = deepspeed.get("zero_optimization", {}).get("overlap_comm")
+    return cuda and dp > 1 if given is None else given
+
+
+def state(
+    pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str, hold: bool, overlap: bool
+) -> State:
     """Count the state on a rank.
 
     ``first_mode`` is the forward whose backward comes first in a step; what it does not reach is zeroed in stage 2.
-    With ``hold``, stage 3 gathers everything for the whole step (``parallel.zero3_gather``).
+    With ``hold``, stage 3 gathers everything for the whole step (``parallel.zero3_gather``). With ``overlap``, stages 1
+    and 2 reduce while the backward runs, from two buckets in turn; in stage 1 ``step`` is needed from the last pass on.
     """
     trained, frozen = elements(pieces, trained=True), elements(pieces, trained=False)
     bucket = ceil_div(min(trained, _BUCKET), 1024) * 1024
@@ -118,14 +134,14 @@ def state(pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str, hold
     elif stage == 3:
         shards = [replace(p, numel=ceil_div(p.numel, dp)) for p in pieces]  # each parameter is cut on its own
         own, others = elements(shards, trained=True), elements(shards, trained=False)
-        modules = _modules(pieces).values()
-        gathered = sum(modules) if hold else max(modules, default=0)
+        gathered = _gathered(pieces, hold) if dp > 1 else 0
         counts = (own, own, 3 * own, others, bucket + gathered, max(_group_sizes(shards).values(), default=0))
     else:
         flat = flat_elements(pieces, dp)
         owned, unreached = _partition_gradients(pieces, dp, first_mode)
-        counts = (flat, trained if stage == 1 else owned + unreached, 3 * flat // dp, frozen, bucket, owned)
-    return State(*(FLOAT * count for count in counts))
+        gradients = trained if stage == 1 else owned + unreached
+        counts = (flat, gradients, 3 * flat // dp, frozen, bucket * (1 + overlap), owned)
+    return State(stage == 3, *(FLOAT * count for count in counts))
 
 
 def _group_sizes(pieces: Iterable[Piece]) -> Counter[int]:
@@ -160,13 +176,17 @@ def _partition_gradients(pieces: Sequence[Piece], dp: int, first_mode: str) -> t
     return owned[most], unreached[most]
 
 
-def _modules(pieces: Sequence[Piece]) -> Counter[str]:
-    """Sum the elements that stage 3 gathers together: those of a block, or elsewhere those of a module."""
-    sizes: Counter[str] = Counter()
+def _gathered(pieces: Sequence[Piece], hold: bool) -> int:
+    """Return the most elements that stage 3 has gathered at one time."""
+    sizes: Counter[tuple[str, int | None]] = Counter()  # of what is gathered together: a block, or elsewhere a module
     for piece in pieces:
         head, found, rest = piece.name.partition("blocks.")
-        sizes[f"{head}{rest.split('.')[0]}" if found else piece.name.rpartition(".")[0]] += piece.numel
-    return sizes
+        sizes[(head, int(rest.split(".")[0])) if found else (piece.name.rpartition(".")[0], None)] += piece.numel
+    if hold:
+        return sizes.total()
+    # While a block computes, the next one of its tower is on its way.
+    both = [size + sizes[head, number + 1] for (head, number), size in sizes.items() if number is not None]
+    return max([*both, *sizes.values()], default=0)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig, contrastive_size
 from megavtp.data.batch import Batch, masked_rows
 from megavtp.models.latent_noise import LatentNoise, draw_latent_noise
 from megavtp.nn.drop_path import DropPlan, draw_drop_plan
-from megavtp.objectives.centering import center_bias, sinkhorn_bias, update_center
+from megavtp.objectives.centering import center_bias, sinkhorn_biases, update_center
 from megavtp.objectives.contrastive import info_nce, siglip
 from megavtp.objectives.koleo import koleo
 from megavtp.objectives.reconstruction import reconstruction_terms
 from megavtp.objectives.self_distillation import StudentOutput, TeacherBias, TeacherOutput, self_distillation_loss
+from megavtp.parallel.collectives import begin_gather_from_dp
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.passes import Pass
 from megavtp.parallel.pipeline import Runner, forward
@@ -88,6 +89,7 @@ class ContrastivePass(_PretrainingPass):
     name = "contrastive"
     mode = "contrastive"
     over_batch = True
+    _texts: Callable[[], Tensor] | None = None  # waits for the texts of all ranks, where their gather has begun
 
     def prepare(self, run: Runner, batch: Batch) -> int:
         self.images, self.tokens = _needed(batch.images), _needed(batch.tokens)
@@ -98,7 +100,15 @@ class ContrastivePass(_PretrainingPass):
         pixels, size = self.pixels(images[rows]), contrastive_size(self.config)
         if size < pixels.shape[-1]:
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-        return {"images": pixels, "tokens": self.to_device(self.tokens[rows]), "drop": self.drop_plan(micro, [1])}
+        return {
+            "images": pixels, "tokens": self.to_device(self.tokens[rows]), "drop": self.drop_plan(micro, [1]),
+            "on_text": self._begin_texts if self.share.micro_batches == 1 else None,
+        }
+
+    def _begin_texts(self, text: Tensor) -> None:
+        """Gather the texts of all ranks while the images are encoded. (Of several micro-batches all are gathered
+        together, once they have been encoded.)"""
+        self._texts = begin_gather_from_dp(text, self.mesh)
 
     def global_inputs(self, outputs: Any) -> tuple[list[Tensor], list[Tensor]]:
         image, text, scale, bias = outputs
@@ -106,7 +116,8 @@ class ContrastivePass(_PretrainingPass):
 
     def global_terms(self, rows: list[Tensor], shared: list[Tensor]) -> dict[str, Tensor]:
         (image, text), bias = rows, shared[1] if len(shared) == 2 else None
-        return {"loss": CONTRASTIVE_LOSSES[self.settings.loss](image, text, shared[0], bias, self.mesh)}
+        texts, self._texts = self._texts, None
+        return {"loss": CONTRASTIVE_LOSSES[self.settings.loss](image, text, shared[0], bias, self.mesh, texts)}
 
 
 class SelfDistillationPass(_PretrainingPass):
@@ -131,6 +142,7 @@ class SelfDistillationPass(_PretrainingPass):
         self.centers: dict[str, Tensor] = {}
         if self.settings.centering == "softmax":
             self.centers = {name: torch.zeros(prototypes, device=device) for name in ("cls", "patches")}
+        self._next_centers: dict[str, Callable[[], Tensor]] = {}  # those of the next step, which wait for the ranks
 
     def prepare(self, run: Runner, batch: Batch) -> int:
         count = super().prepare(run, batch)
@@ -165,20 +177,18 @@ class SelfDistillationPass(_PretrainingPass):
 
     def _teacher_bias(self) -> TeacherBias:
         """Compute the centering of this step's targets, over the class tokens and the masked patches of all ranks."""
-        biases = {}
-        for name in ("cls", "patches"):
-            features, prototypes = [getattr(out, name) for out in self.teacher], self.teacher[0].W
-            if self.settings.centering == "sinkhorn":
-                biases[name] = sinkhorn_bias(
-                    features, prototypes, self.temperature, iterations=self.settings.sinkhorn_iterations,
-                    rows_at_once=self.settings.chunk, mesh=self.mesh,
-                )
-            else:
-                biases[name] = center_bias(self.centers[name], self.temperature)
-                self.centers[name] = update_center(
-                    self.centers[name], features, prototypes, momentum=self.settings.center_momentum, mesh=self.mesh
-                )
-        return TeacherBias(**biases)
+        W, s = self.teacher[0].W, self.settings
+        features = {name: [getattr(out, name) for out in self.teacher] for name in ("cls", "patches")}
+        if s.centering == "sinkhorn":
+            return TeacherBias(*sinkhorn_biases(
+                list(features.values()), W, self.temperature, iterations=s.sinkhorn_iterations,
+                rows_at_once=s.chunk, mesh=self.mesh,
+            ))
+        self._next_centers = {
+            name: update_center(self.centers[name], features[name], W, momentum=s.center_momentum, mesh=self.mesh)
+            for name in features
+        }
+        return TeacherBias(**{name: center_bias(self.centers[name], self.temperature) for name in features})
 
     def _crops(self, crops: Tensor, micro: int, first: bool) -> Tensor:
         crops = crops if first else crops.to("meta")
@@ -195,6 +205,8 @@ class SelfDistillationPass(_PretrainingPass):
         }
 
     def local_terms(self, outputs: Any, micro: int) -> dict[str, Tensor]:
+        self.centers |= {name: following() for name, following in self._next_centers.items()}
+        self._next_centers = {}
         student = StudentOutput(*outputs)
         if self.monitor_names:
             self._collapse.add(student, self.teacher[micro], self.bias.cls)

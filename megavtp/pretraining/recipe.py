@@ -25,6 +25,7 @@ from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS
 from megavtp.models.lpips_weights import load_lpips_weights
 from megavtp.models.vtp import VTP
 from megavtp.nn.block import Block
+from megavtp.nn.compiling import compile_regions, compiles
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.looking import from_first, look_once
 from megavtp.parallel.mesh import Mesh
@@ -164,6 +165,8 @@ def build_model(
     )
     if initial:
         fill(model, initial)
+    if compiles(config.parallel.compile, device):
+        compile_regions(model)
     return model
 
 

@@ -1,6 +1,7 @@
 """A rehearsal of pre-training on one rank of a large world."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -15,23 +16,24 @@ from megavtp.config.validate import with_vocabulary
 from megavtp.data.batch import Batch
 from megavtp.models.latent_noise import LatentNoise
 from megavtp.models.lpips import PERCEPTUAL_NETS, empty_lpips
-from megavtp.models.vtp import VTP
+from megavtp.nn.compiling import wanted
 from megavtp.nn.drop_path import BranchDrop, DropPlan
+from megavtp.parallel.mesh import SINGLE
 from megavtp.planning.devices import find_device
 from megavtp.planning.flops import expected_masked_patches, patches_of
-from megavtp.planning.parts import MODES
-from megavtp.planning.passes import term_count
+from megavtp.planning.passes import DISCRIMINATOR_TERMS, mode_of, term_count
 from megavtp.planning.plan import Planner
+from megavtp.planning.second_stage import features_of, shape_of
 from megavtp.pretraining import passes
 from megavtp.pretraining.recipe import Pretraining
 from megavtp.pretraining.validate import validate_pretraining
 from megavtp.training.optimizer import parameter_groups
-from megavtp.training.rehearsal import Played, Rehearsed, play
+from megavtp.training.rehearsal import Played, Rehearsed, as_on_gpus, play
 
 CLIP_VOCABULARY = 49_408
 
 
-class _WithoutFiles(Pretraining):
+class WithoutFiles(Pretraining):
     """Pre-training that reads no file."""
 
     def open(self) -> None:
@@ -64,35 +66,52 @@ def rehearse_pretraining(given: Config, world_size: int, rank: int) -> Rehearsed
 
     A vocabulary that the data decide is taken as CLIP's.
     """
-    config = validate_pretraining(given, world_size)
-    if config.model.text.vocab_size is None:
-        config = with_vocabulary(config, CLIP_VOCABULARY)
-    played = play_pretraining(config, world_size, rank)
+    config = as_on_gpus(with_some_vocabulary(validate_pretraining(given, world_size)), world_size)
+    return beside_the_plan(config, world_size, play_pretraining(config, world_size, rank))
+
+
+def with_some_vocabulary(config: ResolvedConfig) -> ResolvedConfig:
+    """Return ``config`` with CLIP's vocabulary if the data are to decide its size."""
+    return config if config.model.text.vocab_size is not None else with_vocabulary(config, CLIP_VOCABULARY)
+
+
+def beside_the_plan(config: ResolvedConfig, world_size: int, played: Played, *, cuda: bool = True) -> Rehearsed:
+    """Add what is planned of the rank that was played."""
     groups = partial(parameter_groups, config=config.train.optimizer)
-    plan = Planner(config, groups, find_device("h100")).plan(config, world_size).ranks[played.mesh.pp_rank]
+    planner = Planner(config, groups, find_device("h100"), cuda=cuda)
+    plan = planner.plan(config, world_size).ranks[played.mesh.pp_rank]
     return Rehearsed(played, plan.sent, plan.memory)
 
 
-def play_pretraining(config: ResolvedConfig, world_size: int, rank: int, *, fused_norms: bool = True) -> Played:
+def play_pretraining(
+    config: ResolvedConfig, world_size: int, rank: int, *, fused_norms: bool = True,
+    recipe: type[WithoutFiles] = WithoutFiles,
+) -> Played:
     """Play ``config``, validated for the world and with a vocabulary, on one of its ranks.
 
     What chance decides has its expected number: masked patches, and the sequences that drop path keeps.
     """
 
-    def make() -> tuple[Pretraining, Batch]:
-        recipe = _WithoutFiles(config, torch.device("cpu"))
-        recipe.open()
-        return recipe, recipe.batch()
+    compiled, uncompiled = wanted(config.parallel.compile, on_gpu=fused_norms), replace(config.parallel, compile="none")
 
-    objectives = share(config, 1).passes
+    def make() -> tuple[Pretraining, Batch]:
+        run = recipe(replace(config, parallel=uncompiled), torch.device("cpu"))
+        run.open()
+        return run, run.batch()
+
+    objectives = frozenset(share(config, 1).passes)
+    features = features_of(config, compute_dtype(config.parallel.precision))
     with torch.device("meta"):
-        whole = VTP(config.model, objectives=frozenset(objectives))
+        whole = shape_of(config, objectives, None if features is None else features.widths, SINGLE)
     towers = {group["tower"] for group in parameter_groups(whole.named_parameters(), config.train.optimizer)}
-    terms = {name: term_count(config, MODES[name]) for name in objectives}
+    terms = {name: term_count(config, mode_of(config, name)) for name in objectives}
+    terms["discriminator"] = DISCRIMINATOR_TERMS
     with patch.multiple(
         passes, masked_rows=partial(_masked_rows, config), draw_drop_plan=_drop_plan, draw_latent_noise=_latent_noise
     ):
-        return play(make, rank, world_size, towers=towers, terms=terms, fused_norms=fused_norms)
+        return play(
+            make, rank, world_size, towers=towers, terms=terms, fused_norms=fused_norms, compiled=compiled
+        )
 
 
 def _masked_rows(config: ResolvedConfig, masks: Tensor) -> tuple[Tensor, Tensor]:

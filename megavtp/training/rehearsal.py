@@ -6,20 +6,25 @@ Beside it stands what the planner says of that rank.
 import sys
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from time import perf_counter
-from typing import Any
+from time import process_time
+from typing import Any, TypeVar
 
+from megavtp.config.load import merged
+from megavtp.config.run import RunConfig
+from megavtp.nn.compiling import compile_regions
 from megavtp.parallel.mesh import AXES, Axis, Mesh, members
 from megavtp.parallel.rehearsal import rehearsed_rank
 from megavtp.parallel.striping import Stripe
 from megavtp.parallel.traffic import Traffic, count_traffic
 from megavtp.planning.cost import Sent
 from megavtp.planning.plan import GIB
+from megavtp.planning.regions import counted
 from megavtp.training.recipe import Recipe
 from megavtp.training.step import train_step
 
+C = TypeVar("C", bound=RunConfig)
 _STEPS = 2  # the first makes what stays, such as moments
 _CLOSE = 0.1  # relative error of a planned peak
 
@@ -33,7 +38,7 @@ class Played:
         blocks: the numbers of its blocks, by the name of the tower in the model.
         peak: the most bytes at one time, from before the model is built to the end of the last step.
         traffic: what it took part in sending in the last step.
-        seconds: how long each part of the play took on this machine.
+        seconds: of one core that each part of the play took.
     """
 
     mesh: Mesh
@@ -44,9 +49,17 @@ class Played:
     seconds: Mapping[str, float]
 
 
+def as_on_gpus(config: C, world_size: int) -> C:
+    """Return ``config`` with ``overlap_comm`` as it is by default on GPUs, for which the plan is."""
+    p = config.parallel
+    if p.zero_stage == 0 or world_size == p.tp * p.pp:
+        return config
+    return replace(config, deepspeed=merged({"zero_optimization": {"overlap_comm": True}}, config.deepspeed))
+
+
 def play(
     make: Callable[[], tuple[Recipe, Any]], rank: int, world_size: int, *, towers: AbstractSet[str],
-    terms: Mapping[str, int], fused_norms: bool = False,
+    terms: Mapping[str, int], fused_norms: bool = False, compiled: bool = False,
 ) -> Played:
     """Set up a run as one rank of a world and train; all is real but the data and the other ranks.
 
@@ -55,21 +68,24 @@ def play(
         towers: those that any rank trains, by the names in the optimizer's groups.
         terms: the number of loss terms of each pass, which only the last pipeline rank computes.
         fused_norms: see ``parallel.rehearsal``.
+        compiled: its regions hold and make what compiled ones do; the recipe itself compiles nothing.
     """
     print("setting up and playing two steps; large models take minutes ...", file=sys.stderr, flush=True)
     seconds: dict[str, float] = {}
-    start = perf_counter()
+    start = process_time()
 
     def done(part: str) -> None:
         nonlocal start
-        seconds[part], start = perf_counter() - start, perf_counter()
+        seconds[part], start = process_time() - start, process_time()
 
     with rehearsed_rank(rank, world_size, towers, fused_norms=fused_norms) as live:
-        start = perf_counter()  # DeepSpeed is imported
+        start = process_time()  # DeepSpeed is imported
         recipe, batch = make()
         before = live.now
         done("groups")
         recipe.build()
+        if compiled:
+            compile_regions(recipe.engine.module, counted)
         done("model and engine")
         mesh, engine, passes = recipe.mesh, recipe.engine, recipe.passes()
         if not mesh.is_last_stage:
@@ -95,35 +111,31 @@ def play(
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """A play beside what is planned: bytes by (axis, operation), and the most bytes at one time; None is not known."""
+    """A play beside what is planned: bytes by (axis, operation), and the most bytes at one time."""
 
     played: Played
     sent: Sent
-    memory: float | None
+    memory: float
 
     def agrees(self) -> bool:
         """Tell whether the planned bytes are those of the play, and the memory within 10 %."""
-        sent = self.played.traffic.sent
-        close = self.memory is None or abs(self.memory / self.played.peak - 1) <= _CLOSE
-        return close and all(sent[kind] == size for kind, size in self.sent.items())
+        return self.played.traffic.sent == self.sent and abs(self.memory / self.played.peak - 1) <= _CLOSE
 
     def page(self) -> str:
         """Return what a user reads of it."""
         played, mesh, sent = self.played, self.played.mesh, self.played.traffic.sent
         groups = [f"{axis} {_spans(ranks)}" for axis, ranks in played.groups.items() if len(ranks) > 1]
-        planned = "" if self.memory is None else f", planned {self.memory / GIB:.3f}"
         rows = [("axis", "operation", "messages", "bytes", "planned")]
         for kind, count in sorted(played.traffic.messages.items()):
-            known = f"{self.sent[kind]:,}" if kind in self.sent else "-"
-            rows.append((*kind, f"{count:,}", f"{sent[kind]:,}", known))
+            rows.append((*kind, f"{count:,}", f"{sent[kind]:,}", f"{self.sent[kind]:,}"))
         widths = [max(map(len, column)) for column in zip(*rows)]
         return "\n".join([
             f"rank        {mesh.rank:,} of {mesh.world_size:,}: tp {mesh.tp_rank} of {mesh.tp}, pp {mesh.pp_rank} of "
             f"{mesh.pp}, dp {mesh.dp_rank} of {mesh.dp}",
             f"groups      {'; '.join(groups) or 'none'}",
             f"blocks      {'; '.join(f'{name} {_spans(blocks)}' for name, blocks in played.blocks.items())}",
-            f"took here   {', '.join(f'{part} {time:.2f} s' for part, time in played.seconds.items())}",
-            f"memory      {played.peak / GIB:.3f} GiB at most{planned}",
+            f"one core    {', '.join(f'{part} {time:.2f} s' for part, time in played.seconds.items())}",
+            f"memory      {played.peak / GIB:.3f} GiB at most, planned {self.memory / GIB:.3f}",
             "sent in a step",
             *("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows),
         ])

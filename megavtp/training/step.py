@@ -34,7 +34,7 @@ def train_step(
     terms: dict[str, Tensor] = {}
     for objective in passes:
         phase.enter(f"step {batch.step + 1}, pass {objective.name}")
-        terms |= execute(objective, engine, batch)  # gradients add up in the engine
+        terms |= execute(objective, engine, batch, objective is passes[-1])  # gradients add up in the engine
     phase.enter(f"step {batch.step + 1}, update")
     result = engine.step()
     if result.applied:

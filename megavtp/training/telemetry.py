@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megavtp.config.run import RunConfig, has_line
+from megavtp.nn.compiling import COMPILED
 from megavtp.parallel.collectives import all_reduce
 from megavtp.parallel.mesh import Mesh
 from megavtp.planning.devices import device_peak_tflops
@@ -58,6 +60,7 @@ class Telemetry:
         self.progress = ProgressLine()
         self._seconds_per_step: float | None = None
         self._paused = self._waited = 0.0
+        self._compiled = replace(COMPILED)
         self._replaced = 0
 
     def start(self, step: int) -> None:
@@ -86,10 +89,15 @@ class Telemetry:
 
         In a line, terms, ``grad_norm`` and ``tower_grad_norms`` are means over its steps (and over ranks), without the
         non-finite ones, whose number is ``nonfinite_steps``; ``grad_norm_max`` is the largest; ``lr`` is the last;
-        ``bad_samples`` are those that were newly replaced, over all ranks.
+        ``bad_samples`` are those that were newly replaced, over all ranks. A step that compiled is an event
+        ``compiled``, and its compiling does not count as training time.
         """
         towers = {_OF_TOWER + tower: norm for tower, norm in tower_norms.items()}
         self._rows.append({**terms, **towers, _NORM: grad_norm})
+        if COMPILED.graphs > self._compiled.graphs:
+            self._paused += COMPILED.seconds - self._compiled.seconds
+            self._compiled = replace(COMPILED)
+            self.event("compiled", step=step + 1, graphs=COMPILED.graphs, seconds=COMPILED.seconds)
         if has_line(self.config, step + 1):
             self._line(step + 1, lr, wait_seconds, bad_samples)
 

@@ -18,6 +18,7 @@ from megavtp.config.schema import DecoderConfig, ModelConfig, TextConfig, Vision
 from megavtp.errors import UserError
 from megavtp.models.build import build_vtp
 from megavtp.models.vtp import OBJECTIVES
+from megavtp.nn.block import run_blocks
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.sharding import cut, shard_of
 
@@ -66,10 +67,9 @@ def without_rotation(model):
 
 def stack(model, tokens):
     """Blocks and final norm of the trunk on given tokens (b, 1 + N, D)."""
-    rotation = [model.trunk.rope_embed.tables(2, 4, 1)]
-    x = tokens.flatten(0, 1)
-    for block in getattr(model.trunk.blocks, "values", lambda: model.trunk.blocks)():
-        x = block(x, (tuple(tokens.shape[:2]),), rotation)
+    blocks = getattr(model.trunk.blocks, "values", lambda: model.trunk.blocks)()
+    tables = [model.trunk.rope_embed.tables(2, 4, 1)]
+    x = run_blocks(enumerate(blocks), tokens.flatten(0, 1), (tuple(tokens.shape[:2]),), tables)
     return model.trunk.norm(x).view_as(tokens)
 
 

@@ -150,7 +150,6 @@ CROSS_RULES = [
     (1, "deepspeed.train_batch_size=auto", "deepspeed.train_batch_size: .*train.batch_size"),
     (1, "deepspeed.qqqq=1", "deepspeed.qqqq: not a key of DeepSpeed"),
     (1, "deepspeed.zero_optimization.offload_optimizer.device=cpu", "offload_optimizer: does not work here; remove it"),
-    (1, "deepspeed.zero_optimization.overlap_comm=true", "overlap_comm needs parallel.zero_stage 2 or 3, not 1"),
 ]
 
 
@@ -161,6 +160,12 @@ def test_a_broken_rule_names_its_keys(check, world, overrides, match):
     with pytest.raises(UserError, match=match) as error:
         check(world, *parts)
     assert "\n" not in str(error.value)
+
+
+def test_overlapping_reduction_needs_zero(check):
+    with pytest.raises(UserError, match="overlap_comm needs parallel.zero_stage 1, 2 or 3, not 0"):
+        check(1, "deepspeed.zero_optimization.overlap_comm=true", "parallel.zero_stage=0")
+    check(1, "deepspeed.zero_optimization.overlap_comm=true")
 
 
 def test_interleaving_needs_virtual_stages(check):

@@ -7,20 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.comparisons.torchvision_kernels import define_missing
 from megavtp.data import photometric
 
 
 @pytest.fixture(scope="module")
 def functional():
-    """torchvision's functionals. On a CPU-only torch its import needs two operator schemas that no library defines."""
-    pytest.importorskip("PIL")
-    if torch.version.cuda is None:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            try:
-                library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            except RuntimeError:  # somebody else in this process defined it
-                pass
+    """torchvision's functionals."""
+    define_missing()
     try:
         from torchvision.transforms import _functional_tensor
     except (ImportError, RuntimeError) as error:

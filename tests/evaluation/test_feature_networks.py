@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.comparisons.torchvision_kernels import define_missing
 from megavtp.errors import UserError
 from megavtp.evaluation.distances import efficientnet
 from megavtp.evaluation.distances.efficientnet import EfficientNetLite0, load_efficientnet, weight_shapes
@@ -114,21 +115,13 @@ def test_inception_opens_nothing_but_its_weights(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def fidelity():
-    """torch-fidelity's network. On a CPU-only torch its torchvision needs two schemas that no library defines."""
-    if torch.version.cuda is None and importlib.util.find_spec("torchvision"):
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            try:
-                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            except RuntimeError:
-                pass  # it is there
+    """torch-fidelity's network."""
+    define_missing()
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except Exception as error:
         pytest.skip(f"torch-fidelity cannot be imported: {error}")
-    yield FeatureExtractorInceptionV3
-    if torch.version.cuda is None:
-        library._destroy()
+    return FeatureExtractorInceptionV3
 
 
 def test_inception_by_torch_fidelity(fidelity, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ LAUNCHER = Path(__file__).parents[2] / "launchers" / "pretrain.py"
 RECIPE = {
     "model": {"text": {"vocab_size": None}}, "data": {"workers": 2},
     "train": {"steps": 6, "checkpoint_every": 3}, "telemetry": {"log_every": 1, "pictures_every": 0},
+    "parallel": {"compile": "none"},  # which takes longer than the steps, and has a test of its own
 }
 
 
@@ -41,8 +42,22 @@ def train(recipe: Path, folder: Path, *overrides: str) -> list[dict]:
     command = [sys.executable, str(LAUNCHER), "--config", str(recipe), f"output_dir={folder}", *overrides]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [record for record in records if record["kind"] == "step"]
+    return records(folder, "step")
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [record for record in found if record["kind"] == kind]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_compiled_blocks_agree(recipe, tmp_path, stage):
+    layout = f"parallel.zero_stage={stage}", "parallel.recompute=selective"
+    expected = train(recipe, tmp_path / "plain", *layout)
+    lines = train(recipe, tmp_path / "compiled", *layout, "parallel.compile=blocks")
+    for line, reference in zip(lines, expected, strict=True):
+        assert line["terms"] == pytest.approx(reference["terms"], rel=1e-3)
+    assert records(tmp_path / "compiled", "compiled")[-1]["step"] <= 3, "a later step has compiled something anew"
 
 
 def test_stages_agree(recipe, tmp_path):

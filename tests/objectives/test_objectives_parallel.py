@@ -73,7 +73,7 @@ def evaluate(mesh):
     for kind, part, vector in zip(("cls", "patches"), rows, bias):
         results[f"sinkhorn/{kind}"] = all_gather(vector, mesh, "tp")
         results[f"center/{kind}"] = all_gather(
-            update_center(center, part, teacher_W, momentum=0.9, mesh=mesh), mesh, "tp"
+            update_center(center, part, teacher_W, momentum=0.9, mesh=mesh)(), mesh, "tp"
         )
     return results
 

@@ -44,7 +44,7 @@ def test_terms_and_gradients_equal_dinov2(stored, kind):
         student, teacher, weights = outputs(inputs)
         if kind == "centering":
             bias = TeacherBias(*center_bias(centers, temperature))
-            centers = torch.stack([update_center(c, [t], EYE, momentum=0.9) for c, t in zip(centers, teacher)])
+            centers = torch.stack([update_center(c, [t], EYE, momentum=0.9)() for c, t in zip(centers, teacher)])
         else:
             biases = [sinkhorn_bias([t], EYE, temperature, iterations=3, rows_at_once=5) for t in teacher[:2]]
             bias = TeacherBias(*biases)

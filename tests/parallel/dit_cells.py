@@ -55,6 +55,7 @@ class Cell:
     condition: str = "class"
     precision: str = "fp32"
     sequence_parallel: bool = False
+    compile: str = "none"
 
     @property
     def world(self) -> int:
@@ -64,7 +65,7 @@ class Cell:
         layout = {
             "tp": self.tp, "pp": self.pp, "zero_stage": self.zero, "recompute": self.recompute,
             "precision": self.precision, "schedule": self.schedule, "sequence_parallel": self.sequence_parallel,
-            "virtual_stages": 2 if self.schedule == "interleaved_1f1b" else 1,
+            "virtual_stages": 2 if self.schedule == "interleaved_1f1b" else 1, "compile": self.compile,
         }
         sections = {
             **BASE, "parallel": layout, "data": {**BASE["data"], "root": str(root)},

@@ -12,6 +12,7 @@ import torch
 from tiny_run import Outcome, build_engine, data_of, follow, learning_rate, merged, passes_of, reference, tiny_config
 
 from megavtp.config.schema import Config, VisionConfig
+from megavtp.nn import compiling
 from megavtp.parallel.collectives import all_gather_object, all_reduce
 from megavtp.parallel.mesh import build_mesh
 from megavtp.training.step import train_step
@@ -60,6 +61,7 @@ class Cell:
     sequence_parallel: bool = False
     micro_batches: int = 1
     off: str = ""
+    compile: str = "none"
 
     @property
     def world(self) -> int:
@@ -89,7 +91,7 @@ class Cell:
         parallel = {
             "tp": self.tp, "pp": self.pp, "zero_stage": self.zero, "schedule": self.schedule,
             "virtual_stages": self.virtual_stages, "recompute": self.recompute,
-            "precision": self.precision, "sequence_parallel": self.sequence_parallel,
+            "precision": self.precision, "sequence_parallel": self.sequence_parallel, "compile": self.compile,
         }
         return {"objectives": objectives, "parallel": parallel}
 
@@ -124,7 +126,7 @@ AXES: dict[str, tuple] = {
     "tp": (1, 2, 4), "pp": (1, 2, 4), "dp": (1, 2, 4), "zero": (0, 1, 2, 3),
     "schedule": ("1f1b", "gpipe", "interleaved_1f1b"), "recompute": ("none", "selective", "full"),
     "precision": ("fp32", "bf16"), "sequence_parallel": (False, True), "micro_batches": (1, 2, 4),
-    "off": ("", "contrastive", "self_distillation", "reconstruction"),
+    "off": ("", "contrastive", "self_distillation", "reconstruction"), "compile": ("none", "blocks"),
 }
 _WIDTHS = {name: max(len(name), *(len(str(value)) for value in values)) for name, values in AXES.items()}
 HEADER = "  ".join(f"{name:<{width}}" for name, width in _WIDTHS.items())
@@ -143,19 +145,23 @@ def cells(**given: Iterable) -> list[Cell]:
 
 
 def whole_matrix() -> list[Cell]:
-    """Every legal cell of the layout settings, each with one of the micro-batch counts, and of the objectives that are
-    off, in turn."""
-    turns = list(itertools.product(AXES["off"], AXES["micro_batches"]))
+    """Every legal cell of the layout settings, each with one of the micro-batch counts, of the objectives that are off,
+    and of ``compile``, in turn."""
+    turns = list(itertools.product(AXES["compile"], AXES["off"], AXES["micro_batches"]))
     whole = []
-    for index, cell in enumerate(cell for cell in cells(micro_batches=(1,), off=("",)) if legal(cell)):
-        off, micro = turns[(index + index // len(turns)) % len(turns)]  # shifted each round: it meets every setting
-        whole.append(replace(cell, off=off, micro_batches=micro))
+    alike = {"micro_batches": (1,), "off": ("",), "compile": ("none",)}
+    for index, cell in enumerate(cell for cell in cells(**alike) if legal(cell)):
+        compiled, off, micro = turns[(index + index // len(turns)) % len(turns)]  # shifted so that it meets all
+        whole.append(replace(cell, off=off, micro_batches=micro, compile=compiled))
     return whole
 
 
 def basic_layouts() -> list[Cell]:
     """All of tensor- and data-parallel size, ZeRO stage, micro-batches and recomputation on up to four processes."""
-    alike = {"pp": (1,), "schedule": ("1f1b",), "precision": ("fp32",), "sequence_parallel": (False,), "off": ("",)}
+    alike = {
+        "pp": (1,), "schedule": ("1f1b",), "precision": ("fp32",), "sequence_parallel": (False,), "off": ("",),
+        "compile": ("none",),
+    }
     every = cells(tp=(1, 2), recompute=("none", "full"), micro_batches=(1, 2), **alike)
     return [cell for cell in every if cell.world <= 4]
 
@@ -225,8 +231,11 @@ def run_cell(config: Config) -> Outcome:
     return outcome
 
 
-def run_cells(rank: int, chosen: list[Cell], extra: dict | None = None) -> list[tuple[Outcome, float]]:
-    """Outcome and seconds of each, on the first rank."""
+def run_cells(
+    rank: int, chosen: list[Cell], extra: dict | None = None, backend: str = compiling.BACKEND
+) -> list[tuple[Outcome, float]]:
+    """Outcome and seconds of each, on the first rank; what is compiled goes through torch's ``backend``."""
+    compiling.BACKEND = backend
     results = []
     for cell in chosen:
         begin = time.perf_counter()

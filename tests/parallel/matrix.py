@@ -1,8 +1,9 @@
 """The whole layout matrix as a table: ``make matrix``, or ``python tests/parallel/matrix.py zero=3 pp=2,4``.
 
 Every legal cell of tp, pp, dp, ZeRO stage, schedule, recompute, precision and sequence parallelism on up to 8 gloo
-processes of this machine, with all micro-batch counts and switched-off objectives in turn, against one process. Takes
-some 100 minutes on two cores: key=value,... narrows it. Ends with status 1 if a cell differs.
+processes of this machine, with all micro-batch counts, switched-off objectives and compiled blocks in turn, against one
+process. Takes some 100 minutes on two cores, and compiling as long again: key=value,... narrows it. Ends with status 1
+if a cell differs.
 """
 
 from __future__ import annotations

@@ -122,8 +122,11 @@ def _held_in_second_backward(mesh: Mesh, guarded: bool) -> int:
     engine, module = make(mesh, 3)
     counts: list[int] = []
     module.on_gradient = lambda: counts.append(sum(p.ds_status.name == "AVAILABLE" for p in module.parameters()))
-    flag_only = adapter.before_backward if guarded else lambda engine: engine.optimizer.clear_backward_seen_flag()
-    with patch.object(adapter, "before_backward", flag_only):
+
+    def flag_only(engine: Any, is_last: bool) -> None:
+        engine.optimizer.clear_backward_seen_flag()
+
+    with patch.object(adapter, "before_backward", adapter.before_backward if guarded else flag_only):
         play(engine, module, [CONSECUTIVE])
     engine.close()
     return counts[1]

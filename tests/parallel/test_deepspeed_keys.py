@@ -21,7 +21,10 @@ STEPS = [ALTERNATING, ONLY_A, ALTERNATING]  # several backwards a step; one head
 # size. Two runs of a stage where one key would switch off what another one changes.
 _BUCKETS = {"reduce_bucket_size": 50, "allgather_bucket_size": 50}
 ZERO: dict[int, list[dict[str, Any]]] = {
-    1: [{**_BUCKETS, "allgather_partitions": False, "reduce_scatter": False}],
+    1: [
+        {**_BUCKETS, "allgather_partitions": False, "reduce_scatter": False}, {**_BUCKETS, "overlap_comm": True},
+        {"overlap_comm": True, "contiguous_gradients": False},
+    ],
     2: [
         {**_BUCKETS, "overlap_comm": True, "contiguous_gradients": False, "use_multi_rank_bucket_allreduce": False},
         {"overlap_comm": True, "allgather_partitions": False, "reduce_scatter": False},

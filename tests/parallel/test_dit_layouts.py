@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from latent_folder import FINGERPRINT, random_latents
 
 from megavtp.checkpoint.store import CheckpointStore, open_checkpoint
 from megavtp.dit.checkpoint import load_dit
+from megavtp.nn import compiling
 from megavtp.parallel.collectives import all_gather_object
 from megavtp.training import state
 
@@ -20,7 +22,8 @@ TOLERANCE = 1e-5  # relative, float32
 SHORT = 2  # steps in each cell
 
 
-def _run_cells(rank: int, chosen: list[Cell], root: Path) -> list[Outcome]:
+def _run_cells(rank: int, chosen: list[Cell], root: Path, backend: str = compiling.BACKEND) -> list[Outcome]:
+    compiling.BACKEND = backend
     outcomes = []
     for cell in chosen:
         run = CellRun(cell.config(root))
@@ -64,8 +67,32 @@ def test_each_pair_of_settings_occurs() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_layouts(world: int, root: Path, expected: dict[str, Outcome], capsys: pytest.CaptureFixture) -> None:
-    chosen = [cell for cell in cells() if cell.world == world]
-    outcomes = run_ranks(world, _run_cells, chosen, root, timeout=500)[0]
+    check([cell for cell in cells() if cell.world == world], root, expected, capsys)
+
+
+COMPILED = [
+    Cell(2, 1, 1, 1, 2, recompute="full", sequence_parallel=True, compile="blocks"),
+    Cell(1, 1, 2, 3, recompute="selective", condition="caption", compile="blocks"),
+]
+
+
+@pytest.mark.timeout(600)
+def test_compiled_layouts(root: Path, expected: dict[str, Outcome], capsys: pytest.CaptureFixture) -> None:
+    """Through a backend that runs the graphs as they are: what differs between layouts is around them."""
+    check(COMPILED, root, expected, capsys, "aot_eager")
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_all_compiled(world: int, root: Path, expected: dict[str, Outcome], capsys: pytest.CaptureFixture) -> None:
+    check([replace(cell, compile="blocks") for cell in cells() if cell.world == world], root, expected, capsys)
+
+
+def check(
+    chosen: list[Cell], root: Path, expected: dict[str, Outcome], capsys: pytest.CaptureFixture, *backend: str
+) -> None:
+    outcomes = run_ranks(chosen[0].world, _run_cells, chosen, root, *backend, timeout=500)[0]
     found = {cell: outcome.difference(expected[cell.condition]) for cell, outcome in zip(chosen, outcomes, strict=True)}
     with capsys.disabled():
         print("".join(f"\n{cell}: {difference:.1e}" for cell, difference in found.items()))

@@ -5,6 +5,7 @@ matrix by ``make matrix`` (``matrix.py``). Every other cell is refused by name."
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 from distributed import run_ranks
@@ -17,7 +18,7 @@ from megavtp.pretraining import passes
 
 @pytest.fixture(scope="module")
 def candidates() -> list[Cell]:
-    return [cell for cell in cells() if legal(cell)]
+    return [cell for cell in cells(compile=("none",)) if legal(cell)]
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +26,13 @@ def chosen(candidates: list[Cell]) -> list[Cell]:
     return pairwise(candidates)
 
 
-def check(chosen: list[Cell], world: int, capsys: pytest.CaptureFixture, extra: dict | None = None) -> None:
+def check(
+    chosen: list[Cell], world: int, capsys: pytest.CaptureFixture, extra: dict | None = None, timeout: float = 800,
+    **options: str,
+) -> None:
     """Run those of the cells that have ``world`` processes, and print the table."""
     mine = [cell for cell in chosen if cell.world == world]
-    results = run_ranks(world, run_cells, mine, extra, timeout=800)[0]
+    results = run_ranks(world, partial(run_cells, **options), mine, extra, timeout=timeout)[0]
     rows = [(*verdict(cell, outcome, extra), seconds) for cell, (outcome, seconds) in zip(mine, results, strict=True)]
     with capsys.disabled():
         print(f"\n{HEADER}")
@@ -47,6 +51,26 @@ def test_layout_matrix(world: int, chosen: list[Cell], capsys: pytest.CaptureFix
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_basic_layouts(world: int, capsys: pytest.CaptureFixture) -> None:
     check(basic_layouts(), world, capsys, BASIC)
+
+
+COMPILED = [
+    Cell(tp=2, sequence_parallel=True, recompute="selective", compile="blocks"),
+    Cell(pp=2, zero=0, micro_batches=2, compile="blocks"),
+    Cell(dp=2, zero=3, recompute="full", precision="bf16", compile="blocks"),
+]
+
+
+@pytest.mark.timeout(900)
+def test_compiled_layouts(capsys: pytest.CaptureFixture) -> None:
+    """Through a backend that runs the graphs as they are: what differs between layouts is around them."""
+    check(COMPILED, 2, capsys, backend="aot_eager")
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_every_pair_compiled(world: int, capsys: pytest.CaptureFixture) -> None:
+    check(pairwise([cell for cell in cells(compile=("blocks",)) if legal(cell)]), world, capsys, timeout=7000)
 
 
 def test_no_basic_layout_is_left_out(candidates: list[Cell]) -> None:
@@ -81,17 +105,17 @@ def test_the_chosen_cells_have_every_pair(candidates: list[Cell], chosen: list[C
 
 def test_the_whole_matrix_has_every_legal_layout(candidates: list[Cell]) -> None:
     def layout(cell: Cell) -> frozenset:
-        return frozenset(x for x in vars(cell).items() if x[0] not in ("micro_batches", "off"))
+        return frozenset(x for x in vars(cell).items() if x[0] not in ("micro_batches", "off", "compile"))
 
-    whole = whole_matrix()
+    whole, every = whole_matrix(), [cell for cell in cells() if legal(cell)]
     assert {layout(cell) for cell in whole} == {layout(cell) for cell in candidates}
-    assert {pair for cell in whole for pair in pairs(cell)} == {pair for cell in candidates for pair in pairs(cell)}
+    assert {pair for cell in whole for pair in pairs(cell)} == {pair for cell in every for pair in pairs(cell)}
     assert len(whole) == len({layout(cell) for cell in whole})
 
 
 def test_every_other_cell_is_refused_by_name() -> None:
     refused = 0
-    for cell in cells(off=("",), micro_batches=(1,), precision=("fp32",), zero=(1,)):
+    for cell in cells(off=("",), micro_batches=(1,), precision=("fp32",), zero=(1,), compile=("none",)):
         if legal(cell):
             cell.config()
             continue

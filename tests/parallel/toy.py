@@ -107,11 +107,13 @@ def play(engine: Engine, module: Toy, script: Script, first: int = 0, poisoned: 
     for step, events in enumerate(script, first):
         engine.begin_step()
         losses = {}
-        for kind, head in events:
+        for number, (kind, head) in enumerate(events, 1):
             x, target = rows_of(step, head, engine.mesh, step == poisoned)
             if kind == "F":
                 losses[head] = (engine(head, x) - target).square().mean()
             else:
+                if number == len(events):
+                    engine.announce_last_backward()
                 engine.backward(losses.pop(head))
         result = engine.step()
         outcome.norms.append(float(result.grad_norm))

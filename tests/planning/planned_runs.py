@@ -44,7 +44,8 @@ def plan_of(config: Config, world_size: int) -> Plan:
     """By a planner that configurations share which differ in their layout only."""
     whole = {name: replace(getattr(config.objectives, name), micro_batch=None) for name in OBJECTIVES}
     alone = replace(
-        config, parallel=ParallelConfig(precision=config.parallel.precision),
+        config, deepspeed={},
+        parallel=ParallelConfig(precision=config.parallel.precision, compile=config.parallel.compile),
         objectives=replace(config.objectives, **whole),
     )
     if repr(alone) not in _PLANNERS:

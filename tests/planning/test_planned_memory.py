@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from planned_runs import layout, plan_of
+from planned_runs import BATCH, layout, plan_of
 from safetensors.torch import save_file
 from tiny_run import build_engine, build_model, data_of, learning_rate, merged, passes_of
 from torch import nn
@@ -24,9 +25,13 @@ from torch.profiler import ProfilerActivity, profile
 from megavtp.config.schema import Config
 from megavtp.decoder import passes as decoder_passes
 from megavtp.models.vtp import OBJECTIVES, VTP
+from megavtp.nn import compiling
+from megavtp.nn.block import run_blocks
+from megavtp.nn.drop_path import BranchDrop, DropPlan
 from megavtp.parallel.mesh import SINGLE, Mesh, build_mesh
 from megavtp.parallel.passes import execute
 from megavtp.pixels import to_uint8
+from megavtp.planning.parts import Rehearsals
 from megavtp.planning.zero import Inventory
 from megavtp.training.optimizer import parameter_groups
 from megavtp.training.step import train_step
@@ -103,6 +108,56 @@ def test_activations_of_each_pass(recompute: str, precision: str, micro_batches:
         assert plan.passes[objective.name].peak == pytest.approx(allocated.peak, rel=0.1), objective.name
 
 
+@pytest.mark.sweep
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("recompute, precision, micro_batches", [
+    ("none", "fp32", 1), ("none", "bf16", 2), ("selective", "bf16", 1), ("full", "fp32", 2),
+])
+def test_activations_of_each_compiled_pass(recompute: str, precision: str, micro_batches: int) -> None:
+    config = layout(1, micro_batches, SIZES, recompute=recompute, precision=precision, compile="blocks")
+    plan = plan_of(config, 1).ranks[0]
+    runner, batch = Runner(config), data_of(config, SINGLE)(0)
+    for objective in passes_of(config, SINGLE):
+        execute(objective, runner, batch)  # compiles
+        with tracked() as allocated:
+            execute(objective, runner, batch)
+        assert plan.passes[objective.name].peak == pytest.approx(allocated.peak, rel=0.1), objective.name
+
+
+@pytest.mark.parametrize("recompute, precision", [("none", "bf16"), ("selective", "fp32")])
+@pytest.mark.parametrize("mode, tower", [("student", "trunk"), ("reconstruction", "pixel_decoder")])
+def test_what_compiled_blocks_hold(
+    mode: str, tower: str, recompute: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the compiler's own choice of what the backward is left, but without its kernels."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager_decomp_partition")
+    compiling.compiled.cache_clear()
+    config = layout(1, 1, SIZES, recompute=recompute, precision=precision, compile="blocks")
+    parts = Rehearsals(config, fused_norms=False)
+    model, segments = build_model(config, SINGLE), parts.segments(mode, tower, BATCH)
+    blocks = [(int(index), block) for index, block in getattr(model, tower).blocks.items()]
+    rope = getattr(model, tower).rope_embed
+    tables = [rope.tables(1, length) for _, length in segments]
+    keep = [torch.arange(round(count * 0.7)) for count, _ in segments]
+    branch = BranchDrop(tuple(keep), (1 / 0.7,) * len(keep))
+    drop = DropPlan(((branch, branch),) * len(blocks)) if mode == "student" else None
+    x = torch.randn(sum(count * length for count, length in segments), TOWER["width"], requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        with model.precision():
+            return run_blocks(blocks, x, segments, tables, drop, recompute)
+
+    forward()  # compiles
+    with tracked() as allocated:
+        y = forward()
+    planned = parts.stack(mode, tower, len(blocks), BATCH, 1, False, recompute)
+    assert planned.held == pytest.approx(allocated.left, rel=0.1) and y.requires_grad
+    plain = Rehearsals(replace(config, parallel=replace(config.parallel, compile="none")), fused_norms=False)
+    if (mode, recompute) == ("student", "none"):  # RMS norms
+        assert planned.held < 0.9 * plain.stack(mode, tower, len(blocks), BATCH, 1, False, recompute).held
+    compiling.compiled.cache_clear()
+
+
 class TimmViT(nn.Module):
     """What is read of a ViT of timm's, on blocks that are no attention."""
 
@@ -146,12 +201,14 @@ def test_activations_of_the_second_stage(
         left += allocated.left
 
 
+OVERLAPPING = merged(SIZES, {"deepspeed": {"zero_optimization": {"overlap_comm": True}}})
 INTERLEAVED = {"pp": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}
 STEPS = {  # by the ranks of the world and which of them is here
     (1, 0): [layout(1, 1, SIZES, zero_stage=zero_stage) for zero_stage in (0, 1, 2, 3)],
     (2, 0): [
         layout(2, 1, SIZES, tp=2), layout(2, 1, SIZES, tp=2, sequence_parallel=True),
         layout(2, 1, SIZES, tp=2, sequence_parallel=True, recompute="selective"), layout(2, 1, SIZES, zero_stage=3),
+        layout(2, 1, OVERLAPPING, zero_stage=1), layout(2, 1, OVERLAPPING, zero_stage=2),
         layout(2, 4, SIZES, pp=2), layout(2, 4, SIZES, pp=2, schedule="gpipe"), layout(2, 4, SIZES, **INTERLEAVED),
     ],
     (2, 1): [layout(2, 4, SIZES, pp=2), layout(2, 4, SIZES, **INTERLEAVED)],

@@ -11,16 +11,18 @@ from distributed import run_ranks
 from dit_cells import Cell, CellRun
 from latent_folder import random_latents
 from planned_runs import by_kind, layout, plan_of
-from test_planned_memory import SIZES
+from test_planned_memory import SECOND_STAGE, SIZES
 
 from megavtp.config.schema import Config
-from megavtp.dit.config import DiTConfig
-from megavtp.dit.rehearsal import planned_traffic, play_dit, rehearse_dit
+from megavtp.decoder.rehearsal import play_decoder
+from megavtp.dit.config import DiTConfig, complete_config
+from megavtp.dit.plan import planned
+from megavtp.dit.rehearsal import play_dit, rehearse_dit
 from megavtp.dit.validate import with_latents
 from megavtp.errors import UserError
 from megavtp.latents.folder import LatentFolder
 from megavtp.parallel.traffic import count_traffic
-from megavtp.pretraining.rehearsal import play_pretraining
+from megavtp.pretraining.rehearsal import beside_the_plan, play_pretraining
 from megavtp.training.rehearsal import Rehearsed
 from megavtp.training.step import train_step
 
@@ -41,7 +43,36 @@ def test_a_rank_of_sixteen(rank: int, config: Config) -> None:
     assert plan.memory == pytest.approx(played.peak, rel=0.1)
     assert Rehearsed(played, plan.sent, plan.memory).agrees()
     assert not Rehearsed(played, plan.sent, plan.memory * 1.2).agrees()
-    assert not Rehearsed(played, plan.sent + plan.sent, None).agrees()
+    assert not Rehearsed(played, plan.sent + plan.sent, plan.memory).agrees()
+
+
+DECODERS_OF_16 = {
+    6: layout(16, 2, SECOND_STAGE, tp=2, pp=2, zero_stage=1, sequence_parallel=True),
+    9: layout(16, 1, SECOND_STAGE, tp=2, pp=2, zero_stage=2, precision="bf16"),
+    15: layout(16, 1, SECOND_STAGE, tp=4, zero_stage=3),
+}
+
+
+@pytest.mark.parametrize("rank, config", DECODERS_OF_16.items())
+def test_a_rank_of_sixteen_in_the_second_stage(rank: int, config: Config) -> None:
+    played = play_decoder(config, 16, rank, fused_norms=False)
+    found = beside_the_plan(config, 16, played, cuda=False)
+    assert found.agrees(), found.page()
+
+
+SIZES_OF_LATENTS = {"latent_size": 16, "latent_channels": 8, "num_classes": 10}
+DITS_OF_16 = {
+    3: Cell(2, 2, 4, 1, 2, "1f1b", "selective", sequence_parallel=True),
+    7: Cell(1, 4, 4, 2, 4, "gpipe", "full", precision="bf16"),
+}
+
+
+@pytest.mark.parametrize("rank, cell", DITS_OF_16.items())
+def test_a_rank_of_sixteen_of_a_dit(rank: int, cell: Cell, tmp_path: Path) -> None:
+    config = complete_config(cell.config(tmp_path, model={"width": 96, "depth": 8, "heads": 4, **SIZES_OF_LATENTS}))
+    played = play_dit(config, 16, rank, fused_norms=False)
+    found = Rehearsed(played, *planned(config, played.mesh, cuda=False))
+    assert found.agrees(), found.page()
 
 
 def dit_on_a_real_rank(rank: int, config: DiTConfig) -> tuple[dict, dict]:
@@ -61,8 +92,7 @@ def test_a_dit_sends_what_a_real_one_does(tmp_path: Path) -> None:
     for rank in (0, 3):
         played = play_dit(complete, 4, rank, fused_norms=False)
         assert (played.traffic.sent, played.traffic.messages) == real[rank]
-        planned = planned_traffic(complete, played.mesh)
-        assert {kind: played.traffic.sent[kind] for kind in planned} == planned
+        assert played.traffic.sent == planned(complete, played.mesh)[0]
         assert played.blocks["dit"] == played.blocks["ema"] == [[0, 2, 3], [1, 4]][played.mesh.pp_rank]
 
 

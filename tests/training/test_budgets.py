@@ -18,6 +18,7 @@ from megavtp.models.lpips import LPIPS, weight_shapes
 from megavtp.nn import attention_kernels
 from megavtp.nn.attention import Attention
 from megavtp.nn.block import Block, run_blocks
+from megavtp.nn.drop_path import _global_choice
 from megavtp.nn.feed_forward import SwiGLU
 from megavtp.nn.norms import RMSNorm
 from megavtp.parallel.mesh import SINGLE
@@ -64,6 +65,7 @@ def operators_by_pass(images: int) -> dict[str, Operators]:
     })
     weights = {name: torch.rand(shape) / 100 for name, shape in weight_shapes("alex").items()}
     lpips = LPIPS("alex", weights, torch.bfloat16)
+    _global_choice.cache_clear()  # another test may have drawn the same
     model, batch, found = build_model(config, SINGLE), data_of(config, SINGLE)(0), {}
     for objective in build_passes(config, share(config, 1), SINGLE, torch.device("cpu"), lpips):
         with Operators() as found[objective.name]:

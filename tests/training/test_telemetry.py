@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megavtp.config.run import ParallelConfig, TrainConfig
 from megavtp.config.schema import Config, TelemetryConfig
 from megavtp.errors import UserError
+from megavtp.nn.compiling import Compilation
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.training import progress, trackers
 from megavtp.training import telemetry as telemetry_module
@@ -87,6 +88,23 @@ def test_a_line_holds_the_means_of_its_steps(tmp_path):
     assert second["terms"]["contrastive/loss"] == 5.5 and last["terms"]["contrastive/loss"] == 8.5
     assert second["grad_norm"] == 5.5 and second["grad_norm_max"] == 7 and second["lr"] == pytest.approx(0.7)
     assert last["eta_seconds"] == 0 and first["mfu"] is None and first["memory_gib"] > 0
+
+
+def test_compiling_is_told_and_is_no_training_time(tmp_path, monkeypatch):
+    clock, compiled = Clock(monkeypatch), Compilation()
+    monkeypatch.setattr(telemetry_module, "COMPILED", compiled)
+    telemetry = make(tmp_path, total=4)
+    telemetry.start(0)
+    for step in range(4):
+        if step < 2:  # the second compiles what only it has
+            compiled.seconds, compiled.graphs = compiled.seconds + 30.0, compiled.graphs + 5
+            clock.now += 30.0
+        clock.now += 2.0
+        run(telemetry, step, step + 1)
+    telemetry.close()
+    events = lines(tmp_path, "compiled")
+    assert [(e["step"], e["graphs"], e["seconds"]) for e in events] == [(1, 5, 30.0), (2, 10, 60.0)]
+    assert lines(tmp_path)[0]["seconds_per_step"] == 2.0
 
 
 def test_rates(tmp_path, monkeypatch):

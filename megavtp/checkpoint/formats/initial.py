@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,7 +14,8 @@ from megavtp.checkpoint.formats.hf_vtp import PERIODS
 from megavtp.checkpoint.formats.openclip import from_openclip, is_openclip
 from megavtp.checkpoint.formats.timm_vit import from_timm, is_timm_vit, other_rotation
 from megavtp.checkpoint.formats.vtp_source import check_periods, open_vtp
-from megavtp.checkpoint.reading import Checkpoint, is_checkpoint, open_checkpoint
+from megavtp.checkpoint.once import open_once
+from megavtp.checkpoint.reading import Checkpoint
 from megavtp.config.sizes import ResolvedModel
 from megavtp.data.files import refuse_hub_id
 from megavtp.data.weights_file import read_weights_file
@@ -23,7 +23,6 @@ from megavtp.errors import UserError
 from megavtp.models.fitting import copy_whole, faults
 from megavtp.models.vtp import VTP
 from megavtp.parallel.collectives import together
-from megavtp.parallel.looking import look_once
 
 _REMEDY = "model.init_from takes a checkpoint folder, a released folder, or an OpenCLIP or timm ViT weights file"
 _BOTTLENECK = "trunk.feature_bottleneck.weight"
@@ -34,12 +33,8 @@ def open_sources(spec: str) -> dict[str, Checkpoint]:
     """Open the native checkpoints that ``spec`` names, by path, in a collective call: rank 0 alone verifies them."""
     paths = _paths(spec)
     together(lambda: [refuse_hub_id(path) for path in paths])
-    found = {path: look_once(partial(_open_native, Path(path))) for path in paths}
+    found = {path: open_once(path) for path in paths}
     return {path: checkpoint for path, checkpoint in found.items() if checkpoint is not None}
-
-
-def _open_native(path: Path) -> Checkpoint | None:
-    return open_checkpoint(path) if is_checkpoint(path) else None
 
 
 def _paths(spec: str) -> list[str]:

@@ -6,6 +6,7 @@ Letters: b samples, N tokens, D width. ``condition`` (b, D) is SiLU of the sum o
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +15,8 @@ from megavtp.dit.model.positions import rotate_pairs
 from megavtp.nn.attention import Attention
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute, branch
-from megavtp.nn.norms import RMSNorm
+from megavtp.nn.compiling import Region
+from megavtp.nn.norms import rms_norm
 from megavtp.nn.rope import RotaryTable
 from megavtp.parallel.collectives import gather_from_tp
 from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -24,8 +26,16 @@ from megavtp.parallel.sequence import TokenCut, on_own_rows
 NORM_EPS = 1e-6
 
 
+def gated(hidden: Tensor) -> Tensor:
+    """Compute silu(a) * b, where a and b lie side by side."""
+    a, b = hidden.chunk(2, -1)
+    return F.silu(a) * b
+
+
 class FusedSwiGLU(nn.Module):
     """Maps x (..., D) to w3(silu(a) * b), (..., D), with (a, b) = w12 x."""
+
+    gated = Region(gated)
 
     def __init__(self, width: int, mesh: Mesh):
         super().__init__()
@@ -39,8 +49,7 @@ class FusedSwiGLU(nn.Module):
         return self.w12(x, cut)
 
     def contract(self, hidden: Tensor, cut: TokenCut | None = None) -> Tensor:
-        a, b = hidden.chunk(2, -1)
-        return self.w3(F.silu(a) * b, cut)
+        return self.w3(self.gated(hidden), cut)
 
 
 class Modulation(nn.Module):
@@ -62,21 +71,44 @@ class Modulation(nn.Module):
         return on_own_rows(gather_from_tp(own, self.mesh), cut).unbind(1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Modulate x (b, N, D) by shift and scale (b, 1, D)."""
-    return x * (1 + scale) + shift
+def modulated_norm(
+    x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Normalise x (b, N, D), modulate it by shift and scale (b, 1, D), and cast it to ``dtype``."""
+    y = rms_norm(x, weight, NORM_EPS) * (1 + scale) + shift
+    return y.to(dtype or y.dtype)
+
+
+class ModulatedNorm(nn.Module):
+    modulated_norm = Region(modulated_norm)
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(
+        self, x: Tensor, shift: Tensor, scale: Tensor, cut: TokenCut | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        return self.modulated_norm(x, on_own_rows(self.weight, cut), shift, scale, dtype)
+
+
+def gated_sum(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """Compute x + gate * y of x and y (b, N, D), gate (b, 1, D)."""
+    return x + gate * y
 
 
 class DiTBlock(nn.Module):
-    """Computes x += gate * attn(modulate(norm1 x)) on x (b, N, D), then the same with the feed-forward network."""
+    """Computes x += gate * attn(norm1 x) on x (b, N, D), then the same with the feed-forward network."""
+
+    gated_sum = Region(gated_sum)
 
     def __init__(self, width: int, heads: int, *, qk_norm: bool, kernel: Kernel, mesh: Mesh):
         super().__init__()
-        self.norm1 = RMSNorm(width, NORM_EPS)
+        self.norm1 = ModulatedNorm(width)
         self.attn = Attention(
             width, heads, qk_norm=qk_norm, norm_eps=NORM_EPS, rotation=rotate_pairs, kernel=kernel, mesh=mesh
         )
-        self.norm2 = RMSNorm(width, NORM_EPS)
+        self.norm2 = ModulatedNorm(width)
         self.mlp = FusedSwiGLU(width, mesh)
         self.adaLN_modulation = Modulation(width, 6, mesh)
 
@@ -84,19 +116,19 @@ class DiTBlock(nn.Module):
         self, x: Tensor, condition: Tensor, table: RotaryTable, cut: TokenCut | None = None,
         recompute: Recompute = "none",
     ) -> Tensor:
-        """Apply the block. With ``cut`` (sequence parallelism), x and the result have this rank's n of the N tokens.
-        For ``recompute`` see ``nn.block``; the caller does "full"."""
+        """Apply the block. ``table`` has a row for each of the b * N tokens. With ``cut`` (sequence parallelism), x and
+        the result have this rank's n of the N tokens. For ``recompute`` see ``nn.block``; the caller does "full"."""
         samples = len(x)
-        segments = ((samples, len(table[0])),)
+        segments = ((samples, len(table[0]) // samples),)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition, cut)
 
-        def modulated(norm: RMSNorm, shift: Tensor, scale: Tensor) -> Callable[[Tensor, TokenCut | None], Tensor]:
-            return lambda y, cut: modulate(norm(y, cut), shift, scale).flatten(0, 1)
+        def modulated(norm: ModulatedNorm, shift: Tensor, scale: Tensor) -> Callable[..., Tensor]:
+            return lambda y, cut, dtype: norm(y, shift, scale, cut, dtype).flatten(0, 1)
 
-        y = branch(x, modulated(self.norm1, shift_a, scale_a), self.attn, cut, recompute, segments, (table,))
-        x = x + gate_a * y.unflatten(0, (samples, -1))
+        y = branch(x, modulated(self.norm1, shift_a, scale_a), self.attn, cut, recompute, segments, table)
+        x = self.gated_sum(x, gate_a, y.unflatten(0, (samples, -1)))
         y = branch(x, modulated(self.norm2, shift_m, scale_m), self.mlp, cut, recompute)
-        return x + gate_m * y.unflatten(0, (samples, -1))
+        return self.gated_sum(x, gate_m, y.unflatten(0, (samples, -1)))
 
 
 class FinalLayer(nn.Module):
@@ -104,10 +136,10 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, outputs: int, mesh: Mesh):
         super().__init__()
-        self.norm_final = RMSNorm(width, NORM_EPS)
+        self.norm_final = ModulatedNorm(width)
         self.linear = nn.Linear(width, outputs)
         self.adaLN_modulation = Modulation(width, 2, mesh)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(self.norm_final(x, shift=shift, scale=scale))

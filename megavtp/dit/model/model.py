@@ -18,6 +18,7 @@ from megavtp.errors import UserError
 from megavtp.models.vision_encoder import PatchEmbed
 from megavtp.nn.attention_kernels import Kernel
 from megavtp.nn.block import Recompute, run_block
+from megavtp.nn.rope import packed_table
 from megavtp.parallel.collectives import copy_to_tp
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.sequence import TokenCut
@@ -124,8 +125,8 @@ class DiT(nn.Module):
         this function; input and output are whole, and the same on each rank."""
         if not indices:
             return tokens
-        table = self.feat_rope.freqs_cos, self.feat_rope.freqs_sin
         samples, cut = len(tokens), None
+        table = packed_table([(self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)], [(samples, tokens.shape[1])])
         if self.mesh.sequence_parallel:
             cut = TokenCut(self.mesh, tokens.shape[0] * tokens.shape[1], sequences=samples)
             tokens = cut.split(tokens.flatten(0, 1)).unflatten(0, (samples, -1))

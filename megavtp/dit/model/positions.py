@@ -36,7 +36,7 @@ def _on_grid(axis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate_pairs(x: Tensor, table: RotaryTable) -> Tensor:
-    """Rotate queries or keys (b, L, heads, h), channel 2k with 2k + 1, in the table's dtype; return that of x."""
+    """Rotate queries or keys (..., L, heads, h), channel 2k with 2k + 1, in the table's dtype; return that of x."""
     cos, sin = (t.unsqueeze(1) for t in table)
     y = x.to(cos.dtype)
     even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megavtp.checkpoint.once import opened_once
+from megavtp.checkpoint.reading import Checkpoint
 from megavtp.config.precision import compute_dtype
 from megavtp.config.sizes import known
 from megavtp.dit.checkpoint import StoredDiT, load_dit
@@ -17,7 +19,7 @@ from megavtp.dit.sampling.samples import Sample, sample_noise
 from megavtp.dit.sampling.settings import SamplingSettings, settings_of
 from megavtp.dit.sampling.solvers import dopri5, euler, euler_maruyama, heun
 from megavtp.errors import UserError
-from megavtp.parallel.collectives import all_gather
+from megavtp.parallel.collectives import all_gather, together
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.tokenizer import Tokenizer, load_tokenizer
 
@@ -98,18 +100,24 @@ class Sampler:
 def open_sampler(
     dit: str | Path, tokenizer: str | Path, settings: SamplingSettings, device: torch.device | str = "cpu", *,
     average: bool = True, dtype: torch.dtype = torch.float32,
+    opened: tuple[Checkpoint | None, Checkpoint | None] = (None, None),
 ) -> Sampler:
-    """Load a checkpoint's DiT, by default its averaged weights, and a tokenizer's folder. Raises UserError."""
-    stored = load_dit(dit, device, average=average)
-    return Sampler(stored, str(dit), load_tokenizer(tokenizer, device), settings, dtype)
+    """Load a checkpoint's DiT, by default its averaged weights, and a tokenizer's folder; ``opened`` are both
+    checkpoints if they are open already. Raises UserError."""
+    stored = load_dit(dit, device, average=average, opened=opened[0])
+    return Sampler(stored, str(dit), load_tokenizer(tokenizer, device, opened=opened[1]), settings, dtype)
 
 
 def sampler_of(options: argparse.Namespace, device: torch.device) -> Sampler:
-    """Open the DiT and the tokenizer that ``settings.add_sampling_options`` and the tools' options name. UserError."""
-    return open_sampler(
-        options.dit, options.tokenizer, settings_of(options), device, average=options.weights == "average",
-        dtype=compute_dtype(options.precision),
-    )
+    """Open the DiT and the tokenizer that ``settings.add_sampling_options`` and the tools' options name.
+
+    All ranks do so together, and rank 0 alone verifies checkpoints. UserError on all ranks.
+    """
+    with opened_once(options.dit) as dit, opened_once(options.tokenizer) as tokenizer:
+        return together(lambda: open_sampler(
+            options.dit, options.tokenizer, settings_of(options), device, average=options.weights == "average",
+            dtype=compute_dtype(options.precision), opened=(dit, tokenizer),
+        ))
 
 
 class GeneratedImages:

@@ -17,10 +17,11 @@ from megavtp.data.augment import center_crop
 from megavtp.data.decode import MAX_PIXELS, BadSample, decode_image
 from megavtp.data.files import refuse_remote
 from megavtp.data.loader import EvalDataset
-from megavtp.data.shards import open_dataset, split_folders
+from megavtp.data.shards import ShardDataset, open_dataset, split_folders
 from megavtp.errors import UserError
 from megavtp.evaluation.distances.npz_file import NpzArray
 from megavtp.evaluation.tokenizer.interface import NoCaptions
+from megavtp.parallel.looking import from_first, look_once
 
 logger = logging.getLogger(__name__)
 
@@ -46,28 +47,40 @@ def open_images(path: str | Path, size: int | None = None, limit: int | None = N
 
     They are at most ``limit`` images (None = all), spread evenly over the source, cropped to the middle square and
     resized to ``size``, as ADM does. With None they must already be square and of one size, which shards are not.
-    ``UserError`` if there is nothing usable, or the sizes differ and ``size`` is None.
+    All ranks open them together, and rank 0 alone looks at the files. ``UserError`` if there is nothing usable, or the
+    sizes differ and ``size`` is None.
     """
     path = refuse_remote(path)
+    found = from_first(lambda: _look(path, size))
+    if isinstance(found, Path):
+        assert size is not None, "_look refuses shards without a size"
+        return ShardImages(look_once(lambda: open_dataset(found)), size, limit)
+    return _StoredImages(NpzArray(path) if found is None else _Folder(path, found), size, limit)
+
+
+def _look(path: Path, size: int | None) -> Path | list[Path] | None:
+    """Return the folder of shards at ``path``, or the image files below it; None for an .npz file. UserError."""
     if not path.exists():
         raise UserError(f"{path} does not exist; give a folder of images, an .npz file or a folder of shards")
     if path.suffix == ".npz":
-        return _StoredImages(NpzArray(path), size, limit)
+        return None
     if not path.is_dir():
         raise UserError(f"{path} is neither a folder nor an .npz file; give one of these")
     # A data set gives its train split: a generator is measured against what it learnt from.
     if folder := split_folders(path).get("train"):
         if size is None:
             raise UserError(f"{path} holds shards, whose images may have any size: say which by --size")
-        return ShardImages(folder, size, limit)
-    return _StoredImages(_Folder(path), size, limit)
+        return folder
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not files:
+        raise UserError(f"{path} holds neither images ({' '.join(SUFFIXES)}) nor shards; name another folder")
+    return files
 
 
 class ShardImages:
     """The images of an ``EvalDataset``, without their captions."""
 
-    def __init__(self, folder: Path, size: int, limit: int | None):
-        dataset = open_dataset(folder)
+    def __init__(self, dataset: ShardDataset, size: int, limit: int | None):
         self.size = size
         self._samples = EvalDataset(dataset, NoCaptions(), size, len(dataset) if limit is None else limit, MAX_PIXELS)
 
@@ -86,11 +99,8 @@ class ShardImages:
 class _Folder:
     """The image files below a folder, sorted by path."""
 
-    def __init__(self, folder: Path):
-        self.path = folder
-        self._files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not self._files:
-            raise UserError(f"{folder} holds neither images ({' '.join(SUFFIXES)}) nor shards; name another folder")
+    def __init__(self, folder: Path, files: list[Path]):
+        self.path, self._files = folder, files
 
     def __len__(self) -> int:
         return len(self._files)

@@ -23,6 +23,7 @@ from megavtp.evaluation.distances.npz_file import holds_images, read_statistics
 from megavtp.evaluation.distances.timm_vit import TimmViT
 from megavtp.evaluation.gathering import gather_rows
 from megavtp.parallel.collectives import broadcast_object, together
+from megavtp.parallel.looking import from_first
 from megavtp.parallel.mesh import SINGLE, Mesh
 
 # Features kept for the kernel distance and for precision and recall, whose work grows with the square of this. The
@@ -94,13 +95,13 @@ class Reference:
 def open_reference(path: str | Path, network: FeatureNetwork, size: int, limit: int | None = None) -> Reference:
     """Open a folder of images or shards, or an .npz file with ``arr_0``, with ``mu`` and ``sigma``, or with all.
 
-    Images are cropped to ``size``, that of the samples. The Frechet distance uses a file's statistics; those of another
-    network are ignored if there are images, else refused. Raises ``UserError``.
+    All ranks do so together. Images are cropped to ``size``, that of the samples. The Frechet distance uses a file's
+    statistics; those of another network are ignored if there are images, else refused. Raises ``UserError``.
     """
     path = Path(path)
-    if path.suffix != ".npz" or not path.is_file():
+    if not from_first(lambda: path.suffix == ".npz" and path.is_file()):
         return Reference(open_images(path, size, limit))
-    images = open_images(path, size, limit) if holds_images(path) else None
+    images = open_images(path, size, limit) if from_first(lambda: holds_images(path)) else None
     try:
         statistics = read_statistics(path, network.made_by, network.dims)
     except UserError as error:

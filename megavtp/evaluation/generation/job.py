@@ -22,6 +22,7 @@ from megavtp.evaluation.generation.scale import BLURS, Blurred, Noise, untrained
 from megavtp.evaluation.report import format_table, write_metrics
 from megavtp.launch.tool import join_others
 from megavtp.parallel.collectives import together
+from megavtp.parallel.looking import from_first
 
 _DRAWN = 10_000  # samples that a DiT draws by default, for FID-10k as in the paper's studies
 
@@ -30,7 +31,7 @@ def run_generation(options: argparse.Namespace) -> None:
     """Measure, write the files that are asked for, and print a table. Raises ``UserError`` on every rank."""
     device, mesh = join_others(options.device)
     network = together(lambda: load_network(options.inception, device, options.timm))
-    samples, shown = together(lambda: _samples(options, device))
+    samples, shown = _samples(options, device)
     reference = together(lambda: open_reference(options.reference, network, samples.size, options.reference_samples))
     compare = together(lambda: _scale(options, samples, reference)) if options.scale else {}
     result = measure_generation(
@@ -63,14 +64,16 @@ def _samples(options: argparse.Namespace, device: torch.device) -> tuple[ImageSo
         for name in ("tokenizer", "label"):
             if getattr(options, name) is not None:
                 raise UserError(f"--{name} belongs to --dit; leave it out, the samples are there already")
-        return open_images(options.samples_from, options.size, options.samples), None
+        return together(lambda: open_images(options.samples_from, options.size, options.samples)), None
     if options.tokenizer is None:
         raise UserError("--dit needs --tokenizer, the folder of the tokenizer whose latents it makes")
     if options.size is not None:
         raise UserError("--size is for --samples-from; a DiT draws images of one size")
     sampler = sampler_of(options, device)
     count = _DRAWN if options.samples is None else options.samples
-    wanted = samples_like(options.reference, sampler.dit, count, options.label, options.equal_classes)
+    wanted = from_first(
+        lambda: samples_like(options.reference, sampler.dit, count, options.label, options.equal_classes)
+    )
     return GeneratedImages(sampler, wanted.samples), wanted.shown
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from megavtp.checkpoint.formats.vtp_source import build_tokenizer, captions_beside, open_vtp
+from megavtp.checkpoint.once import opened_once
+from megavtp.checkpoint.reading import Checkpoint
 from megavtp.config.schema import Config
 from megavtp.data.captions import CaptionTokenizer, load_tokenizer
 from megavtp.data.files import refuse_hub_id
@@ -23,17 +25,20 @@ from megavtp.models.build import build_vtp
 from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS
 from megavtp.models.lpips_weights import load_lpips_weights
 from megavtp.models.vtp import VTP
+from megavtp.parallel.collectives import together
+from megavtp.parallel.looking import look_once
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.pixels import normalise, to_uint8
 
 
-def open_model(path: str | Path, device: torch.device) -> tuple[VTP, Config]:
+def open_model(path: str | Path, device: torch.device, opened: Checkpoint | None = None) -> tuple[VTP, Config]:
     """Open a tokenizer's towers, which all metrics use, and its config, from a run's checkpoint or a released model.
 
-    A released model has only its model config, and CLIP's caption tokenizer. One beside the weights, where a conversion
-    puts it, has priority over both. Raises ``UserError``, see ``open_vtp``.
+    ``opened`` is the run's checkpoint if it is open already; it stays open. A released model has only its model config,
+    and CLIP's caption tokenizer. One beside the weights, where a conversion puts it, has priority over both. Raises
+    ``UserError``, see ``open_vtp``.
     """
-    source = open_vtp(refuse_hub_id(path))
+    source = open_vtp(refuse_hub_id(path), opened=opened)
     config = source.config
     if beside := captions_beside(path):
         config = replace(config, data=replace(config.data, captions=str(beside)))
@@ -78,7 +83,8 @@ class CheckpointEvaluation:
 
     ``captions`` replaces the run's caption tokenizer; ``max_samples`` and ``batch_size`` replace its ``evaluation``
     settings. ``frechet`` is a network for the Frechet distance of reconstructions, which takes time; so do ``probes``,
-    see ``evaluate``. The processes of ``mesh`` share the samples; each has the whole model.
+    see ``evaluate``. The processes of ``mesh`` share the samples; each has the whole model. All make it together, and
+    rank 0 alone looks at the files. UserError on all ranks.
     """
 
     checkpoint: Path
@@ -95,12 +101,19 @@ class CheckpointEvaluation:
 
     def __post_init__(self) -> None:
         # This finds a missing data set before the model is loaded.
-        folder = open_dataset(split_folder(self.data, self.split))
-        self.model, self.config = open_model(self.checkpoint, self.device)
+        folder = look_once(lambda: open_dataset(split_folder(self.data, self.split)))
+        train_folder = None if self.split == "train" else look_once(self._open_train)
+        with opened_once(self.checkpoint) as opened:
+            together(lambda: self._load(opened, folder, train_folder))
+
+    def _open_train(self) -> ShardDataset | None:
+        found = split_folders(self.data).get("train")
+        return None if found is None else open_dataset(found)
+
+    def _load(self, opened: Checkpoint | None, folder: ShardDataset, train_folder: ShardDataset | None) -> None:
+        self.model, self.config = open_model(self.checkpoint, self.device, opened)
         given = {k: v for k in ("max_samples", "batch_size") if (v := getattr(self, k)) is not None}
         self.settings = replace(self.config.evaluation, **given)
-        train = None if self.split == "train" else split_folders(self.data).get("train")
-        train_folder = open_dataset(train) if train else None
         if self.probes:
             self._check_probes(train_folder, folder)
         self.tokenizer = find_tokenizer(self.model, self.config, self.data, self.captions)

@@ -8,6 +8,7 @@ that of its block stack and final norm alone, on given tokens.
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,16 +16,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[2]))
+from benchmarks.comparisons.torchvision_kernels import define_missing  # noqa: E402
+
 WIDTH, DEPTH, HEADS, PATCH = 32, 2, 2, 8
 
 
 def _libraries():
-    if torch.version.cuda is None:  # torchvision's own kernels do not load beside a CPU build of torch
-        global _ops
-        _ops = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            _ops.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    define_missing()
     import open_clip
     import timm
 

@@ -1,0 +1,1 @@
+"""MegaVTP beside other libraries; ``benchmarks/rivals.py`` runs each comparison."""

@@ -1,0 +1,66 @@
+"""What a comparison consists of, and how large it is on which machine."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from benchmarks.side_by_side import Way
+from megavtp.nn.precision import computing_in
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Both sides compute in bf16 with weights in float32 on a GPU, and in float32 on a CPU."""
+
+    device: torch.device
+    tiny: bool = False
+
+    def size(self, tiny: T, cpu: T, gpu: T) -> T:
+        return tiny if self.tiny else gpu if self.device.type == "cuda" else cpu
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def precision(self) -> str:
+        return "bf16" if self.device.type == "cuda" else "fp32"
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """For the rival: MegaVTP's models enter it themselves."""
+        return computing_in(self.dtype, self.device)
+
+
+class Pair(NamedTuple):
+    """The same work by both.
+
+    Attributes:
+        work: what they do, with its sizes.
+        difference: of their results, relative; None where the weights of one cannot be the other's.
+        counts_memory: whether torch allocates what they need.
+    """
+
+    work: str
+    ours: Way
+    theirs: Way
+    difference: float | None
+    counts_memory: bool = True
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``open(setting)`` gives the pair and takes it down again. ImportError says that the rival is not there."""
+
+    what: str
+    rival: str  # as pip calls it
+    open: Callable[[Setting], AbstractContextManager[Pair]]
+
+    def start(self, setting: Setting) -> AbstractContextManager[Pair]:
+        """Open the pair with weights and inputs that are always the same."""
+        torch.manual_seed(0)
+        return self.open(setting)

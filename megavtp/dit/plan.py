@@ -1,0 +1,88 @@
+"""What one rank of a DiT's training sends in a step and holds at most, put together from its stages.
+
+A stage is rehearsed for one micro-batch; the schedule and ZeRO are those of ``planning``.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megavtp.config.precision import compute_dtype
+from megavtp.config.share import PassShare
+from megavtp.dit.batch import LatentBatch
+from megavtp.dit.config import CompleteDiTConfig
+from megavtp.dit.flow_matching import flow_matching_terms, straight_path
+from megavtp.dit.model.average import AveragedDiT
+from megavtp.dit.validate import TOWER, flow_share
+from megavtp.nn.compiling import compile_regions, wanted
+from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.rehearsal import rehearsal
+from megavtp.planning import zero
+from megavtp.planning.cost import Cost, Sent, cost_of
+from megavtp.planning.passes import Chain, chain_traffic, in_flight, terms_sent
+from megavtp.planning.plan import most_bytes
+from megavtp.planning.regions import counted
+from megavtp.training.optimizer import parameter_groups
+
+TERMS = 2  # the squared error and the cosine
+
+
+def planned(config: CompleteDiTConfig, mesh: Mesh, *, cuda: bool = True) -> tuple[Sent, float]:
+    """Return what the rank at ``mesh`` sends in a step, and the most bytes that it holds at one time."""
+    p, part = config.parallel, flow_share(config, mesh.dp)
+    with torch.device("meta"):
+        named = list(AveragedDiT(config.model, mesh).named_parameters())
+    pieces = zero.pieces(named, partial(parameter_groups, config=config.train.optimizer, tower_of=lambda name: TOWER))
+    hold = p.zero3_gather == "step"
+    chains = [_chain(config, mesh, stage, part, cuda) for stage in range(mesh.pp_rank, mesh.chunks, mesh.pp)]
+    sent = chain_traffic(chains, part.micro_batches, back=True) + terms_sent(mesh, TERMS)
+    calls = [zero.Calls("velocity", 0, part.micro_batches, mesh.virtual_stages, mesh.virtual_stages)]
+    sent += zero.traffic(pieces, p.zero_stage, mesh.dp, calls, shared_bottleneck=False, hold=hold)
+    sent += zero.norm_traffic(pieces, p.zero_stage, mesh.dp, mesh.tp * mesh.pp, towers=1)
+    overlap = zero.overlaps(config.deepspeed, mesh.dp, cuda=cuda)
+    state = zero.state(pieces, p.zero_stage, mesh.dp, first_mode="velocity", hold=hold, overlap=overlap)
+    first, later = in_flight(chains, mesh, p.schedule, part.micro_batches)
+    return sent, most_bytes(state, [(0.0, first, later)], early=overlap and p.zero_stage == 1)
+
+
+def empty_batch(config: CompleteDiTConfig, count: int) -> LatentBatch:
+    """Make ``count`` samples as they come from the loader, in a rehearsal without data."""
+    model = config.model
+    latents = torch.empty(count, model.latent_channels, model.latent_size, model.latent_size)
+    conditions = torch.empty(count, dtype=torch.long)
+    if model.condition == "caption":
+        conditions = torch.empty(count, model.caption_width or 0)
+    return LatentBatch(
+        step=0, ids=[], positions=torch.arange(count), latents=latents, noise=torch.empty_like(latents),
+        times=torch.empty(count), conditions=conditions, bad=[],
+    )
+
+
+def _chain(config: CompleteDiTConfig, mesh: Mesh, stage: int, part: PassShare, cuda: bool) -> Chain:
+    """Count one micro-batch in a stage of the pass."""
+    p, last = config.parallel, mesh.chunks - 1
+    fields: dict[str, Any] = {"pp": mesh.pp, "pp_rank": mesh.pp_rank, "virtual_stages": mesh.virtual_stages}
+    with rehearsal(tp=mesh.tp, sequence_parallel=mesh.sequence_parallel, fused_norms=cuda, **fields) as place:
+        model = AveragedDiT(
+            config.model, place, recompute=p.recompute, attention=p.attention, compute_dtype=compute_dtype(p.precision)
+        )
+        if wanted(p.compile, on_gpu=cuda):
+            compile_regions(model, counted)
+        batch = empty_batch(config, part.micro_batch)
+        specs = model.activation_specs("velocity", stage, x=batch.latents)
+        size = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in specs)
+        arrived = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape, dtype in specs] if stage else []
+
+        def forward() -> Tensor | tuple[Tensor, ...]:
+            points, target = straight_path(batch.latents, batch.noise, batch.times)
+            inputs = {"x": points, "t": batch.times, "y": batch.conditions}
+            out = model("velocity", stage if mesh.pp > 1 else None, arrived, **inputs)
+            if stage < last:
+                return out
+            return sum(flow_matching_terms(out, target, samples_total_local=part.local).values(), torch.zeros(()))
+
+        cost = cost_of(place, forward, list(model.dit.parameters()), arrived)
+    arriving, leaving = size if stage else 0, size if stage < last else 0
+    return Chain([Cost(arriving, arriving), cost], arriving, leaving, 0)

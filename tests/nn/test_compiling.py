@@ -1,0 +1,110 @@
+"""Compiled regions: one graph each, none anew when sizes change, and the numbers of the plain form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from test_recompute import HEADS, WIDTH, stack
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from megavtp.errors import UserError
+from megavtp.nn import compiling
+from megavtp.nn.block import run_blocks
+from megavtp.nn.compiling import compile_regions, compiles, wanted
+from megavtp.nn.drop_path import draw_drop_plan
+from megavtp.nn.rope import AxialRope
+
+ROPE = AxialRope(WIDTH // HEADS, "float32")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def forget() -> None:
+    compiling.compiled.cache_clear()
+    compiling._prepare.cache_clear()  # the reset forgets the callbacks, too
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Nothing is compiled yet, and what is will be forgotten."""
+    forget()
+    counters.clear()
+    yield
+    forget()
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    """Graphs that torch runs as they are, without a compiler."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+
+
+def train(blocks: nn.ModuleList, sequences: list[int], step: int, mode: str, rate: float = 0.4) -> list[Tensor]:
+    """Output and gradients of a pass on packed crops of two sizes, or of one."""
+    segments = tuple(zip(sequences, (10, 5)))
+    drop = draw_drop_plan(
+        seed=0, step=step, tag="t", depth=len(blocks), rate=rate, global_sizes=[2 * n for n in sequences],
+        local_rows=[torch.arange(n) for n in sequences],  # of twice as many: what is kept here differs
+    )
+    generator = torch.Generator().manual_seed(step)
+    tables = [ROPE.tables(3, 3, 1), ROPE.tables(2, 2, 1)][: len(sequences)]
+    x = torch.randn(sum(n * length for n, length in segments), WIDTH, generator=generator).requires_grad_()
+    blocks.zero_grad()
+    y = run_blocks(enumerate(blocks), x, segments, tables, drop, mode)
+    y.square().sum().backward()
+    with torch.no_grad():
+        silent = run_blocks(enumerate(blocks), x, segments, tables, None, mode)
+    return [y.detach(), silent, x.grad, *(p.grad.clone() for p in blocks.parameters())]
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("net", ["swiglu", "mlp"])
+def test_nothing_is_compiled_anew(net: str, mode: str, light: None) -> None:
+    plain, blocks = stack(net, 0.5, depth=2), stack(net, 0.5, depth=2)
+    compile_regions(blocks)
+    graphs = []
+    for step, sequences in enumerate([[4, 6], [5, 3], [7], [2, 2], [9, 1], [1], [3]]):
+        found, expected = (train(of, sequences, step, mode) for of in (blocks, plain))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert not counters["graph_break"] and graphs[0] > 4 and len(set(graphs[2:])) == 1, graphs
+
+
+@pytest.mark.timeout(900)
+def test_the_compiler_gives_the_same_numbers(fresh: None) -> None:
+    plain, blocks = stack("swiglu", 0.5, depth=1), stack("swiglu", 0.5, depth=1)
+    compile_regions(blocks)
+    before = compiling.COMPILED.graphs
+    found, expected = (train(of, [4, 6], 0, "none") for of in (blocks, plain))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert compiling.COMPILED.graphs > before and compiling.COMPILED.seconds > 0
+
+
+def test_a_failure_ends_in_one_line(light: None) -> None:
+    def breaks(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x + 1
+
+    with pytest.raises(UserError, match="torch.compile failed on breaks .*: set parallel.compile=none"):
+        compiling.compiled(breaks)(torch.ones(2, 2))
+
+
+def test_auto_is_for_gpus() -> None:
+    assert not compiles("auto", CPU) and not compiles("none", CUDA) and compiles("blocks", CPU)
+    assert [wanted("auto", on_gpu=gpu) for gpu in (False, True)] == [False, True]
+
+
+def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="there is no C.. compiler: install g.., .*; or set parallel.compile=none"):
+        compiles("blocks", CPU)
+    assert not compiles("auto", CUDA) and "parallel.compile=auto compiles nothing, as there is no C++" in caplog.text
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="parallel.compile=blocks, but triton is not installed: pip install triton"):
+        compiles("blocks", CUDA)
