@@ -36,9 +36,9 @@ def contrastive(setting: Setting, own_tower: bool) -> Iterator[Pair]:
     """``own_tower``: OpenCLIP's own ViT instead of timm's; our trunk cannot compute its function."""
     import open_clip
 
-    shape = setting.size((32, 2, 2), (384, 12, 6), (768, 12, 12))
-    text = setting.size((32, 2, 2), (384, 12, 6), (512, 12, 8))
-    image, batch = setting.size((32, 4), (224, 4), (224, 256))
+    shape = setting.size((32, 2, 2), (384, 4, 6), (768, 12, 12))
+    text = setting.size((32, 2, 2), (384, 4, 6), (512, 12, 8))
+    image, batch = setting.size((32, 4), (224, 16), (224, 256))
     layer_scale = None if own_tower else 1.0
     config = contrastive_config(setting, model_like_dinov3(shape, image, layer_scale), text, batch)
     words = config.model.text
@@ -85,7 +85,7 @@ def contrastive_config(setting: Setting, vision: dict[str, Any], text: Shape, ba
     return validate(from_dict({
         "model": vision | {"text": words},
         "objectives": {"self_distillation": {"weight": 0.0}, "reconstruction": {"weight": 0.0}},
-        "data": {"streams": 1}, "train": {"batch_size": batch}, "parallel": {"precision": setting.precision},
+        "data": {"streams": 1}, "train": {"batch_size": batch}, "parallel": {"precision": setting.precision, "zero_stage": 0},
     }, Config), 1)
 
 

@@ -54,15 +54,15 @@ def diffusion(setting: Setting) -> Iterator[Pair]:
 
 
 def dit_config(setting: Setting) -> CompleteDiTConfig:
-    width, depth, heads = setting.size((32, 2, 2), (384, 12, 6), (1152, 28, 16))
-    side, channels, batch = setting.size((4, 8, 2), (16, 64, 4), (16, 64, 64))
+    width, depth, heads = setting.size((32, 2, 2), (384, 4, 6), (1152, 28, 16))
+    side, channels, batch = setting.size((4, 8, 2), (16, 64, 16), (16, 64, 64))
     return complete_config(validate_dit(from_dict({
         "model": {
             "width": width, "depth": depth, "heads": heads, "latent_size": side, "latent_channels": channels,
             "num_classes": 1000,
         },
         "data": {"streams": 1}, "train": {"batch_size": batch},
-        "parallel": {"precision": setting.precision},
+        "parallel": {"precision": setting.precision, "zero_stage": 0},
     }, DiTConfig), 1))
 
 

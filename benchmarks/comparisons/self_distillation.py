@@ -34,9 +34,10 @@ def self_distillation(setting: Setting) -> Iterator[Pair]:
     def by_us() -> list[Tensor]:
         bias = TeacherBias(*(center_bias(center, TEMPERATURE) for center in centers.values()))
         for name in centers:
-            centers[name] = update_center(
+            following = update_center(
                 centers[name], [getattr(teacher, name)], teacher.W, momentum=SETTINGS.center_momentum
             )
+            centers[name] = following()
         terms = self_distillation_loss(
             student, teacher, bias, weights, SETTINGS, teacher_temperature=TEMPERATURE, images_total_local=images
         )
