@@ -7,6 +7,7 @@ from distributed import run_ranks
 from dit_oracle import stored
 
 from megavtp.errors import UserError
+from megavtp.evaluation.distances import feature_sets
 from megavtp.evaluation.distances.feature_sets import (
     FeatureMoments,
     FeatureStatistics,
@@ -113,6 +114,18 @@ def test_known_gaussians():
     root = math.sqrt(np.trace(a @ b) + 2 * math.sqrt(np.linalg.det(a) * np.linalg.det(b)))
     want = 0.25 + np.trace(a) + np.trace(b) - 2 * root
     assert frechet_distance(gaussian([0.0, 0.5], a), gaussian([0.0, 0.0], b)) == pytest.approx(want, rel=1e-12)
+
+
+def test_where_nothing_is_small_squares_are_enough(monkeypatch):
+    x, y = (statistics_of(torch.from_numpy(one)) for one in features("regular"))
+    short = frechet_distance(x, y)
+    monkeypatch.setattr(feature_sets, "_SMALL", math.inf)
+    assert frechet_distance(x, y) == pytest.approx(short, rel=1e-11)
+    monkeypatch.setattr(feature_sets.torch.linalg, "svdvals", None)
+    with pytest.raises(TypeError):
+        frechet_distance(x, y)
+    monkeypatch.setattr(feature_sets, "_SMALL", 1e-10)
+    assert frechet_distance(x, y) == short
 
 
 def test_moments_keep_a_small_spread_beside_a_large_mean():
