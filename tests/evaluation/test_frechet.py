@@ -116,15 +116,15 @@ def test_known_gaussians():
     assert frechet_distance(gaussian([0.0, 0.5], a), gaussian([0.0, 0.0], b)) == pytest.approx(want, rel=1e-12)
 
 
-def test_where_nothing_is_small_squares_are_enough(monkeypatch):
+def test_squares_are_enough_where_they_are_exact(monkeypatch):
     x, y = (statistics_of(torch.from_numpy(one)) for one in features("regular"))
     short = frechet_distance(x, y)
-    monkeypatch.setattr(feature_sets, "_SMALL", math.inf)
+    monkeypatch.setattr(feature_sets, "_ENOUGH", 0)
     assert frechet_distance(x, y) == pytest.approx(short, rel=1e-11)
     monkeypatch.setattr(feature_sets.torch.linalg, "svdvals", None)
     with pytest.raises(TypeError):
         frechet_distance(x, y)
-    monkeypatch.setattr(feature_sets, "_SMALL", 1e-10)
+    monkeypatch.setattr(feature_sets, "_ENOUGH", 1e-10)
     assert frechet_distance(x, y) == short
 
 

@@ -19,8 +19,7 @@ from megavtp.parallel.mesh import SINGLE, Mesh
 _ROWS = 512  # rows added to the moments at one time, so that the result does not depend on the batch size
 # Tolerance of squared distances, relative to the longest vector: equal images must be 0 apart despite rounding.
 _ROUNDING = 1e-12
-# Of a squared singular value to the largest one, which double precision knows to 1e-16: the root has 10 digits or more.
-_SMALL = 1e-10
+_ENOUGH = 1e-10  # relative error of a sum of singular values
 
 
 @dataclass(frozen=True)
@@ -101,14 +100,16 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 def _trace_of_root(a: Tensor, b: Tensor) -> Tensor:
     """Return tr (A B)^(1/2) of covariances (d, d), with 10 digits or more even if one is singular.
 
-    With A = F F^T and B = G G^T, it is the sum of the singular values of F^T G. Where none of these is small, their
-    squares are found in less than half of the time; else that would take roots of rounding noise.
+    With A = F F^T and B = G G^T, it is the sum of the singular values of F^T G. Their squares are found in less than
+    half of the time, with the same error for all, which is large beside small ones; so they are taken if the sum of
+    their roots is exact enough.
     """
     (f, f_fails), (g, g_fails) = torch.linalg.cholesky_ex(a), torch.linalg.cholesky_ex(b)
     if not f_fails and not g_fails:
         product = f.T @ g
         squares = torch.linalg.eigvalsh(product.T @ product)
-        if squares[0] > _SMALL * squares[-1]:
+        noise = squares[-1] * math.sqrt(len(squares)) * torch.finfo(squares.dtype).eps
+        if squares[0] > noise and (noise / (2 * squares.sqrt())).sum() < _ENOUGH * squares.sqrt().sum():
             return squares.sqrt().sum()
     return torch.linalg.svdvals(_factor(a).T @ _factor(b)).sum()
 
