@@ -85,7 +85,8 @@ def contrastive_config(setting: Setting, vision: dict[str, Any], text: Shape, ba
     return validate(from_dict({
         "model": vision | {"text": words},
         "objectives": {"self_distillation": {"weight": 0.0}, "reconstruction": {"weight": 0.0}},
-        "data": {"streams": 1}, "train": {"batch_size": batch}, "parallel": {"precision": setting.precision, "zero_stage": 0},
+        "data": {"streams": 1}, "train": {"batch_size": batch},
+        "parallel": {"precision": setting.precision, "zero_stage": 0},
     }, Config), 1)
 
 
