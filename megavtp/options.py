@@ -31,6 +31,16 @@ class Options(argparse.ArgumentParser):
                 self.error(f"{word!r} is empty where a value belongs; leave the option out, or give it one")
         return super().parse_known_args(words, namespace)
 
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        """Parse; settings may stand anywhere, of which argparse would take only those that stand together."""
+        options, rest = self.parse_known_args(args, namespace)
+        settings = [word for word in rest if "=" in word and not word.startswith("-")]
+        if settings != rest or (rest and not hasattr(options, "overrides")):
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        if settings:
+            options.overrides += settings
+        return options
+
     def error(self, message: str) -> NoReturn:
         if not _first_process():
             time.sleep(_PATIENCE)  # a launcher ends all processes as soon as one has ended

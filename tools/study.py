@@ -45,11 +45,7 @@ def parse() -> argparse.Namespace:
                 "--utilization", type=real(0, 1, above=True), default=0.4,
                 help="with --gpus: share of a device's peak that trainings reach (default: 0.4)",
             )
-    options, rest = parser.parse_known_args()
-    if wrong := [word for word in rest if word.startswith("-") or "=" not in word]:
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
-    options.overrides += rest  # argparse leaves settings over that come after an option
-    return options
+    return parser.parse_args()
 
 
 def main() -> int:

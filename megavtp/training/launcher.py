@@ -68,7 +68,7 @@ class Launcher:
 
     def main(self) -> int:
         """Do the work of one rank; return the exit status."""
-        arguments = self.parser().parse_intermixed_args(sys.argv[1:])
+        arguments = self.parser().parse_args(sys.argv[1:])
         path = arguments.config or self.default
         if path is None:
             raise UserError(f"name a recipe with --config: {self.recipe_help}")
