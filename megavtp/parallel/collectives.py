@@ -19,13 +19,7 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 def all_reduce(x: Tensor, mesh: Mesh, axis: Axis, op: Literal["sum", "max"] = "sum") -> Tensor:
     """Reduce over ``axis`` into a new tensor; no gradient flows."""
-    group = mesh.group(axis)
-    x = x.detach()
-    if group is None:
-        return x
-    x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, _OPS[op], group=group)
-    return x
+    return begin_all_reduce(x, mesh, axis, op)()
 
 
 def begin_all_reduce(x: Tensor, mesh: Mesh, axis: Axis, op: Literal["sum", "max"] = "sum") -> Callable[[], Tensor]:

@@ -108,9 +108,9 @@ def _trace_of_root(a: Tensor, b: Tensor) -> Tensor:
     if not f_fails and not g_fails:
         product = f.T @ g
         squares = torch.linalg.eigvalsh(product.T @ product)
-        noise = squares[-1] * math.sqrt(len(squares)) * torch.finfo(squares.dtype).eps
-        if squares[0] > noise and (noise / (2 * squares.sqrt())).sum() < _ENOUGH * squares.sqrt().sum():
-            return squares.sqrt().sum()
+        noise, roots = squares[-1] * math.sqrt(len(squares)) * torch.finfo(squares.dtype).eps, squares.sqrt()
+        if squares[0] > noise and (noise / (2 * roots)).sum() < _ENOUGH * roots.sum():
+            return roots.sum()
     return torch.linalg.svdvals(_factor(a).T @ _factor(b)).sum()
 
 
