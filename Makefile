@@ -1,4 +1,4 @@
-# make install | demo | test | matrix | sweeps | crash-sweep | test-gpu | gpu-report | benchmark | lint | clean
+# make install | demo | showcase | test | matrix | sweeps | crash-sweep | test-gpu | gpu-report | benchmark | lint | clean
 # PYTHON: the interpreter of a new environment; VENV: where it is; EXTRAS: what of setup.py's extras to install.
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +18,12 @@ LAUNCH = $(BIN)/deepspeed $(PROCESSES)
 DRAW := --dit runs/demo_dit/checkpoints/latest --tokenizer runs/demo/tokenizer --method heun --steps 8 --shift 0.5 \
   --precision bf16
 
-.PHONY: install demo demo-tokenizer demo-generation test matrix sweeps crash-sweep test-gpu gpu-report benchmark lint clean
+SHOWCASE_TOKENIZER := runs/showcase/tokenizer
+SHOWCASE_DRAW := --dit runs/showcase_dit/checkpoints/latest --tokenizer $(SHOWCASE_TOKENIZER) --method heun --steps 16 \
+  --shift 0.5 --precision bf16
+
+.PHONY: install demo demo-tokenizer demo-generation showcase test matrix sweeps \
+  crash-sweep test-gpu gpu-report benchmark lint clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -60,6 +65,22 @@ demo-generation: demo-tokenizer
 	$(LAUNCH) tools/evaluate.py generation $(DRAW) --guidance 3 --reference data/emoji --label group --scale \
 	  --samples 256 --reference-samples 512 --out runs/demo_dit/generation.json
 	$(BIN)/python tools/report.py runs/demo runs/demo/decoder runs/demo_dit --out runs/report.html
+
+# The same chain with patches of 8 pixels, a DiT that takes names, and three hours; goes on where an earlier run stopped.
+showcase: install
+	$(LAUNCH) launchers/pretrain.py --config configs/showcase/vtp_emoji.yaml evaluation.at_end=false
+	$(LAUNCH) launchers/train_decoder.py --config configs/showcase/decoder_emoji.yaml
+	rm -rf $(SHOWCASE_TOKENIZER)
+	$(BIN)/python tools/convert_checkpoint.py --from runs/showcase/checkpoints/latest \
+	  --decoder runs/showcase/decoder/checkpoints/latest --to native --out $(SHOWCASE_TOKENIZER)
+	$(BIN)/python tools/evaluate.py --checkpoint $(SHOWCASE_TOKENIZER) --data data/emoji \
+	  --out runs/showcase/evaluation.json --pictures runs/showcase/reconstructions.png
+	$(LAUNCH) tools/extract_latents.py --tokenizer $(SHOWCASE_TOKENIZER) --data data/emoji --captions \
+	  --out runs/showcase/latents
+	$(LAUNCH) launchers/train_dit.py --config configs/showcase/dit_emoji.yaml
+	$(LAUNCH) tools/evaluate.py generation $(SHOWCASE_DRAW) --guidance 3 --reference data/emoji --label group \
+	  --equal-classes --samples 252 --reference-samples 512 --out runs/showcase_dit/generation.json
+	$(BIN)/python tools/report.py runs/showcase runs/showcase/decoder runs/showcase_dit --out runs/showcase.html
 
 # Without the GPUs of the machine, if it has any: those are for test-gpu. The tests of a file share its fixtures and run
 # one after another.
