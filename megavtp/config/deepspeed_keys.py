@@ -54,7 +54,7 @@ REFUSED: dict[str, str] = {
     "zero_optimization.offload_optimizer": f"the backwards of a step would not add up; {_LESS_MEMORY}",
     "zero_optimization.offload_param": f"checkpoints gather the weights on the devices; {_LESS_MEMORY}",
     "zero_optimization.round_robin_gradients": "checkpoints would have the moments of other parameters",
-    "zero_optimization.zero_hpz_partition_size": "the second copy of the teacher's weights would never be updated",
+    "zero_optimization.zero_hpz_partition_size": "no gather would use its second copy of the weights",
     "zero_optimization.stage3_module_granularity_threshold": "DeepSpeed 0.19.8 fails with it",
 }
 

@@ -1,8 +1,8 @@
 """DeepSpeed's engine: how it is configured and made, and what has to be done before a step and before a backward.
 
-Only this file, ``gather_ahead``, ``reduce_early``, ``gradient_norm`` and ``engine_state`` touch DeepSpeed's internals.
-They are written against exactly DeepSpeed 0.19.8: ZeRO-3 gathers of earlier releases return garbage on gloo, and
-several of the faults that are worked around here are silent. Each work-around states its reason;
+Only this file, ``gather_ahead``, ``reduce_early``, ``shard_matrix``, ``gradient_norm`` and ``engine_state`` touch
+DeepSpeed's internals. They are written against exactly DeepSpeed 0.19.8: ZeRO-3 gathers of earlier releases return
+garbage on gloo, and several of the faults that are worked around here are silent. Each work-around states its reason;
 ``tests/parallel/test_deepspeed_adapter.py`` fails without it, and also tells when a later DeepSpeed no longer needs it.
 """
 
@@ -25,8 +25,11 @@ from megavtp.parallel import gradient_norm
 from megavtp.parallel.gather_ahead import block_chains, gather_ahead
 from megavtp.parallel.mesh import Axis, Mesh
 from megavtp.parallel.reduce_early import reduce_in_last_backward
+from megavtp.parallel.shard_matrix import gather_by_columns, reduce_by_columns
 
 SUPPORTED_VERSION = "0.19.8"
+# What a user can ask of DeepSpeed instead of a gather by columns.
+_OTHER_GATHERS = ("stage3_allgather_sequential", "stage3_use_all_reduce_for_fetch_params")
 
 
 def import_deepspeed() -> Any:
@@ -117,6 +120,10 @@ def initialize(
             # The transport itself has one in any case.
             coordinator, default = offload.get_param_coordinator(), torch.cuda.default_stream()
             coordinator._PartitionedParameterCoordinator__allgather_stream = default
+        if mesh.dp > 1:
+            reduce_by_columns()
+            if not any(zero.get(key) for key in _OTHER_GATHERS):
+                gather_by_columns(module.parameters())
         if not hold:
             gather_ahead(engine, block_chains(module))
     if early:

@@ -44,9 +44,7 @@ TOLD = {  # what only prints
     "wall_clock_breakdown": True, "memory_breakdown": True, "dump_state": True, "steps_per_print": 1,
 }
 # Refused, because of these: stage, value. Where one is exact, a later DeepSpeed has mended it.
-SILENT = {
-    "offload_optimizer": (2, {"device": "cpu"}), "round_robin_gradients": (1, True), "zero_hpz_partition_size": (3, 2),
-}
+SILENT = {"offload_optimizer": (2, {"device": "cpu"}), "round_robin_gradients": (1, True)}
 
 
 def on_ranks(rank: int) -> dict[Any, Any]:

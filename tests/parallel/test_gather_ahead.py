@@ -25,6 +25,7 @@ from megavtp.nn.block import Block as TransformerBlock
 from megavtp.parallel import deepspeed_adapter as adapter
 from megavtp.parallel.gather_ahead import block_chains
 from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.shard_matrix import Gather
 from megavtp.parallel.traffic import count_traffic
 
 RECOMPUTE = ("none", "full")  # "selective" recomputes inside a block only
@@ -47,8 +48,6 @@ class Event(NamedTuple):
 @contextmanager
 def recorded(model: torch.nn.Module) -> Iterator[list[Event]]:
     """The events of the blocks, by hooks behind DeepSpeed's and inside the handles of its gathers."""
-    from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle as Handle
-
     blocks = {
         (name.rpartition(".blocks")[0], int(name.rpartition(".")[2])): module
         for name, module in model.named_modules() if isinstance(module, TransformerBlock)
@@ -64,7 +63,7 @@ def recorded(model: torch.nn.Module) -> Iterator[list[Event]]:
         def noting(handle: Any, *args: Any, **options: Any) -> None:
             waits_again = kind == "arrived" and handle.complete
             method(handle, *args, **options)
-            key = owner.get(id(handle.params[0]))
+            key = owner.get(id(handle.parameters[0]))
             if key is not None and not waits_again:
                 note(kind, key)
 
@@ -86,8 +85,8 @@ def recorded(model: torch.nn.Module) -> Iterator[list[Event]]:
 
     hooks = [hook for key, block in blocks.items() for hook in watch(key, block)]
     with (
-        patch.object(Handle, "__init__", of_handle("begun", Handle.__init__)),
-        patch.object(Handle, "wait", of_handle("arrived", Handle.wait)),
+        patch.object(Gather, "__init__", of_handle("begun", Gather.__init__)),
+        patch.object(Gather, "wait", of_handle("arrived", Gather.wait)),
     ):
         yield events
     for hook in hooks:
