@@ -12,7 +12,7 @@ from megavtp.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DECODER_RECIPES = sorted([*CONFIGS.glob("decoder/*.yaml"), *CONFIGS.glob("*/decoder_*.yaml")])
-RECIPES = sorted([*CONFIGS.glob("pretrain/*.yaml"), *CONFIGS.glob("demo/vtp_*.yaml"), *CONFIGS.glob("showcase/vtp_*.yaml")])
+RECIPES = sorted(path for folder in ("pretrain", "demo", "showcase") for path in (CONFIGS / folder).glob("vtp_*.yaml"))
 BASE = """
 model: {size: tiny, image_size: 64, text: {vocab_size: 512}, dino_head: {prototypes: 64, hidden: 32, bottleneck: 8}}
 objectives: {self_distillation: {batch: 16}, reconstruction: {batch: 8}}
