@@ -1,9 +1,10 @@
 """DeepSpeed's engine: how it is configured and made, and what has to be done before a step and before a backward.
 
-Only this file, ``gather_ahead``, ``reduce_early``, ``shard_matrix``, ``gradient_norm`` and ``engine_state`` touch
-DeepSpeed's internals. They are written against exactly DeepSpeed 0.19.8: ZeRO-3 gathers of earlier releases return
-garbage on gloo, and several of the faults that are worked around here are silent. Each work-around states its reason;
-``tests/parallel/test_deepspeed_adapter.py`` fails without it, and also tells when a later DeepSpeed no longer needs it.
+Only this file, ``gather_ahead``, ``reduce_early``, ``reduce_in_place``, ``shard_matrix``, ``gradient_norm`` and
+``engine_state`` touch DeepSpeed's internals. They are written against exactly DeepSpeed 0.19.8: ZeRO-3 gathers of
+earlier releases return garbage on gloo, and several of the faults that are worked around here are silent. Each
+work-around states its reason; ``tests/parallel/test_deepspeed_adapter.py`` fails without it, and also tells when a
+later DeepSpeed no longer needs it.
 """
 
 import logging
@@ -25,6 +26,7 @@ from megavtp.parallel import gradient_norm
 from megavtp.parallel.gather_ahead import block_chains, gather_ahead
 from megavtp.parallel.mesh import Axis, Mesh
 from megavtp.parallel.reduce_early import reduce_in_last_backward
+from megavtp.parallel.reduce_in_place import reduce_in_place
 from megavtp.parallel.shard_matrix import gather_by_columns, reduce_by_columns
 
 SUPPORTED_VERSION = "0.19.8"
@@ -126,6 +128,8 @@ def initialize(
                 gather_by_columns(module.parameters())
         if not hold:
             gather_ahead(engine, block_chains(module))
+    if stage == 0:
+        reduce_in_place(engine)
     if early:
         reduce_in_last_backward(engine)
     engine.megavtp_early = early

@@ -15,10 +15,10 @@ from torch import nn
 
 from megavtp.arithmetic import ceil_div
 from megavtp.parallel.mesh import Mesh
+from megavtp.parallel.reduce_in_place import LARGE
 
 FLOAT = 4  # bytes
 _BUCKET = 50_000_000  # elements at most, as in ``deepspeed_adapter.build_config``
-_FLAT_BUCKET = 500_000_000  # elements that stage 0 flattens at once
 _ALIGN = 2  # stages 1 and 2 pad a group to a multiple of this times dp elements
 
 Groups = Callable[[Iterable[tuple[str, nn.Parameter]]], list[dict]]
@@ -130,7 +130,8 @@ def state(
     trained, frozen = elements(pieces, trained=True), elements(pieces, trained=False)
     bucket = ceil_div(min(trained, _BUCKET), 1024) * 1024
     if stage == 0:
-        counts = (trained, trained, 2 * trained, frozen, 0, min(trained, _FLAT_BUCKET))
+        joined = elements((p for p in pieces if p.numel < LARGE), trained=True) if dp > 1 else 0
+        counts = (trained, trained, 2 * trained, frozen, 0, joined)
     elif stage == 3:
         shards = [replace(p, numel=ceil_div(p.numel, dp)) for p in pieces]  # each parameter is cut on its own
         own, others = elements(shards, trained=True), elements(shards, trained=False)
