@@ -36,7 +36,7 @@ Rotation = Callable[[Tensor, RotaryTable], Tensor]
 
 def split_heads(
     qkv: Tensor, heads: int, eps: float, rotation: Rotation, q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
+    k_weight: Tensor | None = None, *table: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values (T, heads, h) of qkv (T, 3 * heads * h).
 
@@ -46,8 +46,8 @@ def split_heads(
     if q_weight is not None and k_weight is not None:
         # The norm's float32 weights may have raised 16 bits to 32, which the fast kernels do not take.
         q, k = rms_norm(q, q_weight, eps, v.dtype), rms_norm(k, k_weight, eps, v.dtype)
-    if cos is not None and sin is not None:
-        q, k = rotation(q, (cos, sin)), rotation(k, (cos, sin))
+    if table:
+        q, k = rotation(q, table), rotation(k, table)
     # Compiled, views of qkv would have their gradients added to it one by one, and would hold it for the backward.
     return (q.contiguous(), k.contiguous(), v.contiguous()) if torch.compiler.is_compiling() else (q, k, v)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megavtp.errors import UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-RotaryTable = tuple[Tensor, Tensor]  # cosine and sine, each (L, h)
+RotaryTable = tuple[Tensor, ...]  # what a rotation reads, L rows; that of ``rotate``: cosine and sine, each (L, h)
 
 
 def rope_periods(head_dim: int, dtype: torch.dtype, base: float = 100.0) -> Tensor:
@@ -89,12 +89,11 @@ def rotate(x: Tensor, table: RotaryTable) -> Tensor:
 
 
 def packed_table(tables: Sequence[RotaryTable], segments: Sequence[tuple[int, int]]) -> RotaryTable:
-    """Give every token of a packed batch its cosines and sines, (T, h); ``tables`` has a table per segment."""
-    cos, sin = (
-        [part.expand(sequences, -1, -1).flatten(0, 1) for part, (sequences, _) in zip(parts, segments)]
+    """Give every token of a packed batch its row, T in all; ``tables`` has a table per segment."""
+    return tuple(
+        torch.cat([part.expand(sequences, *part.shape).flatten(0, 1) for part, (sequences, _) in zip(parts, segments)])
         for parts in zip(*tables)
     )
-    return torch.cat(cos), torch.cat(sin)
 
 
 def reset_rope(model: nn.Module) -> None:

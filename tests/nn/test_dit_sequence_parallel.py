@@ -12,6 +12,7 @@ from whole_gradients import whole_gradients
 from megavtp.dit.config import DiTModelConfig
 from megavtp.dit.model.build import build_dit
 from megavtp.dit.model.model import DiT
+from megavtp.dit.model.positions import pair_table
 from megavtp.models.init import constant, fill_parameters, normal
 from megavtp.nn.rope import packed_table
 from megavtp.parallel.collectives import all_gather
@@ -50,7 +51,7 @@ def held(mesh: Mesh, mode: str) -> float:
     bytes_of, samples = [], 2
     for side in (4, 8):
         model = tiny(mesh, mode, side)
-        block, table = model.blocks["0"], packed_table([tuple(model.feat_rope.buffers())], [(samples, side**2)])
+        block, table = model.blocks["0"], packed_table([pair_table(*model.feat_rope.buffers())], [(samples, side**2)])
         cut = TokenCut(mesh, samples * side**2, sequences=samples) if mesh.sequence_parallel else None
         leaf = torch.randn(samples, side**2 // mesh.tp, 48, requires_grad=True)
         condition = torch.randn(samples, 48, requires_grad=True)

@@ -13,7 +13,7 @@ from megavtp.config.sizes import known
 from megavtp.dit.config import CompleteDiT
 from megavtp.dit.model.block import DiTBlock, FinalLayer
 from megavtp.dit.model.embed import CaptionEmbed, ClassEmbed, TimeEmbed
-from megavtp.dit.model.positions import position_tables
+from megavtp.dit.model.positions import pair_table, position_tables
 from megavtp.errors import UserError
 from megavtp.models.vision_encoder import PatchEmbed
 from megavtp.nn.attention_kernels import Kernel
@@ -126,7 +126,8 @@ class DiT(nn.Module):
         if not indices:
             return tokens
         samples, cut = len(tokens), None
-        table = packed_table([(self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)], [(samples, tokens.shape[1])])
+        table = pair_table(self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)
+        table = packed_table([table], [(samples, tokens.shape[1])])
         if self.mesh.sequence_parallel:
             cut = TokenCut(self.mesh, tokens.shape[0] * tokens.shape[1], sequences=samples)
             tokens = cut.split(tokens.flatten(0, 1)).unflatten(0, (samples, -1))

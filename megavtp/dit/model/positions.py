@@ -17,7 +17,7 @@ def position_tables(config: CompleteDiT) -> dict[str, Tensor]:
 
     In ``pos_embed`` (1, N, D), D/2 channels encode the column, then D/2 the row, each by D/4 sines then D/4 cosines. By
     ``freqs_cos`` and ``freqs_sin`` (N, h), the first h/2 channels rotate by the row, the last by the column;
-    neighbouring channels share an angle: they are the pairs of ``rotate_pairs``.
+    neighbouring channels share an angle: they are the pairs of ``pair_table``.
     """
     side, quarter, half = config.latent_size // config.patch_size, config.width // 4, config.width // config.heads // 2
     frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -35,9 +35,18 @@ def _on_grid(axis: Tensor) -> tuple[Tensor, Tensor]:
     return axis.repeat_interleave(side, 0), axis.repeat(side, 1)
 
 
+def pair_table(cos: Tensor, sin: Tensor) -> RotaryTable:
+    """Return the table of ``rotate_pairs``, a cosine and a sine for each pair of channels, (L, h/2, 2)."""
+    return (torch.stack([cos[:, ::2], sin[:, ::2]], -1),)
+
+
 def rotate_pairs(x: Tensor, table: RotaryTable) -> Tensor:
     """Rotate queries or keys (..., L, heads, h), channel 2k with 2k + 1, in the table's dtype; return that of x."""
-    cos, sin = (t.unsqueeze(1) for t in table)
-    y = x.to(cos.dtype)
-    even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)
-    return (y * cos + torch.stack([-odd, even], -1).flatten(-2) * sin).to(x.dtype)
+    turns = table[0].unsqueeze(1)
+    pairs = x.to(turns.dtype).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which makes no loops over complex numbers
+        (even, odd), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+        rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
+    else:
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
+    return rotated.flatten(-2).to(x.dtype)
