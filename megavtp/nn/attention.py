@@ -35,8 +35,8 @@ Rotation = Callable[[Tensor, RotaryTable], Tensor]
 
 
 def split_heads(
-    qkv: Tensor, heads: int, eps: float, rotation: Rotation, q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None, *table: Tensor,
+    qkv: Tensor, heads: int, eps: float, rotation: Rotation, q_weight: Tensor | None, k_weight: Tensor | None,
+    *table: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values (T, heads, h) of qkv (T, 3 * heads * h).
 
@@ -91,8 +91,8 @@ class Attention(nn.Module):
     def contract(
         self, qkv: Tensor, cut: TokenCut | None, segments: Segments, table: RotaryTable | None = None
     ) -> Tensor:
-        weights = [None if norm is None else norm() for norm in (self.q_norm, self.k_norm)]
+        q_weight, k_weight = (None if norm is None else norm() for norm in (self.q_norm, self.k_norm))
         # Mere views are nothing to compile.
         split = split_heads if self.q_norm is None and table is None else self.split_heads
-        q, k, v = split(qkv, self.local_heads, self.norm_eps, self.rotation, *weights, *(table or ()))
+        q, k, v = split(qkv, self.local_heads, self.norm_eps, self.rotation, q_weight, k_weight, *(table or ()))
         return self.proj(attend(q, k, v, segments, self.causal, self.kernel).flatten(1), cut)

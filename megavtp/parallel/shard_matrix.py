@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megavtp.arithmetic import ceil_div
 
 
-def gather_by_columns(parameters: Iterable[nn.Parameter]) -> None:
-    """Let DeepSpeed gather these ZeRO-3 parameters by ``begin_gather``."""
+def gather_by_columns(parameters: Iterable[Any]) -> None:
+    """Let DeepSpeed gather these of its ZeRO-3 parameters by ``begin_gather``."""
     for parameter in parameters:
         parameter.all_gather_coalesced = begin_gather
 
@@ -31,7 +31,7 @@ def reduce_by_columns() -> None:
 class Gather:
     """A gather of several parameters that is under way: a handle, as DeepSpeed calls it."""
 
-    def __init__(self, work: Any, parameters: Sequence[nn.Parameter], matrix: Tensor) -> None:
+    def __init__(self, work: Any, parameters: Sequence[Any], matrix: Tensor) -> None:
         self.work, self.parameters, self.matrix = work, parameters, matrix
         self.complete = False
 
@@ -52,8 +52,8 @@ class Gather:
         self.complete = True
 
 
-def begin_gather(parameters: Iterable[nn.Parameter], safe_mode: bool = False, quantize: bool = False) -> Gather:
-    """Begin to gather parameters, none of which is gathered or under way yet; the ranks agree on their order."""
+def begin_gather(parameters: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Gather:
+    """Begin to gather parameters, none of which is gathered or under way yet, in an order that all ranks have."""
     from deepspeed import comm
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
