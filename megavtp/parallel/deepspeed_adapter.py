@@ -10,7 +10,7 @@ later DeepSpeed no longer needs it.
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -136,6 +136,14 @@ def initialize(
     engine.megavtp_hold = hold and stage == 3
     gradient_norm.install(engine, mesh)
     return engine
+
+
+def zero3_linear() -> Callable[..., torch.Tensor]:
+    """Return what a ZeRO-3 engine puts in the place of ``torch.nn.functional.linear``, for the whole process."""
+    import_deepspeed()
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    return zero3_linear_wrap
 
 
 def _mpu(mesh: Mesh) -> SimpleNamespace:

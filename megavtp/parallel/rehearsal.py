@@ -24,9 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megavtp.parallel import gradient_norm
-from megavtp.parallel.deepspeed_adapter import import_deepspeed
+from megavtp.parallel.deepspeed_adapter import import_deepspeed, zero3_linear
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.traffic import Traffic, count_traffic
+
+_LINEAR = torch._C._nn.linear  # what torch.nn.functional calls linear until a ZeRO-3 engine replaces it
 
 
 @dataclass(frozen=True)
@@ -40,27 +42,33 @@ class Rehearsed:
 
 
 @contextmanager
-def rehearsal(*, tp: int = 1, dp: int = 1, fused_norms: bool = False, **fields: Any) -> Iterator[Mesh]:
+def rehearsal(
+    *, tp: int = 1, dp: int = 1, fused_norms: bool = False, zero3: bool = False, **fields: Any
+) -> Iterator[Mesh]:
     """Give a mesh of fake groups; inside, all new tensors have a shape, dtype and storage size, but no data.
 
     The kernels are the CPU's. ``fused_norms``: RMS norms keep for the backward what CUDA's fused kernel keeps, their
-    input and a number a row; the CPU's keep the normalised rows too. ``fields``: further fields of the mesh.
+    input and a number a row; the CPU's keep the normalised rows too. ``zero3``: linear layers keep what they do under
+    ZeRO 3, their weights and not the 16-bit copies of them. ``fields``: further fields of the mesh.
     """
-    with _world(0, tp * dp, fused_norms):
+    with _world(0, tp * dp, fused_norms, zero3_linear() if zero3 else _LINEAR):
         tp_group = dist.new_group(list(range(tp))) if tp > 1 else None
         dp_group = dist.new_group(list(range(0, tp * dp, tp))) if dp > 1 else None
         yield Mesh(tp=tp, dp=dp, tp_group=tp_group, dp_group=dp_group, **fields)
 
 
 @contextmanager
-def _world(rank: int, size: int, fused_norms: bool) -> Iterator[None]:
+def _world(rank: int, size: int, fused_norms: bool, linear: Callable[..., Tensor]) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized(), "a rehearsal has a world of its own"
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     norms = patch.object(F, "rms_norm", _fused_norm) if fused_norms else nullcontext()
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings(), norms:
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings(), norms,
+            patch.object(F, "linear", linear),
+        ):
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             yield
     finally:
@@ -82,7 +90,7 @@ def rehearsed_rank(
     place = {"RANK": f"{rank}", "LOCAL_RANK": "0", "WORLD_SIZE": f"{world_size}"}
     try:
         with (
-            _world(rank, world_size, fused_norms), patch.dict(os.environ, place),
+            _world(rank, world_size, fused_norms, _LINEAR), patch.dict(os.environ, place),
             patch.object(nn.Module, "_apply", _converted), live, _Denials(),
             patch.object(gradient_norm, "all_gather_object", lambda own: [towers]),
         ):

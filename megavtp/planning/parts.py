@@ -80,12 +80,12 @@ def _interpolated(at: Callable[[int], Cost], m: int) -> Cost:
 class Rehearsals:
     """Rehearsals of a configuration's parts, each made once.
 
-    Of the ``parallel`` section only the precision and ``compile`` count here. ``fused_norms`` is ``rehearsal``'s, for
-    runs on GPUs.
+    Of the ``parallel`` section only the precision and ``compile`` count here. ``fused_norms``, for runs on GPUs, and
+    ``zero3`` are ``rehearsal``'s.
     """
 
-    def __init__(self, config: ResolvedConfig, *, fused_norms: bool):
-        self.config, self.fused_norms = config, fused_norms
+    def __init__(self, config: ResolvedConfig, *, fused_norms: bool, zero3: bool = False):
+        self.config, self._kept = config, {"fused_norms": fused_norms, "zero3": zero3}
         self.dtype = compute_dtype(config.parallel.precision)
         self.compiled = wanted(config.parallel.compile, on_gpu=fused_norms)
         self.objectives = frozenset(share(config, 1).passes)
@@ -116,7 +116,7 @@ class Rehearsals:
         self, mode: str, name: str, m: int, tp: int, sequence_parallel: bool, recompute: Recompute
     ) -> tuple[Cost, ...]:
         trained = mode not in SILENT
-        with rehearsal(tp=tp, sequence_parallel=sequence_parallel, fused_norms=self.fused_norms) as mesh:
+        with rehearsal(tp=tp, sequence_parallel=sequence_parallel, **self._kept) as mesh:
             # These are two different blocks: the gradients of one used twice would wait for each other.
             model = self._model(mesh, depth=2)
             tower = getattr(model, name)
@@ -175,7 +175,7 @@ class Rehearsals:
     @once
     def _end(self, mode: str, leg: int, is_last: bool, tp: int, loss: bool, m: int) -> Cost:
         stage = 2 * leg + is_last
-        with rehearsal(tp=tp, fused_norms=self.fused_norms, pp=2, pp_rank=int(is_last)) as mesh:
+        with rehearsal(tp=tp, pp=2, pp_rank=int(is_last), **self._kept) as mesh:
             model, inputs = self._model(mesh, depth=0), self._inputs(mode, m)
             specs = model.activation_specs(mode, stage, **inputs) if stage else []
             trained = mode not in SILENT

@@ -28,10 +28,13 @@ def most_bytes(state: zero.State, peaks: Sequence[tuple[float, float, float]], e
 
     ``early`` says that what the update needs on top is there in the last pass already.
     """
-    first, *others = peaks
-    begin = [state.at(moment) + peak for moment, peak in enumerate(first)]
-    update = state.step + (max(peaks[-1]) if early else 0)
-    return max(*begin, *(state.total + max(peaks) for peaks in others), state.total + update)
+    (before, during, after), *others = peaks
+    on_top = [0] * len(others) + [state.step * early]  # by pass
+    first = [state.at(0) + before, state.at(1) + during, state.at(2) + after + on_top[0]]
+    if not after:  # the first backward is the pass's only one
+        first[1] += on_top[0]
+    later = [state.total + max(moments) + more for moments, more in zip(others, on_top[1:], strict=True)]
+    return max(state.setup, *first, *later, state.total + state.step)
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ class Planner:
     ):
         self.device, self.gpus_per_node, self.cuda = device, gpus_per_node, cuda
         self.parts = Rehearsals(config, fused_norms=cuda)
+        self._zero3_parts = Rehearsals(config, fused_norms=cuda, zero3=True)
         widths = None if self.parts.features is None else self.parts.features.widths
         self.inventory = zero.Inventory(partial(shape_of, config, self.parts.objectives, widths), groups)
 
@@ -164,16 +168,17 @@ class Planner:
         return replace(state, teacher=state.teacher + features)
 
     @once
-    def _pass_cost(self, layout: RankLayout, name: str, part: PassShare) -> PassCost:
-        return pass_cost(self.parts, layout, name, part)
+    def _pass_cost(self, layout: RankLayout, name: str, part: PassShare, zero3: bool) -> PassCost:
+        return pass_cost(self._zero3_parts if zero3 else self.parts, layout, name, part)
 
     def _rank(self, config: ResolvedConfig, world_size: int, pp_rank: int) -> RankPlan:
         p, mesh = config.parallel, _mesh(config, world_size, pp_rank)
         layout = RankLayout(replace(mesh, sequence_parallel=p.sequence_parallel), p.schedule, p.recompute)
-        passes = {name: self._pass_cost(layout, name, part) for name, part in share(config, mesh.dp).passes.items()}
+        zero3 = zero.leanly_linear(config.deepspeed, p.zero_stage)
+        parts = share(config, mesh.dp).passes
+        passes = {name: self._pass_cost(layout, name, part, zero3) for name, part in parts.items()}
         if config.objectives.adversarial.weight > 0:
-            part = share(config, mesh.dp).passes["reconstruction"]
-            passes["discriminator"] = discriminator_cost(self.parts, mesh, part)
+            passes["discriminator"] = discriminator_cost(self.parts, mesh, parts["reconstruction"])
         pieces = self._pieces(mesh)
         calls = [call for cost in passes.values() for call in cost.calls]
         sent = sum((cost.sent for cost in passes.values()), Sent())

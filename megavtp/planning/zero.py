@@ -87,6 +87,7 @@ class State:
         optimizer: moments, and in stages 1 to 3 the weights' master partition.
         buffers: communication buckets, and in stage 3 what is gathered at one time.
         step: needed on top for a moment during the update, after the last backward.
+        setup: all that is there while DeepSpeed takes over the model, which is whole then in every stage.
     """
 
     keeps: bool
@@ -96,6 +97,7 @@ class State:
     teacher: int
     buffers: int
     step: int
+    setup: int
 
     def at(self, moment: int) -> int:
         """Return the bytes without the activations before (0), in (1) and after (2) the first backward of a step."""
@@ -118,6 +120,11 @@ def overlaps(deepspeed: Mapping[str, Any], dp: int, *, cuda: bool) -> bool:
     return cuda and dp > 1 if given is None else given
 
 
+def leanly_linear(deepspeed: Mapping[str, Any], stage: int) -> bool:
+    """Tell whether linear layers hold no 16-bit copies of weights for the backward, by the settings for DeepSpeed."""
+    return stage == 3 and deepspeed.get("zero_optimization", {}).get("memory_efficient_linear", True)
+
+
 def state(
     pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str, hold: bool, overlap: bool
 ) -> State:
@@ -131,17 +138,20 @@ def state(
     bucket = ceil_div(min(trained, _BUCKET), 1024) * 1024
     if stage == 0:
         joined = elements((p for p in pieces if p.numel < LARGE), trained=True) if dp > 1 else 0
-        counts = (trained, trained, 2 * trained, frozen, 0, joined)
+        counts = (trained, trained, 2 * trained, frozen, 0, joined, trained + frozen)
     elif stage == 3:
         shards = [replace(p, numel=ceil_div(p.numel, dp)) for p in pieces]  # each parameter is cut on its own
         own, others = elements(shards, trained=True), elements(shards, trained=False)
         gathered = _gathered(pieces, hold) if dp > 1 else 0
-        counts = (own, own, 3 * own, others, bucket + gathered, max(_group_sizes(shards).values(), default=0))
+        largest = max(_group_sizes(shards).values(), default=0)
+        counts = (own, own, 3 * own, others, bucket + gathered, largest, trained + frozen)
     else:
         flat = flat_elements(pieces, dp)
         owned, unreached = _partition_gradients(pieces, dp, first_mode)
         gradients = trained if stage == 1 else owned + unreached
-        counts = (flat, gradients, 3 * flat // dp, frozen, bucket * (1 + overlap), owned)
+        counts = (
+            flat, gradients, 3 * flat // dp, frozen, bucket * (1 + overlap), owned, trained + flat + frozen
+        )
     return State(stage == 3, *(FLOAT * count for count in counts))
 
 
