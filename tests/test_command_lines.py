@@ -176,6 +176,7 @@ OTHERS = [
     (PLAN + "--rehearse 0 parallel.pp=3", "is not a multiple of parallel.tp x parallel.pp = 3"),
     (PLAN + "--device abacus", "device abacus: not known"),
     (PLAN + "--config nowhere.yaml", "nowhere.yaml: no such config file"),
+    (PLAN + f"--config {ROOT / 'configs/dit/dit_xl.yaml'}", "this is a DiT; --rehearse RANK plays its own"),
     (PLAN + "train.setps=3", "did you mean train.steps?"),
     (PLAN + "model.text.vocab_size=-8", "model.text.vocab_size = -8: must be between 1 and 16777216"),
     ("tools/study.py", "the following arguments are required: command"),

@@ -71,12 +71,13 @@ def main() -> int:
     options = parse()
     if options.rehearse is not None:
         return rehearse(options)
-    from megavtp.config.load import load_config
+    from megavtp.config.load import load_config, read_yaml
     from megavtp.config.run import ParallelConfig
     from megavtp.config.schema import DEMO_CONFIG, Config
     from megavtp.config.share import share
     from megavtp.config.validate import validate, with_vocabulary
     from megavtp.decoder.validate import asks_for_second_stage, validate_decoder
+    from megavtp.errors import UserError
     from megavtp.planning import report
     from megavtp.planning.devices import find_device
     from megavtp.planning.plan import GIB, Planner
@@ -87,7 +88,10 @@ def main() -> int:
 
     device = find_device(options.device)
     memory = device.memory if options.memory is None else options.memory
-    recipe = load_config(options.config or DEMO_CONFIG, Config, options.overrides)
+    path = options.config or DEMO_CONFIG
+    if "flow_matching" in read_yaml(path):
+        raise UserError(f"{path}: layouts are sought for tokenizers, and this is a DiT; --rehearse RANK plays its own")
+    recipe = load_config(path, Config, options.overrides)
     # Of the recipe's layout only precision, kernels and compilation count: the rest is what is sought.
     given = recipe.parallel
     alone = ParallelConfig(

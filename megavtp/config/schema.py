@@ -193,7 +193,8 @@ class DataConfig(ReadingConfig):
     # A data set ("emoji") that the first start makes in data.root if nothing is there; another data.root than the
     # recipe's own is the user's to fill.
     source: str | None = None
-    captions: str = "auto"  # "auto" = root/captions.model, else "clip" (CLIP BPE) or a sentencepiece .model file
+    # "auto" = root/captions.model, else "clip" (CLIP BPE), a .model file of sentencepiece or a .txt.gz of CLIP merges
+    captions: str = "auto"
     max_pixels: Positive = 64_000_000  # larger images are refused before they are decoded
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 

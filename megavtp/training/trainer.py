@@ -148,7 +148,7 @@ class Trainer:
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.max_skipped:
             raise UserError(
-                f"{self.skipped_in_a_row} steps in a row had a non-finite gradient (last: step {step}, "
+                f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite (last: step {step}, "
                 f"{', '.join(bad) or 'all terms finite'}); nothing was updated: see where it comes from with "
                 f"--replay {step}, lower train.optimizer.lr or use parallel.precision=fp32; more than "
                 "train.max_skipped_steps is an error"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from runpy import run_path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from distributed import run_ranks
 from dit_cells import Cell, CellRun
 from latent_folder import random_latents
@@ -22,6 +25,8 @@ from megavtp.dit.validate import with_latents
 from megavtp.errors import UserError
 from megavtp.latents.folder import LatentFolder
 from megavtp.parallel.traffic import count_traffic
+from megavtp.planning.plan import most_bytes
+from megavtp.planning.zero import State
 from megavtp.pretraining.rehearsal import beside_the_plan, play_pretraining
 from megavtp.training.rehearsal import Rehearsed
 from megavtp.training.step import train_step
@@ -73,6 +78,30 @@ def test_a_rank_of_sixteen_of_a_dit(rank: int, cell: Cell, tmp_path: Path) -> No
     played = play_dit(config, 16, rank, fused_norms=False)
     found = Rehearsed(played, *planned(config, played.mesh, cuda=False))
     assert found.agrees(), found.page()
+
+
+def test_what_linear_layers_hold_under_zero_3(tmp_path: Path) -> None:
+    sizes = {"width": 384, "depth": 6, "heads": 4, "latent_size": 2, "latent_channels": 8, "num_classes": 10}
+    peaks, plans = [], []
+    for lean in (True, False):
+        deepspeed = {"zero_optimization": {"memory_efficient_linear": lean, "reduce_bucket_size": 1_000_000}}
+        config = complete_config(Cell(1, 1, 4, 3, precision="bf16").config(tmp_path, model=sizes, deepspeed=deepspeed))
+        played = play_dit(config, 4, 2, fused_norms=False)
+        assert F.linear is torch._C._nn.linear  # a run's ZeRO 3 replaces it for good
+        peaks.append(played.peak)
+        plans.append(planned(config, played.mesh, cuda=False)[1])
+    assert peaks[0] < 0.9 * peaks[1]
+    assert plans[1] - plans[0] == pytest.approx(peaks[1] - peaks[0], rel=0.25)
+
+
+def test_what_early_reduction_needs_is_there_in_the_last_pass_only() -> None:
+    state = State(False, weights=100, gradients=50, optimizer=20, teacher=0, buffers=8, step=5, setup=0)
+    assert most_bytes(state, [(0.0, 60.0, 0.0)], early=False) == 100 + 20 + 8 + 60
+    assert most_bytes(state, [(0.0, 60.0, 0.0)], early=True) == 100 + 20 + 8 + 60 + 5
+    assert most_bytes(state, [(0.0, 60.0, 30.0)], early=True) == state.total + 30 + 5
+    assert most_bytes(state, [(0.0, 60.0, 30.0), (0.0, 40.0, 0.0)], early=True) == state.total + 40 + 5
+    assert most_bytes(state, [(0.0, 60.0, 0.0), (0.0, 2.0, 0.0)], early=False) == 100 + 20 + 8 + 60
+    assert most_bytes(replace(state, setup=300), [(0.0, 60.0, 0.0)], early=True) == 300
 
 
 def dit_on_a_real_rank(rank: int, config: DiTConfig) -> tuple[dict, dict]:
