@@ -64,7 +64,7 @@ def _chain(config: CompleteDiTConfig, mesh: Mesh, stage: int, part: PassShare, c
     """Count one micro-batch in a stage of the pass."""
     p, last = config.parallel, mesh.chunks - 1
     fields: dict[str, Any] = {"pp": mesh.pp, "pp_rank": mesh.pp_rank, "virtual_stages": mesh.virtual_stages}
-    fields["zero3"] = zero.leanly_linear(config.deepspeed, p.zero_stage)
+    fields["zero3"] = zero.replaces_linear(config.deepspeed, p.zero_stage)
     with rehearsal(tp=mesh.tp, sequence_parallel=mesh.sequence_parallel, fused_norms=cuda, **fields) as place:
         model = AveragedDiT(
             config.model, place, recompute=p.recompute, attention=p.attention, compute_dtype=compute_dtype(p.precision)

@@ -174,7 +174,7 @@ class Planner:
     def _rank(self, config: ResolvedConfig, world_size: int, pp_rank: int) -> RankPlan:
         p, mesh = config.parallel, _mesh(config, world_size, pp_rank)
         layout = RankLayout(replace(mesh, sequence_parallel=p.sequence_parallel), p.schedule, p.recompute)
-        zero3 = zero.leanly_linear(config.deepspeed, p.zero_stage)
+        zero3 = zero.replaces_linear(config.deepspeed, p.zero_stage)
         parts = share(config, mesh.dp).passes
         passes = {name: self._pass_cost(layout, name, part, zero3) for name, part in parts.items()}
         if config.objectives.adversarial.weight > 0:

@@ -120,8 +120,8 @@ def overlaps(deepspeed: Mapping[str, Any], dp: int, *, cuda: bool) -> bool:
     return cuda and dp > 1 if given is None else given
 
 
-def leanly_linear(deepspeed: Mapping[str, Any], stage: int) -> bool:
-    """Tell whether linear layers hold no 16-bit copies of weights for the backward, by the settings for DeepSpeed."""
+def replaces_linear(deepspeed: Mapping[str, Any], stage: int) -> bool:
+    """Tell whether linear layers are DeepSpeed's, which hold no 16-bit copies of weights for the backward."""
     return stage == 3 and deepspeed.get("zero_optimization", {}).get("memory_efficient_linear", True)
 
 
