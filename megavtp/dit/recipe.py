@@ -50,6 +50,9 @@ class DiTTraining(Recipe):
     def passes(self) -> list[Pass]:
         return [FlowMatchingPass(self.config, flow_share(self.config, self.mesh.dp), self.device)]
 
+    def data_digest(self) -> str:
+        return self.folder.digest
+
     def loader(self, start: int) -> Loader:
         dataset = LatentStepDataset(self.folder, self.config, self.mesh.dp_rank, self.mesh.dp)
         return self.loader_of(dataset, start, self.config.data)

@@ -80,6 +80,9 @@ class Pretraining(Recipe):
     def passes(self) -> list[Pass]:
         return build_passes(self.config, self.share, self.mesh, self.device, self.perceptual)
 
+    def data_digest(self) -> str:
+        return self.train_set.digest
+
     def loader(self, start: int) -> Loader:
         dataset = StepDataset(self.train_set, self.tokenizer, self.config, self.mesh.dp_rank, self.mesh.dp)
         return self.loader_of(dataset, start, self.config.data)

@@ -111,7 +111,7 @@ def warnings(run: Run) -> list[str]:
     found = []
     for event in run.events_of("data_changed"):
         keys = _few(event.get("keys"))
-        found.append(f"After step {event['step']:,} the run went on with other data, as these settings changed: {keys}")
+        found.append(f"After step {event['step']:,} the run went on with other data, as these changed: {keys}")
     skipped = run.events_of("skipped")
     if skipped:
         steps = _few([f"{event['step']:,} ({_few(event.get('terms'))})" for event in skipped])

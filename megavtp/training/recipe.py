@@ -56,6 +56,10 @@ class Recipe(ABC):
         """Return the objectives, in the order in which a step runs them."""
 
     @abstractmethod
+    def data_digest(self) -> str:
+        """Return a hash of the data set that steps are made of, which is another one once its shards are others."""
+
+    @abstractmethod
     def loader(self, start: int) -> Loader:
         """Return the loader of this rank's share of the steps from ``start`` on."""
 

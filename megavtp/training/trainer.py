@@ -23,6 +23,8 @@ from megavtp.training.schedules import learning_rate
 from megavtp.training.step import train_step
 from megavtp.training.telemetry import Telemetry
 
+_DATA = "data_digest"  # in a checkpoint's metadata
+
 
 class Trainer:
     """Runs a built recipe from the newest checkpoint, or from the start, to ``train.steps``."""
@@ -53,6 +55,8 @@ class Trainer:
             step = state.load(checkpoint, self.engine, self.passes)
             self.recipe.resumed(checkpoint)
             changed = state.changed_keys(checkpoint, self.config, self.recipe.decides_data)
+            if checkpoint.meta.get(_DATA, self.recipe.data_digest()) != self.recipe.data_digest():
+                changed.append("the shards in data.root")
             all_gather_object(None)  # all ranks have read it: only now may it be renamed, or pruned by another process
         if changed:
             self.telemetry.event("data_changed", step=step, keys=changed)
@@ -113,7 +117,8 @@ class Trainer:
     def save(self, step: int) -> None:
         phase.enter(f"step {step}, checkpoint", slow=True)
         self.telemetry.event("checkpoint", step=step)  # told first, as a run that is killed goes on after this line
-        state.save(self.store, self.engine, self.passes, self.config, step, self.recipe.facts())
+        facts = {_DATA: self.recipe.data_digest(), **self.recipe.facts()}
+        state.save(self.store, self.engine, self.passes, self.config, step, facts)
 
     def _step(self, batch: Any, loader: Loader) -> None:
         terms, result = self.do_step(batch)

@@ -117,7 +117,7 @@ def test_a_run_in_words(folders):
     assert facts(dit)["Command, machine, code"] == "not recorded" and facts(dit)["Layout"] == "tp 1, pp 1, ZeRO 1"
     joined = "\n".join(warnings(joint))
     for text in (
-        "went on with other data, as these settings changed: data.root", "1 step was skipped", "15 (contrastive/loss)",
+        "went on with other data, as these changed: data.root", "1 step was skipped", "15 (contrastive/loss)",
         "source was 0123abcd (last started at step 0), 4567cdef (last started at step 20)", "--replay 15",
         "At step 12 nothing is learnt; try less",
         "2 bad samples were replaced", "Started again once", "1 step was left out of the means",

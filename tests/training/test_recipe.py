@@ -136,6 +136,9 @@ class ToyRecipe(Recipe):
     def passes(self) -> list[Pass]:
         return [ToldToStop(self.config.told_to_stop)]
 
+    def data_digest(self) -> str:
+        return "sums"
+
     def loader(self, start: int) -> ToyLoader:
         return ToyLoader(self.config, start)
 

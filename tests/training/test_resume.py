@@ -194,6 +194,20 @@ def test_changed_data_settings_are_told(copied):
     assert event["keys"] == ["seed"] and event["step"] == STEPS
 
 
+def test_other_shards_are_told_and_moved_ones_are_not(copied, data_root, tmp_path):
+    moved = Path(shutil.copytree(data_root, tmp_path / "data"))
+    copied.finish(1, f"data.root={moved}", "train.steps=13")
+    assert not events(copied.output, "data_changed")
+    index = moved / "train" / "index.json"
+    first = sorted(moved.glob("train/*.tar"))[0]
+    for path in moved.glob(f"train/{first.name}*"):
+        path.rename(path.with_name(path.name.replace(first.stem, "renamed")))
+    index.write_text(index.read_text().replace(first.stem, "renamed"))
+    copied.finish(1, f"data.root={moved}", "train.steps=14")
+    (event,) = events(copied.output, "data_changed")
+    assert event["keys"] == ["the shards in data.root"] and event["step"] == 13
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
