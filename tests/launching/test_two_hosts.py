@@ -46,7 +46,7 @@ def test_a_rank_killed_on_the_other_host_ends_the_training(hosts, recipe, tmp_pa
         launched.wait_until_gone(60)
         assert launched.process.returncode != 0
     assert "[rank 0] ended because other ranks did: rank 1 (host-b): no sign of life: killed" in launched.output
-    assert "last seen in step" in launched.output
+    assert "last seen in " in launched.output  # in a step, or before the first one if its last report is that old
 
 
 def rank_process(hosts: two_hosts.TwoHosts, rank: str) -> int:
