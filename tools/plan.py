@@ -41,9 +41,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rehearse(options: argparse.Namespace) -> int:
-    from megavtp.config.load import load_config, read_yaml
-    from megavtp.config.schema import DEMO_CONFIG, Config
+def rehearse(options: argparse.Namespace, path: Path, is_dit: bool) -> int:
+    from megavtp.config.load import load_config
+    from megavtp.config.schema import Config
     from megavtp.decoder.rehearsal import rehearse_decoder
     from megavtp.decoder.validate import asks_for_second_stage
     from megavtp.dit.config import DiTConfig
@@ -53,8 +53,7 @@ def rehearse(options: argparse.Namespace) -> int:
 
     if options.rehearse >= options.gpus:
         raise UserError(f"--rehearse {options.rehearse}: the ranks of {options.gpus} GPUs are 0 to {options.gpus - 1}")
-    path = options.config or DEMO_CONFIG
-    if "flow_matching" in read_yaml(path):
+    if is_dit:
         found = rehearse_dit(load_config(path, DiTConfig, options.overrides), options.gpus, options.rehearse)
     else:
         recipe = load_config(path, Config, options.overrides)
@@ -69,11 +68,14 @@ def rehearse(options: argparse.Namespace) -> int:
 
 def main() -> int:
     options = parse()
-    if options.rehearse is not None:
-        return rehearse(options)
     from megavtp.config.load import load_config, read_yaml
-    from megavtp.config.run import ParallelConfig
     from megavtp.config.schema import DEMO_CONFIG, Config
+
+    path = options.config or DEMO_CONFIG
+    is_dit = "flow_matching" in read_yaml(path)
+    if options.rehearse is not None:
+        return rehearse(options, path, is_dit)
+    from megavtp.config.run import ParallelConfig
     from megavtp.config.share import share
     from megavtp.config.validate import validate, with_vocabulary
     from megavtp.decoder.validate import asks_for_second_stage, validate_decoder
@@ -88,8 +90,7 @@ def main() -> int:
 
     device = find_device(options.device)
     memory = device.memory if options.memory is None else options.memory
-    path = options.config or DEMO_CONFIG
-    if "flow_matching" in read_yaml(path):
+    if is_dit:
         raise UserError(f"{path}: layouts are sought for tokenizers, and this is a DiT; --rehearse RANK plays its own")
     recipe = load_config(path, Config, options.overrides)
     # Of the recipe's layout only precision, kernels and compilation count: the rest is what is sought.

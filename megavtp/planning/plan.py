@@ -29,12 +29,11 @@ def most_bytes(state: zero.State, peaks: Sequence[tuple[float, float, float]], e
     ``early`` says that what the update needs on top is there in the last pass already.
     """
     (before, during, after), *others = peaks
-    on_top = [0] * len(others) + [state.step * early]  # by pass
-    first = [state.at(0) + before, state.at(1) + during, state.at(2) + after + on_top[0]]
-    if not after:  # the first backward is the pass's only one
-        first[1] += on_top[0]
-    later = [state.total + max(moments) + more for moments, more in zip(others, on_top[1:], strict=True)]
-    return max(state.setup, *first, *later, state.total + state.step)
+    moments = [state.at(0) + before, state.at(1) + during, state.at(2) + after]
+    moments += [state.total + max(peak) for peak in others]
+    if early:  # the last backward is the first one if nothing follows it
+        moments[-1 if others or after else 1] += state.step
+    return max(state.setup, *moments, state.total + state.step)
 
 
 @dataclass(frozen=True)

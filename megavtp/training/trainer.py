@@ -33,6 +33,7 @@ class Trainer:
         self.recipe, self.telemetry = recipe, telemetry
         self.config, self.engine = recipe.config, recipe.engine
         self.passes, self.averaged = recipe.passes(), recipe.averaged()
+        self.data_digest = recipe.data_digest()
         self.hooks = [(interval, hook) for interval, hook in recipe.hooks(telemetry) if interval > 0]
         token = broadcast_object(secrets.token_hex(8))
         root = state.checkpoint_root(self.config)
@@ -55,7 +56,7 @@ class Trainer:
             step = state.load(checkpoint, self.engine, self.passes)
             self.recipe.resumed(checkpoint)
             changed = state.changed_keys(checkpoint, self.config, self.recipe.decides_data)
-            if checkpoint.meta.get(_DATA, self.recipe.data_digest()) != self.recipe.data_digest():
+            if checkpoint.meta.get(_DATA, self.data_digest) != self.data_digest:
                 changed.append("the shards in data.root")
             all_gather_object(None)  # all ranks have read it: only now may it be renamed, or pruned by another process
         if changed:
@@ -117,7 +118,7 @@ class Trainer:
     def save(self, step: int) -> None:
         phase.enter(f"step {step}, checkpoint", slow=True)
         self.telemetry.event("checkpoint", step=step)  # told first, as a run that is killed goes on after this line
-        facts = {_DATA: self.recipe.data_digest(), **self.recipe.facts()}
+        facts = {_DATA: self.data_digest, **self.recipe.facts()}
         state.save(self.store, self.engine, self.passes, self.config, step, facts)
 
     def _step(self, batch: Any, loader: Loader) -> None:
