@@ -22,7 +22,7 @@ def test_a_checkpoint_is_tidied_only_when_all_ranks_have_read_it(changed, tmp_pa
     monkeypatch.setattr("megavtp.training.trainer.all_gather_object", lambda _: done.append("waited for all"))
     trainer = Trainer.__new__(Trainer)
     trainer.config, trainer.recipe, trainer.telemetry = Config(output_dir=str(tmp_path)), MagicMock(), MagicMock()
-    trainer.engine, trainer.passes = MagicMock(), []
+    trainer.engine, trainer.passes, trainer.data_digest = MagicMock(), [], None
     trainer.engine.mesh = SINGLE
     trainer.store = MagicMock(tidy=lambda _: done.append("tidied"))
     assert trainer.resume() == 4
