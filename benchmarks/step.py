@@ -97,21 +97,21 @@ def measure_config(config, device, batch, steps: int) -> dict:
     import torch
 
     from megavtp.config.share import share
-    from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS, weight_shapes
+    from megavtp.models.lpips import PERCEPTUAL_NETS, weight_shapes
+    from megavtp.nn.compiling import compile_networks
     from megavtp.parallel.mesh import build_mesh
     from megavtp.planning.flops import flops_per_step
     from megavtp.pretraining.passes import build_passes
-    from megavtp.pretraining.recipe import build_engine, build_model
+    from megavtp.pretraining.recipe import build_engine, build_model, build_perceptual
 
     mesh, shares = build_mesh(1, 1), share(config, 1)
-    perceptual, kind = None, config.objectives.reconstruction.perceptual
-    if kind != "none":
-        net = PERCEPTUAL_NETS[kind]
-        # Small enough that no feature overflows.
-        weights = {name: 0.02 * torch.randn(shape) for name, shape in weight_shapes(net).items()}
-        perceptual = LPIPS(net, weights).to(device)
+    net = PERCEPTUAL_NETS.get(config.objectives.reconstruction.perceptual)
+    # Small enough that no feature overflows.
+    weights = {name: 0.02 * torch.randn(shape) for name, shape in weight_shapes(net).items()} if net else None
+    perceptual = build_perceptual(config, device, weights)
     with drawn_on(device):
         model = build_model(config, shares, mesh, device)
+    compile_networks(config.parallel.compile, device, model, perceptual)
     engine = build_engine(model, config, mesh)
     passes = build_passes(config, shares, mesh, device, perceptual)
     result = measure_steps(

@@ -21,6 +21,7 @@ from megavtp.config.share import share
 from megavtp.config.sizes import ResolvedConfig, Shape
 from megavtp.config.validate import validate
 from megavtp.data.batch import Batch
+from megavtp.nn.compiling import compile_networks
 from megavtp.parallel.mesh import build_mesh
 from megavtp.pixels import normalise
 from megavtp.pretraining.passes import build_passes
@@ -59,6 +60,7 @@ def contrastive(setting: Setting, own_tower: bool) -> Iterator[Pair]:
     theirs = theirs.to(setting.device)
     pairs, mesh = make_batch(config, setting.device.type == "cuda"), build_mesh(1, 1)
     model = build_model(config, share(config, 1), mesh, setting.device)
+    compile_networks(config.parallel.compile, setting.device, model)
     found = from_openclip(theirs.state_dict(), config.model, {n: list(p.shape) for n, p in model.named_parameters()})
     if not own_tower:
         found.tensors["visual_proj.weight"] = theirs.visual.head.proj.weight

@@ -41,6 +41,7 @@ class DecoderTraining(Pretraining):
         self.model = build_model(
             self.config, self.share, self.mesh, self.device, self._initial, model_kind(self.config, self.features)
         )
+        self.compile(self.model, self.perceptual, self.features)
         self.engine = build_engine(self.model, self.config, self.mesh, (Block, Discriminator))
         self._initial, self._opened = {}, {}
 

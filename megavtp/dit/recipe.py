@@ -15,7 +15,6 @@ from megavtp.dit.model.build import build_averaged_dit
 from megavtp.dit.summary import dit_flops
 from megavtp.dit.validate import TOWER, flow_share, with_latents
 from megavtp.latents.folder import LatentFolder
-from megavtp.nn.compiling import compile_regions, compiles
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.looking import look_once
 from megavtp.parallel.passes import Pass
@@ -40,8 +39,7 @@ class DiTTraining(Recipe):
             config.model, self.mesh, seed=config.seed, device=self.device, recompute=p.recompute, attention=p.attention,
             compute_dtype=compute_dtype(p.precision),
         )
-        if compiles(p.compile, self.device):
-            compile_regions(self.model)
+        self.compile(self.model)
         optimizer = build_optimizer(
             self.model.named_parameters(), config.train.optimizer, zero_stage=p.zero_stage, tower_of=lambda name: TOWER
         )

@@ -1,7 +1,5 @@
 """A rehearsal of a DiT's training on one rank of a large world."""
 
-from dataclasses import replace
-
 import torch
 
 from megavtp.config.ranges import need
@@ -11,7 +9,6 @@ from megavtp.dit.flow_matching import FlowMatchingPass
 from megavtp.dit.plan import TERMS, empty_batch, planned
 from megavtp.dit.recipe import DiTTraining
 from megavtp.dit.validate import TOWER, flow_share, validate_dit
-from megavtp.nn.compiling import wanted
 from megavtp.training.rehearsal import Played, Rehearsed, as_on_gpus, play
 
 _OF_CONDITION = {"class": "num_classes", "caption": "caption_width"}
@@ -32,13 +29,9 @@ def rehearse_dit(given: DiTConfig, world_size: int, rank: int) -> Rehearsed:
 
 def play_dit(config: CompleteDiTConfig, world_size: int, rank: int, *, fused_norms: bool = True) -> Played:
     """Play ``config``, validated for the world, on one of its ranks."""
-    compiled, uncompiled = wanted(config.parallel.compile, on_gpu=fused_norms), replace(config.parallel, compile="none")
-
     def make() -> tuple[DiTTraining, LatentBatch]:
-        recipe = DiTTraining(replace(config, parallel=uncompiled), torch.device("cpu"))
+        recipe = DiTTraining(config, torch.device("cpu"))
         return recipe, empty_batch(config, flow_share(config, recipe.mesh.dp).local)
 
     terms = {FlowMatchingPass.name: TERMS}
-    return play(
-        make, rank, world_size, towers={TOWER}, terms=terms, fused_norms=fused_norms, compiled=compiled
-    )
+    return play(make, rank, world_size, towers={TOWER}, terms=terms, fused_norms=fused_norms)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megavtp.errors import UserError
 from megavtp.models.fitting import misfits
+from megavtp.nn.compiling import Region
 
 Net = Literal["alex", "vgg"]
 
@@ -65,8 +66,23 @@ def weight_shapes(net: Net) -> dict[str, tuple[int, ...]]:
 PERCEPTUAL_NETS: dict[str, Net] = {"lpips-vgg": "vgg", "lpips-alex": "alex"}  # values of the config's `perceptual`
 
 
+def tap_distance(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """Return the distances (b,) of two features (b, C, H, W) of one layer, whose channels have weights (C,)."""
+    squares = (_unit(a) - _unit(b)).square()
+    return (squares * weights[:, None, None]).sum(1).mean((1, 2))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Scale to unit length over the channels, in float32: a 16-bit float would lose the 1e-10 and divide by zero."""
+    x = x.float()
+    # vector_norm, because the gradient of sqrt at an all-zero pixel would be NaN.
+    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
+
+
 class LPIPS(nn.Module):
     """A frozen network; ``forward(x, y)`` gives one distance per image, differentiable with respect to x."""
+
+    tap_distance = Region(tap_distance)
 
     def __init__(self, net: Net, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32):
         """``weights`` must have the names and shapes of ``weight_shapes``; else this raises UserError.
@@ -97,8 +113,7 @@ class LPIPS(nn.Module):
             taps, targets = [a for a, _ in pairs], [b for _, b in pairs]
         total = x.new_zeros(len(x), dtype=torch.float32)
         for j, (a, b) in enumerate(zip(taps, targets)):
-            squares = (_unit(a) - _unit(b)).square()
-            total = total + (squares * self.get_buffer(f"head_{j}")[:, None, None]).sum(1).mean((1, 2))
+            total = total + self.tap_distance(a, b, self.get_buffer(f"head_{j}"))
         return total
 
     def _taps(self, x: Tensor) -> list[Tensor]:
@@ -120,10 +135,3 @@ class LPIPS(nn.Module):
 def empty_lpips(net: Net, dtype: torch.dtype) -> LPIPS:
     """Return the network with weights that have no values yet, to count what it takes."""
     return LPIPS(net, {name: torch.empty(shape) for name, shape in weight_shapes(net).items()}, dtype)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Scale to unit length over the channels, in float32: a 16-bit float would lose the 1e-10 and divide by zero."""
-    x = x.float()
-    # vector_norm, because the gradient of sqrt at an all-zero pixel would be NaN.
-    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)

@@ -1,10 +1,10 @@
-"""Compiled regions: the elementwise work of a block, which ``torch.compile`` makes one pass over memory of.
+"""Compiled regions: elementwise work between matrix products, which ``torch.compile`` makes one pass over memory of.
 
-A *region* is a function of tensors between two matrix products: a norm with its cast, the rotation of queries and keys,
-a gate, a residual sum with layer scale and stochastic depth. Products, attention, collectives and the hooks that gather
-weights are not in it, so it is the same on every layout: its weights are arguments, gathered and whole, and what a
-collective has to do with them is done before. A class marks its regions with ``Region``, and ``compile_regions``
-replaces them in a model by their compiled form; without it they are plain functions.
+A *region* is a function of tensors: a norm with its cast, the rotation of queries and keys, a gate, a residual sum with
+layer scale and stochastic depth, the distance of two features of the perceptual network. Products, attention,
+collectives and the hooks that gather weights are not in it, so it is the same on every layout: its weights are
+arguments, gathered and whole, and what a collective has to do with them is done before. A class marks its regions with
+``Region``, and ``compile_regions`` gives a model their compiled form; without it they are plain functions.
 
 The first dimension of an argument with more than one is dynamic: tokens or samples, whose number changes from step to
 step. All else is fixed. A region is one graph, or an error.
@@ -53,10 +53,13 @@ class Compilation:
 COMPILED = Compilation()
 
 
-def compile_regions(model: nn.Module, form: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None) -> None:
-    """Replace the regions of all modules of a model by another form; the compiled one compiles when it is called."""
+def compile_regions(network: object, form: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None) -> None:
+    """Replace the regions of all modules of a network by another form; the compiled one compiles when it is called.
+
+    A network that is no module has none.
+    """
     form = form or compiled
-    for module in model.modules():
+    for module in network.modules() if isinstance(network, nn.Module) else ():
         for name, value in vars(type(module)).items():
             if isinstance(value, Region):
                 setattr(module, name, form(value.__func__))
@@ -114,6 +117,13 @@ def why_not(device: torch.device) -> str | None:
 
 def wanted(setting: Compile, on_gpu: bool) -> bool:
     return setting == "blocks" or (setting == "auto" and on_gpu)
+
+
+def compile_networks(setting: Compile, device: torch.device, *networks: object) -> None:
+    """Compile the regions of the networks if ``compiles`` says so; every rank calls this."""
+    if compiles(setting, device):
+        for network in networks:
+            compile_regions(network)
 
 
 def compiles(setting: Compile, device: torch.device) -> bool:

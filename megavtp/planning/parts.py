@@ -264,6 +264,8 @@ class Rehearsals:
     def _reconstruction_terms(self, m: int) -> Callable[[Tensor], dict[str, Tensor]]:
         net = PERCEPTUAL_NETS.get(self.config.objectives.reconstruction.perceptual)
         perceptual = net and empty_lpips(net, self.dtype)
+        if self.compiled:
+            compile_regions(perceptual, counted)
         target = torch.empty(m, 3, self.config.model.image_size, self.config.model.image_size)
         return partial(reconstruction_terms, target=target, perceptual=perceptual, images_total_local=m)
 
@@ -290,7 +292,10 @@ class Rehearsals:
 
     def _judge(self) -> Judge:
         assert self.features is not None, "there is no adversarial term"
-        return Judge(self.config, self.features, self.dtype)
+        judge = Judge(self.config, self.features, self.dtype)
+        if self.compiled:
+            compile_regions(judge.features, counted)
+        return judge
 
     def adversary_bytes(self, part: PassShare) -> int:
         """Return the bytes that live through both passes of the second stage: a copy of the discriminator's weights,

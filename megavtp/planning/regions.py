@@ -1,7 +1,7 @@
 """What compiled regions hold and make, without compiling them.
 
 A compiled region is one pass over memory. It makes nothing but its results; for the backward it holds those of its
-inputs that its plain form holds, and computes the rest from them again.
+inputs from which all that its plain form holds can be computed again.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 Facts = tuple[tuple[int, ...], torch.dtype, bool]  # shape, dtype, whether a gradient is wanted
 
@@ -45,18 +45,45 @@ def counted(function: Callable[..., Any]) -> Callable[..., Any]:
 @cache
 def _look(function: Callable[..., Any], places: Sequence[int], facts: Sequence[Facts], others: Sequence[Any]) -> _Held:
     """Run the plain form on tensors without storage, unseen by those that count."""
-    arguments, saved = list(others), set[int]()
+    arguments, origins, held = list(others), _Origins(), set[int]()
 
     def note(x: Tensor) -> Tensor:
-        saved.add(x.untyped_storage()._cdata)
+        held.update(origins.of(x))
         return x
 
-    with _disable_current_modes(), saved_tensors_hooks(note, lambda x: x):
-        for place, (size, dtype, wants_gradient) in zip(places, facts):
+    with _disable_current_modes():
+        for number, (place, (size, dtype, wants_gradient)) in enumerate(zip(places, facts)):
             arguments[place] = torch.empty(size, dtype=dtype, device="meta", requires_grad=wants_gradient)
-        results, shape = tree_flatten(function(*arguments))
-        inputs = [number for number, place in enumerate(places) if arguments[place].untyped_storage()._cdata in saved]
-    return _Held(inputs, [(x.shape, x.dtype) for x in results], shape)
+            origins.add(arguments[place], {number})
+        with origins, saved_tensors_hooks(note, lambda x: x):
+            results, shape = tree_flatten(function(*arguments))
+    return _Held(sorted(held), [(x.shape, x.dtype) for x in results], shape)
+
+
+class _Origins(TorchDispatchMode):
+    """Tells from which inputs a tensor is computed, by their numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inputs: dict[int, set[int]] = {}
+        self._alive: list[Tensor] = []  # a storage that is freed would give its address to another
+
+    def add(self, x: Tensor, inputs: set[int]) -> None:
+        self._alive.append(x)
+        self._inputs[x.untyped_storage()._cdata] = self.of(x) | inputs
+
+    def of(self, x: Tensor) -> set[int]:
+        return self._inputs.get(x.untyped_storage()._cdata, set())
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        results = operation(*arguments, **(keywords or {}))
+        read = [self.of(x) for x in tree_leaves((arguments, keywords)) if isinstance(x, Tensor)]
+        for made in tree_leaves(results):
+            if isinstance(made, Tensor):
+                self.add(made, set().union(*read))
+        return results
 
 
 class _Counted(torch.autograd.Function):

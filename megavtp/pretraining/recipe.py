@@ -25,7 +25,6 @@ from megavtp.models.lpips import LPIPS, PERCEPTUAL_NETS
 from megavtp.models.lpips_weights import load_lpips_weights
 from megavtp.models.vtp import VTP
 from megavtp.nn.block import Block
-from megavtp.nn.compiling import compile_regions, compiles
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.looking import from_first, look_once
 from megavtp.parallel.mesh import Mesh
@@ -74,6 +73,7 @@ class Pretraining(Recipe):
 
     def build(self) -> None:
         self.model = build_model(self.config, self.share, self.mesh, self.device, self._initial)
+        self.compile(self.model, self.perceptual)
         self.engine = build_engine(self.model, self.config, self.mesh)
         self._initial, self._opened = {}, {}
 
@@ -137,16 +137,19 @@ class Pretraining(Recipe):
         super().finish(telemetry)
 
 
-def build_perceptual(config: ResolvedConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
+def build_perceptual(
+    config: ResolvedConfig, device: torch.device, weights: Mapping[str, Tensor] | None = None
+) -> LPIPS | None:
     """Build the perceptual distance that the reconstruction objective asks for, None if it is off.
 
-    On a GPU, where float32 convolutions miss the tensor cores, it computes in the run's precision.
+    On a GPU, where float32 convolutions miss the tensor cores, it computes in the run's precision. ``weights`` replace
+    those of the user's file.
     """
     settings = config.objectives.reconstruction
     if settings.weight == 0 or settings.perceptual == "none":
         return None
     net = PERCEPTUAL_NETS[settings.perceptual]
-    weights = load_lpips_weights(net, settings.perceptual_weights)
+    weights = weights or load_lpips_weights(net, settings.perceptual_weights)
     dtype = compute_dtype(config.parallel.precision) if device.type == "cuda" else torch.float32
     return LPIPS(net, weights, dtype).to(device)
 
@@ -168,8 +171,6 @@ def build_model(
     )
     if initial:
         fill(model, initial)
-    if compiles(config.parallel.compile, device):
-        compile_regions(model)
     return model
 
 

@@ -1,7 +1,6 @@
 """A rehearsal of pre-training on one rank of a large world."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -16,7 +15,6 @@ from megavtp.config.validate import with_vocabulary
 from megavtp.data.batch import Batch
 from megavtp.models.latent_noise import LatentNoise
 from megavtp.models.lpips import PERCEPTUAL_NETS, empty_lpips
-from megavtp.nn.compiling import wanted
 from megavtp.nn.drop_path import BranchDrop, DropPlan
 from megavtp.parallel.mesh import SINGLE
 from megavtp.planning.devices import find_device
@@ -92,10 +90,8 @@ def play_pretraining(
     What chance decides has its expected number: masked patches, and the sequences that drop path keeps.
     """
 
-    compiled, uncompiled = wanted(config.parallel.compile, on_gpu=fused_norms), replace(config.parallel, compile="none")
-
     def make() -> tuple[Pretraining, Batch]:
-        run = recipe(replace(config, parallel=uncompiled), torch.device("cpu"))
+        run = recipe(config, torch.device("cpu"))
         run.open()
         return run, run.batch()
 
@@ -109,9 +105,7 @@ def play_pretraining(
     with patch.multiple(
         passes, masked_rows=partial(_masked_rows, config), draw_drop_plan=_drop_plan, draw_latent_noise=_latent_noise
     ):
-        return play(
-            make, rank, world_size, towers=towers, terms=terms, fused_norms=fused_norms, compiled=compiled
-        )
+        return play(make, rank, world_size, towers=towers, terms=terms, fused_norms=fused_norms)
 
 
 def _masked_rows(config: ResolvedConfig, masks: Tensor) -> tuple[Tensor, Tensor]:

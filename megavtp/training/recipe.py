@@ -11,6 +11,7 @@ from megavtp.checkpoint.store import Checkpoint
 from megavtp.config.run import ReadingConfig, RunConfig
 from megavtp.data.loader import B, Loader, StepSource
 from megavtp.launch.ranks import collective_limit
+from megavtp.nn.compiling import compile_networks
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import build_mesh
 from megavtp.parallel.passes import Pass
@@ -50,6 +51,10 @@ class Recipe(ABC):
     @abstractmethod
     def build(self) -> None:
         """Make the model, and the engine around it."""
+
+    def compile(self, *networks: object) -> None:
+        """Compile the networks' regions, as ``parallel.compile`` asks."""
+        compile_networks(self.config.parallel.compile, self.device, *networks)
 
     @abstractmethod
     def passes(self) -> list[Pass]:

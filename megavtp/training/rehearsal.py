@@ -7,13 +7,15 @@ import sys
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from time import process_time
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 from megavtp.config.load import merged
 from megavtp.config.run import RunConfig
-from megavtp.nn.compiling import compile_regions
+from megavtp.nn.compiling import Compile, compile_regions, wanted
 from megavtp.parallel.mesh import AXES, Axis, Mesh, members
 from megavtp.parallel.rehearsal import rehearsed_rank
 from megavtp.parallel.striping import Stripe
@@ -59,7 +61,7 @@ def as_on_gpus(config: C, world_size: int) -> C:
 
 def play(
     make: Callable[[], tuple[Recipe, Any]], rank: int, world_size: int, *, towers: AbstractSet[str],
-    terms: Mapping[str, int], fused_norms: bool = False, compiled: bool = False,
+    terms: Mapping[str, int], fused_norms: bool = False,
 ) -> Played:
     """Set up a run as one rank of a world and train; all is real but the data and the other ranks.
 
@@ -67,8 +69,8 @@ def play(
         make: called in that world; gives a recipe that is open, and its batch of a step, of tensors without data.
         towers: those that any rank trains, by the names in the optimizer's groups.
         terms: the number of loss terms of each pass, which only the last pipeline rank computes.
-        fused_norms: see ``parallel.rehearsal``.
-        compiled: its regions hold and make what compiled ones do; the recipe itself compiles nothing.
+        fused_norms: see ``parallel.rehearsal``. Nothing is compiled; regions that would be there hold and make what
+            compiled ones do.
     """
     print("setting up and playing two steps; large models take minutes ...", file=sys.stderr, flush=True)
     seconds: dict[str, float] = {}
@@ -83,9 +85,8 @@ def play(
         recipe, batch = make()
         before = live.now
         done("groups")
-        recipe.build()
-        if compiled:
-            compile_regions(recipe.engine.module, counted)
+        with patch.object(recipe, "compile", partial(_count_regions, recipe.config.parallel.compile, fused_norms)):
+            recipe.build()
         done("model and engine")
         mesh, engine, passes = recipe.mesh, recipe.engine, recipe.passes()
         if not mesh.is_last_stage:
@@ -107,6 +108,12 @@ def play(
         groups = {axis: members(mesh, axis) for axis in AXES}
         engine.close()
     return Played(mesh, groups, blocks, peak, Traffic(t for t in traffic if t.ranks > 1), seconds)
+
+
+def _count_regions(setting: Compile, on_gpu: bool, *networks: object) -> None:
+    if wanted(setting, on_gpu):
+        for network in networks:
+            compile_regions(network, counted)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from megavtp.errors import UserError
+from megavtp.models.lpips import LPIPS, weight_shapes
 from megavtp.nn import compiling
 from megavtp.nn.block import run_blocks
 from megavtp.nn.compiling import compile_regions, compiles, wanted
@@ -72,6 +73,25 @@ def test_nothing_is_compiled_anew(net: str, mode: str, light: None) -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
         graphs.append(counters["stats"]["unique_graphs"])
     assert not counters["graph_break"] and graphs[0] > 4 and len(set(graphs[2:])) == 1, graphs
+
+
+def test_distances_of_the_perceptual_network_are_compiled(light: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in weight_shapes("alex").items()}
+    shapes = 4  # of the five features: the last two are alike
+    for number, dtype in enumerate((torch.float32, torch.bfloat16), 1):
+        plain, network = LPIPS("alex", weights, dtype), LPIPS("alex", weights, dtype)
+        compile_regions(network)
+        graphs = []
+        for count in (2, 3, 5, 4):
+            y, *given = (torch.rand(count, 3, 64, 64, generator=generator) * 2 - 1 for _ in range(2))
+            x = given[0].requires_grad_()
+            expected = torch.autograd.grad(plain(x, y).sum(), x)[0]
+            torch.testing.assert_close(torch.autograd.grad(network(x, y).sum(), x)[0], expected, rtol=1e-5, atol=1e-8)
+            with torch.no_grad():
+                torch.testing.assert_close(network(x, y), plain(x, y))
+            graphs.append(counters["stats"]["unique_graphs"])
+        assert graphs == [number * shapes * 2] * 4  # with a gradient and without
 
 
 @pytest.mark.timeout(900)

@@ -26,6 +26,7 @@ from megavtp.models.discriminator import Discriminator
 from megavtp.models.feature_networks import FeatureNetwork, OwnFeatures
 from megavtp.models.vtp import VTP
 from megavtp.nn.block import Block
+from megavtp.nn.compiling import compile_networks
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.passes import Pass, execute
@@ -158,6 +159,7 @@ def build_model(config: Config, mesh: Mesh) -> VTP:
         kind = model_kind(config, _features(config))
     model = recipe.build_model(config, share(config, mesh.dp), mesh, cpu, kind=kind)
     _condition(model, _keeps_apart(config))
+    compile_networks(config.parallel.compile, cpu, model)
     return model
 
 
@@ -171,6 +173,7 @@ def _filled_features(config: Config) -> FeatureNetwork | None:
     if isinstance(features, OwnFeatures):
         trunk = build_model(plain_layout(config), SINGLE).trunk
         features.load(dict(trunk.named_parameters()), torch.device("cpu"))
+    compile_networks(config.parallel.compile, torch.device("cpu"), features)
     return features
 
 

@@ -22,15 +22,20 @@ from tiny_run import build_engine, build_model, data_of, learning_rate, merged, 
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from megavtp.config.precision import compute_dtype
 from megavtp.config.schema import Config
 from megavtp.decoder import passes as decoder_passes
+from megavtp.models.lpips import empty_lpips
 from megavtp.models.vtp import OBJECTIVES, VTP
 from megavtp.nn import compiling
 from megavtp.nn.block import run_blocks
 from megavtp.nn.drop_path import BranchDrop, DropPlan
+from megavtp.objectives.reconstruction import reconstruction_terms
 from megavtp.parallel.mesh import SINGLE, Mesh, build_mesh
 from megavtp.parallel.passes import execute
+from megavtp.parallel.rehearsal import rehearsal
 from megavtp.pixels import to_uint8
+from megavtp.planning.cost import cost_of
 from megavtp.planning.parts import Rehearsals
 from megavtp.planning.zero import Inventory
 from megavtp.training.optimizer import parameter_groups
@@ -155,6 +160,36 @@ def test_what_compiled_blocks_hold(
     plain = Rehearsals(replace(config, parallel=replace(config.parallel, compile="none")), fused_norms=False)
     if (mode, recompute) == ("student", "none"):  # RMS norms
         assert planned.held < 0.9 * plain.stack(mode, tower, len(blocks), BATCH, 1, False, recompute).held
+    compiling.compiled.cache_clear()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_compiled_distances_hold(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the perceptual network; without compilation they keep float32 of 16 bits."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager_decomp_partition")
+    compiling.compiled.cache_clear()
+    settings = {"objectives": {"reconstruction": {"perceptual": "lpips-alex"}}}
+    config = layout(1, 1, merged(SIZES, settings), precision=precision, compile="blocks")
+    dtype, size = compute_dtype(precision), config.model.image_size
+    network = empty_lpips("alex", dtype)
+    compiling.compile_regions(network)
+    x, y = (torch.rand(BATCH, 3, size, size) for _ in range(2))
+    x.requires_grad_()
+
+    def forward() -> dict[str, torch.Tensor]:
+        return reconstruction_terms(x, y, network, images_total_local=BATCH)
+
+    forward()  # compiles
+    with tracked() as allocated:
+        terms = forward()
+    held = {}
+    for compiled in ("blocks", "none"):
+        parts = Rehearsals(replace(config, parallel=replace(config.parallel, compile=compiled)), fused_norms=False)
+        with rehearsal() as mesh:
+            images = torch.empty(x.shape, requires_grad=True)
+            held[compiled] = cost_of(mesh, partial(parts._reconstruction_terms(BATCH), images), [], [images]).held
+    assert held["blocks"] == pytest.approx(allocated.left, rel=0.1) and len(terms) == 2
+    assert held["blocks"] < {"fp32": 1, "bf16": 0.9}[precision] * held["none"]
     compiling.compiled.cache_clear()
 
 
