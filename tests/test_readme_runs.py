@@ -1,7 +1,7 @@
 """The README's commands, in its order and from its text, in a folder that has only what a clone has and some photos.
 
 Each gets settings at its end that make it short. What cannot run here is named, and has its words checked in
-``test_readme``; a new command has to be put into one of the two lists.
+``test_documented_commands``; a new command has to be put into one of the two lists.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 from distributed import free_port
 from launched import ROOT, Launched
 from PIL import Image
-from test_readme import COMMANDS
+from test_documented_commands import COMMANDS
 
 _NO_EXTRAS = "telemetry.pictures_every=0 evaluation.at_end=false data.workers=0"
 _DEMO = (
