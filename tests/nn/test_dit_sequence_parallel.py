@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from distributed import run_ranks
+from operations import Operations
 from torch import Tensor
-from watch import Watch
 from whole_gradients import whole_gradients
 
 from megavtp.dit.config import DiTModelConfig
@@ -55,9 +55,9 @@ def held(mesh: Mesh, mode: str) -> float:
         cut = TokenCut(mesh, samples * side**2, sequences=samples) if mesh.sequence_parallel else None
         leaf = torch.randn(samples, side**2 // mesh.tp, 48, requires_grad=True)
         condition = torch.randn(samples, 48, requires_grad=True)
-        with Watch() as watch:
+        with Operations() as operations:
             y = block(leaf * 1, condition * 1, table, cut, mode)
-        bytes_of.append(watch.settled_bytes() - y.untyped_storage().nbytes() - sum(part.nbytes for part in table))
+        bytes_of.append(operations.settled_bytes() - y.untyped_storage().nbytes() - sum(part.nbytes for part in table))
     return (bytes_of[1] - bytes_of[0]) / (samples * (8**2 - 4**2))
 
 

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
+from operations import Operations
 from torch import Tensor, nn
-from watch import Watch
 
 from megavtp.nn import attention_kernels
 from megavtp.nn.attention import Attention
@@ -51,10 +51,10 @@ def held(sequences: int, net: str, mode: str) -> tuple[int, Counter[str]]:
     (block,), rope = stack(net), [tuple(t.bfloat16() for t in tables()[0])]
     leaf = torch.randn(sequences * LENGTH, WIDTH, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        with Watch() as forward:
+        with Operations() as forward:
             y = run_blocks([(0, block)], leaf * 1, ((sequences, LENGTH),), rope, None, mode)
         left = forward.live_bytes - y.nbytes - 2 * len(leaf) * rope[0][0][0].nbytes
-        with Watch() as backward:
+        with Operations() as backward:
             y.sum().backward()
     return left, backward.calls
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from distributed import run_ranks
+from operations import Operations
 from torch import Tensor, nn
-from watch import Watch
 from whole_gradients import whole_gradients
 
 from megavtp.nn.attention import Attention
@@ -102,9 +102,9 @@ def held(mesh: Mesh, mode: str) -> float:
     block, bytes_of = stack(mesh, True, torch.float32)["0"], []
     for sequences in (4, 8):
         leaf, segments = torch.randn(8 * sequences, WIDTH, requires_grad=True), ((sequences, 8),)
-        with Watch() as watch:
+        with Operations() as operations:
             y = run_blocks([(0, block)], leaf * 1, segments, None, None, mode)
-        bytes_of.append(watch.settled_bytes() - y.untyped_storage().nbytes())
+        bytes_of.append(operations.settled_bytes() - y.untyped_storage().nbytes())
     return (bytes_of[1] - bytes_of[0]) / 32
 
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distributed import run_ranks
+from operations import Operations
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megavtp.config.schema import DinoHeadConfig, SelfDistillationConfig
 from megavtp.models.dino_head import DinoHead
@@ -78,26 +77,13 @@ def evaluate(mesh):
     return results
 
 
-class Shapes(TorchDispatchMode):
-    """Of every tensor made inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.seen |= {tuple(x.shape) for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
-        return out
-
-
 def shapes_made(mesh):
     """By the head, the centering and the loss on ROWS views with PROTOTYPES prototypes, forward and backward."""
     student, teacher = (DinoHead(D, DinoHeadConfig(PROTOTYPES, hidden=8, bottleneck=4), mesh) for _ in range(2))
     for parameter in (*student.parameters(), *teacher.parameters()):
         parameter.data.normal_()
     x = torch.randn(ROWS, D, requires_grad=True)
-    with Shapes() as shapes:
+    with Operations() as operations:
         with torch.no_grad():
             targets, target_W = teacher(x)
             bias = sinkhorn_bias([targets], target_W, 0.07, iterations=3, rows_at_once=ROWS_AT_ONCE, mesh=mesh)
@@ -106,7 +92,7 @@ def shapes_made(mesh):
             [Term(features, targets, bias)], W, target_W, student_temperature=0.1, teacher_temperature=0.07,
             rows_at_once=ROWS_AT_ONCE, mesh=mesh,
         ).sum().backward()
-    return shapes.seen
+    return operations.all_shapes
 
 
 def on_rank(rank):

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
+from operations import Operations
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavtp.parallel import reduce_in_place as module
 from megavtp.parallel.mesh import build_mesh
 
 SHAPES = [(4, 6), (7,), (40,), (3, 3), (5, 9)]
 LARGE = 40  # two of them are
-
-
-class _Allocated(TorchDispatchMode):
-    """The elements of all tensors that operations return, beside those that they were given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.cat.default:
-            self.elements += result.numel()
-        return result
 
 
 def gradients_of(rank: int) -> list[Tensor]:
@@ -42,11 +28,11 @@ def _averaged(rank: int) -> tuple[list[Tensor], int, list[Tensor]]:
     gradients, alone = gradients_of(rank), gradients_of(rank)
     places = [gradient.data_ptr() for gradient in gradients]
     group = [dist.new_group([r]) for r in range(mesh.world_size)][rank]
-    with patch.object(module, "LARGE", LARGE), _Allocated() as allocated:
+    with patch.object(module, "LARGE", LARGE), Operations() as operations:
         module.average(gradients, mesh.group("dp"))
         module.average(alone, group)
     assert [gradient.data_ptr() for gradient in gradients] == places
-    return gradients, allocated.elements, alone
+    return gradients, sum(map(math.prod, operations.shapes["cat"])), alone
 
 
 def test_means_where_the_gradients_are() -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
+from operations import Operations
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavtp.parallel import shard_matrix
 from megavtp.parallel.deepspeed_adapter import import_deepspeed
@@ -95,16 +95,6 @@ def test_a_gather_gives_the_whole_tensors(name: str, found: list[dict[str, Found
             torch.testing.assert_close(whole, tensor, rtol=0, atol=0)
 
 
-class _Operations(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def world_of(ranks: int) -> Iterator[None]:
     from deepspeed import comm
@@ -129,12 +119,12 @@ def test_operations_do_not_grow_with_the_ranks() -> None:
         tensors = bucket_of([(64, 64), (64,), (300,)], 0)
         with world_of(ranks):
             parameters = parameters_of(tensors)
-            with _Operations() as operations:
+            with Operations() as operations:
                 shard_matrix.begin_gather(parameters).wait()
-            counts["gather"].append(operations.count)
-            with _Operations() as operations:
+            counts["gather"].append(operations.calls.total())
+            with Operations() as operations:
                 shard_matrix.reduce_scatter(tensors)
-            counts["reduce"].append(operations.count)
+            counts["reduce"].append(operations.calls.total())
     for few, many in counts.values():
         assert abs(many - few) <= len(tensors), counts  # a tensor that the ranks do not divide evenly takes one more
         assert many < 15 * len(tensors)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from distributed import run_ranks
 from layouts import Run
+from operations import Operations
 from tiny_run import PlainRunner, build_model, data_of, tiny_config
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megavtp.config.share import share
@@ -27,25 +27,22 @@ from megavtp.pretraining.passes import build_passes
 from megavtp.training.step import train_step
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution", "attention")
-HOST_READS = ("_local_scalar_dense", "is_nonzero", "equal")
 
 
-class Operators(TorchDispatchMode):
-    """Counts all operators, and the products that read a float32 matrix, by name and first shapes."""
+class Products(Operations):
+    """Counts the products that read a float32 matrix, too, by name and first shapes."""
 
     def __init__(self):
         super().__init__()
-        self.calls: Counter[str] = Counter()
         self.wide_products: Counter[tuple] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
-        self.calls[name] += 1
+        name = func._schema.name
         # The first four: the gradient, queries, keys and values. Further on, attention has its float32 statistics.
         tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)][:4]
         if any(part in name for part in PRODUCTS) and any(x.dtype == torch.float32 for x in tensors):
-            self.wide_products[name, tuple(tuple(x.shape) for x in tensors[:2])] += 1
-        return func(*args, **(kwargs or {}))
+            self.wide_products[name.removeprefix("aten::"), tuple(tuple(x.shape) for x in tensors[:2])] += 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +51,7 @@ def attention_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_kernels, "_suits_float32", lambda q: False)
 
 
-def operators_by_pass(images: int) -> dict[str, Operators]:
+def operations_by_pass(images: int) -> dict[str, Products]:
     """Of forward and backward of a step in bfloat16 with ``images`` for every objective."""
     batches = {name: {"batch": images} for name in ("self_distillation", "reconstruction")}
     batches["self_distillation"]["chunk"] = 1024
@@ -68,13 +65,13 @@ def operators_by_pass(images: int) -> dict[str, Operators]:
     _global_choice.cache_clear()  # another test may have drawn the same
     model, batch, found = build_model(config, SINGLE), data_of(config, SINGLE)(0), {}
     for objective in build_passes(config, share(config, 1), SINGLE, torch.device("cpu"), lpips):
-        with Operators() as found[objective.name]:
+        with Products() as found[objective.name]:
             execute(objective, PlainRunner(model, None, 0.0), batch)
     return found
 
 
 def test_float32_products_are_the_ones_that_need_it_and_work_does_not_grow_with_tokens() -> None:
-    found, larger = operators_by_pass(8), operators_by_pass(16)
+    found, larger = operations_by_pass(8), operations_by_pass(16)
     b, width, prototypes = 8, 32, 48
     # Logits are differences of nearly equal similarities, times a scale of up to 100: both ways, with two gradients.
     logits = {("mm", ((b, width), (width, b))): 2, ("mm", ((b, b), (b, width))): 4}
@@ -86,26 +83,26 @@ def test_float32_products_are_the_ones_that_need_it_and_work_does_not_grow_with_
     assert own.pop(("bmm", ((2, b, width), (2, width, b)))) == 1
     assert sorted(name for name, _ in own.elements()) == ["mm"] * 4 + ["mv"] * 4, own
     assert all(prototypes in shapes[0] or prototypes in shapes[1] for _, shapes in own), own
-    for name, operators in found.items():
-        assert operators.calls == larger[name].calls, f"{name}: {larger[name].calls - operators.calls}"
-        assert not any(operators.calls[read] for read in HOST_READS), name
+    for name, operations in found.items():
+        assert operations.calls == larger[name].calls, f"{name}: {larger[name].calls - operations.calls}"
+        assert not operations.host_reads, name
     assert found["reconstruction"].calls["convolution"] == 3 + 2 * 5  # LPIPS sees the reference once
 
 
-def block_operators(sequences: int, recompute: str) -> Counter[str]:
+def operations_of_block(sequences: int, recompute: str) -> Counter[str]:
     """Of forward and backward of one block in bfloat16."""
     block = Block(64, Attention(64, 4), SwiGLU(64, 96, mesh=SINGLE), RMSNorm)
     for parameter in block.parameters():
         parameter.data.normal_(0, 0.1)
     x = torch.randn(sequences * 16, 64, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), Operators() as operators:
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), Operations() as operations:
         run_blocks([(0, block)], x, ((sequences, 16),), None, None, recompute).sum().backward()
-    return operators.calls
+    return operations.calls
 
 
 def test_a_block() -> None:
-    calls = block_operators(4, "none")
-    assert calls == block_operators(8, "none")
+    calls = operations_of_block(4, "none")
+    assert calls == operations_of_block(8, "none")
     assert not calls["cat"]
     # Forward: q, k, v; projection; gate; value; down. Backward: two for each.
     assert calls["addmm"] + calls["mm"] == 5 + 10
@@ -114,16 +111,15 @@ def test_a_block() -> None:
     assert sum(calls.values()) <= 185
 
 
-def on_rank(rank: int) -> tuple[Counter[str], ...]:
-    """The operators of a second step through the engine."""
+def on_rank(rank: int) -> dict[str, int]:
+    """What the host reads in a second step through the engine."""
     run = Run(config=tiny_config({"train": {"steps": 3}}, 1)).train(end=1)
     batch = run.data(1)
-    with Operators() as operators:
+    with Operations() as operations:
         train_step(run.engine, run.passes, batch, lr_of=lambda group: 1e-3, averaged=run.model.averaged(), follow=0.1)
     run.engine.close()
-    return operators.calls
+    return operations.host_reads
 
 
 def test_one_host_read_a_step() -> None:
-    (calls,) = run_ranks(1, on_rank)
-    assert {read: calls[read] for read in HOST_READS if calls[read]} == {"_local_scalar_dense": 1}
+    assert run_ranks(1, on_rank) == [{"_local_scalar_dense": 1}]

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from operations import Operations
 
 from megavtp.config.run import ParallelConfig, TrainConfig
 from megavtp.config.schema import Config, TelemetryConfig
@@ -151,18 +151,6 @@ def test_non_finite_steps_are_counted_and_left_out_of_the_means(tmp_path):
     assert "NaN" not in text and lines(tmp_path)[1]["terms"]["contrastive/loss"] is None
 
 
-class CountReads(TorchDispatchMode):
-    """Counts what would make a GPU wait."""
-
-    def __init__(self):
-        super().__init__()
-        self.reads = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.reads += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
-        return func(*args, **(kwargs or {}))
-
-
 def test_gradient_norms_by_tower_stand_beside_the_terms(tmp_path, tracker):
     telemetry = make(tmp_path, log_every=2)
     telemetry.start(0)
@@ -182,11 +170,12 @@ def test_the_device_is_read_once_a_line(tmp_path, monkeypatch):
     transfers = []
     original = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: transfers.append(x.shape) or original(x))
-    with CountReads() as counter:
+    with Operations() as operations:
         run(telemetry, 0, 19)
-        assert counter.reads == 0 and not transfers
+        assert not operations.host_reads and not operations.calls["nonzero"] and not transfers
         run(telemetry, 19, 40)
-    assert transfers == [(20 * 3 + 2,)] * 2 and counter.reads == 0
+    assert transfers == [(20 * 3 + 2,)] * 2
+    assert not operations.host_reads and not operations.calls["nonzero"]
 
 
 def test_a_term_of_some_steps_is_averaged_over_those(tmp_path):
