@@ -44,6 +44,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--split", type=place_name, default="test", help="folder in --data to measure (default: test)")
     parser.add_argument("--untrained", action="store_true", help="also measure a freshly initialised model")
     parser.add_argument("--captions", type=place_name, help='"clip" or a tokenizer\'s file (default: the run\'s)')
+    parser.add_argument(
+        "--templates", type=place,
+        help='file of sentences with "{}" for the class\'s name, one a line (default: the run\'s evaluation.templates)',
+    )
     parser.add_argument("--max-samples", type=IMAGES, help="of each split (default: the run's evaluation.max_samples)")
     parser.add_argument("--batch-size", type=BATCH, help="images at a time (default: the run's evaluation.batch_size)")
     add_device(parser)
@@ -92,16 +96,19 @@ def checkpoint(options: argparse.Namespace) -> None:
     from megavtp.evaluation import format_table, write_metrics
     from megavtp.evaluation.distances.measure import load_network
     from megavtp.evaluation.tokenizer.checkpoint import CheckpointEvaluation
+    from megavtp.evaluation.tokenizer.classification import read_templates
     from megavtp.launch.tool import join_others
     from megavtp.parallel.collectives import together
+    from megavtp.parallel.looking import from_first
     from megavtp.training.pictures import reconstruction_grid
 
     device, mesh = join_others(options.device)
     wants_network = options.frechet or options.inception or options.timm
     frechet = together(lambda: load_network(options.inception, device, options.timm)) if wants_network else None
+    templates = options.templates and from_first(lambda: read_templates(options.templates))
     job = CheckpointEvaluation(
         options.checkpoint, options.data, options.split, device, options.captions, options.max_samples,
-        options.batch_size, frechet, options.probe, mesh,
+        options.batch_size, templates, frechet, options.probe, mesh,
     )
     if mesh.rank == 0:
         print(f"evaluating on {len(job.test_set)} samples of {options.data / options.split}, {device}", file=sys.stderr)

@@ -21,6 +21,7 @@ from megavtp.data.captions import train_sentencepiece
 from megavtp.data.index import build_index
 from megavtp.errors import UserError
 from megavtp.evaluation.tokenizer.checkpoint import CheckpointEvaluation, find_perceptual, open_model
+from megavtp.evaluation.tokenizer.classification import read_templates
 from megavtp.launch.tool import choose_device
 from megavtp.models.build import build_vtp
 from megavtp.parallel.mesh import build_mesh
@@ -198,13 +199,28 @@ def test_measuring_on_train_lets_the_others_vote(released, data):
     (["--device", "warp"], "no such device"),
     (["--max-samples", "0"], "--max-samples: must be a whole number"),
     (["--captions", "{tmp}/absent.model"], "absent.model"),
+    (["--templates", "{tmp}/absent.txt"], "absent.txt"),
+    (["--templates", "{tmp}"], "cannot read templates"),
+    (["--templates", "{tmp}/bad.txt"], "bad.txt: 'a photo' has no {}, the place of the class name"),
+    (["--templates", "{tmp}/empty.txt"], "empty.txt: is empty; give one sentence a line"),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line(released, data, dit, tmp_path, options, message, monkeypatch, capsys):
     given = [o.format(tmp=tmp_path, dit=dit) for o in options]
+    (tmp_path / "bad.txt").write_text("a {}\n\na photo\n")
+    (tmp_path / "empty.txt").write_text("\n")
     status = run_tool(monkeypatch, "--checkpoint", released, "--data", data, *given)
     errors = capsys.readouterr().err.strip().splitlines()
     assert status == 2
     assert errors[-1].startswith("error: ") and message in errors[-1] and len(errors) == 1
+
+
+def test_templates_of_a_file(released, data, tmp_path):
+    path = tmp_path / "templates.txt"
+    path.write_text("a photo of a {}.\n\n{}, drawn by a child\n")
+    templates = read_templates(path)
+    assert templates == ("a photo of a {}.", "{}, drawn by a child")
+    assert job(released, data, templates=templates).settings.templates == templates
+    assert job(released, data).settings.templates == ("{}",)
 
 
 def test_wrong_vocabulary_is_named(released, data, tmp_path):

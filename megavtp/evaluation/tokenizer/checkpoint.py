@@ -81,10 +81,10 @@ def find_perceptual(config: Config, device: torch.device, skipped: dict[str, str
 class CheckpointEvaluation:
     """Evaluates a checkpoint on a data set with splits.
 
-    ``captions`` replaces the run's caption tokenizer; ``max_samples`` and ``batch_size`` replace its ``evaluation``
-    settings. ``frechet`` is a network for the Frechet distance of reconstructions, which takes time; so do ``probes``,
-    see ``evaluate``. The processes of ``mesh`` share the samples; each has the whole model. All make it together, and
-    rank 0 alone looks at the files. UserError on all ranks.
+    ``captions`` replaces the run's caption tokenizer; ``max_samples``, ``batch_size`` and ``templates`` replace its
+    ``evaluation`` settings. ``frechet`` is a network for the Frechet distance of reconstructions, which takes time; so
+    do ``probes``, see ``evaluate``. The processes of ``mesh`` share the samples; each has the whole model. All make it
+    together, and rank 0 alone looks at the files. UserError on all ranks.
     """
 
     checkpoint: Path
@@ -94,6 +94,7 @@ class CheckpointEvaluation:
     captions: str | None = None
     max_samples: int | None = None
     batch_size: int | None = None
+    templates: tuple[str, ...] | None = None
     frechet: FeatureNetwork | None = None
     probes: Sequence[str] = ()
     mesh: Mesh = SINGLE
@@ -112,7 +113,7 @@ class CheckpointEvaluation:
 
     def _load(self, opened: Checkpoint | None, folder: ShardDataset, train_folder: ShardDataset | None) -> None:
         self.model, self.config = open_model(self.checkpoint, self.device, opened)
-        given = {k: v for k in ("max_samples", "batch_size") if (v := getattr(self, k)) is not None}
+        given = {k: v for k in ("max_samples", "batch_size", "templates") if (v := getattr(self, k)) is not None}
         self.settings = replace(self.config.evaluation, **given)
         if self.probes:
             self._check_probes(train_folder, folder)

@@ -5,6 +5,7 @@ classification on frozen features (arXiv 2104.14294, section 4.1).
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,19 @@ from megavtp.evaluation.tokenizer.interface import VTPEvaluated
 from megavtp.evaluation.tokenizer.labels import blind_accuracy, first_seen_ids, label_values, read_labels, readable
 from megavtp.parallel.collectives import all_gather
 from megavtp.parallel.mesh import Mesh
+
+
+def read_templates(path: Path) -> tuple[str, ...]:
+    """Read sentences with "{}" for the name of a class, one a line. UserError: there is none, or one without it."""
+    try:
+        templates = tuple(line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read templates: {error}") from None
+    wrong = [template for template in templates if "{}" not in template]
+    if wrong or not templates:
+        told = f"{wrong[0]!r} has no {{}}, the place of the class name" if wrong else "is empty"
+        raise UserError(f"{path}: {told}; give one sentence a line, such as: a photo of a {{}}.")
+    return templates
 
 
 def class_embeddings(
