@@ -17,6 +17,7 @@ from megavtp.parallel.collectives import all_reduce
 from megavtp.parallel.mesh import SINGLE, Mesh
 
 _ROWS = 512  # rows added to the moments at one time, so that the result does not depend on the batch size
+_COLUMNS = 256  # of the scatter matrix that are computed at one time, down to the diagonal
 # Tolerance of squared distances, relative to the longest vector: equal images must be 0 apart despite rounding.
 _ROUNDING = 1e-12
 _ENOUGH = 1e-10  # relative error of a sum of singular values
@@ -44,7 +45,7 @@ class FeatureMoments:
     def __init__(self, dims: int, device: torch.device | str = "cpu"):
         self.count = 0
         self._mean = torch.zeros(dims, dtype=torch.float64, device=device)
-        self._scatter = torch.zeros(dims, dims, dtype=torch.float64, device=device)
+        self._upper = torch.zeros(dims, dims, dtype=torch.float64, device=device)  # the scatter's upper triangle
         self._waiting = torch.empty(0, dims, device=device)
 
     def update(self, features: Tensor) -> None:
@@ -57,11 +58,12 @@ class FeatureMoments:
     def _fold(self, rows: Tensor) -> None:
         rows = rows.double()
         mean = rows.mean(0)
-        centred = rows - mean
         shift = mean - self._mean
         total = self.count + len(rows)
-        self._scatter += centred.T @ centred
-        self._scatter += torch.outer(shift, shift) * (self.count * len(rows) / total)
+        x = torch.cat([rows - mean, math.sqrt(self.count * len(rows) / total) * shift[None]])
+        for first in range(0, x.shape[1], _COLUMNS):  # half of x^T x is enough, as it is symmetric
+            own = slice(first, first + _COLUMNS)
+            self._upper[own, first:].addmm_(x[:, own].T, x[:, first:])
         self._mean += shift * (len(rows) / total)
         self.count = total
 
@@ -77,8 +79,8 @@ class FeatureMoments:
         if count < 2:
             raise UserError(f"{count} image{'s' * (count != 1)} cannot give a covariance: use 2 or more, say 10,000")
         mean = all_reduce(self._mean * (self.count / count), mesh, "dp")
-        shift = self._mean - mean
-        scatter = all_reduce(self._scatter + torch.outer(shift, shift) * self.count, mesh, "dp")
+        shift, scatter = self._mean - mean, self._upper.triu() + self._upper.triu(1).T
+        scatter = all_reduce(scatter + torch.outer(shift, shift) * self.count, mesh, "dp")
         return FeatureStatistics(mean, scatter / (count - 1), count)
 
 
