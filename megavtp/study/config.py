@@ -7,13 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megavtp.config.load import load_config
+from megavtp.config.load import load_config, to_yaml
+from megavtp.data.files import write_atomic
 from megavtp.errors import UserError
 from megavtp.study.links import KINDS
 
 Stage = Literal["tokenizer", "decoder", "dit"]
 STAGES: tuple[Stage, ...] = ("tokenizer", "decoder", "dit")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+# By key, the options of its tool that the study sets.
+_OWN_OPTIONS = {
+    "latents": ("--tokenizer", "--out"), "measures.tokenizer": ("--checkpoint", "--pictures", "--out"),
+    "measures.generation": ("--dit", "--tokenizer", "--seed", "--out"),
+    "measures.samples": ("--dit", "--tokenizer", "--seed", "--out"),
+}
+STUDY = "study.yaml"  # in the study's folder: the study as it was last started or submitted
 # Columns of the table of results that are no axes.
 COLUMNS = ("cell", "steps", "seed", "samples", "flops", "all_flops", "encoder_parameters")
 
@@ -109,8 +117,12 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
         study.measures.tokenizer is not None or study.measures.generation is not None,
         "measures: the study measures nothing; give measures.tokenizer or measures.generation",
     )
-    for name in ("latents", "measures.tokenizer", "measures.generation", "measures.samples", "slurm.options"):
-        words(study, name)
+    words(study, "slurm.options")
+    for name, own in _OWN_OPTIONS.items():
+        for word in words(study, name):
+            option = word.partition("=")[0]
+            known = next((one for one in own if len(option) > 2 and one.startswith(option)), None)
+            _need(known is None, f"{name}: {known} is set by the study itself; leave {word} out")
     for name, example in (("launcher", "deepspeed"), ("slurm.launcher", "srun python -u")):
         _need(bool(words(study, name)), f"{name}: name what starts the processes, such as {example}")
     for kind in study.slurm.by_kind:
@@ -123,6 +135,11 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
     _check_axes(study)
     _check_curves(study)
     return study
+
+
+def keep_study(study: StudyConfig) -> None:
+    """Write a study into its folder, for its jobs and for the report."""
+    write_atomic(Path(study.output_dir) / STUDY, to_yaml(study).encode())
 
 
 def words(study: StudyConfig, name: str) -> list[str]:

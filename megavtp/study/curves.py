@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -13,28 +13,26 @@ from megavtp.study.fits import (
     Crossing,
     Curves,
     Interval,
+    Noise,
     Prediction,
-    SeedNoise,
-    crossing,
+    crossings,
     fit_curves,
-    noise_between_seeds,
+    noise_between_repetitions,
     predict_largest,
 )
 from megavtp.study.power_law import Array
 
 _PLACES = 40  # at which a curve is told
-_DRAWN = "generation/"  # measures of a DiT's samples
 _SCALARS = ("flops", "samples")  # what x may be, besides an axis
 
 
 @dataclass(frozen=True)
 class Point:
-    """A place on a line: the mean over seeds and repetitions, how many there are, and their standard deviation."""
+    """A place on a line: the mean ``y`` of the ``values`` of its repetitions."""
 
     x: float
     y: float
-    seeds: int
-    deviation: float | None  # None of a single one
+    values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -79,64 +77,81 @@ class Pair:
 
 @dataclass(frozen=True)
 class Fits:
-    """All that the curves say; ``noise`` between seeds is by measure, as is the reason why one was left out."""
+    """All that the curves say.
+
+    By measure: the ``noise`` between repetitions, the cells of which a number is ``missing`` though others have one,
+    and the reason why the measure was left out.
+    """
 
     x: str
     lines: tuple[Line, ...]
     pairs: tuple[Pair, ...]
-    noise: dict[str, SeedNoise | None]
+    noise: dict[str, Noise | None]
+    missing: dict[str, tuple[str, ...]]
     left_out: dict[str, str]
 
 
 def fit_results(study: StudyConfig, rows: Sequence[Mapping[str, Any]]) -> Fits:
     """Fit what ``study.curves`` asks for to the finished rows, as far as they allow it."""
     lines, pairs = [], []
-    noise: dict[str, SeedNoise | None] = {}
-    left_out = {}
+    noise: dict[str, Noise | None] = {}
+    missing, left_out = {}, {}
     for measure, better in study.curves.better.items():
         if not any(measure in row for row in rows):
             known = sorted(name for row in rows[:1] for name in row if "/" in name and not name.startswith("chance/"))
             left_out[measure] = f"no cell has this measure; there are {', '.join(known) or 'none yet'}"
             continue
+        if without := tuple(row["cell"] for row in rows if measure not in row):
+            missing[measure] = without
         groups = _lines(study, measure, rows)
-        noise[measure] = noise_between_seeds([values for line in groups.values() for values in line.values()])
+        noise[measure] = noise_between_repetitions([values for line in groups.values() for values in line.values()])
         fitted: dict[str, Curves] = {}
         for name, places in groups.items():
             lines.append(_line(study, measure, name, places, fitted))
-        for one, other in permutations(fitted, 2):
+        for one, other in combinations(fitted, 2):
             try:
-                pairs.append(Pair(measure, one, other, crossing(fitted[one], fitted[other], better)))
+                there, back = crossings(fitted[one], fitted[other], better)
             except UserError:  # they were looked at in different ranges, so that there is nothing to say
                 continue
-    return Fits(study.curves.x, tuple(lines), tuple(pairs), noise, left_out)
+            pairs += [Pair(measure, one, other, there), Pair(measure, other, one, back)]
+    return Fits(study.curves.x, tuple(lines), tuple(pairs), noise, missing, left_out)
 
 
 def _lines(
     study: StudyConfig, measure: str, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[float, list[float]]]:
-    """Return the values of the seeds by line and place. If x is an axis, each number of steps is a line."""
-    x = study.curves.x
-    groups: dict[str, dict[float, list[float]]] = {}
+    """Return the values of the repetitions by line and place. If x is an axis, each number of steps is a line."""
+    x, repeats = study.curves.x, study.curves.repeats
+    groups: dict[str, dict[float, dict[Any, list[float]]]] = {}
     for row in rows:
-        drawn = measure.startswith(_DRAWN)
-        if measure not in row or not drawn and row["seed"] not in (None, study.seeds[0]):
-            continue  # what is measured on the tokenizer is the same for all seeds of the DiT
-        names = [f"{axis}={row[axis]}" for axis in study.axes if axis not in (x, study.curves.repeats)]
+        if measure not in row:
+            continue
+        names = [f"{axis}={row[axis]}" for axis in study.axes if axis not in (x, repeats)]
         if x not in _SCALARS and len(study.looks) > 1:
             names.append(f"steps={row['steps']}")
-        places = groups.setdefault(", ".join(names) or "all", {})
-        places.setdefault(float(row[x]), []).append(row[measure])
-    return {name: dict(sorted(places.items())) for name, places in groups.items()}
+        place = groups.setdefault(", ".join(names) or "all", {}).setdefault(float(row[x]), {})
+        place.setdefault(row[repeats or "seed"], []).append(row[measure])
+    return {
+        name: {place: _independent(values) for place, values in sorted(places.items())}
+        for name, places in groups.items()
+    }
+
+
+def _independent(repetitions: Mapping[Any, Sequence[float]]) -> list[float]:
+    """Return the values that count as draws of their own.
+
+    A repetition's mean over the seeds of its DiT is one. Equal values are one number told several times: such as the
+    tokenizer's for each seed of the DiT.
+    """
+    means = [float(np.mean(values)) for values in repetitions.values()]
+    return means[:1] if len(set(means)) == 1 else means
 
 
 def _line(
     study: StudyConfig, measure: str, name: str, places: Mapping[float, Sequence[float]], fitted: dict[str, Curves]
 ) -> Line:
     """Return a line with its fit, which is added to ``fitted``, and its predictions, as far as there are points."""
-    points = tuple(
-        Point(x, float(np.mean(values)), len(values), float(np.std(values, ddof=1)) if len(values) > 1 else None)
-        for x, values in places.items()
-    )
+    points = tuple(Point(x, float(np.mean(values)), tuple(values)) for x, values in places.items())
     x, y = np.array([point.x for point in points]), np.array([point.y for point in points])
     held_out, where = study.curves.held_out, f"{measure} of {name}"
     left_out: dict[str, str] = {}

@@ -21,6 +21,7 @@ _ENDS = (0.025, 0.975)
 _HUBER = 2.0  # standard deviations of the noise from which on a point counts less
 _NORMAL_MEDIAN = 1.4826  # standard deviations in a median absolute deviation of normal noise
 _ROUNDS = 3  # of fitting and estimating the noise
+_DRAWS = 200_000  # of a difference
 _GRID = 1000  # places between the ends of the data, where a crossing is looked for
 
 
@@ -148,19 +149,25 @@ class Crossing:
 
     Attributes:
         at: None if it is so everywhere, or not at the end.
-        interval: an end is None if it lies outside of the data.
+        everywhere: whether it is so everywhere.
+        interval: of ``at``; an end is None if it lies outside of the data.
         always, never: shares of the bootstrap in which the curve is better everywhere, and not at the end.
+        low, high: the ends of the places that both have.
     """
 
     at: float | None
+    everywhere: bool
     interval: Interval
     always: float
     never: float
+    low: float
+    high: float
 
 
-def crossing(one: Curves, other: Curves, better: Better) -> Crossing:
-    """Find from where on the first curve of ``one`` is better than that of ``other``.
+def crossings(one: Curves, other: Curves, better: Better) -> tuple[Crossing, Crossing]:
+    """Find from where on the first curve of ``one`` is better than that of ``other``, and the other way round.
 
+    Where both have equally many points, their bootstraps draw the same places and sizes of noise: they are paired.
     UserError: they have no stretch of places in common.
     """
     low, high = max(one.x[0], other.x[0]), min(one.x[-1], other.x[-1])
@@ -168,13 +175,19 @@ def crossing(one: Curves, other: Curves, better: Better) -> Crossing:
         raise UserError("two curves have no places in common, where they could cross; look at both in one range")
     grid = np.geomspace(low, high, _GRID)
     sign = 1 if better == "lower" else -1
-    places = _better_from(grid, sign * (other.sampled(grid)[0] - one.sampled(grid)[0]))
-    (at,) = _better_from(grid, sign * (other.at(grid) - one.at(grid)))
+    lead = sign * (other.at(grid) - one.at(grid))
+    leads = sign * (other.sampled(grid)[0] - one.sampled(grid)[0])
+    return _crossing(grid, lead, leads), _crossing(grid, -lead, -leads)
+
+
+def _crossing(grid: Array, lead: Array, leads: Array) -> Crossing:
+    """Describe a curve's ``lead`` (1, k) over another one at the places ``grid`` (k,), and its bootstrap (r, k)."""
+    (at,), places = _better_from(grid, lead), _better_from(grid, leads)
     ends = np.quantile(places, _ENDS, method="nearest")  # nothing lies between a place and infinity
     return Crossing(
-        float(at) if np.isfinite(at) else None,
+        float(at) if np.isfinite(at) else None, bool(at == -np.inf),
         Interval(*(float(end) if np.isfinite(end) else None for end in ends)),
-        float(np.mean(places == -np.inf)), float(np.mean(places == np.inf)),
+        float(np.mean(places == -np.inf)), float(np.mean(places == np.inf)), float(grid[0]), float(grid[-1]),
     )
 
 
@@ -191,19 +204,35 @@ def _better_from(grid: Array, lead: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class SeedNoise:
-    """The standard deviation between seeds, over ``groups`` of repeated cells with ``freedom`` degrees of freedom."""
+class Noise:
+    """The standard deviation between repetitions at ``places`` places, with ``freedom`` degrees of freedom."""
 
     deviation: float
-    groups: int
+    places: int
     freedom: int
 
 
-def noise_between_seeds(groups: Sequence[Sequence[float]]) -> SeedNoise | None:
+def noise_between_repetitions(groups: Sequence[Sequence[float]]) -> Noise | None:
     """Pool the variance within groups of repeated values; None if nothing was repeated."""
     repeated = [np.asarray(group, dtype=float) for group in groups if len(group) > 1]
     freedom = sum(len(group) - 1 for group in repeated)
     if not freedom:
         return None
     squares = sum(float(((group - group.mean()) ** 2).sum()) for group in repeated)
-    return SeedNoise(float(np.sqrt(squares / freedom)), len(repeated), freedom)
+    return Noise(float(np.sqrt(squares / freedom)), len(repeated), freedom)
+
+
+def difference(one: Sequence[float], other: Sequence[float]) -> Interval | None:
+    """Return the interval of the difference of the means that repeated values were drawn from; None if one has no two.
+
+    Each mean is uncertain as Student's t distribution has it (the solution of Behrens and Fisher), here by drawing.
+    """
+    if min(len(one), len(other)) < 2:
+        return None
+    rng = np.random.default_rng(0)
+    means = [
+        np.mean(values) + np.std(values, ddof=1) / len(values) ** 0.5 * rng.standard_t(len(values) - 1, _DRAWS)
+        for values in (one, other)
+    ]
+    low, high = np.quantile(means[0] - means[1], _ENDS)
+    return Interval(float(low), float(high))

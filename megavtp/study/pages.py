@@ -4,13 +4,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from statistics import stdev
 from types import MappingProxyType
 
 from megavtp.study.cells import Cell, links_of
 from megavtp.study.config import StudyConfig
 from megavtp.study.costs import Rates, device_hours
 from megavtp.study.curves import Fits, Line, Point
-from megavtp.study.fits import Interval
+from megavtp.study.fits import LEAST_POINTS, Crossing, Interval, Noise, difference
 from megavtp.study.links import Link
 from megavtp.study.record import Record, is_finished, read_record
 from megavtp.study.slurm import Job
@@ -44,6 +45,12 @@ def plan_page(study: StudyConfig, cells: list[Cell], rates: Rates, devices: int 
     if unknown:
         lines.append(
             f"not in the hours: {', '.join(unknown)}; give their rate in cost, or run the study's first cell"
+        )
+    points, held_out = len(study.axes.get(study.curves.x, study.looks)), study.curves.held_out
+    if points >= LEAST_POINTS > points - held_out:
+        lines.append(
+            f"nothing will be predicted: curves.held_out = {held_out} leaves {points - held_out} of {points} points, "
+            f"and a fit needs {LEAST_POINTS}; give more, or curves.held_out=0"
         )
     return "\n".join(lines)
 
@@ -102,7 +109,7 @@ def cell_state(records: Records, jobs: Jobs = NO_JOBS) -> tuple[str, str]:
 
 def answers(study: StudyConfig, fits: Fits, results: int, cells: int) -> list[str]:
     """Return the answer of a study in sentences: what is compared, how far it is, and for each measure which line is
-    better from where on, with which certainty, beside the noise between seeds.
+    better from where on, with which certainty, beside the noise between repetitions.
 
     ``results`` of the ``cells`` have finished.
     """
@@ -115,9 +122,18 @@ def answers(study: StudyConfig, fits: Fits, results: int, cells: int) -> list[st
         told.append(f"It is not finished: {results} of {cells} cells have a result, and what follows is preliminary.")
     for measure in fits.noise:
         lines = [line for line in fits.lines if line.measure == measure]
-        for one, other in combinations(lines, 2):
-            told.append(f"{measure} ({study.curves.better[measure]} is better): {_compared(fits, one, other)}")
+        if len(lines) > 1 and all("fit" in line.left_out for line in lines):
+            said = [_without_curves(fits.x, lines)]
+        else:
+            said = [_compared(fits, one, other) for one, other in combinations(lines, 2)]
+        told += [f"{measure} ({study.curves.better[measure]} is better): {text}" for text in said]
     return told
+
+
+def _without_curves(x: str, lines: Sequence[Line]) -> str:
+    """Say how far lines are that all have too few points for a curve."""
+    ends = [f"{line.line} {_repeated(line.points[-1])} at {_at(x, line.points[-1].x)}" for line in lines]
+    return f"there are too few points for curves yet. The last ones are {'; '.join(ends)}."
 
 
 def _compared(fits: Fits, one: Line, other: Line) -> str:
@@ -130,20 +146,23 @@ def _compared(fits: Fits, one: Line, other: Line) -> str:
         reasons = [line.left_out["fit"] for line in (one, other) if "fit" in line.left_out]
         why = reasons[0] if reasons else f"they have no {fits.x} in common"
         return f"whether the curves of {one.line} and {other.line} cross cannot be said yet ({why})."
-    (better, worse), best = min(found.items(), key=lambda item: (item[1].at is None, item[1].never))
-    if best.at is not None:
+    (better, worse), best = max(found.items(), key=lambda item: (item[1].everywhere, item[1].at is not None))
+    both = f"from {_at(fits.x, best.low)} to {_at(fits.x, best.high)}"
+    if best.everywhere:
         said = (
-            f"{better} is better than {worse} from {_at(fits.x, best.at)} on ({_interval(fits.x, best.interval)}); "
-            f"in {100 * (1 - best.never):.0f} % of the bootstrap it is the better one at the end."
-        )
-    else:
-        said = (
-            f"{better} is better than {worse} everywhere within what was run, without a crossing; so it is in "
+            f"{better} is better than {worse} {both}, all that both were run for, without a crossing; so it is in "
             f"{100 * best.always:.0f} % of the bootstrap, and in {100 * best.never:.0f} % it is not the better one at "
             "the end."
         )
+    elif best.at is not None:
+        said = (
+            f"{better} is better than {worse} from {_at(fits.x, best.at)} on ({_around(fits.x, best)}); in "
+            f"{100 * (1 - best.never):.0f} % of the bootstrap it is the better one at the end. Both were run {both}."
+        )
+    else:
+        said = f"The curves of {better} and {worse} end as equals, of what both were run for, {both}."
     noise = fits.noise[one.measure]
-    beside = f"the standard deviation between seeds is {noise.deviation:.4g}" if noise else "no seed was repeated"
+    beside = f"the standard deviation between repetitions is {noise.deviation:.4g}" if noise else "nothing was repeated"
     last = {line.line: line.points[-1] for line in (one, other)}
     ends = [f"{last[name].y:.4g} at {_at(fits.x, last[name].x)}" for name in (better, worse)]
     return f"{said} Their last points are {ends[0]} and {ends[1]}; {beside}."
@@ -153,14 +172,15 @@ def _apart(one: Line, other: Line) -> str:
     """Say how far two lines of one point each are apart."""
     points = one.points[0], other.points[0]
     ends = [f"{line.line} {_repeated(point)}" for line, point in zip((one, other), points)]
-    errors = [point.deviation**2 / point.seeds for point in points if point.deviation is not None]
-    certain = f", with a standard error of {sum(errors) ** 0.5:.2g}" if len(errors) == 2 else ""
+    interval = difference(points[0].values, points[1].values)
+    certain = f" ({_interval(interval)})" if interval else ""
     return f"{ends[0]}; {ends[1]}. The difference is {points[0].y - points[1].y:.4g}{certain}."
 
 
 def _repeated(point: Point) -> str:
-    spread = "" if point.deviation is None else f", standard deviation {point.deviation:.2g}"
-    return f"{point.y:.4g} (mean of {point.seeds}{spread})" if point.seeds > 1 else f"{point.y:.4g}"
+    if len(point.values) == 1:
+        return f"{point.y:.4g}"
+    return f"{point.y:.4g} (mean of {len(point.values)}, standard deviation {stdev(point.values):.2g})"
 
 
 def _several(count: int, what: str) -> str:
@@ -173,36 +193,56 @@ def curves_page(study: StudyConfig, fits: Fits, results: int, cells: int) -> str
 
 
 def remarks(fits: Fits) -> list[str]:
-    """Return what the curves say besides the answer: predictions, noise between seeds, and what was left out."""
+    """Return what the curves say besides the answer: themselves, predictions, noise, and what is missing."""
     return [
         *(text for line in fits.lines for text in _line(fits.x, line)),
-        *(f"{measure}: standard deviation between seeds {noise.deviation:.4g} ({noise.groups} cells repeated)"
-          if noise else f"{measure}: nothing was repeated with another seed"
-          for measure, noise in fits.noise.items()),
+        *(f"{measure}: {_noise(noise)}" for measure, noise in fits.noise.items()),
+        *(f"{measure}: no number from {', '.join(cells)}, which finished without one; their metrics.json may say why"
+          for measure, cells in fits.missing.items()),
         *(f"curves.better.{measure}: {why}" for measure, why in fits.left_out.items()),
     ]
+
+
+def _noise(noise: Noise | None) -> str:
+    if noise is None:
+        return "nothing was repeated that it depends on"
+    where = f"{_several(noise.places, 'place')}, {_several(noise.freedom, 'degree')} of freedom"
+    return f"standard deviation between repetitions {noise.deviation:.4g} ({where})"
 
 
 def _line(x: str, line: Line) -> list[str]:
     where = f"{line.measure} of {line.line}"
     told = [f"{what} left out: {why}" for what, why in line.left_out.items()]
+    if line.fit:
+        known = [f"{name} = {line.fit.parameters[name]:.4g} ({_interval(line.fit.intervals[name])})" for name in "cd"]
+        form = "y = a (x + b)^-c + d" if line.fit.parameters["b"] else "y = a x^-c + d"
+        told.append(f"{where}: {form} through {len(line.points)} points has {known[0]} and {known[1]}")
     for point in line.predictions:
         off = "" if point.off is None else f", off by {point.off:+.1%}"
         told.append(
-            f"{where} at {_at(x, point.x)}: predicted {point.predicted:.4g} ({_interval('', point.interval)}), found "
+            f"{where} at {_at(x, point.x)}: predicted {point.predicted:.4g} ({_interval(point.interval)}), found "
             f"{point.observed:.4g}{off}"
         )
     return told
 
 
-def _interval(x: str, interval: Interval) -> str:
-    low, high = ("beyond the data" if end is None else _at(x, end) for end in (interval.low, interval.high))
+def _interval(interval: Interval) -> str:
+    """Format an interval of a measure, or of a parameter."""
+    return f"95 %: {interval.low:.4g} to {interval.high:.4g}"
+
+
+def _around(x: str, crossing: Crossing) -> str:
+    """Format the interval of a crossing, whose ends may lie before or after all that both curves have."""
+    interval, tail = crossing.interval, 0.025
+    before, after = "before the first look", "after the last"
+    low = _at(x, interval.low) if interval.low is not None else before if crossing.always >= tail else after
+    high = _at(x, interval.high) if interval.high is not None else after if crossing.never >= tail else before
     return f"95 %: {low} to {high}"
 
 
 def _at(x: str, value: float) -> str:
-    """Format a place on the axis ``x``; "" is the axis of a measure."""
-    return flops_text(value) if x == "flops" else f"{x} {value:.3g}".strip()
+    """Format a place on the axis ``x``."""
+    return flops_text(value) if x == "flops" else f"{x} {value:.3g}"
 
 
 def _counts(links: Sequence[Link]) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -59,6 +59,38 @@ def check_unchanged(link: Link, record: Record | None) -> None:
             raise UserError(
                 f"{link.folder} was begun with {_changed(key, old, new)}; set another output_dir, or remove that "
                 "folder and what was made from it"
+            )
+
+
+def check_links(links: Sequence[Link]) -> None:
+    """Raise UserError if what a study has begun of its ``links``, in the order in which they run, does not fit to them
+    or to each other."""
+    gone: dict[Path, Link] = {}  # by the folder of each link that was made from another, the one that is not there
+    for link in links:
+        record = read_record(link)
+        check_unchanged(link, record)
+        _check_obtainable(link, record)
+        if missing := [gone.get(part.folder, part) for part in link.after if part.folder in gone or not begun(part)]:
+            gone[link.folder] = missing[0]
+    if stale := [link for link in links if link.folder in gone and begun(link)]:
+        raise UserError(
+            f"{gone[stale[0].folder].folder} is not there any more, but what was made from it is; remove it, too: "
+            f"{', '.join(str(link.folder) for link in stale)}"
+        )
+
+
+def begun(link: Link) -> bool:
+    return (link.folder / RECORD).exists()
+
+
+def _check_obtainable(link: Link, record: Record | None) -> None:
+    """Raise UserError if a training has gone past a checkpoint that it did not keep."""
+    for path in link.outputs if record is not None and link.resumes else ():
+        later = [other for other in path.parent.glob("step-*") if other.name > path.name]
+        if later and not path.exists():
+            raise UserError(
+                f"{path} was not kept by this training, which is past it; take that step out of looks, or set another "
+                "output_dir"
             )
 
 

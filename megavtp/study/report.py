@@ -12,29 +12,34 @@ from megavtp.report.measures import shown
 from megavtp.report.page import render
 from megavtp.report.pictures import Picture, read_picture
 from megavtp.study.cells import Cell, cells_of, links_of
-from megavtp.study.config import StudyConfig, load_study
+from megavtp.study.config import STUDY, StudyConfig, load_study
 from megavtp.study.curves import Fits, fit_results
 from megavtp.study.pages import answers, cell_state, cost_text, flops_text, hours_taken, records_of, remarks
 from megavtp.study.record import failure, read_record
-from megavtp.study.results import STUDY, Row, rows_of
+from megavtp.study.results import Row, rows_of
 
 
 def study_file(paths: Sequence[Path]) -> Path | None:
     """Return the file of the study that the paths name: the file itself, or its folder; None if they name runs.
 
-    UserError: a study stands among other paths.
+    UserError: a study stands among other paths, or its folder has another name or place than it says of itself.
     """
     found = [path if path.is_file() else path / STUDY for path in paths]
     studies = [path for path in found if path.suffix in (".yaml", ".yml") and path.is_file()]
     if studies and len(paths) > 1:
         raise UserError(f"{studies[0]} is a study, which has a page of its own; name it alone")
+    if studies and paths[0].is_dir() and Path(own := load_study(studies[0]).output_dir).resolve() != paths[0].resolve():
+        raise UserError(
+            f"{paths[0]} has a copy of the study whose folder is {own}, seen from here; name that folder, or the file "
+            "of a study whose output_dir is this one"
+        )
     return studies[0] if studies else None
 
 
 def render_study(path: Path) -> str:
     """Return the page about the study in a YAML file, as HTML; equal folders give equal text.
 
-    UserError: the file is wrong, a file of the study is damaged, or matplotlib is not installed.
+    UserError: the file is wrong, a file of the study is damaged or of another study, or matplotlib is not installed.
     """
     check_matplotlib()
     study = load_study(path)
@@ -43,7 +48,8 @@ def render_study(path: Path) -> str:
     fits = fit_results(study, rows)
     left_out: list[str] = []
     failed = [failure(link) for link in links_of(cells) if (record := read_record(link)) and record.state == "failed"]
-    pictures = [(cell.name, _pictures(study, cell, left_out)) for cell in cells]
+    seen: set[Path] = set()
+    pictures = [(cell.name, _pictures(study, cell, seen, left_out)) for cell in cells]
     return render(
         "study.html", name=path.stem if path.name != STUDY else path.parent.name, folder=study.output_dir,
         answers=answers(study, fits, len(rows), len(cells)), remarks=remarks(fits), failed=failed,
@@ -92,11 +98,12 @@ def _charts(study: StudyConfig, fits: Fits) -> list[tuple[str, str]]:
     return found
 
 
-def _pictures(study: StudyConfig, cell: Cell, left_out: list[str]) -> list[Picture]:
-    """Return the reconstructions and the drawn pictures of a cell, as far as they are there."""
+def _pictures(study: StudyConfig, cell: Cell, seen: set[Path], left_out: list[str]) -> list[Picture]:
+    """Return the reconstructions and the drawn pictures of a cell, as far as they are there and not yet ``seen``."""
     kinds = {"evaluate": ("reconstructions.png", "reconstructions"), "draw": ("samples.png", "drawn")}
     found = []
     for link in cell.links:
-        if link.kind in kinds and (path := link.folder / kinds[link.kind][0]).exists():
+        if link.kind in kinds and (path := link.folder / kinds[link.kind][0]).exists() and path not in seen:
+            seen.add(path)
             found.append(read_picture(path, f"{cell.name}: {kinds[link.kind][1]}", Path(study.output_dir), left_out))
     return [picture for picture in found if picture is not None]

@@ -6,26 +6,30 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megavtp.config.load import to_yaml
 from megavtp.data.files import write_atomic, write_json
 from megavtp.study.cells import Cell
 from megavtp.study.config import COLUMNS, StudyConfig
 from megavtp.study.curves import fit_results
 from megavtp.study.locks import alone
-from megavtp.study.record import is_finished, read_metrics, read_record
+from megavtp.study.record import check_unchanged, is_finished, read_metrics, read_record
 from megavtp.training.output_dir import writing
 
 Row = dict[str, Any]
-STUDY = "study.yaml"  # the study itself, for the report
 TABLE = "results"  # .csv and .json in the study's folder
 _LOCK = "results.lock"
 
 
 def rows_of(cells: list[Cell]) -> list[Row]:
-    """Return a row for each cell whose links have all finished: what it is, what it cost, what was measured."""
+    """Return a row for each cell whose links have all finished: what it is, what it cost, what was measured.
+
+    UserError: a link was begun with other settings than those of the cells, or metrics are damaged.
+    """
     rows = []
     for cell in cells:
-        if not all(is_finished(link, read_record(link)) for link in cell.links):
+        records = [(link, read_record(link)) for link in cell.links]
+        for link, record in records:
+            check_unchanged(link, record)
+        if not all(is_finished(link, record) for link, record in records):
             continue
         metrics: dict[str, float] = {}
         for link in cell.links:
@@ -40,7 +44,7 @@ def write_results(study: StudyConfig, cells: list[Cell]) -> None:
     """Write the table of the cells that have finished, and the curves through it; equal results give equal bytes.
 
     Of several processes one does so at a time, from the records as they are then: what stands there at last has all.
-    UserError: a file cannot be written, or metrics are damaged.
+    UserError: a file cannot be written, and as ``rows_of``.
     """
     folder = Path(study.output_dir)
     with alone(folder / _LOCK, "another process writes the results"), writing(folder / TABLE):
@@ -52,5 +56,4 @@ def write_results(study: StudyConfig, cells: list[Cell]) -> None:
         writer.writerows(rows)
         fits = fit_results(study, rows)
         write_atomic(folder / f"{TABLE}.csv", text.getvalue().encode())
-        write_atomic(folder / STUDY, to_yaml(study).encode())
         write_json(folder / f"{TABLE}.json", {"rows": rows, "curves": asdict(fits)}, indent=1)

@@ -16,10 +16,19 @@ from megavtp.data.folder_lock import FolderLock
 from megavtp.errors import UserError
 from megavtp.launch.ranks import STOPPED
 from megavtp.study.cells import Cell, cells_of, links_of
-from megavtp.study.config import StudyConfig, words
+from megavtp.study.config import STUDY, StudyConfig, keep_study, load_study, words
 from megavtp.study.links import Link
 from megavtp.study.locks import alone
-from megavtp.study.record import Record, State, check_unchanged, failure, is_finished, read_record, write_record
+from megavtp.study.record import (
+    Record,
+    State,
+    check_links,
+    check_unchanged,
+    failure,
+    is_finished,
+    read_record,
+    write_record,
+)
 from megavtp.study.results import write_results
 from megavtp.study.slurm import slurm_launcher
 from megavtp.training.output_dir import writing
@@ -62,24 +71,27 @@ def run_study(study: StudyConfig, start: Start | None = None, tell: Callable[[st
 
 @contextlib.contextmanager
 def opened(study: StudyConfig) -> Iterator[list[Cell]]:
-    """Lock a study's folder against other starts, and yield the cells.
+    """Lock a study's folder against other starts, keep the study in it, and yield the cells.
 
-    UserError: a link was begun with other settings, or another process holds the lock.
+    UserError: a link was begun with other settings, what it was made from is gone, or another process holds the lock.
     """
     cells, folder = cells_of(study), Path(study.output_dir)
-    for link in links_of(cells):
-        check_unchanged(link, read_record(link))
+    check_links(links_of(cells))
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FolderLock(folder, "set another output_dir")
     try:
+        with writing(folder / STUDY):
+            keep_study(study)
         yield cells
     finally:
         lock.close()
 
 
 def run_link(study: StudyConfig, folder: Path, start: Start | None = None) -> int:
-    """Run the link in a folder, as a SLURM job does, and write the study's results.
+    """Run the link in a folder, as a SLURM job does; if a cell is complete with it, write the study's results.
+
+    They are those of the study as it was last submitted, which may have been while this link ran.
 
     Returns:
         The exit status: 0: it has finished. ``STOPPED``: its state is saved, and it goes on from there. 1: it failed.
@@ -97,10 +109,19 @@ def run_link(study: StudyConfig, folder: Path, start: Start | None = None) -> in
             raise UserError(f"{link.kind} in {folder} needs {before.kind} in {before.folder}, which is not finished")
     record = _finish(link, slurm_launcher(study), start or run_command)
     if is_finished(link, record):
-        write_results(study, cells)
+        kept = Path(study.output_dir) / STUDY
+        latest = load_study(kept) if kept.exists() else study
+        cells = cells_of(latest)
+        if any(_completes(link, cell) for cell in cells):
+            write_results(latest, cells)
         return 0
     tell(f"failed: {failure(link)}" if record.state == "failed" else f"stopped: {link.kind} in {folder}")
     return 1 if record.state == "failed" else STOPPED
+
+
+def _completes(link: Link, cell: Cell) -> bool:
+    """Whether a link is one of a cell's, all of which have finished."""
+    return link in cell.links and all(is_finished(part, read_record(part)) for part in cell.links)
 
 
 def _finish(link: Link, launcher: list[str], start: Start) -> Record:

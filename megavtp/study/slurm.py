@@ -11,9 +11,8 @@ from pathlib import Path
 
 from megavtp.errors import UserError
 from megavtp.launch.rendezvous import expand_counts
-from megavtp.study.config import StudyConfig, words
+from megavtp.study.config import STUDY, StudyConfig, words
 from megavtp.study.links import ROOT, Link
-from megavtp.study.results import STUDY
 
 TEMPLATE = ROOT / "launchers" / "slurm" / "study.sbatch"
 _SCRIPT = "job.sbatch"  # in the link's folder; by its path the job is found in the queue

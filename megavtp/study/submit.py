@@ -25,7 +25,7 @@ def submit_study(study: StudyConfig, tell: Callable[[str], None] = tell) -> None
     """
     check_slurm()
     with opened(study) as cells:
-        write_results(study, cells)  # with the study's settings, which the jobs read
+        write_results(study, cells)
         links = links_of(cells)
         queue = jobs_of(links)
         _check_queued(links, queue)

@@ -67,4 +67,5 @@ def metrics(link: Link) -> dict[str, float | None]:
     seed = next((int(part[5:]) for part in link.folder.parts if part.startswith("seed-")), 0)
     if link.kind == "evaluate":
         return {"samples": 380.0, "knn/group_top1": steps / 1000, "reconstruction/none": None}
-    return {"samples": 2000.0, "generation/fd": CURVES[name](steps) + 0.1 * (2 * seed - 1)}
+    repetition = 0.1 * ("b" in link.folder.parts)
+    return {"samples": 2000.0, "generation/fd": CURVES[name](steps) + 0.1 * (2 * seed - 1) + repetition}

@@ -55,6 +55,8 @@ def axis(stage: str, *settings: str) -> dict:
     ({"dit": {}, "measures": {"samples": "--classes all"}}, "measures.samples needs a DiT"),
     ({"measures": {}}, "measures: the study measures nothing"),
     ({"measures": {"generation": "--reference 'data"}}, "measures.generation = --reference 'data: is no command line"),
+    ({"measures": {"generation": "--reference data --seed 5"}}, "measures.generation: --seed is set by the study"),
+    ({"measures": {"tokenizer": "--data data --ou=x"}}, "measures.tokenizer: --out is set by the study itself; leave"),
     ({"latents": "--label group"}, "latents: the DiT needs a data set"),
     ({"launcher": " "}, "launcher: name what starts the processes"),
     ({"curves": {"x": "hours"}}, "curves.x = hours: must be flops, samples or an axis \\(objectives\\)"),
@@ -228,6 +230,8 @@ def test_the_tool_plans_tells_the_state_and_refuses_in_one_line(tmp_path, monkey
     path = write_study(tmp_path)
     status, out, _ = tool(f"tools/study.py plan {path} looks=[100] --gpus 8 --device h100", monkeypatch, capsys)
     assert status == 0 and "joint/step-00000100/seed-0" in out and "on 8 devices" in out
+    status, out, _ = tool(f"tools/study.py plan {path} curves.held_out=1", monkeypatch, capsys)
+    assert status == 0 and "nothing will be predicted: curves.held_out = 1 leaves 3 of 4 points" in out
     status, out, _ = tool(f"tools/study.py status {path}", monkeypatch, capsys)
     assert status == 0 and out.endswith("16 cells: 16 waiting\n")
     run_study(load_study(path), StandIn(), lambda line: None)

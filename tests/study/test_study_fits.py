@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from megavtp.errors import UserError
-from megavtp.study.fits import Interval, crossing, fit_curves, noise_between_seeds, predict_largest
+from megavtp.study.fits import (
+    Interval,
+    crossings,
+    difference,
+    fit_curves,
+    noise_between_repetitions,
+    predict_largest,
+)
 from megavtp.study.power_law import PowerLaws, fit_power_laws
 
 PAPER = json.loads((Path(__file__).parents[1] / "data" / "paper_figures" / "compute_scaling.json").read_text())
@@ -79,11 +86,11 @@ def test_the_papers_curves_cross_where_its_figure_has_it(size, low, high):
     """The auto-encoder's points are those of the L encoder; S and B end within 0.5 of it."""
     vtp = fit_curves(np.array(PAPER["epochs"]), np.array([PAPER[f"vtp_{size}"]]))
     alone = fit_curves(np.array(PAPER["ae_epochs"]), np.array([PAPER["ae_l"]]))
-    found = crossing(vtp, alone, "lower")
+    found, back = crossings(vtp, alone, "lower")
     assert low < found.at < high
     assert found.interval.low is None or found.interval.low <= found.at
     assert found.at <= found.interval.high < 0.5 and found.never == 0
-    assert crossing(alone, vtp, "lower").never > 0.9, "alone it does not come out ahead"
+    assert back.never > 0.9, "alone it does not come out ahead"
 
 
 @pytest.mark.parametrize("size", ["s", "b", "l"])
@@ -99,19 +106,23 @@ def test_curves_that_do_not_cross_within_the_data_say_so():
     rng = np.random.default_rng(0)
     curve, noise = 30 * PLACES**-0.7 + 20, 0.05 * rng.standard_normal((2, 9))
     below, above = (fit_curves(PLACES, (curve + up + noise[i])[None]) for i, up in enumerate((0.0, 5.0)))
-    assert (crossing(below, above, "lower").at, crossing(below, above, "lower").always) == (None, 1.0)
-    assert (crossing(below, above, "higher").at, crossing(below, above, "higher").never) == (None, 1.0)
-    assert crossing(below, above, "lower").interval == Interval(None, None)
+    for one, other, better in ((below, above, "lower"), (above, below, "higher")):
+        ahead, behind = crossings(one, other, better)
+        assert (ahead.at, ahead.everywhere, ahead.always) == (None, True, 1.0), better
+        assert (behind.at, behind.everywhere, behind.never) == (None, False, 1.0), better
+        assert ahead.interval == behind.interval == Interval(None, None)
+        assert (ahead.low, ahead.high) == (behind.low, behind.high) == pytest.approx((PLACES[0], PLACES[-1]))
+    assert not any(found.everywhere or found.at for found in crossings(below, below, "lower"))
     far = fit_curves(PLACES * 1000, curve[None], samples=10)
     with pytest.raises(UserError, match="no places in common"):
-        crossing(below, far, "lower")
+        crossings(below, far, "lower")
 
 
 def test_a_known_crossing_is_found_within_its_interval():
     steep, flat = 60 * PLACES**-1.0 + 20, 30 + 0 * PLACES  # equal at 6
     rng = np.random.default_rng(5)
     one, other = (fit_curves(PLACES, (y + 0.3 * rng.standard_normal(9))[None]) for y in (steep, flat))
-    found = crossing(one, other, "lower")
+    found, _ = crossings(one, other, "lower")
     assert found.at == pytest.approx(6, rel=0.1) and found.interval.low < 6 < found.interval.high
 
 
@@ -123,7 +134,7 @@ def test_the_interval_of_a_crossing_holds_the_truth():
         right = (60 / (level - 20)) ** (1 / power)
         steep, flat = 60 * PLACES**-power + 20, level + 0 * PLACES
         one, other = (fit_curves(PLACES, (y + 0.5 * rng.standard_normal(9))[None], samples=300) for y in (steep, flat))
-        ends = crossing(one, other, "lower").interval
+        ends = crossings(one, other, "lower")[0].interval
         held.append((ends.low is None or ends.low <= right) and (ends.high is None or right <= ends.high))
     assert 0.93 <= np.mean(held) <= 0.99
 
@@ -152,7 +163,19 @@ def test_four_points_do_and_parameters_have_intervals():
     assert np.array_equal(curves.samples.a, again.samples.a)
 
 
-def test_noise_between_seeds_is_the_pooled_deviation():
-    found = noise_between_seeds([[1.0, 3.0], [10.0], [5.0, 5.0, 8.0]])
-    assert found.deviation == pytest.approx(np.sqrt((2 + 6) / 3)) and (found.groups, found.freedom) == (2, 3)
-    assert noise_between_seeds([[1.0], [2.0]]) is None
+def test_noise_between_repetitions_is_the_pooled_deviation():
+    found = noise_between_repetitions([[1.0, 3.0], [10.0], [5.0, 5.0, 8.0]])
+    assert found.deviation == pytest.approx(np.sqrt((2 + 6) / 3)) and (found.places, found.freedom) == (2, 3)
+    assert noise_between_repetitions([[1.0], [2.0]]) is None
+
+
+def test_the_interval_of_a_difference_is_students():
+    """Of five and many values it is the t test's of four degrees of freedom; of two and two it holds the truth."""
+    few, many = [1.0, 2.0, 3.0, 4.0, 5.0], [0.0] * 500 + [1e-6]
+    found = difference(few, many)
+    half = 2.776 * np.std(few, ddof=1) / 5**0.5  # the quantile from a table
+    assert (found.low, found.high) == pytest.approx((3 - half, 3 + half), rel=0.01)
+    rng = np.random.default_rng(3)
+    ends = [difference(*rng.standard_normal((2, 2))) for _ in range(300)]
+    assert np.mean([end.low <= 0 <= end.high for end in ends]) >= 0.93
+    assert difference([1.0], few) is None

@@ -1,5 +1,6 @@
 """The page of a study: its answer stands first, it is the same when made again, and it says what is missing."""
 
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_the_answer_stands_first_with_place_interval_and_noise(finished):
     answer = page.text[page.text.index("The answer") : page.text.index("Failed and missing")]
     assert "The study compares objectives: joint, ae, at 4 looks with 2 seeds of the DiT." in answer
     assert "generation/fd (lower is better): objectives=joint is better than objectives=ae from " in answer
-    assert "FLOP on (95 %: " in answer and "the standard deviation between seeds is 0.1414" in answer
+    assert "FLOP on (95 %: " in answer and "the standard deviation between repetitions is 0.1414" in answer
     assert "Their last points are 25 at " in answer and "not finished" not in answer
     assert "joint/step-00000100/seed-0" in page.text and page.tags.count("svg") == 1 and "script" not in page.tags
 
@@ -77,9 +78,12 @@ def test_a_study_that_is_not_finished_says_so_and_names_what_failed(tmp_path):
 
 
 def test_a_study_of_one_look_says_how_far_the_repeated_choices_are_apart(tmp_path):
-    """The stand-in's seeds differ by 0.2; an axis of repetitions is none to compare."""
+    """An axis of repetitions is none to compare: each counts once, with the mean over the DiT's seeds, which differ by
+    0.2 here, the repetitions by 0.1."""
     study = small_study(
-        tmp_path, looks=[100], curves={"better": {"generation/fd": "lower"}, "held_out": 0, "repeats": "init"},
+        tmp_path, looks=[100], curves={
+            "better": {"generation/fd": "lower", "knn/group_top1": "higher"}, "held_out": 0, "repeats": "init",
+        },
         axes={"init": {"a": {}, "b": {"tokenizer": ["seed=1"]}}, "objectives": {
             "joint": {}, "ae": {"tokenizer": ["objectives.contrastive.weight=0"]},
         }},
@@ -87,17 +91,23 @@ def test_a_study_of_one_look_says_how_far_the_repeated_choices_are_apart(tmp_pat
     assert run_study(study, StandIn(), quiet) == 0
     text = Text(render_study(tmp_path / "study.yaml")).text
     assert "compares objectives: joint, ae, at 1 look with 2 seeds of the DiT, each for all of init: a, b." in text
-    deviation = 0.2 / 3**0.5  # of four values, two on each side
-    assert (
-        f"objectives=joint 60 (mean of 4, standard deviation {deviation:.2g}); objectives=ae 40 (mean of 4, standard "
-        f"deviation {deviation:.2g}). The difference is 20, with a standard error of {deviation / 2**0.5:.2g}."
-    ) in text
-    assert "a fit needs" not in text
+    ends = "objectives=joint 60.05 (mean of 2, standard deviation 0.071); objectives=ae 40.05 (mean of 2, standard "
+    assert f"{ends}deviation 0.071). The difference is 20 (95 %: " in text
+    assert "standard deviation between repetitions 0.07071 (2 places, 2 degrees of freedom)" in text
+    # The tokenizer's number stands in both rows of a repetition, and is the same in all.
+    assert "objectives=joint 0.1; objectives=ae 0.1. The difference is 0." in text
+    assert "knn/group_top1: nothing was repeated that it depends on" in text and "a fit needs" not in text
 
 
 def test_a_study_that_has_not_begun_has_a_page(tmp_path):
     text = Text(render_study(write_study(tmp_path))).text
-    assert "0 of 16 cells have a result" in text and "No cell has a result yet." in text
+    assert "0 of 16 cells have a result" in text and "There is no curve: no cell has a result yet" in text
+
+
+def test_a_copy_of_a_study_is_told(finished, tmp_path):
+    shutil.copytree(finished / "out", tmp_path / "copy")
+    with pytest.raises(UserError, match="copy has a copy of the study whose folder is .*out, seen from here"):
+        study_file([tmp_path / "copy"])
 
 
 def test_a_study_is_named_alone(finished, tmp_path):

@@ -13,16 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stand_in import ROOT, StandIn, small_study
+from stand_in import ROOT, StandIn, small_study, write_study
 
 from megavtp.errors import UserError
 from megavtp.study import locks, pages, runner
 from megavtp.study.cells import cells_of, links_of
+from megavtp.study.config import load_study
 from megavtp.study.costs import devices_of, rates_of
+from megavtp.study.curves import fit_results
 from megavtp.study.links import Link
 from megavtp.study.locks import alone
 from megavtp.study.record import read_record, write_record
 from megavtp.study.report import render_study
+from megavtp.study.results import rows_of
 from megavtp.study.runner import run_study
 
 TABLES = ("results.csv", "results.json")
@@ -65,7 +68,7 @@ def test_the_table_has_a_row_for_each_cell_and_the_curves_are_those_of_the_numbe
     per_step = float(rows[0]["flops"]) / 100
     assert pair["crossing"]["at"] == pytest.approx(200 * per_step, rel=0.05)  # 4000 / 200 + 20 = 40
     line = next(line for line in found["lines"] if line["line"] == "objectives=joint")
-    assert [point["seeds"] for point in line["points"]] == [2] * 4 and not line["left_out"]
+    assert [len(point["values"]) for point in line["points"]] == [2] * 4 and not line["left_out"]
     assert line["fit"]["parameters"]["c"] == pytest.approx(1, rel=1e-3)
 
 
@@ -158,6 +161,55 @@ def test_a_changed_setting_is_told_and_nothing_runs(tmp_path):
     layout = {"recipe": str(ROOT / "configs/demo/vtp_emoji.yaml"), "settings": ["parallel.zero_stage=1"]}
     stand_in = StandIn()
     assert run_study(small_study(tmp_path, tokenizer=layout), stand_in, quiet) == 0 and not stand_in.ran
+
+
+def test_results_are_those_of_the_study_that_is_asked(tmp_path):
+    run_study(small_study(tmp_path), StandIn(), quiet)
+    tokenizer = {"recipe": str(ROOT / "configs/demo/vtp_emoji.yaml"), "settings": ["train.batch_size=64"]}
+    path = write_study(tmp_path, tokenizer=tokenizer)
+    for ask in (lambda: rows_of(cells_of(load_study(path))), lambda: render_study(path)):
+        with pytest.raises(UserError, match="pretrain was begun with train.batch_size = 128, not 64"):
+            ask()
+
+
+def test_what_was_made_from_something_that_is_gone_is_named(tmp_path):
+    study = small_study(tmp_path, looks=[100], seeds=[0])
+    run_study(study, StandIn(), quiet)
+    links = [link for link in links_of(cells_of(study)) if "joint" in link.folder.parts]
+    shutil.rmtree(links[0].folder)
+    gone = f"{links[0].folder} is not there any more, but what was made from it is"
+    with pytest.raises(UserError, match=gone) as told:
+        run_study(study, StandIn(), quiet)
+    assert [str(link.folder) for link in links[1:]] == str(told.value).partition("remove it, too: ")[2].split(", ")
+    for link in links[1:]:
+        shutil.rmtree(link.folder)
+    stand_in = StandIn()
+    assert run_study(study, stand_in, quiet) == 0 and stand_in.ran == links
+
+
+def test_a_look_that_a_run_is_past_is_told(tmp_path):
+    one = {"looks_at": "checkpoints", "looks": [200, 400]}
+    run_study(small_study(tmp_path, **one), StandIn(), quiet)
+    later = StandIn()
+    assert run_study(small_study(tmp_path, **one | {"looks": [200, 400, 600]}), later, quiet) == 0
+    assert later.ran[0].kind == "pretrain"  # goes on
+    with pytest.raises(UserError, match="step-00000100 was not kept by this training, which is past it"):
+        run_study(small_study(tmp_path, **one | {"looks": [100, 200, 400]}), StandIn(), quiet)
+
+
+def test_a_measure_that_some_cells_lack_is_told(tmp_path):
+    class Diverged(StandIn):
+        def __call__(self, command, link, lock):
+            status = super().__call__(command, link, lock)
+            if str(link.folder).endswith("ae/step-00000200/seed-1/generate"):
+                link.outputs[0].write_text(json.dumps({"metrics": {"generation/fd": None}}))
+            return status
+
+    study = small_study(tmp_path)
+    assert run_study(study, Diverged(), quiet) == 0
+    told = pages.curves_page(study, fit_results(study, rows_of(cells_of(study))), 16, 16)
+    assert "generation/fd: no number from ae/step-00000200/seed-1, which finished without one; their metrics" in told
+    assert "generation/fd of objectives=joint: y = a x^-c + d through 4 points has c = " in told
 
 
 def test_a_second_point_or_seed_adds_to_what_is_there(tmp_path):

@@ -1,7 +1,9 @@
 """A study as jobs of a real SLURM: each link once, in its order; failed and stopped ones; a second submission."""
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -232,3 +234,23 @@ def test_one_link_by_itself(tmp_path, monkeypatch):
     assert read_record(pretrain).command.startswith("srun --ntasks=16 --overlap python ")
     assert run_link(study, evaluate.folder, lambda command, link, lock: 143) == 1  # a measure does not go on
     assert read_record(evaluate).state == "failed"
+
+
+def test_a_job_writes_the_results_of_the_study_as_it_was_submitted_last(queue, tmp_path):
+    def start(command, link, lock):
+        for path in link.outputs:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text('{"metrics": {"knn/group_top1": 0.5}}')
+        return 0
+
+    def rows():
+        return len(json.loads((tmp_path / "the study" / "results.json").read_text())["rows"])
+
+    study, kept = study_of(tmp_path), tmp_path / "the study" / "study.yaml"
+    submitted(study)
+    *links, last = links_of(cells_of(study))
+    assert [run_link(study, link.folder, start) for link in links] == [0] * len(links) and rows() == 2
+    larger = replace(study, looks=(100, 200))
+    submitted(larger)
+    assert run_link(study, last.folder, start) == 0 and rows() == 3  # its job had read the study before
+    assert load_study(kept) == larger
