@@ -22,6 +22,7 @@ from megavtp.launch.rendezvous import Member, detect, gloo_interface
 from megavtp.launch.verdict import limit_of
 from megavtp.launch.watchdog import Watchdog
 from megavtp.parallel.deepspeed_adapter import import_deepspeed
+from megavtp.parallel.looking import PLACE
 
 STOPPED = 143  # exit status after a signal (128 + SIGTERM): the state is saved, and the same command goes on from it
 # Seconds that rank 0 has to report an error that all ranks find. If another rank left first, the launcher would end
@@ -63,10 +64,11 @@ def join(member: Member, store: dist.Store, timeout: float) -> torch.device:
     global _watchdog
     device, backend = _device(member)
     import_deepspeed()
-    os.environ.update(
-        RANK=str(member.rank), LOCAL_RANK=str(member.local_rank), WORLD_SIZE=str(member.world),
-        MASTER_ADDR=member.master_addr, MASTER_PORT=str(member.master_port),
-    )
+    os.environ.update({  # DeepSpeed takes LOCAL_RANK for the number of the GPU
+        "RANK": str(member.rank), "LOCAL_RANK": str(member.local_rank if device.index is None else device.index),
+        "WORLD_SIZE": str(member.world), "MASTER_ADDR": member.master_addr, "MASTER_PORT": str(member.master_port),
+        PLACE: str(member.local_rank),
+    })
     if backend == "gloo" and (interface := gloo_interface(member)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     _watchdog = Watchdog(store, member.rank, member.world, socket.gethostname(), timeout)
@@ -107,6 +109,10 @@ def _device(member: Member) -> tuple[torch.device, str]:
                 "(deepspeed --num_accelerators N, srun --ntasks-per-node N)"
             )
         torch.cuda.set_device(index)
+        if "OMP_NUM_THREADS" not in os.environ:
+            # The host copies and launches; more threads would take the cores from the loader's workers. And torch sets
+            # one for the thread of the backward as soon as batches are pinned: compiled regions ask for equal numbers.
+            torch.set_num_threads(1)
         return torch.device("cuda", index), "nccl"
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // member.local_world))

@@ -14,6 +14,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class Compilation:
 
 
 COMPILED = Compilation()
+_thread = threading.local()
 
 
 def compile_regions(network: object, form: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None) -> None:
@@ -76,6 +78,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         rows = [argument for argument in arguments if isinstance(argument, Tensor) and argument.ndim > 1]
         if not all(map(len, rows)):
             return function(*arguments)  # a rank that keeps no sequence has nothing to compute
+        _allow_graphs()
         for argument in rows:
             if len(argument) > 1:  # one row has a graph of its own, as torch takes a size of 1 for a constant
                 torch._dynamo.mark_dynamic(argument, 0)
@@ -88,9 +91,15 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _allow_graphs() -> None:
+    """Raise torch's limit of graphs, which is a thread's own: recomputation runs in the backward's."""
+    if not getattr(_thread, "allows", False):
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+        _thread.allows = True
+
+
 @cache
 def _prepare() -> None:
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
     torch._dynamo.callback.on_compile_start(_begin)
     torch._dynamo.callback.on_compile_end(_end)
 

@@ -33,11 +33,17 @@ def _fused(x: Tensor, weight: Tensor) -> Any | None:
     return find_apex_norms() if suits and not torch.compiler.is_compiling() else None
 
 
+def _as_they_are() -> torch.autocast:
+    """Return a context without autocast, in which apex would round a float32 input to 16 bits first."""
+    return torch.autocast("cuda", enabled=False)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """Normalise x (..., width) with a weight (width,), and cast to ``dtype``; a 16-bit x is rounded before the weight
     is applied."""
     if (fused := _fused(x, weight)) is not None:
-        y = fused.fused_rms_norm_affine(x, weight, weight.shape, eps)
+        with _as_they_are():
+            y = fused.fused_rms_norm_affine(x, weight, weight.shape, eps)
     elif x.dtype == torch.float32:
         y = F.rms_norm(x, weight.shape, weight.float(), eps)
     else:
@@ -47,7 +53,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     if (fused := _fused(x, weight)) is not None:
-        y = fused.fused_layer_norm_affine(x, weight, bias, weight.shape, eps)
+        with _as_they_are():
+            y = fused.fused_layer_norm_affine(x, weight, bias, weight.shape, eps)
     else:
         y = F.layer_norm(x, weight.shape, weight, bias, eps)
     return y.to(dtype or y.dtype)

@@ -1,10 +1,10 @@
 """DeepSpeed's engine: how it is configured and made, and what has to be done before a step and before a backward.
 
-Only this file, ``gather_ahead``, ``reduce_early``, ``reduce_in_place``, ``shard_matrix``, ``gradient_norm`` and
-``engine_state`` touch DeepSpeed's internals. They are written against exactly DeepSpeed 0.19.8: ZeRO-3 gathers of
-earlier releases return garbage on gloo, and several of the faults that are worked around here are silent. Each
-work-around states its reason; ``tests/parallel/test_deepspeed_adapter.py`` fails without it, and also tells when a
-later DeepSpeed no longer needs it.
+Only this file, ``gather_ahead``, ``reduce_early``, ``reduce_in_place``, ``shard_matrix``, ``stream_order``,
+``gradient_norm`` and ``engine_state`` touch DeepSpeed's internals. They are written against exactly DeepSpeed 0.19.8:
+ZeRO-3 gathers of earlier releases return garbage on gloo, and several of the faults that are worked around here are
+silent. Each work-around states its reason; ``tests/parallel/test_deepspeed_adapter.py`` fails without it, and also
+tells when a later DeepSpeed no longer needs it.
 """
 
 import logging
@@ -28,6 +28,7 @@ from megavtp.parallel.mesh import Axis, Mesh
 from megavtp.parallel.reduce_early import reduce_in_last_backward
 from megavtp.parallel.reduce_in_place import reduce_in_place
 from megavtp.parallel.shard_matrix import gather_by_columns, reduce_by_columns
+from megavtp.parallel.stream_order import order_streams
 
 SUPPORTED_VERSION = "0.19.8"
 # What a user can ask of DeepSpeed instead of a gather by columns.
@@ -77,6 +78,7 @@ def build_config(
         "managed_gradient_accumulation": False,  # step() is the boundary, however many backwards came before
         # DeepSpeed's default is 1.0, so it is always set. Stage 0 must clip, as ``gradient_norm.own_stage0_norm`` says.
         "gradient_clipping": clip_grad if zero_stage > 0 else 1.0,
+        "timers": {"throughput": {"enabled": False}},  # by default each forward waits for the device, to be timed
         "zero_optimization": {
             "stage": zero_stage,
             "reduce_bucket_size": bucket,
@@ -132,6 +134,8 @@ def initialize(
         reduce_in_place(engine)
     if early:
         reduce_in_last_backward(engine)
+    if stage > 0 and engine.device.type == "cuda":
+        order_streams(engine, stage)
     engine.megavtp_early = early
     engine.megavtp_hold = hold and stage == 3
     gradient_norm.install(engine, mesh)

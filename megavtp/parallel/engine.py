@@ -56,6 +56,7 @@ class Engine(Generic[M]):
         self._engine = adapter.initialize(module, optimizer, ds_config, mesh, leaf_classes, hold)
         self._engine.megavtp_clip_grad = clip_grad
         self._last_follows = False
+        self._known: set[tuple[str, bool]] = set()  # passes that have run, see ``may_wait``
         self.device = self._engine.device
         connect(mesh, self.device)
 
@@ -91,6 +92,13 @@ class Engine(Generic[M]):
     def announce_last_backward(self) -> None:
         """Say that the next backward is the last one of the step, which may reduce each gradient as it comes."""
         self._last_follows = True
+
+    def may_wait(self, mode: str, with_graph: bool) -> bool:
+        """Say whether a pass is new to a GPU: its kernels are then loaded, and those of compiled regions timed, for
+        which the host waits for the device."""
+        new = (mode, with_graph) not in self._known
+        self._known.add((mode, with_graph))
+        return new and self.device.type == "cuda"
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a scalar; over dp, gradients are averaged."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from megavtp.errors import UserError
 from megavtp.parallel.collectives import broadcast_object, is_first, together
 
+PLACE = "MEGAVTP_LOCAL_RANK"  # the number of a rank on its machine, also where LOCAL_RANK is that of its only GPU
 T = TypeVar("T")
 
 
@@ -63,7 +64,7 @@ def _located(found: Found | None) -> tuple[Any, tuple[int, ...] | None, str]:
 
 def leads_other_machine() -> bool:
     """Tell whether this rank is the first one on its machine, and rank 0 is on another."""
-    return not is_first() and os.environ.get("LOCAL_RANK") == "0"
+    return not is_first() and os.environ.get(PLACE, os.environ.get("LOCAL_RANK")) == "0"
 
 
 def place_of(path: Path) -> tuple[int, ...] | None:

@@ -52,6 +52,14 @@ def train_order(schedule: Schedule, p: int, rank: int, V: int, m: int) -> list[O
     return forwards[:fill] + steady + backwards[V * m - fill :]
 
 
+def one_by_one(order: Sequence[Op]) -> list[Op]:
+    """Return a rank's operations with each micro-batch going through the whole pass before the next one.
+
+    Only one rank works at a time. So none is waited for by another while it waits for its own device.
+    """
+    return sorted(order, key=lambda op: (op.micro, op.kind == "B", op.stage if op.kind == "F" else -op.stage))
+
+
 def _round_sizes(p: int, m: int) -> list[int]:
     """Deal the micro-batches in rounds of p, or a few more where p does not divide m, the larger rounds first."""
     rounds = max(1, m // p)

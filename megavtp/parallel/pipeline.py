@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.messages import Messages, broadcast_last_stage, broadcast_last_stage_object
-from megavtp.parallel.orders import Op, Schedule, forward_order, train_order
+from megavtp.parallel.orders import Op, Schedule, forward_order, one_by_one, train_order
 from megavtp.parallel.striping import ActivationSpec
 
 Inputs = Callable[[int, bool], dict[str, Any]]
@@ -30,7 +30,8 @@ class Striped(Protocol):
 class Runner(Striped, Protocol):
     """What executes a pass: an ``Engine``, or in tests a plain module. With one pipeline rank only ``mesh``, the call
     and ``backward`` are used; with more, the call takes ``stage`` and ``activations`` too. ``announce_last_backward``
-    is called where ``execute`` is told of the last pass of a step."""
+    is called where ``execute`` is told of the last pass of a step. ``may_wait`` says whether the host may have to wait
+    for the device in this pass, with a graph or without."""
 
     mesh: Mesh
     schedule: Schedule
@@ -41,6 +42,8 @@ class Runner(Striped, Protocol):
     def backward(self, loss: Tensor) -> None: ...
 
     def announce_last_backward(self) -> None: ...
+
+    def may_wait(self, mode: str, with_graph: bool) -> bool: ...
 
 
 class _Seed(torch.autograd.Function):
@@ -73,6 +76,11 @@ class _Trip:
         if self.mesh.pp > 1:
             chunks, device = run.legs(mode) * self.mesh.virtual_stages, run.device
         orders = [order_of(self.mesh.pp, rank, chunks) for rank in range(self.mesh.pp)]
+        # A device that is receiving ahead is not done before the sender is, which may need what this rank has not
+        # launched yet: a host that waits for it would do so for ever.
+        self.ahead = self.mesh.pp == 1 or not run.may_wait(mode, torch.is_grad_enabled())
+        if not self.ahead:
+            orders = [one_by_one(order) for order in orders]
         self.order, self.stages = orders[self.mesh.pp_rank], chunks * self.mesh.pp
         # The micro-batches of a pass are alike.
         specs = cache(lambda stage: run.activation_specs(mode, stage, **inputs(0, False)))
@@ -83,7 +91,7 @@ class _Trip:
         """Yield this rank's operations in order; what the next one needs begins to arrive before it is asked for."""
         for op, following in zip(self.order, [*self.order[1:], None]):
             self.messages.post(op)
-            if following is not None:
+            if following is not None and self.ahead:
                 self.messages.post(following)
             yield op
         self.messages.finish()

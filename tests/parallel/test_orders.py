@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from graphlib import CycleError, TopologicalSorter
 from types import SimpleNamespace
 
 import pytest
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import ScheduleLoopedBFS
 
-from megavtp.parallel.orders import Op, bubble, forward_order, simulate, train_order
+from megavtp.parallel.orders import Op, bubble, forward_order, one_by_one, simulate, train_order
 
 RANKS, MICRO_BATCHES = (1, 2, 3, 4, 8), (1, 2, 3, 4, 5, 7, 8, 16)
 
@@ -96,3 +99,42 @@ def test_forwards_alone_take_no_longer_than_needed() -> None:
 def test_orders_that_wait_for_each_other_are_told() -> None:
     with pytest.raises(ValueError, match="wait for each other"):
         simulate([[Op("B", 0, 0), Op("F", 0, 0)], [Op("F", 1, 0), Op("B", 1, 0)]], 2)
+
+
+def waits_for_ever(orders: list[list[Op]], stages: int, ahead: bool) -> bool:
+    """Whether ranks hang whose hosts wait for their device in the midst of every operation.
+
+    The device is done when what it was told to receive has been sent, and what it was told to send is being received.
+    """
+    place = {op: (rank, number) for rank, order in enumerate(orders) for number, op in enumerate(order)}
+    after: dict[tuple[str, int, int], set[tuple[str, int, int]]] = {}
+    for rank, number in place.values():
+        before = {("end", rank, number - 1)} if number else set()
+        after["begin", rank, number] = before
+        needs = [orders[rank][n] for n in range(number + 1 + (ahead and number + 1 < len(orders[rank])))]
+        received = [("end", *place[sender]) for need in needs if (sender := need.along(-1, stages)) in place]
+        asked = []
+        for earlier in orders[rank][:number]:
+            if (target := earlier.along(1, stages)) in place:
+                other, at = place[target]
+                asked.append(("begin", other, max(0, at - ahead)))
+        after["end", rank, number] = {("begin", rank, number), *received, *asked}
+    try:
+        list(TopologicalSorter(after).static_order())
+    except CycleError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("order_of", [partial(train_order, "1f1b"), partial(train_order, "gpipe"), forward_order])
+def test_hosts_that_wait_do_not_hang_one_by_one(order_of: Callable[[int, int, int, int], list[Op]]) -> None:
+    hung = 0
+    for p in (2, 3, 4):
+        for V in (1, 2, 3):
+            for m in (1, 2, 3, 4, 6):
+                orders = [order_of(p, rank, V, m) for rank in range(p)]
+                alone = [one_by_one(order) for order in orders]
+                assert [sorted(order) for order in alone] == [sorted(order) for order in orders]
+                assert not waits_for_ever(alone, V * p, ahead=False), (p, V, m)
+                hung += waits_for_ever(orders, V * p, ahead=True)
+    assert hung, "the schedules could be used as they are"

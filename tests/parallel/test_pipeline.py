@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -225,3 +226,37 @@ def test_weights_held_for_a_step_are_gathered_once() -> None:
     assert step[0] == block[0]  # the same sums
     assert step[2] == block[2] == []
     assert step[1] < block[1] / 5, (step[1], block[1])
+
+
+def one_by_one(rank: int, schedule: str, micro_batches: int) -> list[tuple[list[dict], list[dict], list[Op]]]:
+    """Terms, norms and the student's operations of a run as usual, and of one whose host may wait in every pass."""
+    found = []
+    for waits in (False, True):
+        cell, seen = Cell(pp=2, schedule=schedule, micro_batches=micro_batches), Seen()
+        run = Run(config=cell.config({"train": {"steps": 1}}))
+        with patch.object(Engine, "may_wait", lambda *_, waits=waits: waits), ExitStack() as watchers:
+            for watcher in _watched(seen):
+                watchers.enter_context(watcher)
+            run.train()
+        run.engine.close()
+        found.append((run.terms, run.norms, seen.orders["student", True]))
+    return found
+
+
+@pytest.mark.parametrize("schedule, m", [("interleaved_1f1b", 4), ("gpipe", 2)])
+def test_a_pass_one_micro_batch_after_the_other_is_the_same(schedule: str, m: int) -> None:
+    for (terms, norms, usual), (other_terms, other_norms, alone) in run_ranks(2, one_by_one, schedule, m, timeout=120):
+        for one, other in zip(terms + norms, other_terms + other_norms, strict=True):
+            assert other == pytest.approx(one, rel=1e-5)
+        assert sorted(alone) == sorted(usual) and alone != usual
+        assert [op.micro for op in alone] == sorted(op.micro for op in alone)
+
+
+def test_a_pass_is_new_to_a_gpu_once() -> None:
+    engine = Engine.__new__(Engine)
+    engine._known = set()
+    for device, new in (("cpu", False), ("cuda", True)):
+        engine._known.clear()
+        engine.device = torch.device(device)
+        asked = [("student", True), ("student", True), ("student", False), ("teacher", False), ("student", True)]
+        assert [engine.may_wait(*kind) for kind in asked] == [new, False, new, new, False]
