@@ -72,6 +72,16 @@ def chosen(parts: list[Part], names: str | None) -> list[Part]:
     return [part for part in parts if part.name in wanted]
 
 
+def shortened(limits: Sequence[float], budget: float) -> list[float]:
+    """Return the limits of all parts within a budget, for which the last ones give way: the first measure what the
+    others are compared with."""
+    kept = []
+    for limit in limits:
+        kept.append(min(limit, budget))
+        budget -= kept[-1]
+    return kept
+
+
 def facts_of_machine() -> dict[str, Any]:
     """Return what a process of its own finds out: this one does not touch the device."""
     told: list[Mapping[str, Any]] = []
@@ -97,9 +107,9 @@ class Report:
     def fill(self, budget: float) -> list[str]:
         """Run all parts within ``budget`` seconds; return the names of those that did not finish."""
         deadline, failed = time.monotonic() + budget, []
+        limits = shortened([part.limit for part in self.parts], budget)
         for number, part in enumerate(self.parts):
-            later = sum(other.limit for other in self.parts[number + 1 :])
-            part = replace(part, limit=max(1.0, deadline - time.monotonic() - later))
+            part = replace(part, limit=max(1.0, deadline - time.monotonic() - sum(limits[number + 1 :])))
             print(f"{part.name}, at most {part.limit:.0f} s ...", flush=True)
             end = supervise(part.command, part.limit, lambda result, name=part.name: self.add({"part": name, **result}))
             self.add({

@@ -45,15 +45,21 @@ def main() -> None:
     if options.gpu and not has_gpu():
         print("skipped: the benchmark needs a CUDA device, and this machine has none")
         return
-    results = {name: run_case(name) for name in CASES}
-    device = next(iter(results.values()))["device"]
-    stem = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     options.out.mkdir(parents=True, exist_ok=True)
-    report = table(results, options)
-    content = {"options": vars(options), "cases": results}
-    (options.out / f"{stem}.json").write_text(json.dumps(content, default=str, indent=1) + "\n")
-    (options.out / f"{stem}.md").write_text(report)
-    print(report)
+    results, failed = {}, []
+    for name in CASES:
+        if (found := run_case(name)) is None:
+            failed.append(name)
+            continue
+        results[name] = found
+        stem = re.sub(r"[^a-z0-9]+", "-", found["device"].lower()).strip("-")
+        report = table(results, options)  # all that there is, as the next case may be the last one that is waited for
+        content = {"options": vars(options), "cases": results}
+        (options.out / f"{stem}.json").write_text(json.dumps(content, default=str, indent=1) + "\n")
+        (options.out / f"{stem}.md").write_text(report)
+    print(report if results else "no case could be measured")
+    if failed:
+        sys.exit(f"error: these cases failed: {', '.join(failed)}; run one alone with --case NAME")
 
 
 def parse() -> argparse.Namespace:
@@ -73,12 +79,12 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def run_case(name: str) -> dict:
+def run_case(name: str) -> dict | None:
     print(f"{name} ...", file=sys.stderr, flush=True)
     done = subprocess.run([sys.executable, *sys.argv, "--case", name], stdout=subprocess.PIPE, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
-        sys.exit(f"error: the case {name!r} failed: run it alone with --case {name!r}")
+        return None
     return json.loads(lines[0].removeprefix("RESULT "))
 
 

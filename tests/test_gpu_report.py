@@ -110,6 +110,12 @@ def test_limits_fit_into_nine_minutes():
     assert sum(part.limit for part in all_parts(rehearse=False)) < BUDGET - 30 < 540 - 30
 
 
+def test_the_last_parts_give_way_to_a_late_start():
+    assert gpu_report.shortened([35, 90, 70], 200) == [35, 90, 70]
+    assert gpu_report.shortened([35, 90, 70], 150) == [35, 90, 25]
+    assert gpu_report.shortened([35, 90, 70], 100) == [35, 65, 0]
+
+
 def test_every_column_shows_a_number():
     for part in all_parts(rehearse=False):
         for column in part.columns:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,29 @@ def measure(rehearse: bool) -> dict[str, Any]:
         recipe, settings = run_of(rehearse)
         command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), "--config", str(recipe), *settings]
         command += [f"data.root={root}", f"output_dir={output}", f"data.workers={workers}"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            print(done.stdout[-4000:])
-            raise UserError(f"the run ended with status {done.returncode}: {done.stdout.strip().splitlines()[-1]}")
-        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    last = [line for line in lines if line["kind"] == "step"][-1]
+        last = second_line(command, output / "metrics.jsonl", Path(folder, "said"))
     told = ("images_per_second", "data_wait", "mfu", "memory_gib")
     return {"workers": workers, "seconds": last["seconds_per_step"], **{key: last[key] for key in told}}
+
+
+def second_line(command: list[str], metrics: Path, said: Path) -> dict[str, Any]:
+    """Start a run and return its second line of telemetry as soon as it is there. The run's end is not waited for: it
+    writes a checkpoint."""
+    with open(said, "w") as log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as run:
+        try:
+            while True:
+                ended = run.poll() is not None
+                text = metrics.read_text() if metrics.exists() else ""
+                lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+                if len(steps := [line for line in lines if line["kind"] == "step"]) > 1:
+                    return steps[1]
+                if ended:
+                    print(said.read_text()[-4000:])
+                    last = said.read_text().strip().splitlines()[-1:]
+                    raise UserError(f"the run ended with status {run.returncode}: {''.join(last)}")
+                time.sleep(0.2)
+        finally:
+            run.kill()
 
 
 def run_of(rehearse: bool) -> tuple[Path, list[str]]:

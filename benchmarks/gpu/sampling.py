@@ -8,7 +8,7 @@ import torch
 from benchmarks.gpu.measure import attempt
 from benchmarks.gpu.parts import SAMPLING_CASES
 from benchmarks.gpu.steps import dit_config, forget, vtp_config
-from benchmarks.step import timed
+from benchmarks.step import drawn_on, timed
 from megavtp.checkpoint.formats.vtp_source import VTPSource
 from megavtp.dit.checkpoint import StoredDiT
 from megavtp.dit.model.build import build_dit
@@ -29,10 +29,12 @@ def measure_sampling(_: str, rehearse: bool) -> None:
         "random weights", model.image_size, model.patch_size, count,
         statistics=LatentStatistics((0.0,) * count, (1.0,) * count),
     )
-    tensors = build_vtp(model, objectives=frozenset({"reconstruction"})).state_dict()
+    with drawn_on(device):
+        tensors = build_vtp(model, objectives=frozenset({"reconstruction"}), device=device).state_dict()
+        generator = build_dit(config.model, device=device).eval()
     source = VTPSource(Path("random weights"), vtp, tensors, artifact, captions=None)
     tokenizer = Tokenizer(source, device, torch.bfloat16)
-    dit = StoredDiT(config, 0, artifact, model=build_dit(config.model, device=device).eval())
+    dit = StoredDiT(config, 0, artifact, model=generator)
     samples = each([0, 1], 1) if rehearse else each(range(64), 1)
     steps = 2 if rehearse else 50
 

@@ -1,6 +1,8 @@
 """Training steps of whole models on one device, and the memory that the planner gives them."""
 
 import gc
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.measure import attempt, tell
-from benchmarks.gpu.parts import DIT_BATCH, STEP_CASES, VTP_BATCH, VTP_CASES
-from benchmarks.step import make_batch, measure_config, measure_steps
+from benchmarks.gpu.parts import DIT_BATCH, MEASURE, STEP_CASES, VTP_BATCH, VTP_CASES, vtp_cases
+from benchmarks.step import drawn_on, make_batch, measure_config, measure_steps
 from megavtp.config.load import load_config
 from megavtp.config.schema import Config
 from megavtp.config.sizes import ResolvedConfig, known
@@ -18,6 +20,7 @@ from megavtp.dit.batch import LatentBatch
 from megavtp.dit.config import CompleteDiTConfig, DiTConfig, complete_config
 from megavtp.dit.recipe import DiTTraining
 from megavtp.dit.validate import validate_dit
+from megavtp.errors import UserError
 from megavtp.launch import ranks
 from megavtp.nn import compiling
 from megavtp.planning.devices import find_device
@@ -60,18 +63,27 @@ def start(rehearse: bool) -> torch.device:
 
 def measure_vtp(size: str, rehearse: bool) -> None:
     device, steps = start(rehearse), 1 if rehearse else 5
-    configs = {name: vtp_config(size, case, rehearse) for name, case in VTP_CASES.items()}
+    # What is planned is told by a process of its own, as soon as it is known.
+    extra = ["--rehearse"] if rehearse else []
+    plans = subprocess.Popen([sys.executable, str(MEASURE), f"plan-{size}", *extra], stdin=subprocess.DEVNULL)
+    configs = {name: vtp_config(size, VTP_CASES[name], rehearse) for name in vtp_cases(size)}
     batch = make_batch(next(iter(configs.values())), device.type == "cuda")
     for name, config in configs.items():
         forget(device)
         attempt(name, partial(measure_config, config, device, batch, steps))
-    ranks.stop()  # the planner's ranks have a world of their own
+    ranks.stop()
+    if plans.wait():
+        raise UserError("the steps could not be planned")
+
+
+def plan_vtp(size: str, rehearse: bool) -> None:
     planners: dict[Any, Planner] = {}
-    for name, config in configs.items():
+    for name in vtp_cases(size):
+        config = vtp_config(size, VTP_CASES[name], rehearse)
         alike = config.objectives, config.parallel.compile
         if alike not in planners:
             groups = partial(parameter_groups, config=config.train.optimizer)
-            planners[alike] = Planner(config, groups, _ANY, cuda=device.type == "cuda")
+            planners[alike] = Planner(config, groups, _ANY, cuda=torch.cuda.is_available())
         plan = planners[alike].plan(config, 1)
         moved = plan.seconds["elementwise"] * _ANY.memory_bandwidth * 1e9
         tell(case=name, planned_gib=plan.memory / GIB, moved_bytes=moved)
@@ -82,12 +94,13 @@ def measure_dit(_: str, rehearse: bool) -> None:
 
     def measure(config: CompleteDiTConfig) -> dict[str, Any]:
         recipe = DiTTraining(config, device)
-        recipe.build()
+        with drawn_on(device):
+            recipe.build()
         result = measure_steps(
             recipe.engine, recipe.passes(), recipe.averaged(), noise_batch(config, device.type == "cuda"),
             1 if rehearse else 5, recipe.flops_per_step(), config.parallel.precision,
         )
-        return {"latents_per_second": config.train.batch_size / result["seconds"], **result}
+        return {"latents_per_second": config.train.batch_size / result["seconds"], "moved_bytes": 0.0, **result}
 
     for name, case in STEP_CASES.items():
         forget(device)
