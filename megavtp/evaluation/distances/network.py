@@ -1,6 +1,7 @@
 """Distances compare images by the features of a network. FID is defined on those of the Inception-v3 of 2015."""
 
 import hashlib
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,11 @@ INCEPTION = "inception"
 # pt_inception-2015-12-05-6726825d.pth. torch-fidelity would unpickle any file, and another network would give no FID.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 MetricKind = Literal["frechet", "kernel", "kernel_std", "precision", "recall"]
+
+
+def exact_convolutions() -> AbstractContextManager[None]:
+    """Return a context in which a GPU convolves float32 as such, and not as TF32."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 class FeatureNetwork:
@@ -33,8 +39,7 @@ class FeatureNetwork:
 
         This is full float32 even inside autocast: TF32 would change a Frechet distance by more than models differ.
         """
-        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False), exact:
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False), exact_convolutions():
             return self._features(images).float()
 
     def _features(self, images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from megavtp.config.schema import EvaluationConfig
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.loader import EvalDataset
 from megavtp.evaluation.distances.feature_sets import few_samples_warning, frechet_distance, statistics_of
-from megavtp.evaluation.distances.network import FeatureNetwork, metric_name
+from megavtp.evaluation.distances.network import FeatureNetwork, exact_convolutions, metric_name
 from megavtp.evaluation.probes.labelled import LABEL_FIELDS, probe_labels
 from megavtp.evaluation.probes.linear import extraction, probe_metrics
 from megavtp.evaluation.tokenizer.classification import knn_accuracy, zero_shot
@@ -135,7 +135,8 @@ def _extraction(
             for name, distance in perceptual.items():
                 # A few at a time: VGG's first features of 256-pixel images take 16 MiB each.
                 pairs = zip((shown * 2 - 1).split(16), (target * 2 - 1).split(16))
-                values[f"reconstruction/{name}"] = torch.cat([distance(x, y) for x, y in pairs])
+                with exact_convolutions():
+                    values[f"reconstruction/{name}"] = torch.cat([distance(x, y) for x, y in pairs])
             if frechet is not None:
                 values[_REAL] = frechet(images)
                 values[_SHOWN] = frechet(shown.mul(255).round_().to(torch.uint8))  # as an image file would hold it
