@@ -29,6 +29,7 @@ def rehearse_dit(given: DiTConfig, world_size: int, rank: int) -> Rehearsed:
 
 def play_dit(config: CompleteDiTConfig, world_size: int, rank: int, *, fused_norms: bool = True) -> Played:
     """Play ``config``, validated for the world, on one of its ranks."""
+
     def make() -> tuple[DiTTraining, LatentBatch]:
         recipe = DiTTraining(config, torch.device("cpu"))
         return recipe, empty_batch(config, flow_share(config, recipe.mesh.dp).local)
