@@ -11,6 +11,7 @@ bounds from the device's data sheet.
 """
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a cl
 
 from megavtp.cli import run  # noqa: E402
 from megavtp.options import Options, place, real, whole  # noqa: E402
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU of this machine for that of the rehearsal
 
 
 def parse() -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """Training steps of whole models on one device, and the memory that the planner gives them."""
 
 import gc
+import os
 import subprocess
 import sys
 from functools import partial
@@ -65,7 +66,10 @@ def measure_vtp(size: str, rehearse: bool) -> None:
     device, steps = start(rehearse), 1 if rehearse else 5
     # What is planned is told by a process of its own, as soon as it is known.
     extra = ["--rehearse"] if rehearse else []
-    plans = subprocess.Popen([sys.executable, str(MEASURE), f"plan-{size}", *extra], stdin=subprocess.DEVNULL)
+    plans = subprocess.Popen(
+        [sys.executable, str(MEASURE), f"plan-{size}", *extra], stdin=subprocess.DEVNULL,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},  # rehearsals are on the CPU
+    )
     configs = {name: vtp_config(size, VTP_CASES[name], rehearse) for name in vtp_cases(size)}
     batch = make_batch(next(iter(configs.values())), device.type == "cuda")
     for name, config in configs.items():

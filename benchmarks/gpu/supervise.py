@@ -51,9 +51,11 @@ def supervise(command: Sequence[str], limit: float, on_result: Callable[[Mapping
 
 def _read(lines: TextIO, on_result: Callable[[Mapping[str, Any]], None], last: deque[str]) -> None:
     for line in lines:
-        if line.startswith(MARK):
-            on_result(json.loads(line.removeprefix(MARK)))
-        elif line.strip():
+        with suppress(json.JSONDecodeError):  # two processes of a part may have written into one line
+            if line.startswith(MARK):
+                on_result(json.loads(line.removeprefix(MARK)))
+                continue
+        if line.strip():
             last.append(line.rstrip())
 
 

@@ -126,8 +126,9 @@ def initialize(
             coordinator._PartitionedParameterCoordinator__allgather_stream = default
         if mesh.dp > 1:
             reduce_by_columns()
-            if not any(zero.get(key) for key in _OTHER_GATHERS):
-                gather_by_columns(module.parameters())
+        # A GPU alone has nothing to gather, but there the host would wait for it at every block.
+        if (mesh.dp > 1 or engine.device.type == "cuda") and not any(zero.get(key) for key in _OTHER_GATHERS):
+            gather_by_columns(module.parameters())
         if not hold:
             gather_ahead(engine, block_chains(module))
     if stage == 0:

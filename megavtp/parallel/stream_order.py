@@ -14,36 +14,40 @@ def order_streams(engine: Any, stage: int) -> None:
     """Let the streams of a ZeRO engine wait for each other, instead of the host for the device."""
     optimizer = engine.optimizer
     if stage in (1, 2):
-        # At the end of a backward, before what has been reduced is freed.
-        optimizer.independent_gradient_partition_epilogue = _without_host_waits(
-            optimizer.independent_gradient_partition_epilogue, optimizer.reduction_stream
-        )
+        # At the end of a backward, before what has been reduced is freed; and, by some of the user's settings, before
+        # a bucket is reduced.
+        for name in ("independent_gradient_partition_epilogue", "allreduce_and_copy"):
+            setattr(optimizer, name, _without_host_waits(getattr(optimizer, name), optimizer.reduction_stream))
     if stage == 3:
         stream = optimizer.reduce_and_partition_stream
-        stream.synchronize = lambda: _wait_for(stream)  # the same
+        stream.synchronize = lambda: _order(stream)  # at the end of a backward
         # Before a module, for what was gathered more than two parameters ago, to bound what DeepSpeed gathers ahead on
         # a stream of its own. Ours is gathered on the stream that computes, one block ahead.
         coordinator = optimizer.parameter_offload.get_param_coordinator()
         coordinator._PartitionedParameterCoordinator__max_ongoing_fetch_events = _UNLIMITED
 
 
-def _wait_for(stream: Any) -> None:
+def _order(stream: Any) -> None:
+    """Let ``stream`` and the current one wait for each other: what follows on either comes after what is on both."""
     from deepspeed.accelerator import get_accelerator
 
-    get_accelerator().current_stream().wait_stream(stream)
+    current = get_accelerator().current_stream()
+    stream.wait_stream(current)
+    current.wait_stream(stream)
 
 
-def _without_host_waits(function: Callable[[], None], stream: Any) -> Callable[[], None]:
-    """Return ``function`` with the accelerator's ``synchronize`` replaced by a wait of the current stream."""
+def _without_host_waits(function: Callable[..., None], stream: Any) -> Callable[..., None]:
+    """Return ``function`` with the accelerator's ``synchronize`` replaced by an order of the streams."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
 
-    def run() -> None:
-        accelerator.synchronize = lambda *_: _wait_for(stream)
+    def run(*arguments: Any, **keywords: Any) -> None:
+        waits = accelerator.synchronize  # another one of these functions may have replaced it
+        accelerator.synchronize = lambda *_: _order(stream)
         try:
-            function()
+            function(*arguments, **keywords)
         finally:
-            del accelerator.synchronize
+            accelerator.synchronize = waits
 
     return run

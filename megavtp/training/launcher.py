@@ -1,6 +1,7 @@
 """The launchers that train: each rank reads the command line, joins the others and runs the recipe."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,6 +82,9 @@ class Launcher:
             if member.rank == 0:
                 print(self.summary(config, member.world))
             return 0
+        if config.parallel.pp > 1:
+            # A kernel that is loaded when it is first called can wait for the device, which can wait for a message.
+            os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
         device = ranks.start(config.parallel.timeout)
         if self.prepare is not None and arguments.replay is None:  # a replay writes nothing
             phase.enter("preparing data", slow=True)

@@ -26,6 +26,7 @@ from megavtp.parallel import deepspeed_adapter as adapter
 from megavtp.parallel import engine_state, gradient_norm
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import Mesh, build_mesh
+from megavtp.parallel.shard_matrix import gather_by_columns
 
 EXACT = 2e-6  # float32 rounding; the faults below are of the order of 0.1
 WRONG = 1e-3
@@ -87,11 +88,20 @@ def _runs() -> dict[str, Any]:
     with without("own_stage0_norm"):
         found["stage 0, unguarded"] = attempt(lambda: run(dp2, 0, STEPS))
     found["persistent"] = run(dp2, 3, STEPS, extra={"zero_optimization": {"stage3_param_persistence_threshold": 10**5}})
+    with patch.object(adapter, "initialize", _gathering_alone):
+        found["alone"] = run(tp2, 3, STEPS, CLIP)
     found["held"] = [_held_in_second_backward(dp2, guarded) for guarded in (True, False)]
     return found
 
 
-_build_config = adapter.build_config
+_build_config, _initialize = adapter.build_config, adapter.initialize
+
+
+def _gathering_alone(module: Any, *arguments: Any, **keywords: Any) -> Any:
+    """As on a GPU whose data-parallel group is itself alone."""
+    engine = _initialize(module, *arguments, **keywords)
+    gather_by_columns(module.parameters())
+    return engine
 
 
 def _config_without_clipping(*args: Any) -> dict[str, Any]:
@@ -255,6 +265,10 @@ def test_guarded_engine_is_exact(zero: int, found: dict, expected: dict) -> None
     assert found[f"dp {zero}"].difference(expected["steps"]) < EXACT
     assert found[f"skipping {zero}"].difference(expected["skipping"]) < EXACT
     assert found[f"consecutive {zero}"].difference(expected["steps"]) < EXACT
+
+
+def test_a_rank_alone_gathers_by_columns_too(found, expected):
+    assert found["alone"].difference(expected["clipped"]) < EXACT
 
 
 @pytest.mark.parametrize("zero", SHARDED)

@@ -50,16 +50,24 @@ def accelerator(told: list[str]) -> Any:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_end_of_a_backward(stage: int, accelerator: Accelerator, told: list[str]) -> None:
+    def reduce(bucket: str, *, rank: int) -> None:
+        accelerator.synchronize()
+        told.append(f"{bucket} is reduced for {rank}")
+
     def epilogue() -> None:
+        optimizer.allreduce_and_copy("the last bucket", rank=1)
         accelerator.synchronize()
         told.append("freed")
 
     optimizer = SimpleNamespace(
-        independent_gradient_partition_epilogue=epilogue, reduction_stream=Stream(told, "reduction")
+        independent_gradient_partition_epilogue=epilogue, allreduce_and_copy=reduce,
+        reduction_stream=Stream(told, "reduction"),
     )
     order_streams(SimpleNamespace(optimizer=optimizer), stage)
     optimizer.independent_gradient_partition_epilogue()
-    assert told == ["computing waits for reduction", "freed"]
+    # The bucket is made before it is read, and read before it is freed.
+    ordered = ["reduction waits for computing", "computing waits for reduction"]
+    assert told == [*ordered, "the last bucket is reduced for 1", *ordered, "freed"]
     accelerator.synchronize()  # elsewhere it does what it is for
     assert told.pop() == "the host waits for all"
 
@@ -73,7 +81,7 @@ def test_zero_3(accelerator: Accelerator, told: list[str]) -> None:
     )
     order_streams(SimpleNamespace(optimizer=optimizer), 3)
     optimizer.reduce_and_partition_stream.synchronize()
-    assert told == ["computing waits for reduction"]
+    assert told == ["reduction waits for computing", "computing waits for reduction"]
     assert coordinator._PartitionedParameterCoordinator__max_ongoing_fetch_events > 10**6
 
 
@@ -86,7 +94,8 @@ def test_what_is_replaced_is_there() -> None:
 
     assert "__max_ongoing_fetch_events" in str(PartitionedParameterCoordinator.__init__.__code__.co_names)
     assert "reduce_and_partition_stream" in DeepSpeedZeroOptimizer_Stage3.__init__.__code__.co_names
-    assert "synchronize" in DeepSpeedZeroOptimizer.independent_gradient_partition_epilogue.__code__.co_names
+    for name in ("independent_gradient_partition_epilogue", "allreduce_and_copy"):
+        assert "synchronize" in getattr(DeepSpeedZeroOptimizer, name).__code__.co_names
     assert torch.cuda.Stream.__dictoffset__, "a stream has no attributes of its own"
 
 
