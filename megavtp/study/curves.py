@@ -23,6 +23,7 @@ from megavtp.study.fits import (
 from megavtp.study.power_law import Array
 
 _PLACES = 40  # at which a curve is told
+_DRAWN = "generation/"  # measures of a DiT's samples
 _SCALARS = ("flops", "samples")  # what x may be, besides an axis
 
 
@@ -132,19 +133,19 @@ def _lines(
         place = groups.setdefault(", ".join(names) or "all", {}).setdefault(float(row[x]), {})
         place.setdefault(row[repeats or "seed"], []).append(row[measure])
     return {
-        name: {place: _independent(values) for place, values in sorted(places.items())}
+        name: {place: _independent(measure, values) for place, values in sorted(places.items())}
         for name, places in groups.items()
     }
 
 
-def _independent(repetitions: Mapping[Any, Sequence[float]]) -> list[float]:
+def _independent(measure: str, repetitions: Mapping[Any, Sequence[float]]) -> list[float]:
     """Return the values that count as draws of their own.
 
-    A repetition's mean over the seeds of its DiT is one. Equal values are one number told several times: such as the
-    tokenizer's for each seed of the DiT.
+    A repetition's mean over the seeds of its DiT is one. Equal ones of a tokenizer are one number told several times,
+    as for each seed of the DiT; those of samples, which each repetition draws anew, are equal by chance.
     """
     means = [float(np.mean(values)) for values in repetitions.values()]
-    return means[:1] if len(set(means)) == 1 else means
+    return means[:1] if len(set(means)) == 1 and not measure.startswith(_DRAWN) else means
 
 
 def _line(

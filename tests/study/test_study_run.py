@@ -212,6 +212,18 @@ def test_a_measure_that_some_cells_lack_is_told(tmp_path):
     assert "generation/fd of objectives=joint: y = a x^-c + d through 4 points has c = " in told
 
 
+def test_seeds_that_draw_equally_well_by_chance_are_two(tmp_path):
+    study = small_study(tmp_path)
+    rows = [
+        {"cell": f"{seed}", "objectives": "joint", "seed": seed, "flops": 1e12, "steps": 100,
+         "generation/fd": 40.0, "knn/group_top1": 0.5}
+        for seed in (0, 1)
+    ]
+    better = {"generation/fd": "lower", "knn/group_top1": "higher"}
+    fits = fit_results(replace(study, curves=replace(study.curves, better=better)), rows)
+    assert {line.measure: len(line.points[0].values) for line in fits.lines} == {"generation/fd": 2, "knn/group_top1": 1}
+
+
 def test_a_second_point_or_seed_adds_to_what_is_there(tmp_path):
     run_study(small_study(tmp_path, seeds=[0]), StandIn(), quiet)
     stand_in = StandIn()
