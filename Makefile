@@ -71,7 +71,7 @@ demo-generation: demo-tokenizer
 	  --samples 256 --reference-samples 512 --out runs/demo_dit/generation.json
 	$(BIN)/python tools/report.py runs/demo runs/demo/decoder runs/demo_dit --out runs/report.html
 
-# The same chain with patches of 8 pixels and a DiT that takes names, in two hours; goes on where an earlier run stopped.
+# The same chain with patches of 8 pixels and a DiT that takes names, in three hours; goes on where an earlier run stopped.
 showcase: install
 	$(LAUNCH) launchers/pretrain.py --config configs/showcase/vtp_emoji.yaml evaluation.at_end=false
 	$(LAUNCH) launchers/train_decoder.py --config configs/showcase/decoder_emoji.yaml
