@@ -16,14 +16,13 @@ from megavtp.dit.config import CompleteDiTConfig
 from megavtp.dit.flow_matching import flow_matching_terms, straight_path
 from megavtp.dit.model.average import AveragedDiT
 from megavtp.dit.validate import TOWER, flow_share
-from megavtp.nn.compiling import compile_regions, wanted
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.rehearsal import rehearsal
 from megavtp.planning import zero
 from megavtp.planning.cost import Cost, Sent, cost_of
 from megavtp.planning.passes import Chain, chain_traffic, in_flight, terms_sent
 from megavtp.planning.plan import most_bytes
-from megavtp.planning.regions import counted
+from megavtp.planning.regions import count_regions
 from megavtp.training.optimizer import parameter_groups
 
 TERMS = 2  # the squared error and the cosine
@@ -69,8 +68,7 @@ def _chain(config: CompleteDiTConfig, mesh: Mesh, stage: int, part: PassShare, c
         model = AveragedDiT(
             config.model, place, recompute=p.recompute, attention=p.attention, compute_dtype=compute_dtype(p.precision)
         )
-        if wanted(p.compile, on_gpu=cuda):
-            compile_regions(model, counted)
+        count_regions(p.compile, cuda, model)
         batch = empty_batch(config, part.micro_batch)
         specs = model.activation_specs("velocity", stage, x=batch.latents)
         size = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in specs)

@@ -94,8 +94,8 @@ class Engine(Generic[M]):
         self._last_follows = True
 
     def may_wait(self, mode: str, with_graph: bool) -> bool:
-        """Say whether a pass is new to a GPU: its kernels are then loaded, and those of compiled regions timed, for
-        which the host waits for the device."""
+        """Say of a pass that begins whether it is new to a GPU: its kernels are then loaded, and those of compiled
+        regions timed, for which the host waits for the device."""
         new = (mode, with_graph) not in self._known
         self._known.add((mode, with_graph))
         return new and self.device.type == "cuda"

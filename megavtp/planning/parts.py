@@ -24,7 +24,6 @@ from megavtp.models.lpips import PERCEPTUAL_NETS, empty_lpips
 from megavtp.models.vtp import VTP
 from megavtp.nn.attention_kernels import Segments
 from megavtp.nn.block import Recompute, run_blocks
-from megavtp.nn.compiling import compile_regions, wanted
 from megavtp.nn.drop_path import BranchDrop, DropPlan
 from megavtp.objectives.centering import KEEP_ELEMENTS, sinkhorn_biases
 from megavtp.objectives.contrastive import info_nce, siglip
@@ -36,7 +35,7 @@ from megavtp.parallel.rehearsal import rehearsal
 from megavtp.pixels import normalise
 from megavtp.planning.cost import Cost, cost_of, line
 from megavtp.planning.flops import expected_masked_patches, patches_of
-from megavtp.planning.regions import counted
+from megavtp.planning.regions import count_regions
 from megavtp.planning.second_stage import Judge, balanced_cost, copied_weights, discriminator_cost, features_of
 
 MODES = {"contrastive": "contrastive", "self_distillation": "student", "reconstruction": "reconstruction"}
@@ -87,7 +86,7 @@ class Rehearsals:
     def __init__(self, config: ResolvedConfig, *, fused_norms: bool, zero3: bool = False):
         self.config, self._kept = config, {"fused_norms": fused_norms, "zero3": zero3}
         self.dtype = compute_dtype(config.parallel.precision)
-        self.compiled = wanted(config.parallel.compile, on_gpu=fused_norms)
+        self._count_regions = partial(count_regions, config.parallel.compile, fused_norms)
         self.objectives = frozenset(share(config, 1).passes)
         self.features = features_of(config, self.dtype)
 
@@ -158,8 +157,7 @@ class Rehearsals:
         model = self.config.model
         towers = {name: replace(getattr(model, name), depth=depth) for name in ("vision", "text", "decoder")}
         vtp = VTP(replace(model, **towers), mesh, objectives=self.objectives, compute_dtype=self.dtype)
-        if self.compiled:
-            compile_regions(vtp, counted)
+        self._count_regions(vtp)
         return vtp
 
     def end(self, mode: str, leg: int, is_last: bool, m: int, tp: int, *, loss: bool = True) -> Cost:
@@ -264,8 +262,7 @@ class Rehearsals:
     def _reconstruction_terms(self, m: int) -> Callable[[Tensor], dict[str, Tensor]]:
         net = PERCEPTUAL_NETS.get(self.config.objectives.reconstruction.perceptual)
         perceptual = net and empty_lpips(net, self.dtype)
-        if self.compiled:
-            compile_regions(perceptual, counted)
+        self._count_regions(perceptual)
         target = torch.empty(m, 3, self.config.model.image_size, self.config.model.image_size)
         return partial(reconstruction_terms, target=target, perceptual=perceptual, images_total_local=m)
 
@@ -293,8 +290,7 @@ class Rehearsals:
     def _judge(self) -> Judge:
         assert self.features is not None, "there is no adversarial term"
         judge = Judge(self.config, self.features, self.dtype)
-        if self.compiled:
-            compile_regions(judge.features, counted)
+        self._count_regions(judge.features)
         return judge
 
     def adversary_bytes(self, part: PassShare) -> int:

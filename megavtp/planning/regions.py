@@ -15,6 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from megavtp.nn.compiling import Compile, compile_regions, wanted
+
 Facts = tuple[tuple[int, ...], torch.dtype, bool]  # shape, dtype, whether a gradient is wanted
 
 
@@ -40,6 +42,13 @@ def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         return tree_unflatten(list(_Counted.apply(held, *tensors)), held.shape)
 
     return call
+
+
+def count_regions(setting: Compile, on_gpu: bool, *networks: object) -> None:
+    """Give the networks' regions this form if ``parallel.compile`` would compile them."""
+    if wanted(setting, on_gpu):
+        for network in networks:
+            compile_regions(network, counted)
 
 
 @cache

@@ -17,7 +17,8 @@ from megavtp.study.power_law import Array, PowerLaws, fit_power_laws
 Better = Literal["lower", "higher"]
 LEAST_POINTS = 4  # three parameters and one point to judge them by
 _POINTS_FOR_SHIFT = 6  # with fewer, b is 0
-_ENDS = (0.025, 0.975)
+TAIL = 0.025  # of a bootstrap, beyond each end of an interval
+_ENDS = (TAIL, 1 - TAIL)
 _HUBER = 2.0  # standard deviations of the noise from which on a point counts less
 _NORMAL_MEDIAN = 1.4826  # standard deviations in a median absolute deviation of normal noise
 _ROUNDS = 3  # of fitting and estimating the noise

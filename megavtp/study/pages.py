@@ -11,7 +11,7 @@ from megavtp.study.cells import Cell, links_of
 from megavtp.study.config import StudyConfig
 from megavtp.study.costs import Rates, device_hours
 from megavtp.study.curves import Fits, Line, Point
-from megavtp.study.fits import LEAST_POINTS, Crossing, Interval, Noise, difference
+from megavtp.study.fits import LEAST_POINTS, TAIL, Crossing, Interval, Noise, difference
 from megavtp.study.links import Link
 from megavtp.study.record import Record, is_finished, read_record
 from megavtp.study.slurm import Job
@@ -233,10 +233,10 @@ def _interval(interval: Interval) -> str:
 
 def _around(x: str, crossing: Crossing) -> str:
     """Format the interval of a crossing, whose ends may lie before or after all that both curves have."""
-    interval, tail = crossing.interval, 0.025
+    interval = crossing.interval
     before, after = "before the first look", "after the last"
-    low = _at(x, interval.low) if interval.low is not None else before if crossing.always >= tail else after
-    high = _at(x, interval.high) if interval.high is not None else after if crossing.never >= tail else before
+    low = _at(x, interval.low) if interval.low is not None else before if crossing.always >= TAIL else after
+    high = _at(x, interval.high) if interval.high is not None else after if crossing.never >= TAIL else before
     return f"95 %: {low} to {high}"
 
 

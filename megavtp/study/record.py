@@ -65,22 +65,19 @@ def check_unchanged(link: Link, record: Record | None) -> None:
 def check_links(links: Sequence[Link]) -> None:
     """Raise UserError if what a study has begun of its ``links``, in the order in which they run, does not fit to them
     or to each other."""
+    records = {link.folder: read_record(link) for link in links}
     gone: dict[Path, Link] = {}  # by the folder of each link that was made from another, the one that is not there
     for link in links:
-        record = read_record(link)
-        check_unchanged(link, record)
-        _check_obtainable(link, record)
-        if missing := [gone.get(part.folder, part) for part in link.after if part.folder in gone or not begun(part)]:
-            gone[link.folder] = missing[0]
-    if stale := [link for link in links if link.folder in gone and begun(link)]:
+        check_unchanged(link, records[link.folder])
+        _check_obtainable(link, records[link.folder])
+        for part in link.after:
+            if part.folder in gone or records[part.folder] is None:
+                gone.setdefault(link.folder, gone.get(part.folder, part))
+    if stale := [link for link in links if link.folder in gone and records[link.folder] is not None]:
         raise UserError(
             f"{gone[stale[0].folder].folder} is not there any more, but what was made from it is; remove it, too: "
             f"{', '.join(str(link.folder) for link in stale)}"
         )
-
-
-def begun(link: Link) -> bool:
-    return (link.folder / RECORD).exists()
 
 
 def _check_obtainable(link: Link, record: Record | None) -> None:

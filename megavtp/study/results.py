@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megavtp.data.files import write_atomic, write_json
-from megavtp.study.cells import Cell
+from megavtp.study.cells import Cell, links_of
 from megavtp.study.config import COLUMNS, StudyConfig
 from megavtp.study.curves import fit_results
 from megavtp.study.locks import alone
@@ -24,12 +24,12 @@ def rows_of(cells: list[Cell]) -> list[Row]:
 
     UserError: a link was begun with other settings than those of the cells, or metrics are damaged.
     """
-    rows = []
+    links, rows = links_of(cells), []
+    records = {link.folder: read_record(link) for link in links}
+    for link in links:
+        check_unchanged(link, records[link.folder])
     for cell in cells:
-        records = [(link, read_record(link)) for link in cell.links]
-        for link, record in records:
-            check_unchanged(link, record)
-        if not all(is_finished(link, record) for link, record in records):
+        if not all(is_finished(link, records[link.folder]) for link in cell.links):
             continue
         metrics: dict[str, float] = {}
         for link in cell.links:

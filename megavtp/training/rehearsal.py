@@ -15,14 +15,13 @@ from unittest.mock import patch
 
 from megavtp.config.load import merged
 from megavtp.config.run import RunConfig
-from megavtp.nn.compiling import Compile, compile_regions, wanted
 from megavtp.parallel.mesh import AXES, Axis, Mesh, members
 from megavtp.parallel.rehearsal import rehearsed_rank
 from megavtp.parallel.striping import Stripe
 from megavtp.parallel.traffic import Traffic, count_traffic
 from megavtp.planning.cost import Sent
 from megavtp.planning.plan import GIB
-from megavtp.planning.regions import counted
+from megavtp.planning.regions import count_regions
 from megavtp.training.recipe import Recipe
 from megavtp.training.step import train_step
 
@@ -85,7 +84,7 @@ def play(
         recipe, batch = make()
         before = live.now
         done("groups")
-        with patch.object(recipe, "compile", partial(_count_regions, recipe.config.parallel.compile, fused_norms)):
+        with patch.object(recipe, "compile", partial(count_regions, recipe.config.parallel.compile, fused_norms)):
             recipe.build()
         done("model and engine")
         mesh, engine, passes = recipe.mesh, recipe.engine, recipe.passes()
@@ -108,12 +107,6 @@ def play(
         groups = {axis: members(mesh, axis) for axis in AXES}
         engine.close()
     return Played(mesh, groups, blocks, peak, Traffic(t for t in traffic if t.ranks > 1), seconds)
-
-
-def _count_regions(setting: Compile, on_gpu: bool, *networks: object) -> None:
-    if wanted(setting, on_gpu):
-        for network in networks:
-            compile_regions(network, counted)
 
 
 @dataclass(frozen=True)
