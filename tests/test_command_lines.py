@@ -69,6 +69,7 @@ PLACES = {
     EVALUATE + "--out": "file/x.json /proc/x/y.json empty .",
     EVALUATE + "--pictures": f"file/x.png /proc/x.png empty {LONG}",
     OWN + "--out": "file/x.json /proc/x.json empty", OWN + "--save-reference": "file/x.npz x.txt /proc/x.npz",
+    OWN + "--reference-features": "file/x.safetensors x.npz /proc/x.safetensors empty",
     EXTRACT + "--out": f"file file/x /proc/x {LONG}",
     SAMPLE + "--out": f"file/x.npz file/x /proc/x.png full x.jpg {LONG}.png",
     CONVERT + "--out": f"file full file/x /proc/x {LONG}", IMAGES + "--out": "file file/x /proc/x",

@@ -88,6 +88,10 @@ def parse_generation(arguments: list[str]) -> argparse.Namespace:
     add_device(parser)
     parser.add_argument("--out", type=new_file(), help="write everything to this JSON file")
     parser.add_argument("--save-reference", type=new_file(".npz"), help="write the reference's statistics to this file")
+    parser.add_argument(
+        "--reference-features", type=new_file(".safetensors"), metavar="FILE",
+        help="read the reference's features from this file; if it is not there, write them, for the next samples",
+    )
     add_sampling_options(parser.add_argument_group("with --dit, how samples are drawn"))
     return parser.parse_args(arguments)
 

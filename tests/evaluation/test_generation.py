@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 import tarfile
 from collections import Counter
@@ -111,7 +112,9 @@ class Shorter:
 
 def on_rank(rank: int, folders: Path) -> tuple[list[dict[str, float]], str]:
     mesh = build_mesh(1, 1)
+    kept = folders / "kept.safetensors"
     found = [measure(folders, size, mesh=mesh) for size in (1, 7, 64)]
+    found += [measure(folders, 7, mesh=mesh, kept=kept) for _ in range(2)]
     try:
         measuring.summarise(Shorter(), Pools(), batch_size=8, mesh=mesh, device=torch.device("cpu"))
     except UserError as error:
@@ -127,7 +130,7 @@ def test_every_batch_size_gives_the_reference(folders, batch_size):
 def test_every_process_count_gives_the_reference(folders, world):
     want = plain(folders)
     for found, error in run_ranks(world, on_rank, folders):
-        assert found == [pytest.approx(want, rel=1e-6)] * 3
+        assert found == [pytest.approx(want, rel=1e-6)] * 5
         assert error == "the archive ends"  # on all, instead of a wait for the one that failed
 
 
@@ -207,6 +210,60 @@ def test_few_images_are_noted_and_left_out(tmp_path):
         measure_generation(open_images(tmp_path / "three.npz", limit=1), Reference(source), Pools())
 
 
+class Counted(Pools):
+    """Counts the images that it has seen."""
+
+    seen = 0
+
+    def _features(self, images):
+        self.seen += len(images)
+        return super()._features(images)
+
+
+def test_kept_features_of_a_reference_serve_again(folders, tmp_path):
+    """The numbers are equal to the last bit, and the network sees the samples alone."""
+    samples, kept, network = open_images(folders / "samples.npz"), tmp_path / "kept.safetensors", Counted()
+    reference = open_reference(folders / "reference", network, samples.size)
+    plain = measure_generation(samples, reference, network)
+    found = [measure_generation(samples, reference, network, kept=kept) for _ in range(2)]
+    assert network.seen == 3 * 53 + 2 * 38
+    for result in found:
+        assert result.metrics == plain.metrics
+        assert torch.equal(result.real.features, plain.real.features)
+        assert torch.equal(result.real.numbers, plain.real.numbers)
+
+
+def test_kept_features_of_another_reference(folders, tmp_path):
+    kept, pools = tmp_path / "kept.safetensors", Pools()
+
+    def measured(folder, limit=None, network=pools):
+        samples = open_images(folders / "samples.npz")
+        reference = open_reference(folder, network, samples.size, limit)
+        return measure_generation(samples, reference, network, kept=kept).metrics["generation/fd_pools"]
+
+    measured(folders / "reference")
+    with pytest.raises(UserError, match="another reference \\(images: 38, not 20\\); name another file, or remove it"):
+        measured(folders / "reference", limit=20)
+    network = Pools()
+    network.name = "others"
+    with pytest.raises(UserError, match="network: pools, not others"):
+        measured(folders / "reference", network=network)
+    copy = shutil.copytree(folders / "reference", tmp_path / "copy")
+    measured(copy)
+    Image.fromarray(pictures(1, 2, size=16)[0]).save(copy / "000.png")
+    with pytest.raises(UserError, match="another reference \\(files: "):
+        measured(copy)
+    kept.write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="holds no reference's features"):
+        measured(folders / "reference")
+    save_file({"mean": torch.zeros(3)}, kept)
+    with pytest.raises(UserError, match="network: not told"):
+        measured(folders / "reference")
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(12), sigma=np.eye(12), network="pools")
+    with pytest.raises(UserError, match="the reference holds statistics alone"):
+        measured(tmp_path / "statistics.npz")
+
+
 def run_tool(monkeypatch, *arguments) -> int:
     """Run the script as __main__ in this process: a new one would spend its time on importing torch."""
     monkeypatch.setattr(sys, "argv", [str(TOOL), "--local_rank=0", "generation", *map(str, arguments)])  # as deepspeed
@@ -225,6 +282,7 @@ def pools(monkeypatch):
 def test_tool_on_files(folders, tmp_path, pools, monkeypatch, capsys):
     out, saved = tmp_path / "metrics.json", tmp_path / "reference.npz"
     options = ["--samples-from", folders / "samples.npz", "--out", out, "--batch-size", 9, "--device", "cpu"]
+    kept = ["--reference-features", tmp_path / "kept.safetensors"]
     assert run_tool(monkeypatch, *options, "--reference", folders / "reference", "--save-reference", saved) == 0
     printed = capsys.readouterr().out
     rows = dict(line.split()[:2] for line in printed.splitlines() if line.startswith(("generation/", "samples", "ref")))
@@ -234,6 +292,11 @@ def test_tool_on_files(folders, tmp_path, pools, monkeypatch, capsys):
     assert rows.keys() == content["metrics"].keys() and rows["samples"] == "53"
     assert float(rows["generation/fd_pools"]) == pytest.approx(content["metrics"]["generation/fd_pools"], abs=1e-4)
     assert "note: generation/fd_pools is a distance of pools features, no FID" in printed
+
+    first = out.read_bytes()
+    for _ in range(2):
+        assert run_tool(monkeypatch, *options, "--reference", folders / "reference", *kept) == 0
+        assert out.read_bytes() == first
 
     assert run_tool(monkeypatch, *options, "--reference", saved) == 0  # the statistics serve again
     again = json.loads(out.read_text())

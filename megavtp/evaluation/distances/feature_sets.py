@@ -35,6 +35,16 @@ class FeatureStatistics:
     count: int | None
 
 
+@dataclass(frozen=True)
+class FeatureSummary:
+    """Has ``statistics`` of all images of a source, and ``features`` (n, d), float32, of all or a part of them, in the
+    order of their ``numbers`` (n,) in the source."""
+
+    statistics: FeatureStatistics
+    features: Tensor
+    numbers: Tensor
+
+
 class FeatureMoments:
     """The mean and scatter matrix of a stream of feature vectors, in float64.
 

@@ -4,6 +4,7 @@
 size, which processes share by their numbers.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -42,7 +43,16 @@ class ImageSource(Protocol):
         """Give this process's share; over all ranks, each number below ``len`` comes at most once."""
 
 
-def open_images(path: str | Path, size: int | None = None, limit: int | None = None) -> ImageSource:
+class StoredSource(ImageSource, Protocol):
+    """Images in files."""
+
+    @property
+    def digest(self) -> str:
+        """A hash of the names and sizes of all files at the place, of which ``len`` may be a part."""
+        ...
+
+
+def open_images(path: str | Path, size: int | None = None, limit: int | None = None) -> StoredSource:
     """Open the images at ``path``: an .npz file with ``arr_0``, a folder of shards, or of images and sub-folders.
 
     They are at most ``limit`` images (None = all), spread evenly over the source, cropped to the middle square and
@@ -81,7 +91,7 @@ class ShardImages:
     """The images of an ``EvalDataset``, without their captions."""
 
     def __init__(self, dataset: ShardDataset, size: int, limit: int | None):
-        self.size = size
+        self.size, self.digest = size, dataset.digest
         self._samples = EvalDataset(dataset, NoCaptions(), size, len(dataset) if limit is None else limit, MAX_PIXELS)
 
     def __len__(self) -> int:
@@ -100,19 +110,27 @@ class _Folder:
     """The image files below a folder, sorted by path."""
 
     def __init__(self, folder: Path, files: list[Path]):
-        self.path, self._files = folder, files
+        self.path, self.files = folder, files
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     def read(self, places: Iterable[int]) -> Iterator[tuple[Path, Tensor | None]]:
         """Give file and image (3, H, W) of ascending places; None for a broken file, which the log names."""
-        for file in (self._files[place] for place in places):
+        for file in (self.files[place] for place in places):
             try:
                 yield file, decode_image(file.read_bytes(), MAX_PIXELS)
             except (BadSample, OSError) as error:
                 logger.warning("image left out: %s: %s", file, error)
                 yield file, None
+
+
+def _digest(folder: Path, files: list[Path]) -> str:
+    """Return the SHA-256 of the files' places below the folder, and their sizes."""
+    found = hashlib.sha256()
+    for file in files:
+        found.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
+    return found.hexdigest()
 
 
 class _StoredImages:
@@ -128,6 +146,10 @@ class _StoredImages:
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def digest(self) -> str:
+        return _digest(self._store.path, self._store.files)
 
     def _read(self, numbers: range) -> Iterator[tuple[Path, Tensor | None]]:
         return self._store.read(number * len(self._store) // self._count for number in numbers)

@@ -16,8 +16,9 @@ from megavtp.arithmetic import ceil_div
 from megavtp.errors import UserError
 from megavtp.evaluation.distances import feature_sets
 from megavtp.evaluation.distances.efficientnet import load_efficientnet
-from megavtp.evaluation.distances.feature_sets import FeatureMoments, FeatureStatistics
-from megavtp.evaluation.distances.image_sources import ImageSource, open_images
+from megavtp.evaluation.distances.feature_sets import FeatureMoments, FeatureStatistics, FeatureSummary
+from megavtp.evaluation.distances.image_sources import ImageSource, StoredSource, open_images
+from megavtp.evaluation.distances.kept_features import read_or_make
 from megavtp.evaluation.distances.network import INCEPTION, FeatureNetwork, Inception, metric_name
 from megavtp.evaluation.distances.npz_file import holds_images, read_statistics
 from megavtp.evaluation.distances.timm_vit import TimmViT
@@ -40,16 +41,6 @@ def load_network(
         name, weights = timm
         return TimmViT(name, weights, device)
     return load_efficientnet(device) if inception is None else Inception(inception, device)
-
-
-@dataclass(frozen=True)
-class FeatureSummary:
-    """Has ``statistics`` of all images, and ``features`` (n, d), float32, of at most ``MAX_KEPT`` of them, in the order
-    of their ``numbers`` (n,) in the source."""
-
-    statistics: FeatureStatistics
-    features: Tensor
-    numbers: Tensor
 
 
 def summarise(
@@ -87,7 +78,7 @@ def summarise(
 class Reference:
     """Has images, or given statistics of them, or both as ADM's files do. Notes tell what was not used."""
 
-    images: ImageSource | None
+    images: StoredSource | None
     statistics: FeatureStatistics | None = None
     notes: tuple[str, ...] = ()
 
@@ -133,16 +124,27 @@ class GenerationResult:
 def measure_generation(
     samples: ImageSource, reference: Reference, network: FeatureNetwork, *, batch_size: int = 64, seed: int = 0,
     mesh: Mesh = SINGLE, device: torch.device | str = "cpu", compare: Mapping[str, ImageSource] | None = None,
+    kept: Path | None = None,
 ) -> GenerationResult:
     """Measure all distances that the reference allows in a collective call, with the same result on every rank.
 
     ``seed`` draws the kernel distance's subsets. ``compare`` has other images by name, which are measured against the
-    same reference. Raises ``UserError`` if samples or reference have fewer than two images.
+    same reference. ``kept`` is a file that keeps the features of the reference's images, or is to keep them. Raises
+    ``UserError`` if samples or reference have fewer than two images, or ``kept`` has other features.
     """
     device = torch.device(device)
     summary = partial(summarise, network=network, batch_size=batch_size, mesh=mesh, device=device)
+    images = reference.images
+    if kept and images is None:
+        raise UserError(f"{kept} is to keep features of images, but the reference holds statistics alone")
+    make_real = partial(summary, images, title="reference")
+    if images is None:
+        real = None
+    elif kept is None:
+        real = make_real()
+    else:
+        real = read_or_make(kept, _facts_of(images, network), make_real, device, mesh)
     made = summary(samples, title="samples")
-    real = None if reference.images is None else summary(reference.images, title="reference")
     statistics = reference.statistics if real is None else reference.statistics or real.statistics
     assert statistics is not None, "a reference without images has statistics"
     statistics = FeatureStatistics(statistics.mean.to(device), statistics.covariance.to(device), statistics.count)
@@ -161,6 +163,12 @@ def measure_generation(
     if network.name != INCEPTION:
         notes.append(f"{name} is a distance of {network.title} features, no FID: do not compare it with published FID")
     return GenerationResult(metrics, statistics, compared, skipped, notes, made, real)
+
+
+def _facts_of(images: StoredSource, network: FeatureNetwork) -> dict[str, str]:
+    """Return what decides the features of a reference's images."""
+    files = from_first(lambda: images.digest)
+    return {"network": network.made_by, "images": str(len(images)), "size": str(images.size), "files": files}
 
 
 def _distances(

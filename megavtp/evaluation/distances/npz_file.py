@@ -52,7 +52,7 @@ class NpzArray:
     def __init__(self, path: Path):
         if not holds_images(path):
             raise UserError(f"{path} holds no images: they are an array named arr_0")
-        self.path = path
+        self.path, self.files = path, [path]
         with npz_errors(path), zipfile.ZipFile(path) as archive, archive.open(_MEMBER) as file:
             shape, fortran, dtype = _header(file)
             # The size that the archive states is not proven either.

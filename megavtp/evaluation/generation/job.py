@@ -36,7 +36,7 @@ def run_generation(options: argparse.Namespace) -> None:
     compare = together(lambda: _scale(options, samples, reference)) if options.scale else {}
     result = measure_generation(
         samples, reference, network, batch_size=options.batch_size, seed=options.seed, mesh=mesh, device=device,
-        compare=compare,
+        compare=compare, kept=options.reference_features,
     )
     if mesh.rank:
         return
