@@ -16,11 +16,11 @@ PROCESSES ?= $(shell nvidia-smi -L 2> /dev/null | grep -q ^GPU || echo --num_acc
 JOBS ?= 3
 LAUNCH = $(BIN)/deepspeed $(PROCESSES)
 DRAW := --dit runs/demo_dit/checkpoints/latest --tokenizer runs/demo/tokenizer --method heun --steps 8 --shift 0.5 \
-  --precision bf16
+  --precision auto
 
 SHOWCASE_TOKENIZER := runs/showcase/tokenizer
 SHOWCASE_DRAW := --dit runs/showcase_dit/checkpoints/latest --tokenizer $(SHOWCASE_TOKENIZER) --method heun --steps 16 \
-  --shift 0.3 --guidance 4 --precision bf16
+  --shift 0.3 --guidance 4 --precision auto
 # Names that training saw, and names that it never saw.
 SEEN := --caption 'grinning face' --caption 'flag: Japan' --caption 'red apple' --caption violin --caption trophy \
   --caption artist --caption 'house with garden' --caption elephant

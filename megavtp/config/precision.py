@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import torch
 
-from megavtp.config.run import ParallelConfig
+from megavtp.config.run import ParallelConfig, Precision
 
 _CPU_FEATURES = ("avx512_bf16", "amx_bf16")  # other CPUs emulate bfloat16 products, which is slower than float32
 
 
-def compute_dtype(precision: str) -> torch.dtype:
-    """Return the type in which "bf16" or "fp32" computes."""
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """Return the type in which "bf16" or "fp32" computes, or "auto" on this machine."""
+    return torch.bfloat16 if _resolved(precision) == "bf16" else torch.float32
 
 
 def with_precision(parallel: ParallelConfig) -> ParallelConfig:
@@ -19,9 +19,13 @@ def with_precision(parallel: ParallelConfig) -> ParallelConfig:
 
     Every process decides for its own machine, so a run on machines of several kinds must name a precision.
     """
-    if parallel.precision != "auto":
-        return parallel
-    return replace(parallel, precision="bf16" if _has_native_bfloat16() else "fp32")
+    return replace(parallel, precision=_resolved(parallel.precision))
+
+
+def _resolved(precision: Precision) -> Precision:
+    if precision != "auto":
+        return precision
+    return "bf16" if _has_native_bfloat16() else "fp32"
 
 
 def _has_native_bfloat16() -> bool:

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from megavtp.config.ranges import Above0, Count, Fraction, NotNegative, Positive, Range
 
+Precision = Literal["fp32", "bf16", "auto"]
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -22,7 +24,7 @@ class ParallelConfig:
     # The elementwise work between a block's products through torch.compile; auto: on a GPU.
     compile: Literal["none", "blocks", "auto"] = "auto"
     # Weights, moments and teacher are always float32. With auto, the compute is bf16 where the hardware multiplies it.
-    precision: Literal["fp32", "bf16", "auto"] = "bf16"
+    precision: Precision = "bf16"
     attention: Literal["auto", "flash", "sdpa"] = "auto"
     # Seconds that a part of a step may take on any rank, start and saves three times that; 0 = no limit.
     timeout: Annotated[float, Range(0, 10_000_000)] = 600

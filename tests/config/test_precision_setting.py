@@ -46,3 +46,4 @@ def test_a_checked_config_knows_its_precision(monkeypatch, native):
     monkeypatch.setattr(precision, "_has_native_bfloat16", lambda: native)
     config = validate(load_config(DEMO_CONFIG, Config, ["parallel.precision=auto"]), 2)
     assert config.parallel.precision == ("bf16" if native else "fp32")
+    assert precision.compute_dtype("auto") is (torch.bfloat16 if native else torch.float32)  # of what samples

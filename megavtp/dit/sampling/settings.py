@@ -101,7 +101,10 @@ def add_sampling_options(parser: argparse.ArgumentParser | argparse._ArgumentGro
     add("--diffusion", type=strength, default=1.0, help="strength of the noise of sde (default: 1)")
     add("--seed", type=SEED, default=0, help="of all that is drawn (default: 0)")
     add("--weights", choices=("average", "trained"), default="average", help="(default: average)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the DiT (default: fp32)")
+    add(
+        "--precision", choices=("fp32", "bf16", "auto"), default="fp32",
+        help="of the DiT (default: fp32); auto: bf16 where the machine multiplies it natively",
+    )
 
 
 def settings_of(options: argparse.Namespace) -> SamplingSettings:
