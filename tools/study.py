@@ -52,11 +52,12 @@ def main() -> int:
     options = parse()
     from megavtp.errors import UserError
     from megavtp.planning.devices import find_device
+    from megavtp.study.answers import curves_page
     from megavtp.study.cells import cells_of, links_of
     from megavtp.study.config import CostConfig, load_study
     from megavtp.study.costs import rates_of
     from megavtp.study.curves import fit_results
-    from megavtp.study.pages import cost_text, curves_page, plan_page, status_page
+    from megavtp.study.pages import cost_text, plan_page, status_page
     from megavtp.study.results import rows_of, write_results
     from megavtp.study.runner import run_link, run_study
     from megavtp.study.slurm import jobs_of

@@ -50,6 +50,7 @@ class CurveConfig:
     x: str = "flops"  # of the tokenizer's pre-training; or samples; or an axis whose choices are numbers
     better: dict[str, Literal["lower", "higher"]] = field(default_factory=dict)  # the measures, and what is better
     held_out: int = 1  # the largest points, which the others are to predict
+    baseline: str | None = None  # a choice on an axis with which the others are compared; None: all with all
     repeats: str | None = None  # an axis whose choices are but repetitions, of which the mean is taken, as of the seeds
 
 
@@ -187,6 +188,12 @@ def _check_curves(study: StudyConfig) -> None:
     _need(
         repeats is None or repeats in study.axes and repeats != x,
         f"curves.repeats = {repeats}: must be an axis other than curves.x ({', '.join(study.axes) or 'there is none'})",
+    )
+    baseline = study.curves.baseline
+    having = [axis for axis, choices in study.axes.items() if baseline in choices and axis not in (x, repeats)]
+    _need(
+        baseline is None or len(having) == 1,
+        f"curves.baseline = {baseline}: must be a choice on one axis other than curves.x and curves.repeats",
     )
     for choice in study.axes.get(x, {}):
         _need(number(choice) > 0, f"curves.x = {x}: its choice {choice!r} is no number above 0")

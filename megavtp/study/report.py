@@ -11,10 +11,11 @@ from megavtp.report.charts import Fitted, check_matplotlib, draw_fitted
 from megavtp.report.measures import shown
 from megavtp.report.page import render
 from megavtp.report.pictures import Picture, read_picture
+from megavtp.study.answers import answers, remarks
 from megavtp.study.cells import Cell, cells_of, links_of
 from megavtp.study.config import STUDY, StudyConfig, load_study
 from megavtp.study.curves import Fits, fit_results
-from megavtp.study.pages import answers, cell_state, cost_text, flops_text, hours_taken, records_of, remarks
+from megavtp.study.pages import cell_state, cost_text, flops_text, hours_taken, records_of
 from megavtp.study.record import failure, read_record
 from megavtp.study.results import Row, rows_of
 

@@ -13,11 +13,12 @@ from stand_in import ROOT, StandIn, small_study, write_study
 from megavtp.config.load import to_yaml
 from megavtp.errors import UserError
 from megavtp.planning.flops import flops_per_step
+from megavtp.study.answers import curves_page
 from megavtp.study.cells import cells_of, links_of
 from megavtp.study.config import CostConfig, load_study
 from megavtp.study.costs import rates_of
 from megavtp.study.curves import fit_results
-from megavtp.study.pages import curves_page, plan_page
+from megavtp.study.pages import plan_page
 from megavtp.study.recipes import Recipes
 from megavtp.study.results import rows_of
 from megavtp.study.runner import run_study
@@ -63,6 +64,7 @@ def axis(stage: str, *settings: str) -> dict:
     ({"curves": {"x": "objectives"}}, "curves.x = objectives: its choice 'joint' is no number above 0"),
     ({"curves": {"better": {"generation/fd": "less"}}}, "curves.better.generation/fd: expected one of 'lower'"),
     ({"curves": {"repeats": "init"}}, "curves.repeats = init: must be an axis other than curves.x \\(objectives\\)"),
+    ({"curves": {"baseline": "plain"}}, "curves.baseline = plain: must be a choice on one axis other than"),
     ({"curves": {"held_out": -1}}, "curves.held_out = -1: must be at least 0"),
     ({"cost": {"flops_per_second": 0}}, "cost.flops_per_second = 0.0: must be above 0"),
     ({"seed": 3}, "seed: unknown key; did you mean seeds"),

@@ -8,6 +8,7 @@ from runpy import run_path
 
 import numpy as np
 import pytest
+import stand_in
 from stand_in import StandIn, small_study, write_study
 
 from megavtp.errors import UserError
@@ -51,6 +52,23 @@ def test_the_answer_stands_first_with_place_interval_and_noise(finished):
     assert "FLOP on (95 %: " in answer and "the standard deviation between repetitions is 0.1414" in answer
     assert "Their last points are 25 at " in answer and "not finished" not in answer
     assert "joint/step-00000100/seed-0" in page.text and page.tags.count("svg") == 1 and "script" not in page.tags
+
+
+def test_a_baseline_is_what_the_others_are_compared_with(tmp_path, monkeypatch):
+    """The verdict of each measure comes first, then each line beside the baseline, and no other pairs."""
+    ways = {"worse": lambda steps: 50.0 + 100 / steps, "like": lambda steps: 40.0 + 0.01 * (steps % 300 - 100) / 100}
+    monkeypatch.setattr(stand_in, "CURVES", stand_in.CURVES | ways)
+    off = {"tokenizer": ["objectives.contrastive.weight=0"]}
+    curves = {"better": {"generation/fd": "lower"}, "held_out": 0, "baseline": "ae"}
+    choices = {"joint": {}, "ae": off, "worse": off, "like": off}
+    study = small_study(tmp_path, axes={"objectives": choices}, curves=curves)
+    assert run_study(study, StandIn(), quiet) == 0
+    text = Text(render_study(tmp_path / "study.yaml")).text
+    answer = text[text.index("The answer") : text.index("Failed and missing")].strip().splitlines()
+    said = "generation/fd (lower is better), beside the baseline ae, at the end of what both were run for: better: "
+    assert answer[2].startswith(f"{said}objectives=joint from ")
+    assert "; not better: objectives=worse; undecided: objectives=like (better in " in answer[2]
+    assert len(answer) == 6 and all("objectives=ae" in line for line in answer[3:])
 
 
 def test_by_file_and_by_folder_and_twice_it_is_the_same_answer(finished, tmp_path, monkeypatch):
