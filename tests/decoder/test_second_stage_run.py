@@ -57,6 +57,15 @@ def test_resumed_runs_end_as_the_uninterrupted_one(recipe, pretrained, tmp_path)
         assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
 
 
+def test_until_it_starts_the_run_is_that_without_a_discriminator(recipe, pretrained, tmp_path):
+    late = [f"objectives.adversarial.{name}=0.9" for name in ("discriminator_start", "start")]
+    train(recipe, pretrained, tmp_path / "late", 1, "train.steps=3", *late)
+    train(recipe, pretrained, tmp_path / "without", 1, "train.steps=3", "objectives.adversarial.weight=0")
+    late, without = state(tmp_path / "late"), state(tmp_path / "without")
+    assert any(name.startswith("exp_avg/pixel_decoder.") for name in without)
+    assert all(torch.equal(late[name], tensor) for name, tensor in without.items())
+
+
 def test_the_average_goes_into_the_tokenizer(recipe, pretrained, tmp_path):
     train(recipe, pretrained, tmp_path / "second", 1, "train.steps=4")
     source = open_vtp(tmp_path / "second" / "checkpoints" / "latest")
