@@ -18,7 +18,7 @@ from megavtp.models.second_stage import SecondStageVTP
 from megavtp.nn.block import Block
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.passes import Pass
-from megavtp.pretraining.recipe import Pretraining, build_engine, build_model
+from megavtp.pretraining.recipe import Pretraining
 
 _TRUNK = "trunk."
 
@@ -38,12 +38,8 @@ class DecoderTraining(Pretraining):
             self.features.load(_of_trunk(self._initial), self.device)
 
     def build(self) -> None:
-        self.model = build_model(
-            self.config, self.share, self.mesh, self.device, self._initial, model_kind(self.config, self.features)
-        )
-        self.compile(self.model, self.perceptual, self.features)
-        self.engine = build_engine(self.model, self.config, self.mesh, (Block, Discriminator))
-        self._initial, self._opened = {}, {}
+        kind = model_kind(self.config, self.features)
+        self.build_as(kind, (Block, Discriminator), self.perceptual, self.features)
 
     def passes(self) -> list[Pass]:
         return build_passes(self.config, self.share, self.mesh, self.device, self.perceptual, self.features)

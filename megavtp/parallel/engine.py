@@ -94,11 +94,13 @@ class Engine(Generic[M]):
         self._last_follows = True
 
     def may_wait(self, mode: str, with_graph: bool) -> bool:
-        """Say of a pass that begins whether it is new to a GPU: its kernels are then loaded, and those of compiled
-        regions timed, for which the host waits for the device."""
-        new = (mode, with_graph) not in self._known
+        """Say of a pass whether it is new to a GPU: its kernels are then loaded, and those of compiled regions timed,
+        for which the host waits for the device."""
+        return self.device.type == "cuda" and (mode, with_graph) not in self._known
+
+    def has_run(self, mode: str, with_graph: bool) -> None:
+        """Note that a pass has run, so that its kernels are there."""
         self._known.add((mode, with_graph))
-        return new and self.device.type == "cuda"
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a scalar; over dp, gradients are averaged."""

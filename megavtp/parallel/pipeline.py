@@ -31,7 +31,7 @@ class Runner(Striped, Protocol):
     """What executes a pass: an ``Engine``, or in tests a plain module. With one pipeline rank only ``mesh``, the call
     and ``backward`` are used; with more, the call takes ``stage`` and ``activations`` too. ``announce_last_backward``
     is called where ``execute`` is told of the last pass of a step. ``may_wait`` says whether the host may have to wait
-    for the device in this pass, with a graph or without."""
+    for the device in this pass, with a graph or without; ``has_run`` is told of each pass that has run."""
 
     mesh: Mesh
     schedule: Schedule
@@ -44,6 +44,8 @@ class Runner(Striped, Protocol):
     def announce_last_backward(self) -> None: ...
 
     def may_wait(self, mode: str, with_graph: bool) -> bool: ...
+
+    def has_run(self, mode: str, with_graph: bool) -> None: ...
 
 
 class _Seed(torch.autograd.Function):
@@ -78,7 +80,8 @@ class _Trip:
         orders = [order_of(self.mesh.pp, rank, chunks) for rank in range(self.mesh.pp)]
         # A device that is receiving ahead is not done before the sender is, which may need what this rank has not
         # launched yet: a host that waits for it would do so for ever.
-        self.ahead = self.mesh.pp == 1 or not run.may_wait(mode, torch.is_grad_enabled())
+        self.with_graph = torch.is_grad_enabled()
+        self.ahead = self.mesh.pp == 1 or not run.may_wait(mode, self.with_graph)
         if not self.ahead:
             orders = [one_by_one(order) for order in orders]
         self.order, self.stages = orders[self.mesh.pp_rank], chunks * self.mesh.pp
@@ -95,6 +98,8 @@ class _Trip:
                 self.messages.post(following)
             yield op
         self.messages.finish()
+        if self.mesh.pp > 1:
+            self.run.has_run(self.mode, self.with_graph)
 
     def forward(self, op: Op) -> tuple[list[Tensor], Any, bool]:
         """Return the activations that came in, what came out, and whether that is the result of the pass."""

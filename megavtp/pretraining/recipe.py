@@ -72,9 +72,13 @@ class Pretraining(Recipe):
             )
 
     def build(self) -> None:
-        self.model = build_model(self.config, self.share, self.mesh, self.device, self._initial)
-        self.compile(self.model, self.perceptual)
-        self.engine = build_engine(self.model, self.config, self.mesh)
+        self.build_as(VTP, (Block,), self.perceptual)
+
+    def build_as(self, kind: Callable[..., VTP], leaf_classes: tuple[type[nn.Module], ...], *others: object) -> None:
+        """Make the model by ``kind``, and its engine; ``others``: further networks to compile."""
+        self.model = build_model(self.config, self.share, self.mesh, self.device, self._initial, kind)
+        self.compile(self.model, *others)
+        self.engine = build_engine(self.model, self.config, self.mesh, leaf_classes)
         self._initial, self._opened = {}, {}
 
     def passes(self) -> list[Pass]:
@@ -175,7 +179,7 @@ def build_model(
 
 
 def build_engine(
-    model: VTP, config: ResolvedConfig, mesh: Mesh, leaf_classes: tuple[type[nn.Module], ...] = (Block,)
+    model: VTP, config: ResolvedConfig, mesh: Mesh, leaf_classes: tuple[type[nn.Module], ...]
 ) -> Engine:
     optimizer = build_optimizer(
         model.named_parameters(), config.train.optimizer, zero_stage=config.parallel.zero_stage,

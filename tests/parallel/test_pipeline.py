@@ -258,5 +258,7 @@ def test_a_pass_is_new_to_a_gpu_once() -> None:
     for device, new in (("cpu", False), ("cuda", True)):
         engine._known.clear()
         engine.device = torch.device(device)
-        asked = [("student", True), ("student", True), ("student", False), ("teacher", False), ("student", True)]
-        assert [engine.may_wait(*kind) for kind in asked] == [new, False, new, new, False]
+        for kind in (("student", True), ("student", False), ("teacher", False)):
+            assert engine.may_wait(*kind) == new == engine.may_wait(*kind)
+            engine.has_run(*kind)
+            assert not engine.may_wait(*kind)
