@@ -55,16 +55,18 @@ COMPILED = Compilation()
 _thread = threading.local()
 
 
-def compile_regions(network: object, form: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None) -> None:
+def compile_regions(network: object, form: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None) -> int:
     """Replace the regions of all modules of a network by another form; the compiled one compiles when it is called.
 
-    A network that is no module has none.
+    Returns how many there are. A network that is no module has none.
     """
-    form = form or compiled
+    form, count = form or compiled, 0
     for module in network.modules() if isinstance(network, nn.Module) else ():
         for name, value in vars(type(module)).items():
             if isinstance(value, Region):
                 setattr(module, name, form(value.__func__))
+                count += 1
+    return count
 
 
 @cache
@@ -132,7 +134,8 @@ def compile_networks(setting: Compile, device: torch.device, *networks: object) 
     """Compile the regions of the networks if ``compiles`` says so; every rank calls this."""
     if compiles(setting, device):
         for network in networks:
-            compile_regions(network)
+            if compile_regions(network) == 0 and isinstance(network, nn.Module) and is_first():
+                log.warning("parallel.compile leaves %s as it is: it has no regions", type(network).__name__)
 
 
 def compiles(setting: Compile, device: torch.device) -> bool:

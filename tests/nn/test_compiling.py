@@ -14,7 +14,7 @@ from megavtp.errors import UserError
 from megavtp.models.lpips import LPIPS, weight_shapes
 from megavtp.nn import compiling
 from megavtp.nn.block import run_blocks
-from megavtp.nn.compiling import compile_regions, compiles, wanted
+from megavtp.nn.compiling import compile_networks, compile_regions, compiles, wanted
 from megavtp.nn.drop_path import draw_drop_plan
 from megavtp.nn.rope import AxialRope
 
@@ -117,6 +117,14 @@ def test_a_failure_ends_in_one_line(light: None) -> None:
 def test_auto_is_for_gpus() -> None:
     assert not compiles("auto", CPU) and not compiles("none", CUDA) and compiles("blocks", CPU)
     assert [wanted("auto", on_gpu=gpu) for gpu in (False, True)] == [False, True]
+
+
+def test_a_network_that_is_left_as_it_is_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Such as a ViT of another library; what is no module, or absent, is nothing to compile."""
+    compile_networks("blocks", CPU, nn.Linear(2, 2), object(), None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "parallel.compile leaves Linear as it is: it has no regions"
+    ]
 
 
 def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
