@@ -9,11 +9,15 @@ import torch
 from distributed import run_ranks
 from layouts import Run
 from operations import Operations
-from tiny_run import PlainRunner, build_model, data_of, tiny_config
+from tiny_run import PlainRunner, build_model, data_of, passes_of, tiny_config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from megavtp.config.share import share
+from megavtp.config.share import PassShare, share
+from megavtp.dit.batch import LatentBatch
+from megavtp.dit.config import DiTConfig, DiTModelConfig
+from megavtp.dit.flow_matching import FlowMatchingPass
+from megavtp.dit.model.build import build_averaged_dit
 from megavtp.models.lpips import LPIPS, weight_shapes
 from megavtp.nn import attention_kernels
 from megavtp.nn.attention import Attention
@@ -27,6 +31,11 @@ from megavtp.pretraining.passes import build_passes
 from megavtp.training.step import train_step
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution", "attention")
+# Operations of forward and backward of a pass of the tiny model; they are launches of kernels, as far as they compute.
+BUDGETS = {
+    "contrastive": 825, "self_distillation": 1740, "reconstruction": 1140, "second stage": 1790, "discriminator": 925,
+    "flow matching": 755,
+}
 
 
 class Products(Operations):
@@ -84,9 +93,48 @@ def test_float32_products_are_the_ones_that_need_it_and_work_does_not_grow_with_
     assert sorted(name for name, _ in own.elements()) == ["mm"] * 4 + ["mv"] * 4, own
     assert all(prototypes in shapes[0] or prototypes in shapes[1] for _, shapes in own), own
     for name, operations in found.items():
+        assert sum(operations.calls.values()) <= BUDGETS[name], name
         assert operations.calls == larger[name].calls, f"{name}: {larger[name].calls - operations.calls}"
         assert not operations.host_reads, name
     assert found["reconstruction"].calls["convolution"] == 3 + 2 * 5  # LPIPS sees the reference once
+
+
+def test_the_second_stage() -> None:
+    config = tiny_config({
+        "model": {"init_from": "not read here"}, "parallel": {"precision": "bf16"},
+        "objectives": {
+            "contrastive": {"weight": 0.0}, "self_distillation": {"weight": 0.0},
+            "reconstruction": {"frozen_encoder": True, "l1_weight": 1.0},
+            "adversarial": {"weight": 1.0, "discriminator_start": 0.0, "start": 0.0},
+        },
+    })
+    # In the first step singular vectors are sought from chance, in the later ones from where they were.
+    model, batch = build_model(config, SINGLE), data_of(config, SINGLE)(3)
+    for objective, name in zip(passes_of(config, SINGLE), ("second stage", "discriminator"), strict=True):
+        with Products() as found:
+            execute(objective, PlainRunner(model, None, 0.0), batch)
+        assert sum(found.calls.values()) <= BUDGETS[name] and not found.host_reads, name
+        # The lengths of two gradients are compared, for which each is multiplied out; and the largest singular values
+        # of the discriminator's weights are followed, once a step, by products of matrix and vector.
+        wide = Counter(product for product, _ in found.wide_products.elements())
+        assert wide == ({"mm": 2, "mv": wide["mv"]} if name == "second stage" else {}), found.wide_products
+
+
+def test_a_dit() -> None:
+    settings = DiTModelConfig(width=48, depth=2, heads=2, latent_size=4, latent_channels=2, num_classes=2)
+    calls = []
+    for images in (8, 16):
+        model = build_averaged_dit(settings, compute_dtype=torch.bfloat16)
+        flow = FlowMatchingPass(DiTConfig(model=settings), PassShare(images, images, images), torch.device("cpu"))
+        latents, noise = torch.randn(2, images, 2, 4, 4)
+        times, labels = torch.rand(images), torch.zeros(images, dtype=torch.long)
+        batch = LatentBatch(0, [], torch.arange(images), latents, noise, times, labels)
+        with Products() as found:
+            execute(flow, PlainRunner(model, None, 0.0), batch)
+        calls.append(found.calls)
+        assert not found.wide_products and not found.host_reads
+        assert sum(found.calls.values()) <= BUDGETS["flow matching"]
+    assert calls[0] == calls[1]
 
 
 def operations_of_block(sequences: int, recompute: str) -> Counter[str]:
@@ -111,9 +159,9 @@ def test_a_block() -> None:
     assert sum(calls.values()) <= 185
 
 
-def on_rank(rank: int) -> dict[str, int]:
+def on_rank(rank: int, zero: int) -> dict[str, int]:
     """What the host reads in a second step through the engine."""
-    run = Run(config=tiny_config({"train": {"steps": 3}}, 1)).train(end=1)
+    run = Run(config=tiny_config({"train": {"steps": 3}, "parallel": {"zero_stage": zero}}, 1)).train(end=1)
     batch = run.data(1)
     with Operations() as operations:
         train_step(run.engine, run.passes, batch, lr_of=lambda group: 1e-3, averaged=run.model.averaged(), follow=0.1)
@@ -121,5 +169,6 @@ def on_rank(rank: int) -> dict[str, int]:
     return operations.host_reads
 
 
-def test_one_host_read_a_step() -> None:
-    assert run_ranks(1, on_rank) == [{"_local_scalar_dense": 1}]
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_one_host_read_a_step(zero: int) -> None:
+    assert run_ranks(1, on_rank, zero) == [{"_local_scalar_dense": 1}]
