@@ -21,6 +21,7 @@ from tiny_run import reference
 from megavtp.models.vision_encoder import VisionEncoder
 from megavtp.objectives.centering import sinkhorn_bias, sinkhorn_biases
 from megavtp.parallel import collectives
+from megavtp.parallel import deepspeed_adapter as adapter
 from megavtp.parallel.engine import Engine
 from megavtp.parallel.mesh import build_mesh
 from megavtp.parallel.passes import execute
@@ -101,11 +102,11 @@ def _sinkhorn() -> tuple[list[str], bool]:
     return events, all(map(torch.equal, biases, alone))
 
 
-def _zero1(overlap: bool) -> dict[str, Any]:
-    """A run under ZeRO-1: its outcome, the bytes summed over dp before ``step()`` and in all, and those of the
+def _zero(stage: int, overlap: bool) -> dict[str, Any]:
+    """A run under ZeRO 1 or 2: its outcome, the bytes summed over dp before ``step()`` and in all, and those of the
     gradients that the last backward of a step completes."""
-    zero = {"overlap_comm": overlap, "reduce_bucket_size": BUCKET}
-    run = Run(config=CELL.config({**ONE_STEP, "deepspeed": {"zero_optimization": zero}}))
+    settings = {"zero_optimization": {"overlap_comm": overlap, "reduce_bucket_size": BUCKET}}
+    run = Run(config=CELL.config({**ONE_STEP, "parallel": {"zero_stage": stage}, "deepspeed": settings}))
     before, step = [], Engine.step
 
     def noted(engine: Engine) -> Any:
@@ -122,7 +123,8 @@ def _zero1(overlap: bool) -> dict[str, Any]:
 
 def on_ranks(rank: int) -> dict[str, Any]:
     passes = {name: _of_pass(name) for name in ("contrastive", "self_distillation")}
-    return {**passes, "sinkhorn": _sinkhorn(), "zero 1": {overlap: _zero1(overlap) for overlap in (False, True)}}
+    zero = {"zero 1": {overlap: _zero(1, overlap) for overlap in (False, True)}, "zero 2": _zero(2, True)}
+    return {**passes, "sinkhorn": _sinkhorn(), **zero}
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +160,25 @@ def test_zero_1_reduces_in_the_last_backward(found: dict) -> None:
     assert early["last"] - 4 * BUCKET < early["before"] - plain["before"] <= early["last"]
     assert early["total"] == plain["total"]
     assert differences(early["outcome"], reference(CELL.plain_config(ONE_STEP))).exact
+
+
+def test_zero_2_reduces_in_every_backward(found: dict) -> None:
+    two, plain = found["zero 2"], found["zero 1"][False]
+    assert two["last"] - 4 * BUCKET < two["before"] - plain["before"]
+    assert differences(two["outcome"], reference(CELL.plain_config(ONE_STEP))).exact
+
+
+@pytest.mark.parametrize("gpu, dp, overlaps", [(True, 2, True), (True, 1, False), (False, 2, False)])
+def test_gpus_overlap_by_default(monkeypatch: pytest.MonkeyPatch, gpu: bool, dp: int, overlaps: bool) -> None:
+    class Asked(Exception):
+        pass
+
+    def asked(zero_stage: int, clip_grad: float, numel: int, overlap: bool, extra: Any) -> Any:
+        raise Asked(overlap)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(adapter, "build_config", asked)
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(Asked) as said:
+        Engine(model, torch.optim.SGD(model.parameters()), SimpleNamespace(dp=dp), zero_stage=1, clip_grad=0.0)
+    assert said.value.args == (overlaps,)
