@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from test_recompute import HEADS, WIDTH, stack
+from tiny_run import PlainRunner, build_model, data_of, passes_of, tiny_config
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -17,6 +18,8 @@ from megavtp.nn.block import run_blocks
 from megavtp.nn.compiling import compile_networks, compile_regions, compiles, wanted
 from megavtp.nn.drop_path import draw_drop_plan
 from megavtp.nn.rope import AxialRope
+from megavtp.parallel.mesh import SINGLE
+from megavtp.parallel.passes import execute
 
 ROPE = AxialRope(WIDTH // HEADS, "float32")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -72,6 +75,24 @@ def test_nothing_is_compiled_anew(net: str, mode: str, light: None) -> None:
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
         graphs.append(counters["stats"]["unique_graphs"])
+    assert not counters["graph_break"] and graphs[0] > 4 and len(set(graphs[2:])) == 1, graphs
+
+
+def test_whole_steps_compile_nothing_anew(light: None) -> None:
+    """All objectives, with dropped paths; how many patches are masked differs from step to step."""
+    config = tiny_config({
+        "parallel": {"compile": "blocks"}, "train": {"steps": 6},
+        "objectives": {"self_distillation": {"drop_path": 0.3, "mask_ratio": [0.2, 0.9]}},
+    })
+    model, data, passes = build_model(config, SINGLE), data_of(config, SINGLE), passes_of(config, SINGLE)
+    runner, graphs, masked = PlainRunner(model, None, 0.0), [], set()
+    for step in range(6):
+        batch = data(step)
+        masked.add(int(batch.masks.sum()))
+        for objective in passes:
+            execute(objective, runner, batch)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len(masked) > 2
     assert not counters["graph_break"] and graphs[0] > 4 and len(set(graphs[2:])) == 1, graphs
 
 
