@@ -13,6 +13,7 @@ from megavtp.report.folder import Run
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _WIDEST = 1600  # pixels; wider pictures are reduced
 _TALLEST = 3200
+_SMALL = 512  # pixels of a side of a picture that is one of dozens
 _MOST_PIXELS = 64_000_000
 _LARGE = 300_000  # bytes of a PNG above which a JPEG takes its place, if that is smaller
 _STEPS = 4  # pictures made while a run trains that are shown of it
@@ -71,8 +72,9 @@ def _while_training(path: Path, event: object) -> str:
     return path.stem.replace("-", " ").capitalize()
 
 
-def read_picture(path: Path, caption: str, root: Path, left_out: list[str]) -> Picture | None:
-    """Decode a picture below ``root`` and encode it again, so that nothing but pixels comes into the page.
+def read_picture(path: Path, caption: str, root: Path, left_out: list[str], small: bool = False) -> Picture | None:
+    """Decode a picture below ``root`` and encode it again, so that nothing but pixels comes into the page; ``small`` is
+    for one of dozens, which together are to be a page that can be mailed.
 
     Return None for a file that is no picture, or too large; a line in ``left_out`` names it then.
     """
@@ -85,16 +87,16 @@ def read_picture(path: Path, caption: str, root: Path, left_out: list[str]) -> P
     except Exception as error:  # PIL raises many kinds for damaged files
         left_out.append(f"{path} is left out: it is no whole picture ({type(error).__name__})")
         return None
-    pixels.thumbnail((_WIDEST, _TALLEST), Image.Resampling.LANCZOS)
+    pixels.thumbnail((_SMALL, _SMALL) if small else (_WIDEST, _TALLEST), Image.Resampling.LANCZOS)
     file = str(path.relative_to(root))
-    return Picture(caption, file, _encoded(pixels), *pixels.size)
+    return Picture(caption, file, _encoded(pixels, small), *pixels.size)
 
 
-def _encoded(pixels: Image.Image) -> str:
-    """Return a data URL: PNG, or JPEG where the PNG is large and the JPEG smaller."""
-    kinds = {"png": _bytes(pixels, "PNG", optimize=True)}
-    if len(kinds["png"]) > _LARGE:
-        kinds["jpeg"] = _bytes(pixels, "JPEG", quality=90, optimize=True)
+def _encoded(pixels: Image.Image, small: bool) -> str:
+    """Return a data URL: JPEG if it is to be small or the PNG would be large and the JPEG smaller, else PNG."""
+    kinds = {} if small else {"png": _bytes(pixels, "PNG", optimize=True)}
+    if small or len(kinds["png"]) > _LARGE:
+        kinds["jpeg"] = _bytes(pixels, "JPEG", quality=75 if small else 90, optimize=True)
     kind = min(kinds, key=lambda kind: len(kinds[kind]))
     return f"data:image/{kind};base64,{base64.b64encode(kinds[kind]).decode()}"
 

@@ -106,5 +106,6 @@ def _pictures(study: StudyConfig, cell: Cell, seen: set[Path], left_out: list[st
     for link in cell.links:
         if link.kind in kinds and (path := link.folder / kinds[link.kind][0]).exists() and path not in seen:
             seen.add(path)
-            found.append(read_picture(path, f"{cell.name}: {kinds[link.kind][1]}", Path(study.output_dir), left_out))
+            caption = f"{cell.name}: {kinds[link.kind][1]}"
+            found.append(read_picture(path, caption, Path(study.output_dir), left_out, small=True))
     return [picture for picture in found if picture is not None]

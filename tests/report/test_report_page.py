@@ -11,12 +11,13 @@ from runpy import run_path
 import pytest
 import yaml
 from made_up_run import GENERATION, METRICS, dit_run, event, line, picture, tokenizer_run, write
+from PIL import Image
 
 from megavtp.errors import UserError
 from megavtp.report import charts, render_page
 from megavtp.report.folder import read_runs
 from megavtp.report.measures import read_measures, tables
-from megavtp.report.pictures import read_pictures
+from megavtp.report.pictures import read_picture, read_pictures
 from megavtp.report.series import groups_of
 from megavtp.report.summary import commands, differing, facts, notes, settings_of, state, warnings
 
@@ -199,6 +200,14 @@ def test_a_damaged_file_is_left_out_and_named(name, tmp_path):
     lines = [line for line in warnings(run) if told in line]
     assert len(lines) == 1 and "\n" not in lines[0], warnings(run)
     assert ("evaluation.json" in found) == (name != "evaluation.json")
+
+
+def test_one_of_dozens_of_pictures_is_small(tmp_path):
+    noise = Image.effect_noise((900, 600), 80).convert("RGB")
+    noise.save(tmp_path / "noise.png")
+    whole, small = (read_picture(tmp_path / "noise.png", "noise", tmp_path, [], small) for small in (False, True))
+    assert (whole.width, whole.height) == (900, 600) and (small.width, small.height) == (512, 341)
+    assert small.data.startswith("data:image/jpeg") and len(small.data) < len(whole.data) / 3
 
 
 def test_a_run_that_has_not_begun(tmp_path):
