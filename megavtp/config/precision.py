@@ -11,7 +11,7 @@ _CPU_FEATURES = ("avx512_bf16", "amx_bf16")  # other CPUs emulate bfloat16 produ
 
 def compute_dtype(precision: Precision) -> torch.dtype:
     """Return the type in which "bf16" or "fp32" computes, or "auto" on this machine."""
-    return torch.bfloat16 if _resolved(precision) == "bf16" else torch.float32
+    return torch.bfloat16 if resolved(precision) == "bf16" else torch.float32
 
 
 def with_precision(parallel: ParallelConfig) -> ParallelConfig:
@@ -19,10 +19,11 @@ def with_precision(parallel: ParallelConfig) -> ParallelConfig:
 
     Every process decides for its own machine, so a run on machines of several kinds must name a precision.
     """
-    return replace(parallel, precision=_resolved(parallel.precision))
+    return replace(parallel, precision=resolved(parallel.precision))
 
 
-def _resolved(precision: Precision) -> Precision:
+def resolved(precision: Precision) -> Precision:
+    """Return "bf16" or "fp32"; of "auto", that which this machine gets."""
     if precision != "auto":
         return precision
     return "bf16" if _has_native_bfloat16() else "fp32"

@@ -58,7 +58,7 @@ _thread = threading.local()
 def compile_regions(network: object, form: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None) -> int:
     """Replace the regions of all modules of a network by another form; the compiled one compiles when it is called.
 
-    Returns how many there are. A network that is no module has none.
+    Return the number of regions. A network that is no module has none.
     """
     form, count = form or compiled, 0
     for module in network.modules() if isinstance(network, nn.Module) else ():

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from statistics import stdev
 
-from megavtp.study.config import StudyConfig
+from megavtp.study.config import StudyConfig, baseline_axes
 from megavtp.study.curves import Fits, Line, Point
 from megavtp.study.fits import TAIL, Crossing, Interval, Noise, difference
 from megavtp.study.pages import flops_text, several
@@ -28,6 +28,9 @@ def answers(study: StudyConfig, fits: Fits, results: int, cells: int) -> list[st
         told += [verdict for measure, chosen in pairs.items() if (verdict := _verdict(study, fits, measure, chosen))]
     for measure, chosen in pairs.items():
         lines = [line for line in fits.lines if line.measure == measure]
+        names = [line.line for line in lines]
+        if alone := [name for name in names if study.curves.baseline and _baseline_of(study, name) not in names]:
+            told.append(f"{_titled(study, measure)}: the baseline of {', '.join(alone)} has no result yet.")
         if len(lines) > 1 and all("fit" in line.left_out for line in lines):
             said = [_without_curves(fits.x, lines)]
         else:
@@ -55,9 +58,9 @@ def _pairs_to_tell(study: StudyConfig, fits: Fits) -> dict[str, list[tuple[Line,
 
 def _baseline_of(study: StudyConfig, line: str) -> str:
     """Return the name of the line with the baseline's choice on its axis, and the same ones on all others."""
-    baseline, no_lines = study.curves.baseline, (study.curves.x, study.curves.repeats)
-    axis = next(axis for axis, choices in study.axes.items() if baseline in choices and axis not in no_lines)
-    return ", ".join(f"{axis}={baseline}" if part.startswith(f"{axis}=") else part for part in line.split(", "))
+    (axis,) = baseline_axes(study)
+    parts = line.split(", ")
+    return ", ".join(f"{axis}={study.curves.baseline}" if part.startswith(f"{axis}=") else part for part in parts)
 
 
 def _verdict(study: StudyConfig, fits: Fits, measure: str, pairs: Sequence[tuple[Line, Line]]) -> str | None:
@@ -71,9 +74,9 @@ def _verdict(study: StudyConfig, fits: Fits, measure: str, pairs: Sequence[tuple
         found = crossings.get((line.line, base.line))
         if found is None:
             words["without a curve"].append(line.line)
-        elif found.never < TAIL:
-            begin = "everywhere" if found.everywhere or found.at is None else f"from {_at(fits.x, found.at)} on"
-            words["better"].append(f"{line.line} {begin}")
+        elif found.never < TAIL and (found.everywhere or found.at is not None):
+            begin = "everywhere" if found.at is None else f"from {_at(fits.x, found.at)} on"
+            words["better"].append(f"{line.line} (by the fitted curves {begin})")
         elif found.never > 1 - TAIL:
             words["not better"].append(line.line)
         else:

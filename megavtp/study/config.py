@@ -189,17 +189,22 @@ def _check_curves(study: StudyConfig) -> None:
         repeats is None or repeats in study.axes and repeats != x,
         f"curves.repeats = {repeats}: must be an axis other than curves.x ({', '.join(study.axes) or 'there is none'})",
     )
-    baseline = study.curves.baseline
-    having = [axis for axis, choices in study.axes.items() if baseline in choices and axis not in (x, repeats)]
     _need(
-        baseline is None or len(having) == 1,
-        f"curves.baseline = {baseline}: must be a choice on one axis other than curves.x and curves.repeats",
+        study.curves.baseline is None or len(baseline_axes(study)) == 1,
+        f"curves.baseline = {study.curves.baseline}: must be a choice on one axis, other than curves.x and "
+        "curves.repeats",
     )
     for choice in study.axes.get(x, {}):
         _need(number(choice) > 0, f"curves.x = {x}: its choice {choice!r} is no number above 0")
     _need(study.curves.held_out >= 0, f"curves.held_out = {study.curves.held_out}: must be at least 0")
     rate = study.cost.flops_per_second
     _need(rate is None or rate > 0, f"cost.flops_per_second = {rate}: must be above 0")
+
+
+def baseline_axes(study: StudyConfig) -> list[str]:
+    """Return the axes of lines that have the baseline among their choices."""
+    no_lines = (study.curves.x, study.curves.repeats)
+    return [axis for axis, choices in study.axes.items() if study.curves.baseline in choices and axis not in no_lines]
 
 
 def number(text: str) -> float:

@@ -1,4 +1,4 @@
-"""What the study's commands print: the plan, the state, and what the curves say."""
+"""What the study's commands print of its plan, its state and its costs."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -349,7 +349,7 @@ def test_tool_with_a_dit(dit, shards, tmp_path, pools, monkeypatch, capsys):
     assert run_tool(monkeypatch, *options, "--samples", 10, "--label", "kind", "--device", "cpu") == 0
     content = json.loads(out.read_text())
     assert content["metrics"]["samples"] == 10 and content["metrics"]["reference_samples"] == 12
-    assert content["sampling"]["steps"] == 2 and content["label"] == "kind"
+    assert content["sampling"]["steps"] == 2 and content["label"] == "kind" and content["precision"] == "fp32"
     assert "than these 12" in content["skipped"]["generation/class_accuracy"] and content["classes"] == {}
     # the same images from the sampler, in other batches
     sampler = open_sampler(dit, TOKENIZER, SamplingSettings(steps=2))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -106,7 +107,7 @@ def _zero(stage: int, overlap: bool) -> dict[str, Any]:
     """A run under ZeRO 1 or 2: its outcome, the bytes summed over dp before ``step()`` and in all, and those of the
     gradients that the last backward of a step completes."""
     settings = {"zero_optimization": {"overlap_comm": overlap, "reduce_bucket_size": BUCKET}}
-    run = Run(config=CELL.config({**ONE_STEP, "parallel": {"zero_stage": stage}, "deepspeed": settings}))
+    run = Run(config=replace(CELL, zero=stage).config({**ONE_STEP, "deepspeed": settings}))
     before, step = [], Engine.step
 
     def noted(engine: Engine) -> Any:
@@ -163,8 +164,9 @@ def test_zero_1_reduces_in_the_last_backward(found: dict) -> None:
 
 
 def test_zero_2_reduces_in_every_backward(found: dict) -> None:
+    """Before the step the last pass's gradients have been sent, and those of the passes before it."""
     two, plain = found["zero 2"], found["zero 1"][False]
-    assert two["last"] - 4 * BUCKET < two["before"] - plain["before"]
+    assert two["before"] - plain["before"] > two["last"]
     assert differences(two["outcome"], reference(CELL.plain_config(ONE_STEP))).exact
 
 

@@ -64,7 +64,7 @@ def axis(stage: str, *settings: str) -> dict:
     ({"curves": {"x": "objectives"}}, "curves.x = objectives: its choice 'joint' is no number above 0"),
     ({"curves": {"better": {"generation/fd": "less"}}}, "curves.better.generation/fd: expected one of 'lower'"),
     ({"curves": {"repeats": "init"}}, "curves.repeats = init: must be an axis other than curves.x \\(objectives\\)"),
-    ({"curves": {"baseline": "plain"}}, "curves.baseline = plain: must be a choice on one axis other than"),
+    ({"curves": {"baseline": "plain"}}, "curves.baseline = plain: must be a choice on one axis, other than"),
     ({"curves": {"held_out": -1}}, "curves.held_out = -1: must be at least 0"),
     ({"cost": {"flops_per_second": 0}}, "cost.flops_per_second = 0.0: must be above 0"),
     ({"seed": 3}, "seed: unknown key; did you mean seeds"),

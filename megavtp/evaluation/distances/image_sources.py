@@ -6,6 +6,7 @@ size, which processes share by their numbers.
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -48,7 +49,8 @@ class StoredSource(ImageSource, Protocol):
 
     @property
     def digest(self) -> str:
-        """A hash of the names and sizes of all files at the place, of which ``len`` may be a part."""
+        """Tells these files from others: a hash of their names and sizes, or an archive's checksum. Of all images at
+        the place, of which ``len`` may be a part. Raises ``UserError``."""
         ...
 
 
@@ -110,27 +112,31 @@ class _Folder:
     """The image files below a folder, sorted by path."""
 
     def __init__(self, folder: Path, files: list[Path]):
-        self.path, self.files = folder, files
+        self.path, self._files = folder, files
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self._files)
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the files' places below the folder, and their sizes. Raises ``UserError``."""
+        found = hashlib.sha256()
+        for file in self._files:
+            try:
+                size = file.stat().st_size
+            except OSError as error:
+                raise UserError(f"{file} cannot be read ({error.strerror}); start again") from None
+            found.update(os.fsencode(file.relative_to(self.path)) + f" {size}\n".encode())
+        return found.hexdigest()
 
     def read(self, places: Iterable[int]) -> Iterator[tuple[Path, Tensor | None]]:
         """Give file and image (3, H, W) of ascending places; None for a broken file, which the log names."""
-        for file in (self.files[place] for place in places):
+        for file in (self._files[place] for place in places):
             try:
                 yield file, decode_image(file.read_bytes(), MAX_PIXELS)
             except (BadSample, OSError) as error:
                 logger.warning("image left out: %s: %s", file, error)
                 yield file, None
-
-
-def _digest(folder: Path, files: list[Path]) -> str:
-    """Return the SHA-256 of the files' places below the folder, and their sizes."""
-    found = hashlib.sha256()
-    for file in files:
-        found.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
-    return found.hexdigest()
 
 
 class _StoredImages:
@@ -149,7 +155,7 @@ class _StoredImages:
 
     @property
     def digest(self) -> str:
-        return _digest(self._store.path, self._store.files)
+        return self._store.digest
 
     def _read(self, numbers: range) -> Iterator[tuple[Path, Tensor | None]]:
         return self._store.read(number * len(self._store) // self._count for number in numbers)

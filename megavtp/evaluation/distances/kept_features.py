@@ -25,11 +25,18 @@ def read_or_make(
     ``facts`` tell which images they are of and by which network. Raises ``UserError`` on every rank if the file has
     those of others, or is damaged.
     """
-    if from_first(path.exists):
+    if from_first(lambda: _is_there(path)):
         return together(lambda: _read(path, facts, device))
     found = make()
     together(lambda: _write(path, facts, found) if mesh.rank == 0 else None)
     return found
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise UserError(f"{path} cannot be reached ({error.strerror}); name another file") from None
 
 
 def _read(path: Path, facts: dict[str, str], device: torch.device) -> FeatureSummary:
@@ -37,6 +44,10 @@ def _read(path: Path, facts: dict[str, str], device: torch.device) -> FeatureSum
         with safe_open(path, framework="pt") as file:
             held = file.metadata() or {}
             tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is not seen on {socket.gethostname()}; name a file on storage that all machines share"
+        ) from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} holds no reference's features ({error}); remove it, to have them made anew") from None
     for name in facts:
@@ -60,4 +71,8 @@ def _write(path: Path, facts: dict[str, str], found: FeatureSummary) -> None:
     # Several commands that measure against one reference may start at the same time, and each may write the file.
     own = path.with_name(f"{path.stem}-{socket.gethostname()}-{os.getpid()}{path.suffix}")
     write_file(own, save({name: tensor.contiguous() for name, tensor in tensors.items()}, facts))
-    os.replace(own, path)
+    try:
+        os.replace(own, path)
+    except OSError as error:
+        own.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; name another file") from None

@@ -136,7 +136,10 @@ def measure_generation(
     summary = partial(summarise, network=network, batch_size=batch_size, mesh=mesh, device=device)
     images = reference.images
     if kept and images is None:
-        raise UserError(f"{kept} is to keep features of images, but the reference holds statistics alone")
+        raise UserError(
+            f"{kept} is to keep features of images, but the reference holds statistics alone; leave "
+            "--reference-features out, or name a reference with images"
+        )
     make_real = partial(summary, images, title="reference")
     if images is None:
         real = None

@@ -52,7 +52,7 @@ class NpzArray:
     def __init__(self, path: Path):
         if not holds_images(path):
             raise UserError(f"{path} holds no images: they are an array named arr_0")
-        self.path, self.files = path, [path]
+        self.path = path
         with npz_errors(path), zipfile.ZipFile(path) as archive, archive.open(_MEMBER) as file:
             shape, fortran, dtype = _header(file)
             # The size that the archive states is not proven either.
@@ -69,6 +69,13 @@ class NpzArray:
 
     def __len__(self) -> int:
         return self._total
+
+    @property
+    def digest(self) -> str:
+        """The archive's checksum of the images, and their bytes. Raises ``UserError``."""
+        with npz_errors(self.path), zipfile.ZipFile(self.path) as archive:
+            member = archive.getinfo(_MEMBER)
+        return f"{member.CRC:08x} {member.file_size}"
 
     def read(self, places: Iterable[int]) -> Iterator[tuple[Path, Tensor]]:
         """Give file and image (3, H, W) of ascending places. To pass over others, it reads them, as it must in a

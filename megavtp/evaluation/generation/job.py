@@ -1,9 +1,11 @@
 """This does what the options of `tools/evaluate.py generation` ask for."""
 
 import argparse
+from typing import Any
 
 import torch
 
+from megavtp.config.precision import resolved
 from megavtp.dit.sampling.sampler import GeneratedImages, sampler_of
 from megavtp.dit.sampling.settings import settings_of
 from megavtp.errors import UserError
@@ -46,7 +48,9 @@ def run_generation(options: argparse.Namespace) -> None:
     if options.out:
         names = ("samples_from", "dit", "tokenizer", "reference", "size", "label", "weights")
         told = {name: str(value) for name in names if (value := getattr(options, name)) is not None}
-        drawn = {} if options.dit is None else {"sampling": vars(settings_of(options))}
+        drawn: dict[str, Any] = {}
+        if options.dit is not None:
+            drawn = {"sampling": vars(settings_of(options)), "precision": resolved(options.precision)}
         found = {name: getattr(result, name) for name in ("metrics", "compare", "skipped", "notes")}
         write_metrics(options.out, {**told, **drawn, "features": network.title, **found, "classes": classes})
     print(format_table(result.metrics, result.compare))
