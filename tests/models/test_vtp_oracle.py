@@ -83,7 +83,8 @@ def test_trunk_gradients_equal_the_plain_formula(model, inputs):
     for name, parameter in model.trunk.named_parameters(prefix="trunk"):
         if parameter.grad is not None:
             expected = weights[name].grad
-            assert (parameter.grad - expected).norm() <= 1e-4 * expected.norm() + 1e-5, name
+            # Single queries and keys may be rounded to another bfloat16, see ``assert_matches_oracle``.
+            assert (parameter.grad - expected).norm() <= 5e-4 * expected.norm() + 1e-5, name
 
 
 @torch.no_grad()
@@ -176,10 +177,10 @@ def test_a_model_for_contrast_alone(inputs):
     expected, image = stored("clip_only/oracle_out"), inputs["image"]
     assert_equals(model("encode_text", tokens=inputs["text"]), expected["clip_txt"])
     assert_equals(model.text(inputs["text"]), expected["clip_txt_raw"])
-    assert_equals(model("encode_image", images=image), expected["clip_img"])
+    assert_matches_oracle(model("encode_image", images=image), expected["clip_img"])
     features, _, scale, _ = model("contrastive", images=image, tokens=inputs["text"][:3])
     assert scale == torch.tensor(3.0).exp()
-    assert_equals(features @ expected["clip_txt"].T, expected["clip_logits"] / scale)
+    assert_matches_oracle(features @ expected["clip_txt"].T, expected["clip_logits"] / scale)
     plain = load_tensors(DATA / "clip_only")
     tokens = torch.cat([model("features", images=image)[0][:, None], model("features", images=image)[1]], 1)
     assert_equals(tokens, plain_trunk(plain, image, 3, 1)[1])
