@@ -22,7 +22,7 @@ from tiny_run import build_engine, build_model, data_of, learning_rate, merged, 
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from megavtp.config.precision import compute_dtype
+from megavtp.config.precision import compute_dtype, resolved
 from megavtp.config.schema import Config
 from megavtp.decoder import passes as decoder_passes
 from megavtp.models.lpips import empty_lpips
@@ -219,6 +219,8 @@ def test_activations_of_the_second_stage(
     features: str, adaptive: bool, precision: str, micro_batches: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A pass of the decoder, whose encoder is frozen, and one of the discriminator, which finds what it has left."""
+    if (features, precision) == ("pixels", "bf16") and resolved("auto") != "bf16":
+        pytest.skip("convolutions in bfloat16 take other workspaces on a CPU that emulates them")
     monkeypatch.setattr(decoder_passes, "to_uint8", to_uint8)
     library = SimpleNamespace(is_model=lambda name: True, create_model=lambda name, **given: TimmViT())
     monkeypatch.setitem(sys.modules, "timm", library)
