@@ -66,7 +66,7 @@ def _baseline_of(study: StudyConfig, line: str) -> str:
 def _verdict(study: StudyConfig, fits: Fits, measure: str, pairs: Sequence[tuple[Line, Line]]) -> str | None:
     """Say in one sentence which lines are better than their baselines at the end of what both were run for; None if
     there are no curves that could tell."""
-    crossings = {(pair.line, pair.other): pair.crossing for pair in fits.pairs if pair.measure == measure}
+    crossings = _crossings(fits, measure)
     if not any((line.line, base.line) in crossings for line, base in pairs):
         return None
     words: dict[str, list[str]] = {"better": [], "not better": [], "undecided": [], "without a curve": []}
@@ -88,6 +88,11 @@ def _verdict(study: StudyConfig, fits: Fits, measure: str, pairs: Sequence[tuple
     )
 
 
+def _crossings(fits: Fits, measure: str) -> dict[tuple[str, str], Crossing]:
+    """Return by two lines from where on the first is better."""
+    return {(pair.line, pair.other): pair.crossing for pair in fits.pairs if pair.measure == measure}
+
+
 def _without_curves(x: str, lines: Sequence[Line]) -> str:
     """Say how far lines are that all have too few points for a curve."""
     ends = [f"{line.line} {_repeated(line.points[-1])} at {_at(x, line.points[-1].x)}" for line in lines]
@@ -96,7 +101,7 @@ def _without_curves(x: str, lines: Sequence[Line]) -> str:
 
 def _compared(fits: Fits, one: Line, other: Line) -> str:
     """Say in which order two lines of one measure lie."""
-    pairs = {(pair.line, pair.other): pair.crossing for pair in fits.pairs if pair.measure == one.measure}
+    pairs = _crossings(fits, one.measure)
     found = {way: pairs[way] for way in ((one.line, other.line), (other.line, one.line)) if way in pairs}
     if not found and not one.left_out and len(one.points) == len(other.points) == 1:
         return _apart(one, other)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm_library import put_timm
 from torch import nn
 
 from megavtp.config.schema import AdversarialConfig
@@ -45,12 +44,7 @@ class TinyViT(nn.Module):
 
 @pytest.fixture
 def timm(monkeypatch):
-    models = {NAME: TinyViT(), "resnet": nn.Linear(1, 1)}
-    library = SimpleNamespace(
-        is_model=models.__contains__, list_models=lambda: list(models),
-        create_model=lambda name, **given: copy.deepcopy(models[name]),
-    )
-    monkeypatch.setitem(sys.modules, "timm", library)
+    put_timm(monkeypatch, {NAME: TinyViT(), "resnet": nn.Linear(1, 1)})
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from pathlib import Path
 from runpy import run_path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from timm_library import put_timm
 from torch import nn
 
 import megavtp
@@ -58,12 +57,7 @@ class TinyViT(nn.Module):
 
 @pytest.fixture
 def timm(monkeypatch):
-    models = {NAME: TinyViT(), "resnet": nn.Linear(1, 1)}
-    library = SimpleNamespace(
-        is_model=models.__contains__, list_models=lambda: list(models),
-        create_model=lambda name, **given: copy.deepcopy(models[name]),
-    )
-    monkeypatch.setitem(sys.modules, "timm", library)
+    put_timm(monkeypatch, {NAME: TinyViT(), "resnet": nn.Linear(1, 1)})
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from megavtp.evaluation.distances.feature_sets import FeatureStatistics, Feature
 from megavtp.evaluation.report import write_file
 from megavtp.parallel.collectives import together
 from megavtp.parallel.looking import from_first
-from megavtp.parallel.mesh import SINGLE, Mesh
+from megavtp.parallel.mesh import Mesh
 
 
 def read_or_make(
-    path: Path, facts: dict[str, str], make: Callable[[], FeatureSummary], device: torch.device, mesh: Mesh = SINGLE
+    path: Path, facts: dict[str, str], make: Callable[[], FeatureSummary], device: torch.device, mesh: Mesh
 ) -> FeatureSummary:
     """Read the features in a file, or ``make`` them and write it, in a collective call with the same result either way.
 

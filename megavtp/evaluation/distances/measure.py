@@ -140,13 +140,10 @@ def measure_generation(
             f"{kept} is to keep features of images, but the reference holds statistics alone; leave "
             "--reference-features out, or name a reference with images"
         )
-    make_real = partial(summary, images, title="reference")
-    if images is None:
-        real = None
-    elif kept is None:
-        real = make_real()
-    else:
-        real = read_or_make(kept, _facts_of(images, network), make_real, device, mesh)
+    real = None
+    if images is not None:
+        make_real = partial(summary, images, title="reference")
+        real = read_or_make(kept, _facts_of(images, network), make_real, device, mesh) if kept else make_real()
     made = summary(samples, title="samples")
     statistics = reference.statistics if real is None else reference.statistics or real.statistics
     assert statistics is not None, "a reference without images has statistics"
