@@ -5,13 +5,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megavtp.config.schema import DinoHeadConfig
+from megavtp.nn.compiling import Region
 from megavtp.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megavtp.parallel.mesh import SINGLE, Mesh
 from megavtp.parallel.sharding import Shard, mark
 
 
+def weight_norm(v: Tensor, g: Tensor) -> Tensor:
+    """Compute g v / |v| of each row, (K, d) and (K, 1) -> (K, d) (arXiv 1602.07868)."""
+    return v * (g / v.norm(dim=1, keepdim=True))
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Divide each row by its length: (n, d) -> (n, d).
+
+    The length is computed in float32, but the result has the dtype of the compute: autocast on CUDA would leave
+    float32, and the logits, the largest products of a step, would miss the fast 16-bit units.
+    """
+    return F.normalize(x.float(), dim=-1).to(x.dtype)
+
+
 class Prototypes(nn.Module):
     """The weight-normalised last layer, rows cut over tp: forward() -> W = g v / |v|, (K / tp, bottleneck)."""
+
+    normalise = Region(weight_norm)
 
     def __init__(self, bottleneck: int, prototypes: int, mesh: Mesh):
         super().__init__()
@@ -22,7 +39,7 @@ class Prototypes(nn.Module):
         mark(self.weight_v, Shard(0))
 
     def forward(self) -> Tensor:
-        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+        return self.normalise(self.weight_v, self.weight_g)
 
 
 def head_widths(in_dim: int, config: DinoHeadConfig) -> list[int]:
@@ -47,6 +64,8 @@ def _mlp(sizes: list[int], mesh: Mesh) -> nn.Sequential:
 class DinoHead(nn.Module):
     """An MLP, an L2 norm, then the prototypes."""
 
+    normalise = Region(unit_rows)
+
     def __init__(self, in_dim: int, config: DinoHeadConfig, mesh: Mesh = SINGLE):
         super().__init__()
         self.mlp = _mlp(head_widths(in_dim, config)[:-1], mesh)
@@ -57,7 +76,4 @@ class DinoHead(nn.Module):
 
         The loss computes the logits, features @ prototypes^T, itself: it never holds all (n, K) of them at once.
         """
-        x = self.mlp(x)
-        # The norm is computed in float32, but the result has the dtype of the compute: autocast on CUDA would leave
-        # float32, and the logits, the largest products of a step, would miss the fast 16-bit units.
-        return F.normalize(x.float(), dim=-1).to(x.dtype), self.last_layer()
+        return self.normalise(self.mlp(x)), self.last_layer()

@@ -1,10 +1,10 @@
 """Compiled regions: elementwise work between matrix products, which ``torch.compile`` makes one pass over memory of.
 
 A *region* is a function of tensors: a norm with its cast, the rotation of queries and keys, a gate, a residual sum with
-layer scale and stochastic depth, the distance of two features of the perceptual network. Products, attention,
-collectives and the hooks that gather weights are not in it, so it is the same on every layout: its weights are
-arguments, gathered and whole, and what a collective has to do with them is done before. A class marks its regions with
-``Region``, and ``compile_regions`` gives a model their compiled form; without it they are plain functions.
+layer scale and stochastic depth, the norms of the DINO head, the distance of two features of the perceptual network.
+Products, attention, collectives and the hooks that gather weights are not in it, so it is the same on every layout: its
+weights are arguments, gathered and whole, and what a collective has to do with them is done before. A class marks its
+regions with ``Region``, and ``compile_regions`` gives a model their compiled form; without it they are plain functions.
 
 The first dimension of an argument with more than one is dynamic: tokens or samples, whose number changes from step to
 step. All else is fixed. A region is one graph, or an error.

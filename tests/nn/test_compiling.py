@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from tiny_run import PlainRunner, build_model, data_of, passes_of, tiny_config
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from megavtp.config.schema import DinoHeadConfig
 from megavtp.errors import UserError
+from megavtp.models.dino_head import DinoHead
 from megavtp.models.lpips import LPIPS, weight_shapes
 from megavtp.nn import compiling
 from megavtp.nn.block import run_blocks
@@ -113,6 +116,26 @@ def test_distances_of_the_perceptual_network_are_compiled(light: None) -> None:
                 torch.testing.assert_close(network(x, y), plain(x, y))
             graphs.append(counters["stats"]["unique_graphs"])
         assert graphs == [number * shapes * 2] * 4  # with a gradient and without
+
+
+def test_norms_of_the_dino_head_are_compiled(light: None) -> None:
+    torch.manual_seed(0)
+    plain = DinoHead(8, DinoHeadConfig(prototypes=6, hidden=4, bottleneck=3))
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter)
+    head = deepcopy(plain)
+    assert compile_regions(head) == 2
+
+    def results(of: DinoHead, x: Tensor) -> list[Tensor]:
+        features, prototypes = of(x)
+        gradients = torch.autograd.grad((features @ prototypes.T).exp().sum(), list(of.parameters()))
+        return [features, prototypes, *gradients]
+
+    for rows in (5, 1, 0, 7):
+        x = torch.randn(rows, 8)
+        for a, b in zip(results(head, x), results(plain, x), strict=True):
+            torch.testing.assert_close(a, b)
+    assert counters["stats"]["unique_graphs"] == 3  # features of one row have a graph of their own
 
 
 @pytest.mark.timeout(900)
