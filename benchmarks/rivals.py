@@ -37,6 +37,7 @@ from benchmarks.comparisons.comparison import Comparison, Pair, Setting  # noqa:
 from benchmarks.comparisons.contrastive import contrastive  # noqa: E402
 from benchmarks.comparisons.diffusion import diffusion  # noqa: E402
 from benchmarks.comparisons.distances import frechet, pytorch_fid, torch_fidelity  # noqa: E402
+from benchmarks.comparisons.engine import engine_step  # noqa: E402
 from benchmarks.comparisons.loading import loading  # noqa: E402
 from benchmarks.comparisons.perceptual import perceptual  # noqa: E402
 from benchmarks.comparisons.self_distillation import self_distillation  # noqa: E402
@@ -60,6 +61,10 @@ COMPARISONS: Mapping[str, Comparison] = {
     "torchvision_v2": Comparison("loader, transforms v2", "torchvision", partial(loading, version="v2")),
     "torch_fidelity": Comparison("Frechet distance", "torch-fidelity", partial(frechet, distance_by=torch_fidelity)),
     "pytorch_fid": Comparison("Frechet distance", "pytorch-fid", partial(frechet, distance_by=pytorch_fid)),
+    **{
+        f"zero_{stage}": Comparison(f"step under ZeRO {stage}, alone", "torch", partial(engine_step, stage=stage))
+        for stage in range(4)
+    },
 }
 HEAD = [
     "| name | what | beside | ratio | quartiles | memory | results differ by | work |",

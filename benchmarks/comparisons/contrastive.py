@@ -82,13 +82,15 @@ def contrastive(setting: Setting, own_tower: bool) -> Iterator[Pair]:
         )
 
 
-def contrastive_config(setting: Setting, vision: dict[str, Any], text: Shape, batch: int) -> ResolvedConfig:
+def contrastive_config(
+    setting: Setting, vision: dict[str, Any], text: Shape, batch: int, zero_stage: int = 0
+) -> ResolvedConfig:
     words = dict(zip(("width", "depth", "heads"), text), vocab_size=512 if setting.tiny else 49408)
     return validate(from_dict({
         "model": vision | {"text": words},
         "objectives": {"self_distillation": {"weight": 0.0}, "reconstruction": {"weight": 0.0}},
         "data": {"streams": 1}, "train": {"batch_size": batch},
-        "parallel": {"precision": setting.precision, "zero_stage": 0},
+        "parallel": {"precision": setting.precision, "zero_stage": zero_stage},
     }, Config), 1)
 
 

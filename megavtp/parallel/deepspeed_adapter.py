@@ -1,10 +1,10 @@
 """DeepSpeed's engine: how it is configured and made, and what has to be done before a step and before a backward.
 
-Only this file, ``gather_ahead``, ``reduce_early``, ``reduce_in_place``, ``shard_matrix``, ``stream_order``,
-``gradient_norm`` and ``engine_state`` touch DeepSpeed's internals. They are written against exactly DeepSpeed 0.19.8:
-ZeRO-3 gathers of earlier releases return garbage on gloo, and several of the faults that are worked around here are
-silent. Each work-around states its reason; ``tests/parallel/test_deepspeed_adapter.py`` fails without it, and also
-tells when a later DeepSpeed no longer needs it.
+Only this file, ``gather_ahead``, ``master_weights``, ``reduce_early``, ``reduce_in_place``, ``shard_matrix``,
+``stream_order``, ``gradient_norm`` and ``engine_state`` touch DeepSpeed's internals. They are written against exactly
+DeepSpeed 0.19.8: ZeRO-3 gathers of earlier releases return garbage on gloo, and several of the faults that are worked
+around here are silent. Each work-around states its reason; ``tests/parallel/test_deepspeed_adapter.py`` fails without
+it, and also tells when a later DeepSpeed no longer needs it.
 """
 
 import logging
@@ -24,6 +24,7 @@ from megavtp.config.load import merged
 from megavtp.errors import UserError
 from megavtp.parallel import gradient_norm
 from megavtp.parallel.gather_ahead import block_chains, gather_ahead
+from megavtp.parallel.master_weights import share_master_weights
 from megavtp.parallel.mesh import Axis, Mesh
 from megavtp.parallel.reduce_early import reduce_in_last_backward
 from megavtp.parallel.reduce_in_place import reduce_in_place
@@ -124,8 +125,7 @@ def initialize(
             # The transport itself has one in any case.
             coordinator, default = offload.get_param_coordinator(), torch.cuda.default_stream()
             coordinator._PartitionedParameterCoordinator__allgather_stream = default
-        if mesh.dp > 1:
-            reduce_by_columns()
+        reduce_by_columns()
         # A GPU alone has nothing to gather, but there the host would wait for it at every block.
         if (mesh.dp > 1 or engine.device.type == "cuda") and not any(zero.get(key) for key in _OTHER_GATHERS):
             gather_by_columns(module.parameters())
@@ -133,6 +133,8 @@ def initialize(
             gather_ahead(engine, block_chains(module))
     if stage == 0:
         reduce_in_place(engine)
+    else:
+        share_master_weights(engine, mesh.dp_rank)
     if early:
         reduce_in_last_backward(engine)
     if stage > 0 and engine.device.type == "cuda":

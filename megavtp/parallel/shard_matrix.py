@@ -74,11 +74,13 @@ def begin_gather(parameters: Iterable[Any], safe_mode: bool = False, quantize: b
 def reduce_scatter(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
     """Return this rank's shards, flat, of the means of ``tensors`` over the ranks of ``group``.
 
-    A lone tensor that the ranks divide evenly is overwritten.
+    A lone tensor that the ranks divide evenly is overwritten. A rank alone gets the tensors themselves.
     """
     from deepspeed import comm
 
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    if ranks == 1:
+        return [tensor.view(-1) for tensor in tensors]
     sizes = [ceil_div(tensor.numel(), ranks) for tensor in tensors]
     if len(tensors) == 1 and tensors[0].numel() == ranks * sizes[0]:
         matrix = tensors[0].view(ranks, sizes[0])

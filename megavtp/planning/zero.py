@@ -84,7 +84,7 @@ class State:
 
     Attributes:
         keeps: gradients and buffers stay from step to step, instead of coming with its first backward.
-        optimizer: moments, and in stages 1 to 3 the weights' master partition.
+        optimizer: moments.
         buffers: communication buckets, and in stage 3 what is gathered at one time.
         step: needed on top for a moment during the update, after the last backward.
         setup: all that is there while DeepSpeed takes over the model, which is whole then in every stage.
@@ -143,14 +143,13 @@ def state(
         shards = [replace(p, numel=ceil_div(p.numel, dp)) for p in pieces]  # each parameter is cut on its own
         own, others = elements(shards, trained=True), elements(shards, trained=False)
         gathered = _gathered(pieces, hold) if dp > 1 else 0
-        largest = max(_group_sizes(shards).values(), default=0)
-        counts = (own, own, 3 * own, others, bucket + gathered, largest, trained + frozen)
+        counts = (own, own, 2 * own, others, bucket + gathered, 0, trained + frozen)
     else:
         flat = flat_elements(pieces, dp)
         owned, unreached = _partition_gradients(pieces, dp, first_mode)
         gradients = trained if stage == 1 else owned + unreached
         counts = (
-            flat, gradients, 3 * flat // dp, frozen, bucket * (1 + overlap), owned, trained + flat + frozen
+            flat, gradients, 2 * flat // dp, frozen, bucket * (1 + overlap), owned, trained + flat + frozen
         )
     return State(stage == 3, *(FLOAT * count for count in counts))
 
