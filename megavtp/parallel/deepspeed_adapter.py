@@ -31,6 +31,7 @@ from megavtp.parallel.shard_matrix import gather_by_columns, reduce_by_columns
 from megavtp.parallel.stream_order import order_streams
 
 SUPPORTED_VERSION = "0.19.8"
+_BUCKET = 50_000_000  # elements at most
 # What a user can ask of DeepSpeed instead of a gather by columns.
 _OTHER_GATHERS = ("stage3_allgather_sequential", "stage3_use_all_reduce_for_fetch_params")
 
@@ -62,16 +63,22 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+def bucket_elements(parameters: int) -> int:
+    """Return the elements of a communication bucket of a rank that trains so many, unless the user gives another
+    number. DeepSpeed allocates it whole."""
+    return ceil_div(min(parameters, _BUCKET), 1024) * 1024  # a multiple of its alignment
+
+
 def build_config(
     zero_stage: int, clip_grad: float, parameters: int, overlap: bool, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a run; ``extra`` (the user's ``deepspeed:`` keys) is merged in last.
 
     Args:
-        parameters: trainable numel of this rank; caps the communication buckets, which DeepSpeed allocates whole.
+        parameters: trainable numel of this rank, which caps the communication buckets.
         overlap: reduce gradients while the backward runs.
     """
-    bucket = ceil_div(min(parameters, 50_000_000), 1024) * 1024  # a multiple of its alignment
+    bucket = bucket_elements(parameters)
     config = {
         "train_micro_batch_size_per_gpu": 1,  # never used: the trainer owns the batch
         "gradient_accumulation_steps": 1,
