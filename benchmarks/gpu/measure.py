@@ -23,8 +23,8 @@ PARTS = {
     "machine": ("machine", "describe", ""), "tests": ("suite", "run_tests", ""), "kernels": ("kernels", "compare", ""),
     **{f"vtp-{size}": ("steps", "measure_vtp", size) for size in ("s", "b", "l")},
     **{f"plan-{size}": ("steps", "plan_vtp", size) for size in ("s", "b", "l")},  # of the part before
-    "dit-xl": ("steps", "measure_dit", "xl"), "data": ("reading", "measure_loader", ""),
-    "sampling": ("sampling", "measure_sampling", ""),
+    "dit-xl": ("steps", "measure_dit", "xl"), "plan-dit-xl": ("steps", "plan_dit", "xl"),
+    "data": ("reading", "measure_loader", ""), "sampling": ("sampling", "measure_sampling", ""),
 }
 
 

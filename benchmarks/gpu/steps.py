@@ -4,6 +4,8 @@ import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.measure import attempt, tell
-from benchmarks.gpu.parts import DIT_BATCH, MEASURE, STEP_CASES, VTP_BATCH, VTP_CASES, vtp_cases
+from benchmarks.gpu.parts import DIT_BATCH, MEASURE, STEP_CASES, VTP_BATCH, VTP_CASES
 from benchmarks.step import drawn_on, make_batch, measure_config, measure_steps
 from megavtp.config.load import load_config
 from megavtp.config.schema import Config
@@ -19,13 +21,15 @@ from megavtp.config.sizes import ResolvedConfig, known
 from megavtp.config.validate import validate
 from megavtp.dit.batch import LatentBatch
 from megavtp.dit.config import CompleteDiTConfig, DiTConfig, complete_config
+from megavtp.dit.plan import planned
 from megavtp.dit.recipe import DiTTraining
 from megavtp.dit.validate import validate_dit
 from megavtp.errors import UserError
 from megavtp.launch import ranks
 from megavtp.nn import compiling
+from megavtp.parallel.mesh import SINGLE
 from megavtp.planning.devices import find_device
-from megavtp.planning.plan import GIB, Planner
+from megavtp.planning.plan import GIB, Planner, RankPlan
 from megavtp.training.optimizer import parameter_groups
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -62,35 +66,43 @@ def start(rehearse: bool) -> torch.device:
     return ranks.start()
 
 
-def measure_vtp(size: str, rehearse: bool) -> None:
-    device, steps = start(rehearse), 1 if rehearse else 5
-    # What is planned is told by a process of its own, as soon as it is known.
+@contextmanager
+def plans_beside(part: str, rehearse: bool) -> Iterator[None]:
+    """Let a process of its own tell what is planned of a part, as soon as it is known. UserError if it fails."""
     extra = ["--rehearse"] if rehearse else []
     plans = subprocess.Popen(
-        [sys.executable, str(MEASURE), f"plan-{size}", *extra], stdin=subprocess.DEVNULL,
+        [sys.executable, str(MEASURE), part, *extra], stdin=subprocess.DEVNULL,
         env=os.environ | {"DS_ACCELERATOR": "cpu"},  # rehearsals are on the CPU
     )
-    configs = {name: vtp_config(size, VTP_CASES[name], rehearse) for name in vtp_cases(size)}
-    batch = make_batch(next(iter(configs.values())), device.type == "cuda")
-    for name, config in configs.items():
-        forget(device)
-        attempt(name, partial(measure_config, config, device, batch, steps))
-    ranks.stop()
+    yield
     if plans.wait():
         raise UserError("the steps could not be planned")
 
 
+def tell_plan(name: str, plan: RankPlan) -> None:
+    tell(case=name, planned_gib=plan.memory / GIB, moved_bytes=plan.moved_bytes)
+
+
+def measure_vtp(size: str, rehearse: bool) -> None:
+    device, steps = start(rehearse), 1 if rehearse else 5
+    configs = {name: vtp_config(size, case, rehearse) for name, case in VTP_CASES.items()}
+    with plans_beside(f"plan-{size}", rehearse):
+        batch = make_batch(next(iter(configs.values())), device.type == "cuda")
+        for name, config in configs.items():
+            forget(device)
+            attempt(name, partial(measure_config, config, device, batch, steps))
+        ranks.stop()
+
+
 def plan_vtp(size: str, rehearse: bool) -> None:
     planners: dict[Any, Planner] = {}
-    for name in vtp_cases(size):
-        config = vtp_config(size, VTP_CASES[name], rehearse)
+    for name, case in VTP_CASES.items():
+        config = vtp_config(size, case, rehearse)
         alike = config.objectives, config.parallel.compile
         if alike not in planners:
             groups = partial(parameter_groups, config=config.train.optimizer)
             planners[alike] = Planner(config, groups, _ANY, cuda=torch.cuda.is_available())
-        plan = planners[alike].plan(config, 1)
-        moved = plan.seconds["elementwise"] * _ANY.memory_bandwidth * 1e9
-        tell(case=name, planned_gib=plan.memory / GIB, moved_bytes=moved)
+        tell_plan(name, planners[alike].plan(config, 1).fullest)
 
 
 def measure_dit(_: str, rehearse: bool) -> None:
@@ -104,12 +116,18 @@ def measure_dit(_: str, rehearse: bool) -> None:
             recipe.engine, recipe.passes(), recipe.averaged(), noise_batch(config, device.type == "cuda"),
             1 if rehearse else 5, recipe.flops_per_step(), config.parallel.precision,
         )
-        return {"latents_per_second": config.train.batch_size / result["seconds"], "moved_bytes": 0.0, **result}
+        return {"latents_per_second": config.train.batch_size / result["seconds"], **result}
 
+    with plans_beside("plan-dit-xl", rehearse):
+        for name, case in STEP_CASES.items():
+            forget(device)
+            attempt(name, lambda case=case: measure(dit_config(case, rehearse)))
+        ranks.stop()
+
+
+def plan_dit(_: str, rehearse: bool) -> None:
     for name, case in STEP_CASES.items():
-        forget(device)
-        attempt(name, lambda case=case: measure(dit_config(case, rehearse)))
-    ranks.stop()
+        tell_plan(name, planned(dit_config(case, rehearse), SINGLE, cuda=torch.cuda.is_available()))
 
 
 def noise_batch(config: CompleteDiTConfig, pin: bool) -> LatentBatch:

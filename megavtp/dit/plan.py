@@ -3,6 +3,7 @@
 A stage is rehearsed for one micro-batch; the schedule and ZeRO are those of ``planning``.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,37 +14,54 @@ from megavtp.config.precision import compute_dtype
 from megavtp.config.share import PassShare
 from megavtp.dit.batch import LatentBatch
 from megavtp.dit.config import CompleteDiTConfig
-from megavtp.dit.flow_matching import flow_matching_terms, straight_path
+from megavtp.dit.flow_matching import FlowMatchingPass, flow_matching_terms, straight_path
 from megavtp.dit.model.average import AveragedDiT
 from megavtp.dit.validate import TOWER, flow_share
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.rehearsal import rehearsal
 from megavtp.planning import zero
-from megavtp.planning.cost import Cost, Sent, cost_of
-from megavtp.planning.passes import Chain, chain_traffic, in_flight, terms_sent
-from megavtp.planning.plan import most_bytes
+from megavtp.planning.cost import Cost, cost_of
+from megavtp.planning.passes import Chain, PassCost, chain_traffic, idle_share, in_flight, terms_sent
+from megavtp.planning.plan import RankPlan
 from megavtp.planning.regions import count_regions
 from megavtp.training.optimizer import parameter_groups
 
 TERMS = 2  # the squared error and the cosine
 
 
-def planned(config: CompleteDiTConfig, mesh: Mesh, *, cuda: bool = True) -> tuple[Sent, float]:
-    """Return what the rank at ``mesh`` sends in a step, and the most bytes that it holds at one time."""
+def planned(config: CompleteDiTConfig, mesh: Mesh, *, cuda: bool = True) -> RankPlan:
+    """Return what the rank at ``mesh`` holds and sends in a step. UserError."""
     p, part = config.parallel, flow_share(config, mesh.dp)
     with torch.device("meta"):
         named = list(AveragedDiT(config.model, mesh).named_parameters())
     pieces = zero.pieces(named, partial(parameter_groups, config=config.train.optimizer, tower_of=lambda name: TOWER))
-    hold = p.zero3_gather == "step"
-    chains = [_chain(config, mesh, stage, part, cuda) for stage in range(mesh.pp_rank, mesh.chunks, mesh.pp)]
-    sent = chain_traffic(chains, part.micro_batches, back=True) + terms_sent(mesh, TERMS)
-    calls = [zero.Calls("velocity", 0, part.micro_batches, mesh.virtual_stages, mesh.virtual_stages)]
-    sent += zero.traffic(pieces, p.zero_stage, mesh.dp, calls, shared_bottleneck=False, hold=hold)
+    hold, cost = p.zero3_gather == "step", _pass_cost(config, mesh, part, cuda)
+    sent = cost.sent + zero.traffic(pieces, p.zero_stage, mesh.dp, cost.calls, shared_bottleneck=False, hold=hold)
     sent += zero.norm_traffic(pieces, p.zero_stage, mesh.dp, mesh.tp * mesh.pp, towers=1)
-    overlap = zero.overlaps(config.deepspeed, mesh.dp, cuda=cuda)
-    state = zero.state(pieces, p.zero_stage, mesh.dp, first_mode="velocity", hold=hold, overlap=overlap)
-    first, later = in_flight(chains, mesh, p.schedule, part.micro_batches)
-    return sent, most_bytes(state, [(0.0, first, later)], early=overlap and p.zero_stage == 1)
+    reduction = zero.reduction_of(config.deepspeed, mesh.dp, cuda=cuda)
+    state = zero.state(pieces, p.zero_stage, mesh.dp, first_mode=FlowMatchingPass.mode, hold=hold, reduction=reduction)
+    return RankPlan(
+        mesh.pp_rank, state, {FlowMatchingPass.name: cost}, sent, *zero.updated(pieces, p.zero_stage, mesh.dp),
+        early=reduction.early(p.zero_stage),
+    )
+
+
+def _pass_cost(config: CompleteDiTConfig, mesh: Mesh, part: PassShare, cuda: bool) -> PassCost:
+    """Count the pass: the rank's stages, one after the other."""
+    p, count, V = config.parallel, part.micro_batches, mesh.virtual_stages
+    chains = _chains(config, mesh, part, cuda)
+    plain = replace(config, parallel=replace(p, recompute="none"))
+    held = chains if p.recompute == "none" else _chains(plain, mesh, part, cuda)
+    return PassCost(
+        peaks=(0.0, *in_flight(chains, mesh, p.schedule, count)), activity=count * sum(chain.held for chain in held),
+        sent=chain_traffic(chains, count, back=True) + terms_sent(mesh, TERMS),
+        bubble=idle_share(p.schedule, mesh.pp, V, count), calls=[zero.Calls(FlowMatchingPass.mode, 0, count, V, V)],
+        forwards=3.0 + (p.recompute == "full"),
+    )
+
+
+def _chains(config: CompleteDiTConfig, mesh: Mesh, part: PassShare, cuda: bool) -> list[Chain]:
+    return [_chain(config, mesh, stage, part, cuda) for stage in range(mesh.pp_rank, mesh.chunks, mesh.pp)]
 
 
 def empty_batch(config: CompleteDiTConfig, count: int) -> LatentBatch:

@@ -24,7 +24,8 @@ def rehearse_dit(given: DiTConfig, world_size: int, rank: int) -> Rehearsed:
         )
     complete = as_on_gpus(complete_config(config), world_size)
     played = play_dit(complete, world_size, rank)
-    return Rehearsed(played, *planned(complete, played.mesh))
+    plan = planned(complete, played.mesh)
+    return Rehearsed(played, plan.sent, plan.played_memory)
 
 
 def play_dit(config: CompleteDiTConfig, world_size: int, rank: int, *, fused_norms: bool = True) -> Played:

@@ -32,6 +32,7 @@ from megavtp.parallel.shard_matrix import gather_by_columns, reduce_by_columns
 from megavtp.parallel.stream_order import order_streams
 
 SUPPORTED_VERSION = "0.19.8"
+_BUCKET = 50_000_000  # elements at most
 # What a user can ask of DeepSpeed instead of a gather by columns.
 _OTHER_GATHERS = ("stage3_allgather_sequential", "stage3_use_all_reduce_for_fetch_params")
 
@@ -63,16 +64,24 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+def bucket_elements(parameters: int) -> int:
+    """Return the elements of a communication bucket of a rank that trains so many, unless the user gives another
+    number. DeepSpeed allocates it whole."""
+    return ceil_div(min(parameters, _BUCKET), 1024) * 1024  # a multiple of its alignment
+
+
 def build_config(
-    zero_stage: int, clip_grad: float, parameters: int, overlap: bool, extra: Mapping[str, Any]
+    zero_stage: int, clip_grad: float, parameters: int, dp: int, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a run; ``extra`` (the user's ``deepspeed:`` keys) is merged in last.
 
     Args:
-        parameters: trainable numel of this rank; caps the communication buckets, which DeepSpeed allocates whole.
-        overlap: reduce gradients while the backward runs.
+        parameters: trainable numel of this rank, which caps the communication buckets.
+        dp: data-parallel ranks, over which gradients are averaged.
     """
-    bucket = ceil_div(min(parameters, 50_000_000), 1024) * 1024  # a multiple of its alignment
+    # Without streams there is nothing to hide the reduction behind.
+    overlap = torch.cuda.is_available() and dp > 1
+    bucket = bucket_elements(parameters)
     config = {
         "train_micro_batch_size_per_gpu": 1,  # never used: the trainer owns the batch
         "gradient_accumulation_steps": 1,
@@ -85,6 +94,8 @@ def build_config(
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "overlap_comm": overlap and zero_stage > 0,
+            # A rank alone has nothing to send, and would only copy its gradients once more.
+            "contiguous_gradients": not (zero_stage == 3 and dp == 1),
             # A parameter that stays gathered would not see the shard-wise teacher update.
             "stage3_param_persistence_threshold": 0,
         },

@@ -50,9 +50,7 @@ class Engine(Generic[M]):
         self.module = module
         self.names = {parameter: name for name, parameter in module.named_parameters()}
         numel = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        # Without streams there is nothing to hide it behind.
-        overlap = torch.cuda.is_available() and mesh.dp > 1
-        ds_config = adapter.build_config(zero_stage, clip_grad, numel, overlap, extra or {})
+        ds_config = adapter.build_config(zero_stage, clip_grad, numel, mesh.dp, extra or {})
         self._engine = adapter.initialize(module, optimizer, ds_config, mesh, leaf_classes, hold)
         self._engine.megavtp_clip_grad = clip_grad
         self._last_follows = False

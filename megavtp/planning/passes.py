@@ -104,7 +104,7 @@ def pass_cost(parts: Rehearsals, layout: RankLayout, name: str, part: PassShare)
     first, later = in_flight(chains, mesh, layout.schedule, count)
     plain = chains if layout.recompute == "none" else _chains(parts, replace(layout, recompute="none"), mode, m)
     activity = count * sum(chain.held for chain in plain)
-    idle = 0.0 if mesh.pp == 1 else _bubble(layout.schedule, mesh.pp, len(chains), count)
+    idle = idle_share(layout.schedule, mesh.pp, len(chains), count)
     peaks = silent_peak, base + first, base + later
     return PassCost(peaks, activity, +sent, idle, calls, 3.0 + twice + (layout.recompute == "full"))
 
@@ -131,7 +131,8 @@ def terms_sent(mesh: Mesh, count: int) -> Sent:
 
 
 @lru_cache(maxsize=1024)
-def _bubble(schedule: Schedule, p: int, V: int, m: int) -> float:
+def idle_share(schedule: Schedule, p: int, V: int, m: int) -> float:
+    """Return idle time over busy time of a pass of m micro-batches on p pipeline ranks with V stages each."""
     return (p - 1) / (V * m) if m % p == 0 or V == 1 else bubble(schedule, p, V, m)
 
 

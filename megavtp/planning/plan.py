@@ -26,14 +26,20 @@ _TOUCHES = 4
 def most_bytes(state: zero.State, peaks: Sequence[tuple[float, float, float]], early: bool) -> float:
     """Return the most bytes at one time in a step whose passes have these ``peaks``, see ``PassCost``.
 
-    ``early`` says that what the update needs on top is there in the last pass already.
+    ``early`` says that gradients are reduced in the last backward of the step only, instead of in each.
     """
     (before, during, after), *others = peaks
-    moments = [state.at(0) + before, state.at(1) + during, state.at(2) + after]
-    moments += [state.total + max(peak) for peak in others]
-    if early:  # the last backward is the first one if nothing follows it
-        moments[-1 if others or after else 1] += state.step
-    return max(state.setup, *moments, state.total + state.step)
+    backwards = [state.at(1) + during]
+    if after:
+        backwards.append(state.at(2) + after)
+    backwards += [state.total + max(peak) for peak in others]
+    several = len(backwards) > 1
+    for number in range(len(backwards)):
+        backwards[number] += state.lingering if number else 0
+        if not early or number == len(backwards) - 1:
+            backwards[number] += state.spilled[number > 0]
+    end = state.total + state.end[several] + (state.lingering if several else 0)
+    return max(state.setup, state.at(0) + before, *backwards, end, state.at(0) + state.update)
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class RankPlan:
     sent: Sent
     owned: int  # elements that the optimizer updates here
     teacher: int
-    early: bool = False  # see ``most_bytes``
+    early: bool  # see ``most_bytes``
 
     @property
     def activations(self) -> float:
@@ -56,6 +62,17 @@ class RankPlan:
     def memory(self) -> float:
         """The most bytes at one time, in the passes or during the update."""
         return most_bytes(self.state, [cost.peaks for cost in self.passes.values()], self.early)
+
+    @property
+    def played_memory(self) -> float:
+        """The same in a rehearsal, where no device lags behind the host."""
+        return replace(self, state=replace(self.state, lingering=0)).memory
+
+    @property
+    def moved_bytes(self) -> float:
+        """The bytes that a step reads and writes in the device's memory beside its products."""
+        activity = sum(cost.activity for cost in self.passes.values())
+        return _TOUCHES * activity + _ADAM_BYTES * self.owned + _TEACHER_BYTES * self.teacher
 
     def wire_bytes(self, axis: str, size: int) -> float:
         """Return the bytes that leave the rank for its group of ``size`` ranks along an axis."""
@@ -96,7 +113,8 @@ class Plan:
         for name, cost in self.ranks[0].passes.items():
             time = per_objective.get(name, 0.0) / 3 * cost.forwards / self.world_size / (self.device.peak_tflops * 1e12)
             busy, idle = busy + time, idle + time * cost.bubble
-        seconds = {"products": busy, "bubble": idle, "elementwise": max(map(self._elementwise, self.ranks))}
+        moved = max(rank.moved_bytes for rank in self.ranks)
+        seconds = {"products": busy, "bubble": idle, "elementwise": moved / (self.device.memory_bandwidth * 1e9)}
         p = self.config.parallel
         # By axis, the size of a group and the span of consecutive ranks that it reaches over.
         for axis, size, span in (("tp", p.tp, p.tp), ("pp", p.pp, p.tp * p.pp), ("dp", self.dp, self.world_size)):
@@ -107,10 +125,6 @@ class Plan:
     @property
     def step_seconds(self) -> float:
         return sum(self.seconds.values())
-
-    def _elementwise(self, rank: RankPlan) -> float:
-        moved = _TOUCHES * sum(cost.activity for cost in rank.passes.values())
-        return (moved + _ADAM_BYTES * rank.owned + _TEACHER_BYTES * rank.teacher) / (self.device.memory_bandwidth * 1e9)
 
 
 class Planner:
@@ -152,16 +166,16 @@ class Planner:
 
     def _state_of(self, config: ResolvedConfig, world_size: int, pp_rank: int) -> zero.State:
         p, mesh = config.parallel, _mesh(config, world_size, pp_rank)
-        return self._state(mesh, p.zero_stage, p.zero3_gather, self._overlaps(config, mesh))
+        return self._state(mesh, p.zero_stage, p.zero3_gather, self._reduction(config, mesh))
 
-    def _overlaps(self, config: ResolvedConfig, mesh: Mesh) -> bool:
-        return zero.overlaps(config.deepspeed, mesh.dp, cuda=self.cuda)
+    def _reduction(self, config: ResolvedConfig, mesh: Mesh) -> zero.Reduction:
+        return zero.reduction_of(config.deepspeed, mesh.dp, cuda=self.cuda)
 
     @once
-    def _state(self, mesh: Mesh, stage: int, gather: str, overlap: bool) -> zero.State:
+    def _state(self, mesh: Mesh, stage: int, gather: str, reduction: zero.Reduction) -> zero.State:
         first_mode = next(mode_of(self.parts.config, name) for name in MODES if name in self.parts.objectives)
         state = zero.state(
-            self._pieces(mesh), stage, mesh.dp, first_mode=first_mode, hold=gather == "step", overlap=overlap
+            self._pieces(mesh), stage, mesh.dp, first_mode=first_mode, hold=gather == "step", reduction=reduction
         )
         features = feature_bytes(self.parts.features) if mesh.is_last_stage else 0  # whole, whatever the stage
         return replace(state, teacher=state.teacher + features)
@@ -188,9 +202,7 @@ class Planner:
         sent += zero.norm_traffic(pieces, p.zero_stage, mesh.dp, p.tp * p.pp, self.inventory.towers)
         return RankPlan(
             pp_rank, self._state_of(config, world_size, pp_rank), passes, sent,
-            owned=zero.elements(pieces, trained=True) // (mesh.dp if p.zero_stage > 0 else 1),
-            teacher=zero.elements(pieces, trained=False) // (mesh.dp if p.zero_stage == 3 else 1),
-            early=p.zero_stage == 1 and self._overlaps(config, mesh),
+            *zero.updated(pieces, p.zero_stage, mesh.dp), early=self._reduction(config, mesh).early(p.zero_stage),
         )
 
 

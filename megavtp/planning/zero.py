@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from megavtp.arithmetic import ceil_div
+from megavtp.errors import UserError
+from megavtp.parallel.deepspeed_adapter import bucket_elements
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.reduce_in_place import LARGE
 
 FLOAT = 4  # bytes
-_BUCKET = 50_000_000  # elements at most, as in ``deepspeed_adapter.build_config``
 _ALIGN = 2  # stages 1 and 2 pad a group to a multiple of this times dp elements
 
 Groups = Callable[[Iterable[tuple[str, nn.Parameter]]], list[dict]]
@@ -84,9 +85,14 @@ class State:
 
     Attributes:
         keeps: gradients and buffers stay from step to step, instead of coming with its first backward.
-        optimizer: moments.
+        optimizer: moments; the weights that it updates are those that the model reads.
         buffers: communication buckets, and in stage 3 what is gathered at one time.
-        step: needed on top for a moment during the update, after the last backward.
+        spilled: needed on top beside the activations of a backward whose gradients overflow a bucket, in the first
+            backward of a step and in a later one. In stage 1 only the last backward reduces, if it does.
+        lingering: buckets of one backward that a GPU still reduces from in the next one.
+        end: needed on top of all others when the last bucket is reduced, without activations, in a step of one backward
+            and of several. It is negative where gradients have gone from each bucket to the rank's share at once.
+        update: needed during the update on top of what is there between steps.
         setup: all that is there while DeepSpeed takes over the model, which is whole then in every stage.
     """
 
@@ -96,7 +102,10 @@ class State:
     optimizer: int
     teacher: int
     buffers: int
-    step: int
+    spilled: tuple[int, int]
+    lingering: int
+    end: tuple[int, int]
+    update: int
     setup: int
 
     def at(self, moment: int) -> int:
@@ -114,10 +123,37 @@ def elements(pieces: Iterable[Piece], *, trained: bool) -> int:
     return sum(p.numel for p in pieces if p.trained == trained)
 
 
-def overlaps(deepspeed: Mapping[str, Any], dp: int, *, cuda: bool) -> bool:
-    """Tell whether stages 1 and 2 reduce gradients while the backward runs, by the settings for DeepSpeed."""
-    given = deepspeed.get("zero_optimization", {}).get("overlap_comm")
-    return cuda and dp > 1 if given is None else given
+@dataclass(frozen=True)
+class Reduction:
+    """How a rank reduces gradients.
+
+    Attributes:
+        overlap: stages 1 and 2 do it while the backward runs, from two buckets in turn.
+        streams: on a stream of its own, which may lag behind the host.
+        bucket: the user's number of elements of a bucket, if there is one.
+    """
+
+    overlap: bool
+    streams: bool
+    bucket: int | None
+
+    def early(self, stage: int) -> bool:
+        """Tell whether stage 1 reduces in the last backward of a step."""
+        return stage == 1 and self.overlap
+
+
+def reduction_of(deepspeed: Mapping[str, Any], dp: int, *, cuda: bool) -> Reduction:
+    """Read the settings for DeepSpeed. UserError."""
+    section = deepspeed.get("zero_optimization", {})
+    overlap, bucket = section.get("overlap_comm"), section.get("reduce_bucket_size")
+    if overlap is None:
+        overlap = cuda and dp > 1
+    try:
+        return Reduction(overlap, cuda, None if bucket is None else int(bucket))
+    except (TypeError, ValueError):
+        raise UserError(
+            f"deepspeed.zero_optimization.reduce_bucket_size: expected a number of elements, got {bucket!r}"
+        ) from None
 
 
 def replaces_linear(deepspeed: Mapping[str, Any], stage: int) -> bool:
@@ -126,32 +162,76 @@ def replaces_linear(deepspeed: Mapping[str, Any], stage: int) -> bool:
 
 
 def state(
-    pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str, hold: bool, overlap: bool
+    pieces: Sequence[Piece], stage: int, dp: int, *, first_mode: str, hold: bool, reduction: Reduction
 ) -> State:
     """Count the state on a rank.
 
     ``first_mode`` is the forward whose backward comes first in a step; what it does not reach is zeroed in stage 2.
-    With ``hold``, stage 3 gathers everything for the whole step (``parallel.zero3_gather``). With ``overlap``, stages 1
-    and 2 reduce while the backward runs, from two buckets in turn; in stage 1 ``step`` is needed from the last pass on.
+    With ``hold``, stage 3 gathers everything for the whole step (``parallel.zero3_gather``).
     """
     trained, frozen = elements(pieces, trained=True), elements(pieces, trained=False)
-    bucket = ceil_div(min(trained, _BUCKET), 1024) * 1024
     if stage == 0:
         joined = elements((p for p in pieces if p.numel < LARGE), trained=True) if dp > 1 else 0
-        counts = (trained, trained, 2 * trained, frozen, 0, joined, trained + frozen)
-    elif stage == 3:
+        return _in_bytes(
+            False, weights=trained, gradients=trained, optimizer=2 * trained, teacher=frozen, end=(joined, joined),
+            setup=trained + frozen,
+        )
+    bucket = bucket_elements(trained) if reduction.bucket is None else reduction.bucket
+    filled, spills = min(bucket, trained), trained > bucket
+    if stage == 3:
         shards = [replace(p, numel=ceil_div(p.numel, dp)) for p in pieces]  # each parameter is cut on its own
         own, others = elements(shards, trained=True), elements(shards, trained=False)
-        gathered = _gathered(pieces, hold) if dp > 1 else 0
-        counts = (own, own, 2 * own, others, bucket + gathered, 0, trained + frozen)
-    else:
-        flat = flat_elements(pieces, dp)
-        owned, unreached = _partition_gradients(pieces, dp, first_mode)
-        gradients = trained if stage == 1 else owned + unreached
-        counts = (
-            flat, gradients, 2 * flat // dp, frozen, bucket * (1 + overlap), owned, trained + flat + frozen
+        # A bucket is copied into a matrix. A larger gradient waits beside it. A rank alone has no bucket: as many wait.
+        reduced = max(filled, _largest(pieces, bucket))
+        amid = reduced if spills else 0
+        return _in_bytes(
+            True, weights=own, gradients=own, optimizer=2 * own, teacher=others,
+            buffers=bucket + _gathered(pieces, hold) if dp > 1 else 0, spilled=(amid, amid), end=(reduced, reduced),
+            setup=trained + frozen,
         )
-    return State(stage == 3, *(FLOAT * count for count in counts))
+    flat = flat_elements(pieces, dp)
+    owned, unreached = _partition_gradients(pieces, dp, first_mode)
+    # A bucket has parts of several ranks' shares, of which DeepSpeed makes one tensor to reduce.
+    copied = filled if dp > 1 else 0
+    kept = {
+        "weights": flat, "optimizer": 2 * flat // dp, "teacher": frozen,
+        "buffers": bucket * (1 + reduction.overlap), "update": owned + flat // dp, "setup": trained + flat + frozen,
+    }
+    # What is in a bucket is no longer elsewhere. What the rank owns of it gets a place when the first one is reduced.
+    last = owned + copied if spills else max(owned, copied)
+    if stage == 1:
+        several = max(owned, copied) - filled
+        if not reduction.overlap:
+            return _in_bytes(False, **kept, gradients=trained, end=(several, several))
+        spilled = (owned + copied, max(0, several)) if spills else (0, 0)
+        return _in_bytes(False, **kept, gradients=trained, spilled=spilled, end=(last - trained, several))
+    waiting = owned + max(copied, _largest(pieces, bucket)) if spills else 0
+    # A stream that lags behind the host keeps its buckets (``record_stream``) while the next backward gets new ones.
+    # That is read from DeepSpeed and not measured.
+    lingering = 2 * bucket if reduction.overlap and reduction.streams else 0
+    return _in_bytes(
+        False, **kept, gradients=owned + unreached, spilled=(waiting, waiting), lingering=lingering,
+        end=(last - owned - unreached, last),
+    )
+
+
+def _in_bytes(keeps: bool, **counts: Any) -> State:
+    """Return the state of these numbers of elements, which are 0 where none is given."""
+    fields: dict[str, Any] = {"buffers": 0, "spilled": (0, 0), "lingering": 0, "end": (0, 0), "update": 0} | counts
+    for name, count in fields.items():
+        fields[name] = tuple(FLOAT * n for n in count) if isinstance(count, tuple) else FLOAT * count
+    return State(keeps, **fields)
+
+
+def _largest(pieces: Iterable[Piece], bucket: int) -> int:
+    """Return the elements of the largest gradient that is reduced without a bucket, as it does not fit into one."""
+    return max((p.numel for p in pieces if p.trained and p.numel > bucket), default=0)
+
+
+def updated(pieces: Sequence[Piece], stage: int, dp: int) -> tuple[int, int]:
+    """Return how many trained elements a rank's optimizer updates, and how many of the frozen average it moves."""
+    trained, frozen = elements(pieces, trained=True), elements(pieces, trained=False)
+    return trained // (dp if stage > 0 else 1), frozen // (dp if stage == 3 else 1)
 
 
 def _group_sizes(pieces: Iterable[Piece]) -> Counter[int]:

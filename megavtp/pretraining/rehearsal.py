@@ -78,7 +78,7 @@ def beside_the_plan(config: ResolvedConfig, world_size: int, played: Played, *, 
     groups = partial(parameter_groups, config=config.train.optimizer)
     planner = Planner(config, groups, find_device("h100"), cuda=cuda)
     plan = planner.plan(config, world_size).ranks[played.mesh.pp_rank]
-    return Rehearsed(played, plan.sent, plan.memory)
+    return Rehearsed(played, plan.sent, plan.played_memory)
 
 
 def play_pretraining(

@@ -102,4 +102,4 @@ def test_what_is_replaced_is_there() -> None:
 def test_no_forward_is_timed() -> None:
     from deepspeed.utils.config import get_timers_config
 
-    assert get_timers_config({}).enabled and not get_timers_config(build_config(1, 1.0, 10, True, {})).enabled
+    assert get_timers_config({}).enabled and not get_timers_config(build_config(1, 1.0, 10, 2, {})).enabled

@@ -26,7 +26,7 @@ from megavtp.errors import UserError
 from megavtp.latents.folder import LatentFolder
 from megavtp.parallel.traffic import count_traffic
 from megavtp.planning.plan import most_bytes
-from megavtp.planning.zero import State
+from megavtp.planning.zero import State, reduction_of
 from megavtp.pretraining.rehearsal import beside_the_plan, play_pretraining
 from megavtp.training.rehearsal import Rehearsed
 from megavtp.training.step import train_step
@@ -76,7 +76,8 @@ DITS_OF_16 = {
 def test_a_rank_of_sixteen_of_a_dit(rank: int, cell: Cell, tmp_path: Path) -> None:
     config = complete_config(cell.config(tmp_path, model={"width": 96, "depth": 8, "heads": 4, **SIZES_OF_LATENTS}))
     played = play_dit(config, 16, rank, fused_norms=False)
-    found = Rehearsed(played, *planned(config, played.mesh, cuda=False))
+    plan = planned(config, played.mesh, cuda=False)
+    found = Rehearsed(played, plan.sent, plan.memory)
     assert found.agrees(), found.page()
 
 
@@ -89,19 +90,47 @@ def test_what_linear_layers_hold_under_zero_3(tmp_path: Path) -> None:
         played = play_dit(config, 4, 2, fused_norms=False)
         assert F.linear is torch._C._nn.linear  # a run's ZeRO 3 replaces it for good
         peaks.append(played.peak)
-        plans.append(planned(config, played.mesh, cuda=False)[1])
+        plans.append(planned(config, played.mesh, cuda=False).memory)
     assert peaks[0] < 0.9 * peaks[1]
     assert plans[1] - plans[0] == pytest.approx(peaks[1] - peaks[0], rel=0.25)
 
 
-def test_what_early_reduction_needs_is_there_in_the_last_pass_only() -> None:
-    state = State(False, weights=100, gradients=50, optimizer=20, teacher=0, buffers=8, step=5, setup=0)
-    assert most_bytes(state, [(0.0, 60.0, 0.0)], early=False) == 100 + 20 + 8 + 60
-    assert most_bytes(state, [(0.0, 60.0, 0.0)], early=True) == 100 + 20 + 8 + 60 + 5
-    assert most_bytes(state, [(0.0, 60.0, 30.0)], early=True) == state.total + 30 + 5
-    assert most_bytes(state, [(0.0, 60.0, 30.0), (0.0, 40.0, 0.0)], early=True) == state.total + 40 + 5
-    assert most_bytes(state, [(0.0, 60.0, 0.0), (0.0, 2.0, 0.0)], early=False) == 100 + 20 + 8 + 60
-    assert most_bytes(replace(state, setup=300), [(0.0, 60.0, 0.0)], early=True) == 300
+@pytest.mark.parametrize("zero_stage, overlap, micro_batches, bucket", [
+    (1, False, 1, 6_000_000), (1, True, 1, 600_000), (1, True, 2, 600_000), (2, False, 2, 10_000),
+    (2, False, 2, 600_000), (2, True, 1, 6_000_000), (3, False, 1, 10_000), (3, False, 2, 600_000),
+])
+def test_what_reducing_gradients_needs(
+    zero_stage: int, overlap: bool, micro_batches: int, bucket: int, tmp_path: Path
+) -> None:
+    """Of a model that holds more in weights than in activations, beside a bucket for none, some or all gradients."""
+    sizes = {"width": 256, "depth": 2, "heads": 4, "latent_size": 2, "latent_channels": 8, "num_classes": 10}
+    deepspeed = {"zero_optimization": {"overlap_comm": overlap, "reduce_bucket_size": bucket}}
+    cell = Cell(1, 1, 2, zero_stage, micro_batches)
+    config = complete_config(cell.config(tmp_path, model=sizes, deepspeed=deepspeed))
+    played = play_dit(config, 2, 1, fused_norms=False)  # which owns more of the gradients than the first one
+    assert planned(config, played.mesh, cuda=False).memory == pytest.approx(played.peak, rel=0.1)
+
+
+def test_a_bucket_is_a_number_of_elements() -> None:
+    assert reduction_of({"zero_optimization": {"reduce_bucket_size": 2e7}}, 2, cuda=True).bucket == 20_000_000
+    with pytest.raises(UserError, match="reduce_bucket_size: expected a number of elements, got 'many'"):
+        reduction_of({"zero_optimization": {"reduce_bucket_size": "many"}}, 2, cuda=True)
+
+
+def test_what_is_there_in_which_backward() -> None:
+    state = State(
+        False, weights=100, gradients=50, optimizer=20, teacher=0, buffers=8, spilled=(5, 3), lingering=16,
+        end=(-40, 2), update=30, setup=0,
+    )
+    one, two = [(0.0, 60.0, 0.0)], [(0.0, 60.0, 30.0), (0.0, 40.0, 0.0)]
+    assert most_bytes(state, one, early=False) == most_bytes(state, one, early=True) == 100 + 20 + 8 + 60 + 5
+    assert most_bytes(state, two, early=False) == state.total + 40 + 3 + 16
+    # Only the last backward reduces.
+    assert most_bytes(replace(state, lingering=0), [(0.0, 99.0, 30.0)], early=True) == 100 + 20 + 8 + 99
+    assert most_bytes(replace(state, lingering=0), two, early=True) == state.total + 40 + 3
+    assert most_bytes(state, [(0.0, 1.0, 1.0)], early=False) == state.total + 1 + 3 + 16
+    assert most_bytes(state, [(0.0, 1.0, 0.0)], early=False) == 100 + 20 + 30
+    assert most_bytes(replace(state, setup=300), two, early=True) == 300
 
 
 def dit_on_a_real_rank(rank: int, config: DiTConfig) -> tuple[dict, dict]:
@@ -121,7 +150,7 @@ def test_a_dit_sends_what_a_real_one_does(tmp_path: Path) -> None:
     for rank in (0, 3):
         played = play_dit(complete, 4, rank, fused_norms=False)
         assert (played.traffic.sent, played.traffic.messages) == real[rank]
-        assert played.traffic.sent == planned(complete, played.mesh)[0]
+        assert played.traffic.sent == planned(complete, played.mesh).sent
         assert played.blocks["dit"] == played.blocks["ema"] == [[0, 2, 3], [1, 4]][played.mesh.pp_rank]
 
 
