@@ -82,7 +82,7 @@ def test_a_rank_of_sixteen_of_a_dit(rank: int, cell: Cell, tmp_path: Path) -> No
 
 
 def test_what_linear_layers_hold_under_zero_3(tmp_path: Path) -> None:
-    sizes = {"width": 384, "depth": 3, "heads": 4, "latent_size": 2, "latent_channels": 8, "num_classes": 10}
+    sizes = {"width": 384, "depth": 6, "heads": 4, "latent_size": 2, "latent_channels": 8, "num_classes": 10}
     peaks, plans = [], []
     for lean in (True, False):
         deepspeed = {"zero_optimization": {"memory_efficient_linear": lean, "reduce_bucket_size": 1_000_000}}
