@@ -97,7 +97,7 @@ def _partition(full: Tensor, like: Tensor, engine: Any) -> Tensor:
 
 
 def write_state(engine: Any, pieces: Iterable[tuple[nn.Parameter, str, Tensor]], steps: int) -> None:
-    """Set parameters and moments from whole tensor-parallel pieces, then everything DeepSpeed derives from them.
+    """Set parameters and moments from whole tensor-parallel pieces.
 
     Args:
         pieces: (parameter, kind, value), all ``kinds`` of each parameter.
@@ -116,11 +116,7 @@ def write_state(engine: Any, pieces: Iterable[tuple[nn.Parameter, str, Tensor]],
     for state in inner.state.values():
         if "step" in state:  # each gets its own tensor: they are advanced in place
             state["step"] = torch.full_like(state["step"], float(steps))
-    if stage in (1, 2):
-        engine.optimizer.update_lp_params()
     if stage == 3:
-        for group in range(len(engine.optimizer.fp16_groups)):
-            engine.optimizer._reassign_or_swap_out_partitioned_parameters(group)
         engine.optimizer.checkpoint_event_epilogue()
 
 
@@ -128,15 +124,13 @@ def _write(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor) -> No
     from deepspeed import utils
 
     stage = _stage(engine)
-    set_master, set_moment = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
     if stage == 3:
-        set_master, set_moment = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
         value = _partition(value, stored(parameter), engine)
     if kind == "model":
-        stored(parameter).copy_(value)
-        if stage > 0 and parameter.requires_grad:
-            set_master(parameter, value)
+        stored(parameter).copy_(value)  # the optimizer's weights are these
     elif stage == 0:
         inner_optimizer(engine).state[parameter][kind].copy_(value)
+    elif stage == 3:
+        utils.safe_set_local_optimizer_state(parameter, value, kind)
     else:
-        set_moment(parameter, value, kind)
+        utils.safe_set_full_optimizer_state(parameter, value, kind)
