@@ -7,6 +7,7 @@ or the order of calls, so a run continues bit for bit on any number of processes
 import hashlib
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 
 def stable_hash(seed: int, *tags: int | str) -> int:
@@ -18,4 +19,15 @@ def stable_hash(seed: int, *tags: int | str) -> int:
 
 def generator(seed: int, *tags: int | str) -> np.random.Generator:
     """Return a new NumPy generator for these tags: Philox, which is cheap to create; its key is the hash."""
-    return np.random.Generator(np.random.Philox(key=stable_hash(seed, *tags)))
+    return np.random.Generator(np.random.Philox(_Key(stable_hash(seed, *tags))))
+
+
+class _Key(ISeedSequence):
+    """Gives Philox its key. ``Philox(key=...)`` makes the same generator, but asks the system for a seed first, which
+    it drops; that takes longer than all the rest."""
+
+    def __init__(self, key: int):
+        self._key = key
+
+    def generate_state(self, n_words: int, dtype: object = np.uint64) -> np.ndarray:
+        return np.frombuffer(self._key.to_bytes(16, "little"), "<u8")
