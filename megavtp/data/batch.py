@@ -91,6 +91,8 @@ class StepDataset:
         plain = np.full(len(positions), contrastive)
         plain[rec_rows] = True
         slots = {row: slot for slot, row in enumerate(ssl_rows.tolist())}
+        # all at once: after a picture, the little that makes a generator has left the processor's caches
+        rngs = {row: generator(self.config.seed, "plain", step, positions[row]) for row in np.flatnonzero(plain).tolist()}
 
         images = crops = None
         size, a = self.config.model.image_size, self.config.data.augment
@@ -104,13 +106,12 @@ class StepDataset:
         ids, captions = [""] * len(plain), [""] * len(plain)
         bad: list[str] = []
         for row, position in enumerate(positions.tolist()):
-            if row not in slots and not plain[row]:
+            if row not in slots and row not in rngs:
                 continue
             image, ids[row], captions[row] = self._sample(step, position, bad)
-            if images is not None and plain[row]:
-                rng = generator(self.config.seed, "plain", step, position)
+            if images is not None and row in rngs:
                 view = random_view(
-                    image, size, a.plain_scale, rng, flip=a.plain_flip, color_jitter=a.plain_color_jitter,
+                    image, size, a.plain_scale, rngs[row], flip=a.plain_flip, color_jitter=a.plain_color_jitter,
                     grayscale=a.plain_grayscale,
                 )
                 copy_planes(view, images[row])
