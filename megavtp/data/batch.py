@@ -92,7 +92,8 @@ class StepDataset:
         plain[rec_rows] = True
         slots = {row: slot for slot, row in enumerate(ssl_rows.tolist())}
         # all at once: after a picture, the little that makes a generator has left the processor's caches
-        rngs = {row: generator(self.config.seed, "plain", step, positions[row]) for row in np.flatnonzero(plain).tolist()}
+        rows, seed = np.flatnonzero(plain).tolist(), self.config.seed
+        rngs = {row: generator(seed, "plain", step, positions[row]) for row in rows}
 
         images = crops = None
         size, a = self.config.model.image_size, self.config.data.augment

@@ -93,7 +93,7 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
 
 
 def _may_tell_orientation(data: bytes) -> bool:
-    """Whether a JPEG header has an APP1 segment, in which EXIF and XMP data lie, or anything unusual between segments."""
+    """Whether a JPEG header has an APP1 segment, in which EXIF and XMP data lie, or is laid out in an unusual way."""
     at = 2
     while (marker := data[at : at + 2]) != b"\xff\xda":  # start of scan, where the header ends
         if marker[:1] != b"\xff" or marker[1:] in (b"\xe1", b"\xff"):

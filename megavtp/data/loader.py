@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -45,6 +45,9 @@ _LOOK = 0.5  # seconds between two looks at the workers while a batch is awaited
 _PATIENCE = 0.9  # share of parallel.timeout for a batch: the loader, which can name the worker, precedes the watchdog
 _FIRST = 3  # the first batch, for which files are opened, may take so many times longer
 _CLOSING = 5.0  # seconds within which all workers together must end
+# Tensors of up to so many bytes are handed over within the message. A larger one lies in shared memory, whose
+# descriptor comes over a connection of its own: that takes both processes a millisecond, far longer than such a message.
+_BY_PIPE = 1 << 16
 _WHY = {  # exit status of a worker -> the reason and the remedy
     errno.ENOSPC: "/dev/shm, through which it hands over batches, is full: give the job more shared memory (in a "
     "container --shm-size), lower data.prefetch or data.workers, or set data.workers=0",
@@ -63,6 +66,16 @@ class LoadedBatch:
     """What a loader delivers: a dataclass of tensors and other values."""
 
     bad: Sequence[str] = field(default=(), kw_only=True)  # "name: reason" of each sample that another replaced
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: value.numpy() if isinstance(value, Tensor) and value.nbytes <= _BY_PIPE else value
+            for name, value in vars(self).items()
+        }
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            vars(self)[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
     def pin_memory(self) -> Self:
         """Move every tensor to page-locked memory (needs CUDA). torch's loader calls this in its pinning thread."""

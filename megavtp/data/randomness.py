@@ -5,6 +5,7 @@ or the order of calls, so a run continues bit for bit on any number of processes
 """
 
 import hashlib
+from typing import Any
 
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
@@ -19,7 +20,8 @@ def stable_hash(seed: int, *tags: int | str) -> int:
 
 def generator(seed: int, *tags: int | str) -> np.random.Generator:
     """Return a new NumPy generator for these tags: Philox, which is cheap to create; its key is the hash."""
-    return np.random.Generator(np.random.Philox(_Key(stable_hash(seed, *tags))))
+    key: Any = _Key(stable_hash(seed, *tags))  # NumPy's type stubs name no sequence of seeds but its own
+    return np.random.Generator(np.random.Philox(key))
 
 
 class _Key(ISeedSequence):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -18,7 +19,7 @@ from loader_fakes import LengthTokenizer, MemoryDataset, small_config
 
 from megavtp.data import loader as loader_module
 from megavtp.data.batch import Batch, StepDataset
-from megavtp.data.loader import Loader
+from megavtp.data.loader import LoadedBatch, Loader
 from megavtp.errors import UserError
 
 
@@ -48,6 +49,28 @@ def test_two_ranks_with_workers_make_up_one_process():
         assert sum((part.ids for part in parts), []) == whole.ids
         assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
         assert torch.equal(torch.cat([part.masks for part in parts], 1), whole.masks)
+
+
+@dataclass(frozen=True)
+class SmallAndLarge(LoadedBatch):
+    small: torch.Tensor
+    large: torch.Tensor
+    nothing: None
+
+
+class SmallAndLargeSource:
+    def __getitem__(self, step):
+        large = torch.full((1 << 20,), step, dtype=torch.uint8)
+        return SmallAndLarge(torch.full((3, 2), step), large, None, bad=["a: b"])
+
+
+def test_only_large_tensors_come_through_shared_memory():
+    source = SmallAndLargeSource()
+    with Loader(source, 5, 7, workers=1) as loader:
+        for step, batch in enumerate(loader, 5):
+            assert batch.large.is_shared() and not batch.small.is_shared()
+            assert same(batch, source[step])
+            batch.small.add_(1)  # it may be written to
 
 
 def test_no_steps_left():
