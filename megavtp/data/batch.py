@@ -15,7 +15,7 @@ from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig
 from megavtp.data.augment import random_view
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.decode import decode_image
-from megavtp.data.loader import LoadedBatch
+from megavtp.data.handover import LoadedBatch, blank_pictures
 from megavtp.data.masking import block_mask, mask_counts
 from megavtp.data.order import SampleOrder, StepOrder
 from megavtp.data.randomness import generator
@@ -98,10 +98,10 @@ class StepDataset:
         images = crops = None
         size, a = self.config.model.image_size, self.config.data.augment
         if plain.any():
-            images = (torch.empty if plain.all() else torch.zeros)(len(plain), 3, size, size, dtype=torch.uint8)
+            images = blank_pictures(len(plain), 3, size, size)
         if slots:
             crops = [
-                torch.empty(views, len(slots), 3, side, side, dtype=torch.uint8)
+                blank_pictures(views, len(slots), 3, side, side)
                 for views, side in ((GLOBAL_CROPS, a.global_size), (a.local_crops, a.local_size))
             ]
         ids, captions = [""] * len(plain), [""] * len(plain)
