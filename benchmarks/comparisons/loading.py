@@ -26,13 +26,14 @@ from megavtp.data.sources.images import prepare_images
 
 SIDE, BATCH = 256, 32
 SCALE = (0.4, 1.0)  # of the area of a picture that a crop has
+WHOLE = (2.0, 2.0)  # no box is as large, and then both take the whole picture
 
 
 @contextmanager
 def loading(setting: Setting, version: Literal["v1", "v2"]) -> Iterator[Pair]:
     import torchvision.transforms.v2  # noqa: F401
 
-    steps = setting.size(1, 12, 96)
+    steps = setting.size(1, 36, 96)  # enough that the worker's start weighs little
     with tempfile.TemporaryDirectory() as folder:
         pictures, root = Path(folder, "pictures"), Path(folder, "pairs")
         write_pairs(pictures, steps * BATCH)
@@ -99,12 +100,11 @@ def crop_by_v2(scale: tuple[float, float]) -> Callable[[Any], Tensor]:
 def whole_pictures(config: ResolvedConfig, tars: list[str], source: StepDataset, version: str) -> float:
     """Compare a batch of crops that are whole pictures, where no chance is left: the mean difference of the pixels, as
     a part of their range. Infinite if the captions' ids differ."""
-    scale = (1.0, 1.0)
-    augment = replace(config.data.augment, plain_scale=scale)
+    augment = replace(config.data.augment, plain_scale=WHOLE)
     whole = replace(config, data=replace(config.data, augment=augment))
     ours = StepDataset(source.dataset, source.tokenizer, whole)[0]
     theirs: dict[str, tuple[Tensor, Tensor]] = {}
-    for keys, images, tokens in webdataset_loader(tars, source.tokenizer, version, scale, workers=0):
+    for keys, images, tokens in webdataset_loader(tars, source.tokenizer, version, WHOLE, workers=0):
         theirs |= dict(zip(keys, zip(images, tokens)))
     pairs = [theirs[name.rpartition("/")[2]] for name in ours.ids]
     images, tokens = map(torch.stack, zip(*pairs))

@@ -8,6 +8,7 @@ operations 0.9-1.3 ms, 224 px crop 4-6 ms.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from megavtp.data import photometric
 
 ATTEMPTS = 10  # random boxes tried before the crop falls back to the centre
+BOX_DRAWS = 2 * ATTEMPTS + 2  # areas, aspect ratios, top, left
 ASPECT = (3 / 4, 4 / 3)
 # DINO's colour jitter: operation, the value that changes nothing, and how far a draw may lie from it
 JITTER = (
@@ -33,44 +35,45 @@ def random_view(
 ) -> Tensor:
     """Make a random crop of ``scale`` of the area, then apply DINOv2's operations (arXiv 2304.07193), each with the
     probability of its keyword. OpenCLIP's augmentations are the first three."""
-    u = rng.random(2 * ATTEMPTS + 3)  # draws: ATTEMPTS areas, ATTEMPTS aspect ratios, top, left, flip
-    top, left, height, width = crop_box(image.shape[1], image.shape[2], scale, u[:-1])
+    draws = rng.random(BOX_DRAWS + 14).tolist()
+    top, left, height, width = crop_box(image.shape[1], image.shape[2], scale, draws)
     view = resize(image[:, top : top + height, left : left + width], size, size)
-    if u[-1] < flip:
+    if draws[BOX_DRAWS] < flip:
         view = view.flip(2)
-    # draws: 0 jitter gate, 1-4 factors, 5-8 order, 9 grey, 10 blur gate, 11 sigma, 12 solarize
-    u = rng.random(13)
+    # 0 jitter gate, 1-4 factors, 5-8 order, 9 grey, 10 blur gate, 11 sigma, 12 solarize
+    u = draws[BOX_DRAWS + 1 :]
     apply = u[0] < color_jitter, u[9] < grayscale, u[10] < blur, u[12] < solarize
     if not any(apply):
         return view
     x = view.float()
     if apply[0]:
-        for i in np.argsort(u[5:9], kind="stable"):
+        for i in sorted(range(4), key=u[5:9].__getitem__):
             operation, neutral, strength = JITTER[i]
-            x = operation(x, neutral + strength * (2 * float(u[1 + i]) - 1))
+            x = operation(x, neutral + strength * (2 * u[1 + i] - 1))
     if apply[1]:
         x = photometric.grayscale(x)
     if apply[2]:
-        x = photometric.gaussian_blur(x, BLUR_SIGMA[0] + float(u[11]) * (BLUR_SIGMA[1] - BLUR_SIGMA[0]))
+        x = photometric.gaussian_blur(x, BLUR_SIGMA[0] + u[11] * (BLUR_SIGMA[1] - BLUR_SIGMA[0]))
     if apply[3]:
         x = photometric.solarize(x)
     return x.add_(0.5).clamp_(0, 255).to(torch.uint8)  # the cast truncates
 
 
-def crop_box(height: int, width: int, scale: tuple[float, float], u: np.ndarray) -> tuple[int, int, int, int]:
-    """Return (top, left, height, width) of a random resized crop (Szegedy et al., arXiv 1409.4842) from 22 draws.
+def crop_box(
+    height: int, width: int, scale: tuple[float, float], u: Sequence[float]
+) -> tuple[int, int, int, int]:
+    """Return (top, left, height, width) of a random resized crop (Szegedy et al., arXiv 1409.4842) from the first
+    ``BOX_DRAWS`` draws.
 
     It is the first of ATTEMPTS boxes that fits, or else the largest central box with an allowed aspect ratio.
     """
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:ATTEMPTS])
-    aspect = np.exp(math.log(ASPECT[0]) + math.log(ASPECT[1] / ASPECT[0]) * u[ATTEMPTS : 2 * ATTEMPTS])
-    widths = np.rint(np.sqrt(area * aspect))
-    heights = np.rint(np.sqrt(area / aspect))
-    fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
-    if fits.any():
-        i = int(fits.argmax())
-        h, w = int(heights[i]), int(widths[i])
-        return int(u[-2] * (height - h + 1)), int(u[-1] * (width - w + 1)), h, w
+    top, left = u[BOX_DRAWS - 2 : BOX_DRAWS]
+    for i in range(ATTEMPTS):  # not at once by NumPy: nearly always the first one fits
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * u[i])
+        aspect = ASPECT[0] * (ASPECT[1] / ASPECT[0]) ** u[ATTEMPTS + i]
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 1 <= w <= width and 1 <= h <= height:
+            return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
     w = min(width, max(1, round(height * ASPECT[1])))
     h = min(height, max(1, round(width / ASPECT[0])))
     return (height - h) // 2, (width - w) // 2, h, w

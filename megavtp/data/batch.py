@@ -15,7 +15,7 @@ from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig
 from megavtp.data.augment import random_view
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.decode import decode_image
-from megavtp.data.loader import LoadedBatch
+from megavtp.data.handover import LoadedBatch, blank_pictures
 from megavtp.data.masking import block_mask, mask_counts
 from megavtp.data.order import SampleOrder, StepOrder
 from megavtp.data.randomness import generator
@@ -61,6 +61,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def copy_planes(view: Tensor, out: Tensor) -> None:
+    """Copy a view, whose channels usually lie last, to ``out``, whose planes do: NumPy takes half of torch's time."""
+    out.numpy()[...] = view.numpy()
+
+
 class StepDataset:
     """``self[step]`` is the share of data-parallel rank ``dp_rank`` of ``dp_size`` in that step.
 
@@ -86,27 +91,31 @@ class StepDataset:
         plain = np.full(len(positions), contrastive)
         plain[rec_rows] = True
         slots = {row: slot for slot, row in enumerate(ssl_rows.tolist())}
+        # all at once: after a picture, the little that makes a generator has left the processor's caches
+        rows, seed = np.flatnonzero(plain).tolist(), self.config.seed
+        rngs = {row: generator(seed, "plain", step, positions[row]) for row in rows}
 
         images = crops = None
         size, a = self.config.model.image_size, self.config.data.augment
         if plain.any():
-            images = (torch.empty if plain.all() else torch.zeros)(len(plain), 3, size, size, dtype=torch.uint8)
+            images = blank_pictures(len(plain), 3, size, size)
         if slots:
             crops = [
-                torch.empty(views, len(slots), 3, side, side, dtype=torch.uint8)
+                blank_pictures(views, len(slots), 3, side, side)
                 for views, side in ((GLOBAL_CROPS, a.global_size), (a.local_crops, a.local_size))
             ]
         ids, captions = [""] * len(plain), [""] * len(plain)
         bad: list[str] = []
         for row, position in enumerate(positions.tolist()):
-            if row not in slots and not plain[row]:
+            if row not in slots and row not in rngs:
                 continue
             image, ids[row], captions[row] = self._sample(step, position, bad)
-            if images is not None and plain[row]:
-                images[row] = random_view(
-                    image, size, a.plain_scale, generator(self.config.seed, "plain", step, position), flip=a.plain_flip,
-                    color_jitter=a.plain_color_jitter, grayscale=a.plain_grayscale,
+            if images is not None and row in rngs:
+                view = random_view(
+                    image, size, a.plain_scale, rngs[row], flip=a.plain_flip, color_jitter=a.plain_color_jitter,
+                    grayscale=a.plain_grayscale,
                 )
+                copy_planes(view, images[row])
             if crops is not None and row in slots:
                 self._crops(image, step, position, *(views[:, slots[row]] for views in crops))
         global_crops, local_crops = crops or (None, None)
@@ -143,10 +152,10 @@ class StepDataset:
         for i, out in enumerate(global_out):
             rng = generator(seed, "global crop", step, position, i)
             own = dict(blur=a.blur[i], solarize=a.solarize if i == 1 else 0.0)
-            out.copy_(random_view(image, a.global_size, a.global_scale, rng, **common, **own))
+            copy_planes(random_view(image, a.global_size, a.global_scale, rng, **common, **own), out)
         for i, out in enumerate(local_out):
             rng = generator(seed, "local crop", step, position, i)
-            out.copy_(random_view(image, a.local_size, a.local_scale, rng, blur=a.blur[2], **common))
+            copy_planes(random_view(image, a.local_size, a.local_scale, rng, blur=a.blur[2], **common), out)
 
     def _masks(self, step: int, share: int) -> Tensor:
         """Draw masks (2, share, N) bool. Crops are numbered over the whole step, so no mask depends on the layout."""

@@ -29,9 +29,9 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
     no whole image, or that announce more than ``max_pixels`` pixels, which is checked before anything is decoded.
     """
     try:
-        image = open_image(data, max_pixels)
-        fast = _decode_jpeg(data, image)
-        pixels = np.array(to_rgb(image)) if fast is None else fast
+        pixels = _decode_jpeg(data, max_pixels)
+        if pixels is None:
+            pixels = np.array(to_rgb(open_image(data, max_pixels)))
     except BadSample:
         raise
     except Exception as error:  # decoders raise nearly anything on damaged bytes: OSError, SyntaxError, struct.error
@@ -73,15 +73,30 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
 
 
-def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
+def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
     """Decode the common cases fast. ``None`` leaves CMYK colours, rotated pictures and all faults to Pillow, which
     forgives some, so that the same pictures are good with and without the optional decoder."""
-    if simplejpeg is None or image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
-        return None
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+    if simplejpeg is None or not data.startswith(b"\xff\xd8\xff"):
         return None
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB")
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        # Pillow has a limit of its own, which is higher than this module's.
+        if colours not in ("YCbCr", "RGB", "Gray") or height * width > min(max_pixels, MAX_PIXELS):
+            return None
+        # Pillow, which knows EXIF and XMP data, takes ten times as long for the header.
+        if _may_tell_orientation(data):
+            if open_image(data, max_pixels).getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                return None
+        return simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:  # its default, strict mode also raises for faults that can be repaired
         return None
-    return pixels if pixels.shape[:2] == (image.height, image.width) else None
+
+
+def _may_tell_orientation(data: bytes) -> bool:
+    """Whether a JPEG header has an APP1 segment, in which EXIF and XMP data lie, or is laid out in an unusual way."""
+    at = 2
+    while (marker := data[at : at + 2]) != b"\xff\xda":  # start of scan, where the header ends
+        if marker[:1] != b"\xff" or marker[1:] in (b"\xe1", b"\xff"):
+            return True
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return False

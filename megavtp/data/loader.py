@@ -4,22 +4,19 @@ The loader limits the number of broken samples, and does not hang when a worker 
 """
 
 import atexit
-import dataclasses
 import errno
 import logging
 import multiprocessing
 import multiprocessing.queues
-import os
 import signal
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
-from typing import Any, NoReturn, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +26,7 @@ from torch.utils.data import DataLoader
 from megavtp.data.augment import center_crop
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.decode import BadSample, decode_image
+from megavtp.data.handover import LoadedBatch, cannot_hand_over
 from megavtp.data.order import locate
 from megavtp.data.shards import RawSample, ShardDataset
 from megavtp.data.workers import serve_parent
@@ -56,19 +54,6 @@ _WHY[-signal.SIGBUS] = _WHY[errno.ENOSPC]  # the page that it wrote to could not
 # Loaders that are still open are closed at exit: multiprocessing would wait for ever for workers that nobody told to
 # end. This module's handler is registered after torch's, and so runs before it.
 _open_loaders: weakref.WeakSet["Loader"] = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class LoadedBatch:
-    """What a loader delivers: a dataclass of tensors and other values."""
-
-    bad: Sequence[str] = field(default=(), kw_only=True)  # "name: reason" of each sample that another replaced
-
-    def pin_memory(self) -> Self:
-        """Move every tensor to page-locked memory (needs CUDA). torch's loader calls this in its pinning thread."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return dataclasses.replace(self, **pinned)
 
 
 B = TypeVar("B", bound=LoadedBatch)
@@ -224,13 +209,7 @@ def _start_worker(worker: int) -> None:
     serve_parent((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     # A batch that cannot be handed over would be lost, and awaited for ever.
     queue: Any = multiprocessing.queues.Queue  # whose handler its type stubs lack
-    queue._on_queue_feeder_error = staticmethod(partial(_cannot_hand_over, worker))
-
-
-def _cannot_hand_over(worker: int, error: Exception, batch: object) -> NoReturn:
-    reason = next(iter(str(error).splitlines()), "")
-    print(f"data worker {worker}: {type(error).__name__}: {reason}", file=sys.stderr, flush=True)
-    os._exit(errno.ENOSPC if os.strerror(errno.ENOSPC) in reason else 1)
+    queue._on_queue_feeder_error = staticmethod(partial(cannot_hand_over, worker))
 
 
 def _join_or_kill(worker: multiprocessing.Process, deadline: float, timeout: float | None = None) -> None:

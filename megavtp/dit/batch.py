@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megavtp.config.sizes import known
-from megavtp.data.loader import LoadedBatch
+from megavtp.data.handover import LoadedBatch
 from megavtp.data.order import SampleOrder, StepOrder
 from megavtp.data.randomness import generator
 from megavtp.dit.config import CompleteDiTConfig

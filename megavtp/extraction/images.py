@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from megavtp.data.decode import MAX_PIXELS, BadSample
-from megavtp.data.loader import CroppedSamples, LoadedBatch
+from megavtp.data.handover import LoadedBatch
+from megavtp.data.loader import CroppedSamples
 from megavtp.data.shards import ShardDataset
 from megavtp.extraction.labels import Labelling
 

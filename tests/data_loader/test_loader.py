@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,7 @@ from loader_fakes import LengthTokenizer, MemoryDataset, small_config
 
 from megavtp.data import loader as loader_module
 from megavtp.data.batch import Batch, StepDataset
+from megavtp.data.handover import LoadedBatch, blank_pictures
 from megavtp.data.loader import Loader
 from megavtp.errors import UserError
 
@@ -48,6 +50,44 @@ def test_two_ranks_with_workers_make_up_one_process():
         assert sum((part.ids for part in parts), []) == whole.ids
         assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
         assert torch.equal(torch.cat([part.masks for part in parts], 1), whole.masks)
+
+
+@dataclass(frozen=True)
+class SmallAndLarge(LoadedBatch):
+    small: torch.Tensor
+    large: torch.Tensor
+    nothing: None
+
+
+class SmallAndLargeSource:
+    def __getitem__(self, step):
+        large = torch.full((1 << 20,), step, dtype=torch.uint8)
+        return SmallAndLarge(torch.full((3, 2), step), large, None, bad=["a: b"])
+
+
+def test_only_large_tensors_come_through_shared_memory():
+    source = SmallAndLargeSource()
+    with Loader(source, 5, 7, workers=1) as loader:
+        for step, batch in enumerate(loader, 5):
+            assert batch.large.is_shared() and not batch.small.is_shared()
+            assert same(batch, source[step])
+            batch.small.add_(1)  # it may be written to
+
+
+class SharedSource:
+    def __getitem__(self, step):
+        pictures = blank_pictures(40, 3, 40, 40)
+        made_shared = torch.tensor(pictures.is_shared())
+        return SmallAndLarge(made_shared, pictures, None)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_worker_makes_pictures_where_they_are_handed_over(workers):
+    with Loader(SharedSource(), 0, 2, workers=workers) as loader:
+        for batch in loader:
+            assert batch.small.item() == (workers > 0)
+            assert torch.equal(batch.large, torch.zeros(40, 3, 40, 40, dtype=torch.uint8))
+    assert blank_pictures(2, 0, 3).shape == (2, 0, 3)
 
 
 def test_no_steps_left():
@@ -133,6 +173,18 @@ class NoRoomDataset(StepDataset):
 def test_a_worker_without_shared_memory_is_an_error_that_names_it(capfd):
     config = small_config()
     with Loader(NoRoomDataset(MemoryDataset(), LengthTokenizer(), config, 0, 1), 0, 8, workers=2) as loader:
+        with pytest.raises(UserError, match=r"data worker 0 \(pid \d+\) ended: /dev/shm, .* is full.*--shm-size"):
+            list(loader)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_without_shared_memory_for_its_pictures_is_one_too(monkeypatch, capfd):
+    def no_room(size):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", no_room)
+    with Loader(make(), 0, 8, workers=1) as loader:
         with pytest.raises(UserError, match=r"data worker 0 \(pid \d+\) ended: /dev/shm, .* is full.*--shm-size"):
             list(loader)
     assert "Traceback" not in capfd.readouterr().err

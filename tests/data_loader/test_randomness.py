@@ -28,3 +28,10 @@ def test_draws_of_neighbouring_keys_look_independent_and_uniform():
     x = np.stack([generator(0, "crop", step, 5).random(4) for step in range(2000)])
     assert abs(x.mean() - 0.5) < 0.01
     assert np.abs(np.corrcoef(x[:-1, 0], x[1:, 0])[0, 1]) < 0.1
+
+
+def test_the_generator_is_philox_with_the_hash_as_its_key():
+    expected = np.random.Generator(np.random.Philox(key=stable_hash(7, "mask", 3)))
+    found = generator(7, "mask", 3)
+    assert found.random(5).tolist() == expected.random(5).tolist()
+    assert found.permutation(100).tolist() == expected.permutation(100).tolist()

@@ -155,6 +155,7 @@ def variants():
     }
     found = {way: encode(image, "JPEG", **options) for way, options in ways.items()}
     found |= {mode: encode(image.convert(mode), "JPEG") for mode in ("L", "CMYK")}
+    found["EXIF after a fill byte"] = found["turned"].replace(b"\xff\xe1", b"\xff\xff\xe1", 1)
     found["two pictures"] = encode(image, "MPO", save_all=True, append_images=[image.rotate(90)])
     return found
 
