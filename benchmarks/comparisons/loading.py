@@ -78,7 +78,7 @@ def webdataset_loader(
     samples = (
         webdataset.WebDataset(tars, shardshuffle=100, seed=0, empty_check=False).shuffle(1000).decode("pil")
         .to_tuple("__key__", "jpg", "txt")
-        .map_tuple(None, transform, lambda text: tokenizer.encode([text])[0]).batched(BATCH)
+        .map_tuple(None, transform, None).batched(BATCH).map_tuple(None, None, tokenizer.encode)
     )
     return DataLoader(samples, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None)
 
