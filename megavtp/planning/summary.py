@@ -47,10 +47,7 @@ def parameter_counts(config: ResolvedConfig) -> dict[str, int]:
 
 
 def state_bytes(config: ResolvedConfig, dp: int) -> int:
-    """Estimate the bytes of weights, gradients, moments and teacher on a rank; activations come on top.
-
-    All are float32. ZeRO 1 and 2 keep a second, partitioned copy of the weights.
-    """
+    """Estimate the bytes of weights, gradients, moments and teacher, all float32, on a rank; activations come on top."""
     counts = parameter_counts(config)
     untrained = sum(counts.pop(part, 0) for part in _UNTRAINED)
     return bytes_of_state(sum(counts.values()), untrained, config.parallel, dp)
@@ -58,7 +55,7 @@ def state_bytes(config: ResolvedConfig, dp: int) -> int:
 
 def bytes_of_state(trained: int, untrained: int, parallel: ParallelConfig, dp: int) -> int:
     """Estimate the bytes of ``trained`` parameters and of ``untrained`` ones (a teacher's, or frozen) on a rank."""
-    whole, partitioned = {0: (16, 0), 1: (8, 12), 2: (4, 16), 3: (0, 16)}[parallel.zero_stage]
+    whole, partitioned = {0: (16, 0), 1: (8, 8), 2: (4, 12), 3: (0, 16)}[parallel.zero_stage]
     weights_alone = 4 * untrained / (dp if parallel.zero_stage == 3 else 1)
     return int((trained * (whole + partitioned / dp) + weights_alone) / (parallel.tp * parallel.pp))
 

@@ -55,19 +55,19 @@ def plan_of(config: Config, world_size: int) -> Plan:
     return _PLANNERS[repr(alone)].plan(config, world_size)
 
 
-def state_bytes(engine: Engine, model: VTP, zero_stage: int) -> dict[str, int]:
-    """Bytes of the trained weights, of the moments with the master weights, and of the teacher, where they lie."""
+def state_bytes(engine: Engine, model: VTP) -> dict[str, int]:
+    """Bytes of the trained weights, those that the optimizer updates among them, of moments, and of the teacher."""
     inner = inner_optimizer(engine._engine)
 
     def stored(p: Any) -> Any:
         return getattr(p, "ds_tensor", p)
 
-    trained = [stored(p).untyped_storage() for p in model.parameters() if p.requires_grad]
+    trained = [stored(p) for p in model.parameters() if p.requires_grad] + flat_partitions(engine._engine)
+    storages = [x.untyped_storage() for x in trained]
     moments = sum(x.nbytes for state in inner.state.values() for x in state.values() if x.dim() > 0)
-    masters = [p.nbytes for p in flat_partitions(engine._engine)] if zero_stage > 0 else []
     return {
-        "weights": sum({storage.data_ptr(): storage.nbytes() for storage in trained}.values()),
-        "optimizer": moments + sum(masters),
+        "weights": sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()),
+        "optimizer": moments,
         "teacher": sum(stored(p).nbytes for p in model.parameters() if not p.requires_grad),
     }
 
@@ -89,6 +89,6 @@ def measure(rank: int, configs: Sequence[Config]) -> list[tuple[int, dict, dict,
         for step in range(2):
             with count_traffic(mesh) as traffic:
                 train_step(engine, passes, data(step), lr_of=learning_rate(config, step))
-        found.append((mesh.pp_rank, *by_kind(traffic), state_bytes(engine, model, p.zero_stage)))
+        found.append((mesh.pp_rank, *by_kind(traffic), state_bytes(engine, model)))
         engine.close()
     return found
