@@ -47,7 +47,7 @@ def parameter_counts(config: ResolvedConfig) -> dict[str, int]:
 
 
 def state_bytes(config: ResolvedConfig, dp: int) -> int:
-    """Estimate the bytes of weights, gradients, moments and teacher, all float32, on a rank; activations come on top."""
+    """Estimate the bytes of weights, gradients, moments and teacher on a rank, in float32; activations come on top."""
     counts = parameter_counts(config)
     untrained = sum(counts.pop(part, 0) for part in _UNTRAINED)
     return bytes_of_state(sum(counts.values()), untrained, config.parallel, dp)
