@@ -13,6 +13,11 @@ import pytest  # noqa: E402
 # `from distributed import run_ranks`, `from tiny_run import tiny_config`
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parallel")]
 
+LONG = (
+    "test_layouts.py", "test_planned_memory.py", "test_planned_traffic.py", "test_rehearsal.py", "test_search.py",
+    "test_gpu_report.py", "test_readme_runs.py",
+)
+
 
 def pytest_configure(config):
     if config.option.markexpr != "gpu":
@@ -26,6 +31,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    # The files that take minutes go first, so that none of them is left to one process at the end.
+    items.sort(key=lambda item: item.path.name not in LONG)
     import torch
 
     if torch.cuda.is_available():

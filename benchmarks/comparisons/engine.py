@@ -18,7 +18,6 @@ from megavtp.config.share import share
 from megavtp.models.vtp import VTP
 from megavtp.nn.compiling import compile_networks
 from megavtp.parallel.mesh import SINGLE, build_mesh
-from megavtp.parallel.passes import execute
 from megavtp.pretraining.passes import build_passes
 from megavtp.pretraining.recipe import build_engine, build_model
 from megavtp.training.optimizer import parameter_groups
@@ -52,10 +51,13 @@ def engine_step(setting: Setting, stage: int) -> Iterator[Pair]:
 
     def their_step() -> Tensor:
         optimizer.zero_grad()
-        terms = execute(objective, plain, pairs)
+        objective.prepare(plain, pairs)
+        outputs = plain(objective.mode, **objective.inputs(0))
+        terms = objective.global_terms(*objective.global_inputs(outputs))
+        (sum(objective.weighted(terms)) * objective.weight).backward()
         nn.utils.clip_grad_norm_(trained, own.clip_grad)
         optimizer.step()
-        return terms["contrastive/loss"]
+        return terms["loss"].detach()
 
     # The second loss shows whether the first step's gradients and updates agree.
     losses = [torch.stack([step() for _ in range(2)]) for step in (our_step, their_step)]
@@ -67,7 +69,7 @@ def engine_step(setting: Setting, stage: int) -> Iterator[Pair]:
 
 
 class Plain:
-    """Runs passes without an engine."""
+    """Runs a model's forwards without an engine."""
 
     mesh = SINGLE
 
@@ -76,6 +78,3 @@ class Plain:
 
     def __call__(self, mode: str, **inputs: Any) -> Any:
         return self.module(mode, **inputs)
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()

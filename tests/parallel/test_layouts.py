@@ -1,6 +1,7 @@
-"""Every legal layout gives the single-process numbers. Of tensor and data parallelism with ZeRO, micro-batches and
-recomputation all are run here; with pipelines and the other settings of each two some cell with both, and the whole
-matrix by ``make matrix`` (``matrix.py``). Every other cell is refused by name."""
+"""Every legal layout gives the single-process numbers. Of each two settings some cell with both is run here: for four
+steps with tensor and data parallelism, ZeRO, micro-batches and recomputation alone, of which ``make sweeps`` runs all
+cells, and for fewer with pipelines and the other settings. ``make matrix`` (``matrix.py``) runs every legal layout.
+Every other cell is refused by name."""
 
 from __future__ import annotations
 
@@ -50,7 +51,14 @@ def test_layout_matrix(world: int, chosen: list[Cell], capsys: pytest.CaptureFix
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_basic_layouts(world: int, capsys: pytest.CaptureFixture) -> None:
-    check(basic_layouts(), world, capsys, BASIC)
+    check(pairwise(basic_layouts()), world, capsys, BASIC)
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_all_basic_layouts(world: int, capsys: pytest.CaptureFixture) -> None:
+    check(basic_layouts(), world, capsys, BASIC, timeout=3500)
 
 
 COMPILED = [

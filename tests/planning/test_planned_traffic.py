@@ -9,6 +9,8 @@ from planned_runs import layout, measure, plan_of
 from megavtp.config.schema import Config
 from megavtp.pretraining.rehearsal import play_pretraining
 
+pytestmark = pytest.mark.timeout(900)  # the runs take two minutes, and more on a machine that does other work, too
+
 TWO = [layout(2, micro, zero_stage=zero) for zero, micro in ((0, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2))]
 FOUR = [
     layout(4, 1, tp=2, zero_stage=0),
@@ -26,7 +28,7 @@ CASES = [(2, config) for config in TWO] + [(4, config) for config in FOUR]
 @pytest.fixture(scope="module")
 def measured() -> dict[int, list[list[tuple]]]:
     """World size -> rank -> what ``measure`` found of each configuration."""
-    return {2: run_ranks(2, measure, TWO, timeout=240), 4: run_ranks(4, measure, FOUR, timeout=280)}
+    return {2: run_ranks(2, measure, TWO, timeout=400), 4: run_ranks(4, measure, FOUR, timeout=400)}
 
 
 def label(case: tuple[int, Config]) -> str:
