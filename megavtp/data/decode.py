@@ -10,7 +10,7 @@ from torch import Tensor
 
 try:
     import simplejpeg
-except ImportError:  # optional: 2 to 3 times Pillow's speed on JPEG, same pixels within rounding
+except ImportError:  # optional: 1.3 to 3 times Pillow's speed on JPEG, same pixels within rounding
     simplejpeg = None
 
 MAX_PIXELS = 64_000_000  # of an image, unless the user sets another limit

@@ -38,10 +38,11 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
     ZeRO 3's gradients do, but DeepSpeed copies them for the update.
     """
     first = tensors[0]
-    begins = accumulate((tensor.nbytes for tensor in tensors), initial=first.data_ptr())
+    begins = accumulate((tensor.numel() for tensor in tensors), initial=first.storage_offset())
+    # Not by addresses, which tensors without data do not have.
     if all(
-        tensor.is_contiguous() and tensor.data_ptr() == begin and tensor.dtype == first.dtype
-        and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        tensor.is_contiguous() and tensor.storage_offset() == begin and tensor.dtype == first.dtype
+        and tensor.untyped_storage()._cdata == first.untyped_storage()._cdata
         for begin, tensor in zip(begins, tensors)
     ):
         return first.as_strided((sum(map(Tensor.numel, tensors)),), (1,))

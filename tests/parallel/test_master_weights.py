@@ -62,6 +62,8 @@ def test_neighbours_are_joined_without_a_copy() -> None:
     assert joined(parts).data_ptr() == whole.data_ptr() and torch.equal(joined(parts), whole)
     middle = joined(parts[1:])
     assert middle.data_ptr() == parts[1].data_ptr() and torch.equal(middle, whole[4:])
+    without_data = torch.empty(12, device="meta")
+    assert joined(list(without_data.split(4)))._is_view()
 
 
 @pytest.mark.parametrize("parts", [
