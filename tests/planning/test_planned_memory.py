@@ -99,8 +99,8 @@ class Runner:
 
 
 @pytest.mark.parametrize("recompute, precision, micro_batches", [
-    ("none", "fp32", 1), ("none", "bf16", 2), ("selective", "bf16", 1), ("selective", "fp32", 2), ("full", "fp32", 1),
-    ("full", "bf16", 2),
+    ("none", "bf16", 2), ("selective", "bf16", 1), ("selective", "fp32", 2), ("full", "fp32", 1),
+    *(pytest.param(*others, marks=pytest.mark.sweep) for others in (("none", "fp32", 1), ("full", "bf16", 2))),
 ])
 def test_activations_of_each_pass(recompute: str, precision: str, micro_batches: int) -> None:
     config = layout(1, micro_batches, SIZES, recompute=recompute, precision=precision)
