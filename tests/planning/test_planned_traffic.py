@@ -50,7 +50,9 @@ def test_bytes_sent_and_kept(case: tuple[int, Config], measured: dict) -> None:
         assert state == {name: getattr(planned.state, name) for name in state}
 
 
-@pytest.mark.parametrize("index, rank", [(6, 0), (7, 3)])
+@pytest.mark.parametrize("index, rank", [
+    (6, 0), (7, 3), *(pytest.param(*others, marks=pytest.mark.sweep) for others in ((2, 0), (2, 3), (6, 3), (7, 0))),
+])
 def test_a_rehearsed_rank_sends_the_same(index: int, rank: int, measured: dict) -> None:
     """Bytes and calls of each kind, on the first rank or the last."""
     played = play_pretraining(FOUR[index], 4, rank, fused_norms=False)
