@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
+from torch import nn
 
 from benchmarks.side_by_side import Way
+from megavtp.config.run import OptimizerConfig
 from megavtp.nn.precision import computing_in
+from megavtp.training.optimizer import parameter_groups
 
+LR = 1e-4
 T = TypeVar("T")
 
 
@@ -64,3 +68,9 @@ class Comparison:
         """Open the pair with weights and inputs that are always the same."""
         torch.manual_seed(0)
         return self.open(setting)
+
+
+def fused_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Return what updates a rival's model: torch's fused AdamW, with the groups and settings that MegaVTP's has."""
+    groups = parameter_groups(model.named_parameters(), config)
+    return torch.optim.AdamW(groups, lr=LR, betas=config.betas, eps=config.eps, fused=True)

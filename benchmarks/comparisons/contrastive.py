@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.comparisons.comparison import Pair, Setting
+from benchmarks.comparisons.comparison import LR, Pair, Setting, fused_adamw
 from benchmarks.comparisons.trunk import PATCH, dinov3, model_like_dinov3
 from benchmarks.side_by_side import difference
 from benchmarks.step import make_batch
@@ -26,10 +26,7 @@ from megavtp.parallel.mesh import build_mesh
 from megavtp.pixels import normalise
 from megavtp.pretraining.passes import build_passes
 from megavtp.pretraining.recipe import build_engine, build_model
-from megavtp.training.optimizer import parameter_groups
 from megavtp.training.step import train_step
-
-LR = 1e-4
 
 
 @contextmanager
@@ -99,9 +96,7 @@ def open_clip_step(
 ) -> Callable[[], Tensor]:
     """Return the step of OpenCLIP's training loop, with the groups and clipping that we have, on normalised pixels."""
     own = config.train.optimizer
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model.named_parameters(), own), lr=LR, betas=own.betas, eps=own.eps, fused=True
-    )
+    optimizer = fused_adamw(model, own)
     pixels = normalise(pairs.images)
     if setting.device.type == "cuda":
         pixels = pixels.pin_memory()

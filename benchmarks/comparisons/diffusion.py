@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
-import torch
 from torch import Tensor, nn
 
-from benchmarks.comparisons.comparison import Pair, Setting
+from benchmarks.comparisons.comparison import LR, Pair, Setting, fused_adamw
 from benchmarks.gpu.steps import noise_batch
 from megavtp.config.load import from_dict
 from megavtp.dit.batch import LatentBatch
@@ -14,10 +13,7 @@ from megavtp.dit.config import CompleteDiTConfig, DiTConfig, complete_config
 from megavtp.dit.flow_matching import flow_matching_terms, straight_path
 from megavtp.dit.recipe import DiTTraining
 from megavtp.dit.validate import validate_dit
-from megavtp.training.optimizer import parameter_groups
 from megavtp.training.step import train_step
-
-LR = 1e-4
 
 
 @contextmanager
@@ -71,9 +67,7 @@ def diffusers_step(
     setting: Setting,
 ) -> Callable[[], None]:
     parameters, own = list(model.parameters()), config.train.optimizer
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model.named_parameters(), own), lr=LR, betas=own.betas, eps=own.eps, fused=True
-    )
+    optimizer = fused_adamw(model, own)
 
     def step() -> None:
         data, noise, times, labels = (

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.comparisons.comparison import Pair, Setting
-from benchmarks.comparisons.contrastive import LR, contrastive_config
+from benchmarks.comparisons.comparison import LR, Pair, Setting, fused_adamw
+from benchmarks.comparisons.contrastive import contrastive_config
 from benchmarks.side_by_side import difference
 from benchmarks.step import make_batch
 from megavtp.config.share import share
@@ -20,7 +20,6 @@ from megavtp.nn.compiling import compile_networks
 from megavtp.parallel.mesh import SINGLE, build_mesh
 from megavtp.pretraining.passes import build_passes
 from megavtp.pretraining.recipe import build_engine, build_model
-from megavtp.training.optimizer import parameter_groups
 from megavtp.training.step import train_step
 
 
@@ -39,9 +38,7 @@ def engine_step(setting: Setting, stage: int) -> Iterator[Pair]:
     F.linear = torch_linear
     (objective,) = build_passes(config, share(config, 1), mesh, setting.device, None)
     own = config.train.optimizer
-    optimizer = torch.optim.AdamW(
-        parameter_groups(plain.module.named_parameters(), own), lr=LR, betas=own.betas, eps=own.eps, fused=True
-    )
+    optimizer = fused_adamw(plain.module, own)
     trained = [parameter for parameter in plain.module.parameters() if parameter.requires_grad]
 
     def our_step() -> Tensor:

@@ -18,8 +18,8 @@ def share_master_weights(engine: Any, dp_rank: int) -> None:
 
     DeepSpeed copies what is updated to the model's partition after each step; torch copies nothing onto itself.
     """
-    optimizer = engine.optimizer
-    if engine.zero_optimization_stage() == 3:
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
         weights = optimizer.fp16_partitioned_groups_flat
         masters = optimizer.fp32_partitioned_groups_flat
         optimizer.flatten = joined
@@ -28,7 +28,7 @@ def share_master_weights(engine: Any, dp_rank: int) -> None:
         masters = optimizer.single_partition_of_fp32_groups
     for master, weight in zip(masters, weights, strict=True):
         master.data = weight.data
-    if engine.zero_optimization_stage() < 3:
+    if stage < 3:
         optimizer._link_all_hp_params()  # each parameter knows where its master weights are
 
 
