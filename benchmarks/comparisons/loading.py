@@ -44,7 +44,7 @@ def loading(setting: Setting, version: Literal["v1", "v2"]) -> Iterator[Pair]:
         tars = sorted(str(path) for path in (root / "train").glob("*.tar"))
 
         def by_us() -> None:
-            with Loader(source, 0, steps, workers=1) as batches:
+            with Loader(source, 0, steps, workers=1, picture_bytes=source.picture_bytes) as batches:
                 for _ in batches:
                     pass
 

@@ -3,6 +3,7 @@
 Shape letters: b samples of the share, v rows of an objective's subset, N patches of a global crop, M masked patches.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from megavtp.config.sizes import GLOBAL_CROPS, ResolvedConfig
 from megavtp.data.augment import random_view
 from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.decode import decode_image
-from megavtp.data.handover import LoadedBatch, blank_pictures
+from megavtp.data.handover import LoadedBatch, new_pictures
 from megavtp.data.masking import block_mask, mask_counts
 from megavtp.data.order import SampleOrder, StepOrder
 from megavtp.data.randomness import generator
@@ -80,8 +81,20 @@ class StepDataset:
         self.dataset, self.tokenizer, self.config, self.dp_rank = dataset, tokenizer, config, dp_rank
         order = SampleOrder(dataset.shard_counts, config.data.streams, config.data.shuffle_block, config.seed)
         self.order = StepOrder(order, config.train.batch_size, dp_rank, dp_size)
-        for purpose in ("ssl", "rec"):
-            self._subset(0, purpose)  # refuses sizes that do not divide now rather than in a worker
+        # also refuses sizes that do not divide now rather than in a worker
+        samples, ssl, rec = len(self.order.positions), len(self._subset(0, "ssl")), len(self._subset(0, "rec"))
+        size, a = config.model.image_size, config.data.augment
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of the pictures of a batch
+        if config.objectives.contrastive.weight or rec:
+            self._shapes["images"] = (samples, 3, size, size)
+        if ssl:
+            self._shapes["global_crops"] = (GLOBAL_CROPS, ssl, 3, a.global_size, a.global_size)
+            self._shapes["local_crops"] = (a.local_crops, ssl, 3, a.local_size, a.local_size)
+
+    @property
+    def picture_bytes(self) -> int:
+        """The bytes of the pictures of a batch."""
+        return sum(map(math.prod, self._shapes.values()))
 
     @one_thread()
     def __getitem__(self, step: int) -> Batch:
@@ -95,15 +108,12 @@ class StepDataset:
         rows, seed = np.flatnonzero(plain).tolist(), self.config.seed
         rngs = {row: generator(seed, "plain", step, positions[row]) for row in rows}
 
-        images = crops = None
         size, a = self.config.model.image_size, self.config.data.augment
-        if plain.any():
-            images = blank_pictures(len(plain), 3, size, size)
-        if slots:
-            crops = [
-                blank_pictures(views, len(slots), 3, side, side)
-                for views, side in ((GLOBAL_CROPS, a.global_size), (a.local_crops, a.local_size))
-            ]
+        pictures = dict(zip(self._shapes, new_pictures(list(self._shapes.values()))))
+        images = pictures.get("images")
+        crops = [pictures[name] for name in ("global_crops", "local_crops") if name in pictures]
+        if images is not None:
+            images.numpy()[~plain] = 0
         ids, captions = [""] * len(plain), [""] * len(plain)
         bad: list[str] = []
         for row, position in enumerate(positions.tolist()):
@@ -116,15 +126,15 @@ class StepDataset:
                     grayscale=a.plain_grayscale,
                 )
                 copy_planes(view, images[row])
-            if crops is not None and row in slots:
+            if row in slots:
                 self._crops(image, step, position, *(views[:, slots[row]] for views in crops))
-        global_crops, local_crops = crops or (None, None)
         return Batch(
             step, ids, torch.tensor(positions), images,
             self.tokenizer.encode(captions) if contrastive else None,
             torch.from_numpy(ssl_rows) if slots else None,
             torch.from_numpy(rec_rows) if len(rec_rows) else None,
-            global_crops, local_crops, self._masks(step, len(slots)) if slots else None, bad=bad,
+            pictures.get("global_crops"), pictures.get("local_crops"),
+            self._masks(step, len(slots)) if slots else None, bad=bad,
         )
 
     def _subset(self, step: int, purpose: str) -> np.ndarray:

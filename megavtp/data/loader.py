@@ -28,6 +28,7 @@ from megavtp.data.captions import CaptionTokenizer
 from megavtp.data.decode import BadSample, decode_image
 from megavtp.data.handover import LoadedBatch, cannot_hand_over
 from megavtp.data.order import locate
+from megavtp.data.picture_memory import PictureMemory
 from megavtp.data.shards import RawSample, ShardDataset
 from megavtp.data.workers import serve_parent
 from megavtp.errors import UserError
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 # Workers touch no device, so forking is safe even after CUDA has started here; with one torch thread each they never
 # enter a thread pool whose threads did not survive the fork. They start in milliseconds, where spawn and forkserver
 # import torch again for seconds. Outside Linux fork itself is not safe.
-START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+FORKS = sys.platform == "linux"
 
 _LOOK = 0.5  # seconds between two looks at the workers while a batch is awaited
 _PATIENCE = 0.9  # share of parallel.timeout for a batch: the loader, which can name the worker, precedes the watchdog
@@ -74,24 +75,26 @@ class Loader(Iterator[B]):
         max_bad_samples: how many different samples may be broken.
         timeout: seconds that a step may take (parallel.timeout); 0 = no limit.
         pin: whether batches lie in page-locked memory; only where CUDA is available.
+        picture_bytes: size of the pictures of a batch, which workers make by ``new_pictures``; 0 = unknown.
 
     Raises ``UserError`` when more samples are broken, a worker dies, or one takes too long for a batch.
     """
 
     def __init__(
         self, source: StepSource[B], start_step: int, stop_step: int, *, workers: int = 0, prefetch: int = 2,
-        max_bad_samples: int = 1000, timeout: float = 0, pin: bool = False,
+        max_bad_samples: int = 1000, timeout: float = 0, pin: bool = False, picture_bytes: int = 0,
     ):
-        workers = min(workers, max(0, stop_step - start_step))
+        workers, prefetch = min(workers, max(0, stop_step - start_step)), max(1, prefetch)
+        memory = _picture_memory(workers, prefetch, picture_bytes) if workers and picture_bytes and FORKS else None
         self._patience = _PATIENCE * timeout or float("inf")
         self._delivered = 0  # batches
         self.max_bad_samples = max_bad_samples
         self.bad_samples: set[str] = set()  # names of the samples found broken so far
         self.wait_seconds = 0.0  # time spent waiting in here for data, in all
         self._loader = DataLoader(
-            _Guarded(source), batch_size=None, sampler=range(start_step, stop_step), num_workers=workers,
-            prefetch_factor=max(1, prefetch) if workers else None, timeout=_LOOK if workers else 0,
-            multiprocessing_context=START_METHOD if workers else None, worker_init_fn=_start_worker,
+            _Guarded(source, memory), batch_size=None, sampler=range(start_step, stop_step), num_workers=workers,
+            prefetch_factor=prefetch if workers else None, timeout=_LOOK if workers else 0,
+            multiprocessing_context=("fork" if FORKS else "spawn") if workers else None, worker_init_fn=_start_worker,
             pin_memory=pin and torch.cuda.is_available(),
             generator=torch.Generator(),  # its own: the default would draw from, and so advance, the global generator
         )
@@ -182,14 +185,23 @@ def _close_all() -> None:
 class _Guarded(torch.utils.data.Dataset):
     """Hands a user error over as a value: torch would wrap a worker's exception in a page of traceback."""
 
-    def __init__(self, source: StepSource):
-        self.source = source
+    def __init__(self, source: StepSource, memory: PictureMemory | None):
+        self.source, self.memory = source, memory
 
     def __getitem__(self, step: int) -> LoadedBatch | UserError:
         try:
             return self.source[step]
         except UserError as error:
             return error
+
+
+def _picture_memory(workers: int, prefetch: int, size: int) -> PictureMemory | None:
+    try:
+        # A worker has ``prefetch`` batches in work or waiting, and whoever iterates holds one or two.
+        return PictureMemory(workers, prefetch + 2, size)
+    except OSError as error:
+        logger.warning("data workers take new shared memory for each batch, as none can be set aside: %s", error)
+        return None
 
 
 def _start(loader: DataLoader) -> Iterator[Any]:

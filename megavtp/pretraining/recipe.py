@@ -89,7 +89,7 @@ class Pretraining(Recipe):
 
     def loader(self, start: int) -> Loader:
         dataset = StepDataset(self.train_set, self.tokenizer, self.config, self.mesh.dp_rank, self.mesh.dp)
-        return self.loader_of(dataset, start, self.config.data)
+        return self.loader_of(dataset, start, self.config.data, dataset.picture_bytes)
 
     def flops_per_step(self) -> float:
         return flops_per_step(self.config)["total"]

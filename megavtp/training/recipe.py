@@ -68,12 +68,14 @@ class Recipe(ABC):
     def loader(self, start: int) -> Loader:
         """Return the loader of this rank's share of the steps from ``start`` on."""
 
-    def loader_of(self, source: StepSource[B], start: int, reading: ReadingConfig) -> Loader[B]:
+    def loader_of(
+        self, source: StepSource[B], start: int, reading: ReadingConfig, picture_bytes: int = 0
+    ) -> Loader[B]:
         """Make the loader of this rank's steps from ``start`` on, which ``source`` prepares."""
         return Loader(
             source, start, self.config.train.steps, workers=reading.workers, prefetch=reading.prefetch,
             max_bad_samples=reading.max_bad_samples, timeout=self.config.parallel.timeout,
-            pin=self.device.type == "cuda",
+            pin=self.device.type == "cuda", picture_bytes=picture_bytes,
         )
 
     @abstractmethod

@@ -1,7 +1,10 @@
 """The loader: order, workers, limits, and what happens when a worker dies."""
 
+import errno
+import gc
 import json
 import logging
+import mmap
 import multiprocessing
 import os
 import signal
@@ -19,7 +22,7 @@ from loader_fakes import LengthTokenizer, MemoryDataset, small_config
 
 from megavtp.data import loader as loader_module
 from megavtp.data.batch import Batch, StepDataset
-from megavtp.data.handover import LoadedBatch, blank_pictures
+from megavtp.data.handover import LoadedBatch, new_pictures
 from megavtp.data.loader import Loader
 from megavtp.errors import UserError
 
@@ -74,20 +77,97 @@ def test_only_large_tensors_come_through_shared_memory():
             batch.small.add_(1)  # it may be written to
 
 
-class SharedSource:
+class PictureSource:
+    """Batches of two pictures, which tell the address that the worker wrote the first one to, and its old content."""
+
+    shapes = [(2, 0, 3), (40, 3, 40, 40), (5, 7)]
+    size = 40 * 3 * 40 * 40 + 5 * 7
+
     def __getitem__(self, step):
-        pictures = blank_pictures(40, 3, 40, 40)
-        made_shared = torch.tensor(pictures.is_shared())
-        return SmallAndLarge(made_shared, pictures, None)
+        nothing, large, small = new_pictures(self.shapes)
+        assert nothing.shape == (2, 0, 3)
+        known = torch.tensor([large.data_ptr(), large.max(), large.is_shared()])
+        large.fill_(step)
+        return Pictures(known, large, small.fill_(step + 1), nothing)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_worker_makes_pictures_where_they_are_handed_over(workers):
-    with Loader(SharedSource(), 0, 2, workers=workers) as loader:
-        for batch in loader:
-            assert batch.small.item() == (workers > 0)
-            assert torch.equal(batch.large, torch.zeros(40, 3, 40, 40, dtype=torch.uint8))
-    assert blank_pictures(2, 0, 3).shape == (2, 0, 3)
+@dataclass(frozen=True)
+class Pictures(LoadedBatch):
+    known: torch.Tensor
+    large: torch.Tensor
+    small: torch.Tensor
+    nothing: torch.Tensor
+
+    def has(self, step):
+        shapes = [tuple(x.shape) for x in (self.nothing, self.large, self.small)]
+        return shapes == PictureSource.shapes and bool((self.large == step).all() and (self.small == step + 1).all())
+
+
+def pictures(workers=1, prefetch=1, size=PictureSource.size, steps=12):
+    return Loader(PictureSource(), 1, 1 + steps, workers=workers, prefetch=prefetch, picture_bytes=size)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_write_pictures_to_the_same_memory_again_and_again(workers):
+    places = []
+    with pictures(workers) as loader:
+        for step, batch in enumerate(loader, 1):
+            assert batch.has(step) and batch.known[0] == batch.large.data_ptr()
+            places.append(batch.known[0].item())
+            batch.large.add_(1)  # they may be written to
+    assert len(set(places)) <= 3 * workers
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_pictures_that_somebody_holds_are_not_written_over(workers):
+    with pictures(workers) as loader:
+        kept = [batch.large[3:] for batch in loader]
+    assert [set(part.unique().tolist()) for part in kept] == [{step} for step in range(1, 13)]
+
+
+def test_one_picture_holds_the_memory_of_its_batch():
+    with pictures() as loader:
+        kept = [batch.small for batch in loader]
+    assert [set(small.unique().tolist()) for small in kept] == [{step} for step in range(2, 14)]
+
+
+@pytest.mark.parametrize("size", [0, PictureSource.size - mmap.PAGESIZE])
+def test_pictures_without_a_place_go_through_new_shared_memory(size):
+    with pictures(size=size) as loader:
+        for step, batch in enumerate(loader, 1):
+            assert batch.has(step) and batch.known[2] and batch.large.is_shared()
+
+
+def test_without_memory_to_set_aside_the_loader_says_so_and_goes_on(monkeypatch, caplog):
+    def none_left(*sizes):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(loader_module, "PictureMemory", none_left)
+    with caplog.at_level(logging.WARNING, logger="megavtp.data.loader"), pictures(steps=3) as loader:
+        assert all(batch.has(step) for step, batch in enumerate(loader, 1))
+    assert "new shared memory for each batch" in caplog.text and "Cannot allocate memory" in caplog.text
+
+
+def test_pictures_outlive_their_loader():
+    with pictures(steps=2) as loader:
+        batches = list(loader)
+    del loader
+    gc.collect()
+    assert all(batch.has(step) for step, batch in enumerate(batches, 1))
+
+
+def test_without_workers_pictures_are_not_shared():
+    assert not any(batch.known[2] for batch in pictures(workers=0))
+
+
+def test_a_step_does_not_depend_on_what_was_in_its_memory():
+    source = make(contrastive=0.0)
+    size = source.picture_bytes
+    with Loader(source, 0, 30, workers=1, prefetch=1, picture_bytes=size) as loader:
+        for step, batch in enumerate(loader):
+            assert sum(x.nbytes for x in (batch.images, batch.global_crops, batch.local_crops)) == size
+            assert same(batch, source[step])
+            batch.images.fill_(255)
 
 
 def test_no_steps_left():
