@@ -81,7 +81,7 @@ class StepDataset:
         self.dataset, self.tokenizer, self.config, self.dp_rank = dataset, tokenizer, config, dp_rank
         order = SampleOrder(dataset.shard_counts, config.data.streams, config.data.shuffle_block, config.seed)
         self.order = StepOrder(order, config.train.batch_size, dp_rank, dp_size)
-        # also refuses sizes that do not divide now rather than in a worker
+        # _subset refuses sizes that do not divide: now rather than in a worker
         samples, ssl, rec = len(self.order.positions), len(self._subset(0, "ssl")), len(self._subset(0, "rec"))
         size, a = config.model.image_size, config.data.augment
         self._shapes: dict[str, tuple[int, ...]] = {}  # of the pictures of a batch

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 # Workers touch no device, so forking is safe even after CUDA has started here; with one torch thread each they never
 # enter a thread pool whose threads did not survive the fork. They start in milliseconds, where spawn and forkserver
 # import torch again for seconds. Outside Linux fork itself is not safe.
-FORKS = sys.platform == "linux"
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 _LOOK = 0.5  # seconds between two looks at the workers while a batch is awaited
 _PATIENCE = 0.9  # share of parallel.timeout for a batch: the loader, which can name the worker, precedes the watchdog
@@ -85,7 +85,8 @@ class Loader(Iterator[B]):
         max_bad_samples: int = 1000, timeout: float = 0, pin: bool = False, picture_bytes: int = 0,
     ):
         workers, prefetch = min(workers, max(0, stop_step - start_step)), max(1, prefetch)
-        memory = _picture_memory(workers, prefetch, picture_bytes) if workers and picture_bytes and FORKS else None
+        inherits = workers > 0 and START_METHOD == "fork"  # memory that has no name
+        memory = _picture_memory(workers, prefetch, picture_bytes) if inherits and picture_bytes else None
         self._patience = _PATIENCE * timeout or float("inf")
         self._delivered = 0  # batches
         self.max_bad_samples = max_bad_samples
@@ -94,7 +95,7 @@ class Loader(Iterator[B]):
         self._loader = DataLoader(
             _Guarded(source, memory), batch_size=None, sampler=range(start_step, stop_step), num_workers=workers,
             prefetch_factor=prefetch if workers else None, timeout=_LOOK if workers else 0,
-            multiprocessing_context=("fork" if FORKS else "spawn") if workers else None, worker_init_fn=_start_worker,
+            multiprocessing_context=START_METHOD if workers else None, worker_init_fn=_start_worker,
             pin_memory=pin and torch.cuda.is_available(),
             generator=torch.Generator(),  # its own: the default would draw from, and so advance, the global generator
         )

@@ -20,7 +20,7 @@ _memories: weakref.WeakValueDictionary[int, "PictureMemory"] = weakref.WeakValue
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: what a worker sends in place of it."""
+    """A worker sends this in place of a tensor: it tells where the tensor lies."""
 
     memory: int  # number of the memory
     slot: int
