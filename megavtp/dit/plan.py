@@ -37,7 +37,7 @@ def planned(config: CompleteDiTConfig, mesh: Mesh, *, cuda: bool = True) -> Rank
     pieces = zero.pieces(named, partial(parameter_groups, config=config.train.optimizer, tower_of=lambda name: TOWER))
     hold, cost = p.zero3_gather == "step", _pass_cost(config, mesh, part, cuda)
     sent = cost.sent + zero.traffic(pieces, p.zero_stage, mesh.dp, cost.calls, shared_bottleneck=False, hold=hold)
-    sent += zero.norm_traffic(pieces, p.zero_stage, mesh.dp, mesh.tp * mesh.pp, towers=1)
+    sent += zero.norm_traffic(p.zero_stage, mesh.dp, mesh.tp * mesh.pp, towers=1)
     reduction = zero.reduction_of(config.deepspeed, mesh.dp, cuda=cuda)
     state = zero.state(pieces, p.zero_stage, mesh.dp, first_mode=FlowMatchingPass.mode, hold=hold, reduction=reduction)
     return RankPlan(

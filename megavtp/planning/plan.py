@@ -199,7 +199,7 @@ class Planner:
             pieces, p.zero_stage, mesh.dp, calls, not config.model.bottleneck_reconstruction_only,
             hold=p.zero3_gather == "step",
         )
-        sent += zero.norm_traffic(pieces, p.zero_stage, mesh.dp, p.tp * p.pp, self.inventory.towers)
+        sent += zero.norm_traffic(p.zero_stage, mesh.dp, p.tp * p.pp, self.inventory.towers)
         return RankPlan(
             pp_rank, self._state_of(config, world_size, pp_rank), passes, sent,
             *zero.updated(pieces, p.zero_stage, mesh.dp), early=self._reduction(config, mesh).early(p.zero_stage),

@@ -343,14 +343,8 @@ def traffic(
     return sent
 
 
-def norm_traffic(
-    pieces: Sequence[Piece], stage: int, dp: int, model_parallel: int, towers: int
-) -> Counter[tuple[str, str]]:
-    """Return the gradient norm's bytes: over dp a number for each optimizer group on the rank, two in stage 3; over
-    tp x pp one for each of the model's ``towers``, and one for groups of none."""
-    sent: Counter[tuple[str, str]] = Counter()
-    if dp > 1 and stage > 0:
-        sent["dp", "all_reduce"] = FLOAT * len({p.group for p in pieces if p.trained}) * (2 if stage == 3 else 1)
-    if model_parallel > 1:
-        sent["mp", "all_reduce"] = FLOAT * (towers + 1)
-    return sent
+def norm_traffic(stage: int, dp: int, model_parallel: int, towers: int) -> Counter[tuple[str, str]]:
+    """Return the gradient norm's bytes: a number for each of the model's ``towers``, and one for groups of none, over
+    tp x pp, and where gradients are shared over dp, too."""
+    axes = {"dp": dp if stage > 0 else 1, "mp": model_parallel}
+    return Counter({(axis, "all_reduce"): FLOAT * (towers + 1) for axis, size in axes.items() if size > 1})
