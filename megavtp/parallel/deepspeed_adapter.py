@@ -117,7 +117,6 @@ def initialize(
     early = stage == 1 and zero["overlap_comm"]
     if early:  # DeepSpeed's own way, which it refuses here, forgets what the last backward of a step does not reach
         ds_config = merged(ds_config, {"zero_optimization": {"overlap_comm": False}})
-    gradient_norm.mark_norm_ownership(module, mesh)
     if stage == 3 and leaf_classes:
         # Gather a transformer block's parameters in one collective instead of one per sub-module.
         deepspeed.utils.set_z3_leaf_modules(module, list(leaf_classes))

@@ -16,17 +16,7 @@ from megavtp.parallel.collectives import all_gather_object
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.sharding import shard_of
 
-_OWNED = "model_parallel"  # DeepSpeed's name of the mark
 ROW = 2**16  # elements whose squares are summed in one go
-
-
-def mark_norm_ownership(module: nn.Module, mesh: Mesh) -> None:
-    """Say on each parameter whether this rank counts it in the global gradient norm.
-
-    A tensor-parallel slice counts on every rank, a replicated parameter on one.
-    """
-    for parameter in module.parameters():
-        setattr(parameter, _OWNED, shard_of(parameter) is not None or mesh.tp_rank == 0)
 
 
 def install(engine: Any, mesh: Mesh) -> None:
@@ -54,7 +44,7 @@ def own_stage0_norm(engine: Any, mesh: Mesh) -> None:
 
     def clip(max_norm: float) -> None:
         groups = [[p for p in group["params"] if p.grad is not None] for group in engine.optimizer.param_groups]
-        owned = [[p.grad for p in group if getattr(p, _OWNED)] for group in groups]
+        owned = [[p.grad for p in group if counts(p, mesh)] for group in groups]
         norm = _total_norm(engine, mesh, owned, range(len(groups)))
         gradients = [p.grad for group in groups for p in group]
         engine.optimizer._global_grad_norm = norm
@@ -80,7 +70,7 @@ def own_norm_of_partitions(engine: Any, mesh: Mesh) -> None:
     def norm() -> Tensor:
         parameters = optimizer.fp16_groups if stage3 else optimizer.params_in_partition
         owned = [
-            [part for part, p in zip(optimizer.averaged_gradients[index], group) if getattr(p, _OWNED)]
+            [part for part, p in zip(optimizer.averaged_gradients[index], group) if counts(p, mesh)]
             for index, group in enumerate(parameters)
         ]
         return _total_norm(engine, mesh, owned, of_group, over_dp=True)
@@ -90,6 +80,12 @@ def own_norm_of_partitions(engine: Any, mesh: Mesh) -> None:
     else:
         optimizer.scaled_global_norm = norm
         optimizer.unscale_and_clip_grads = lambda gradients, norm: _clip(optimizer, gradients, norm)
+
+
+def counts(parameter: nn.Parameter, mesh: Mesh) -> bool:
+    """Tell whether this rank counts a parameter in the norm: a tensor-parallel slice counts on every tensor-parallel
+    rank, a replicated parameter on one."""
+    return shard_of(parameter) is not None or mesh.tp_rank == 0
 
 
 def _clip(optimizer: Any, gradients: list[Tensor], norm: Tensor) -> None:

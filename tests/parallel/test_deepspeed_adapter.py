@@ -76,8 +76,8 @@ def _runs() -> dict[str, Any]:
         found[f"one slice {zero}"] = _infinite_slice(tp2, zero)
         found[f"scalar {zero}"] = attempt(lambda z=zero: make(dp2, z, scalar=True))
     for zero in SHARDED:
-        with without("mark_norm_ownership"):
-            found[f"unmarked {zero}"] = run(tp2, zero, STEPS, CLIP)
+        with without("own_norm_of_partitions"):
+            found[f"DeepSpeed's norm {zero}"] = run(tp2, zero, STEPS, CLIP)
         with patch.object(adapter, "build_config", _config_without_clipping):
             found[f"unsaid clipping {zero}"] = run(dp2, zero, STEPS)
     with patch.object(adapter, "before_step", lambda engine: None):
@@ -195,7 +195,7 @@ def _uneven_groups(rank: int, guarded: bool) -> tuple[float, float]:
         for index, parameter in enumerate(module.parameters()):
             parameter.copy_(torch.eye(4) * (1 + rank + index))
     groups = [{"params": [parameter]} for parameter in module.parameters()]
-    with nullcontext() if guarded else without("norm_by_tower"):
+    with nullcontext() if guarded else without("own_norm_of_partitions"):
         engine = Engine(module, torch.optim.AdamW(groups), mesh, zero_stage=1, clip_grad=0.0)
     engine.begin_step()
     engine.backward(engine(torch.ones(2, 4)).sum())
@@ -249,7 +249,7 @@ def test_stages_with_different_parameter_groups_have_one_norm(found: dict) -> No
     (first, first_unguarded), (second, second_unguarded) = found["uneven groups"]
     whole = (first[1] ** 2 + second[1] ** 2) ** 0.5
     assert first[0] == pytest.approx(whole, rel=1e-6) and second[0] == pytest.approx(whole, rel=1e-6)
-    assert abs(first_unguarded[0] / whole - 1) > WRONG, superfluous("norm_by_tower")
+    assert abs(first_unguarded[0] / whole - 1) > WRONG, superfluous("own_norm_of_partitions")
 
 
 def test_a_backward_needs_a_parameter(found: dict) -> None:
@@ -272,11 +272,11 @@ def test_a_rank_alone_gathers_by_columns_too(found, expected):
 
 
 @pytest.mark.parametrize("zero", SHARDED)
-def test_norm_ownership(zero: int, found: dict, expected: dict) -> None:
-    """Under tp the engine would miss slices. (Stage 0's norm is the adapter's own: it reads the mark itself.)"""
-    unmarked = found[f"unmarked {zero}"]
-    assert abs(unmarked.norms[0] / expected["clipped"].norms[0] - 1) > WRONG, superfluous("mark_norm_ownership")
-    assert unmarked.difference(expected["clipped"]) > WRONG
+def test_tensor_parallel_slices_count_in_the_norm(zero: int, found: dict, expected: dict) -> None:
+    """DeepSpeed counts those of the first rank only, unless a parameter bears a mark of Megatron's."""
+    theirs = found[f"DeepSpeed's norm {zero}"]
+    assert abs(theirs.norms[0] / expected["clipped"].norms[0] - 1) > WRONG, superfluous("own_norm_of_partitions")
+    assert theirs.difference(expected["clipped"]) > WRONG
 
 
 def test_stale_gradients(found: dict, expected: dict) -> None:
