@@ -25,8 +25,8 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
 
 CASES: dict[str, dict] = {
-    "ZeRO 1": {},
-    "ZeRO 0": {"zero_stage": 0},
+    "ZeRO 0": {},
+    "ZeRO 1": {"zero_stage": 1},
     "ZeRO 2": {"zero_stage": 2},
     "ZeRO 3": {"zero_stage": 3},
     "recompute": {"recompute": "full"},
@@ -205,7 +205,7 @@ def make_config(options: argparse.Namespace, case: dict, gpu: bool):
         },
         "data": {"streams": 1, **crops}, "train": {"batch_size": batch},
         "parallel": {
-            "zero_stage": case.get("zero_stage", 1), "recompute": case.get("recompute", "none"),
+            "zero_stage": case.get("zero_stage", 0), "recompute": case.get("recompute", "none"),
             "precision": other if case.get("precision") else own, "attention": case.get("attention", "auto"),
         },
     }, Config), 1)

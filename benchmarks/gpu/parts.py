@@ -66,13 +66,13 @@ _TERMS = (
 # What differs from the first case, as settings over the recipe's; another one to compare is one more line. On a GPU all
 # but one are compiled. ZeRO 3 is the last, because what it has cut stays in memory when it is closed.
 STEP_CASES: dict[str, list[str]] = {
-    "ZeRO 1": [],
+    "ZeRO 0": [],
     "not compiled": ["parallel.compile=none"],
     "recompute": ["parallel.recompute=full"],
-    "ZeRO 0": ["parallel.zero_stage=0"],
+    "ZeRO 1": ["parallel.zero_stage=1"],
     "ZeRO 3": ["parallel.zero_stage=3"],
 }
-VTP_CASES = {"ZeRO 1": [], "without LPIPS": ["objectives.reconstruction.perceptual=none"]} | STEP_CASES
+VTP_CASES = {"ZeRO 0": [], "without LPIPS": ["objectives.reconstruction.perceptual=none"]} | STEP_CASES
 
 VTP_BATCH = {"s": 256, "b": 256, "l": 128}  # pairs of a step on one device
 DIT_BATCH = 128

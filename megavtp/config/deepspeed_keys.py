@@ -71,7 +71,7 @@ PASSED: frozenset[str] = frozenset(
 ) | {f"zero_optimization.{name}" for name in _ZERO.split()}
 
 
-def check(section: Mapping[str, Any], zero_stage: int) -> None:
+def check(section: Mapping[str, Any], zero_stage: int | str) -> None:
     """Refuse keys of the ``deepspeed`` section that MegaVTP sets itself, that do not work with it or with this ZeRO
     stage, or that DeepSpeed does not have. UserError."""
     zero = section.get("zero_optimization", {})

@@ -17,7 +17,7 @@ class ParallelConfig:
     pp: Positive = 1  # pipeline ranks; each holds a part of every tower
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b"] = "1f1b"  # of the pipeline
     virtual_stages: Positive = 1  # parts of each tower on a pipeline rank, for interleaved_1f1b
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[0, 1, 2, 3, "auto"] = "auto"  # auto: 1, or 0 if there is one data-parallel rank
     zero3_gather: Literal["block", "step"] = "block"  # step: all of a rank's weights stay gathered for the step
     sequence_parallel: bool = False  # the tp ranks share the tokens between a block's matrix products, too
     recompute: Literal["none", "selective", "full"] = "none"  # by the backward: the cheap activations, or each block
@@ -28,6 +28,15 @@ class ParallelConfig:
     attention: Literal["auto", "flash", "sdpa"] = "auto"
     # Seconds that a part of a step may take on any rank, start and saves three times that; 0 = no limit.
     timeout: Annotated[float, Range(0, 10_000_000)] = 600
+
+    def zero_on(self, dp: int) -> int:
+        """Return the ZeRO stage of a run on ``dp`` data-parallel ranks.
+
+        A rank alone has nobody to share with, and the stages would copy its gradients and weights for nothing.
+        """
+        if self.zero_stage == "auto":
+            return 1 if dp > 1 else 0
+        return self.zero_stage
 
 
 @dataclass(frozen=True)

@@ -32,17 +32,18 @@ TERMS = 2  # the squared error and the cosine
 def planned(config: CompleteDiTConfig, mesh: Mesh, *, cuda: bool = True) -> RankPlan:
     """Return what the rank at ``mesh`` holds and sends in a step. UserError."""
     p, part = config.parallel, flow_share(config, mesh.dp)
+    stage = p.zero_on(mesh.dp)
     with torch.device("meta"):
         named = list(AveragedDiT(config.model, mesh).named_parameters())
     pieces = zero.pieces(named, partial(parameter_groups, config=config.train.optimizer, tower_of=lambda name: TOWER))
     hold, cost = p.zero3_gather == "step", _pass_cost(config, mesh, part, cuda)
-    sent = cost.sent + zero.traffic(pieces, p.zero_stage, mesh.dp, cost.calls, shared_bottleneck=False, hold=hold)
-    sent += zero.norm_traffic(p.zero_stage, mesh.dp, mesh.tp * mesh.pp, towers=1)
+    sent = cost.sent + zero.traffic(pieces, stage, mesh.dp, cost.calls, shared_bottleneck=False, hold=hold)
+    sent += zero.norm_traffic(stage, mesh.dp, mesh.tp * mesh.pp, towers=1)
     reduction = zero.reduction_of(config.deepspeed, mesh.dp, cuda=cuda)
-    state = zero.state(pieces, p.zero_stage, mesh.dp, first_mode=FlowMatchingPass.mode, hold=hold, reduction=reduction)
+    state = zero.state(pieces, stage, mesh.dp, first_mode=FlowMatchingPass.mode, hold=hold, reduction=reduction)
     return RankPlan(
-        mesh.pp_rank, state, {FlowMatchingPass.name: cost}, sent, *zero.updated(pieces, p.zero_stage, mesh.dp),
-        early=reduction.early(p.zero_stage),
+        mesh.pp_rank, state, {FlowMatchingPass.name: cost}, sent, *zero.updated(pieces, stage, mesh.dp),
+        early=reduction.early(stage),
     )
 
 
@@ -81,7 +82,7 @@ def _chain(config: CompleteDiTConfig, mesh: Mesh, stage: int, part: PassShare, c
     """Count one micro-batch in a stage of the pass."""
     p, last = config.parallel, mesh.chunks - 1
     fields: dict[str, Any] = {"pp": mesh.pp, "pp_rank": mesh.pp_rank, "virtual_stages": mesh.virtual_stages}
-    fields["zero3"] = zero.replaces_linear(config.deepspeed, p.zero_stage)
+    fields["zero3"] = zero.replaces_linear(config.deepspeed, p.zero_on(mesh.dp))
     with rehearsal(tp=mesh.tp, sequence_parallel=mesh.sequence_parallel, fused_norms=cuda, **fields) as place:
         model = AveragedDiT(
             config.model, place, recompute=p.recompute, attention=p.attention, compute_dtype=compute_dtype(p.precision)

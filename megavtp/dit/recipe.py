@@ -41,7 +41,8 @@ class DiTTraining(Recipe):
         )
         self.compile(self.model)
         optimizer = build_optimizer(
-            self.model.named_parameters(), config.train.optimizer, zero_stage=p.zero_stage, tower_of=lambda name: TOWER
+            self.model.named_parameters(), config.train.optimizer, zero_stage=p.zero_on(self.mesh.dp),
+            tower_of=lambda name: TOWER,
         )
         self.engine = Engine.of_run(self.model, optimizer, self.mesh, config, leaf_classes=(DiTBlock,))
 

@@ -93,14 +93,17 @@ def build_config(
             "stage": zero_stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-            "overlap_comm": overlap and zero_stage > 0,
+            "overlap_comm": overlap,
             # A rank alone has nothing to send, and would only copy its gradients once more.
             "contiguous_gradients": not (zero_stage == 3 and dp == 1),
             # A parameter that stays gathered would not see the shard-wise teacher update.
             "stage3_param_persistence_threshold": 0,
         },
     }
-    return merged(config, extra)
+    config = merged(config, extra)
+    if zero_stage == 0:  # there is nothing to overlap, and DeepSpeed refuses to
+        config = merged(config, {"zero_optimization": {"overlap_comm": False}})
+    return config
 
 
 def initialize(

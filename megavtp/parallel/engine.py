@@ -65,7 +65,7 @@ class Engine(Generic[M]):
     ) -> "Engine[M]":
         p = config.parallel
         return cls(
-            module, optimizer, mesh, zero_stage=p.zero_stage, clip_grad=config.train.optimizer.clip_grad,
+            module, optimizer, mesh, zero_stage=p.zero_on(mesh.dp), clip_grad=config.train.optimizer.clip_grad,
             extra=config.deepspeed, leaf_classes=leaf_classes, schedule=p.schedule, hold=p.zero3_gather == "step",
         )
 

@@ -166,7 +166,7 @@ class Planner:
 
     def _state_of(self, config: ResolvedConfig, world_size: int, pp_rank: int) -> zero.State:
         p, mesh = config.parallel, _mesh(config, world_size, pp_rank)
-        return self._state(mesh, p.zero_stage, p.zero3_gather, self._reduction(config, mesh))
+        return self._state(mesh, p.zero_on(mesh.dp), p.zero3_gather, self._reduction(config, mesh))
 
     def _reduction(self, config: ResolvedConfig, mesh: Mesh) -> zero.Reduction:
         return zero.reduction_of(config.deepspeed, mesh.dp, cuda=self.cuda)
@@ -187,7 +187,8 @@ class Planner:
     def _rank(self, config: ResolvedConfig, world_size: int, pp_rank: int) -> RankPlan:
         p, mesh = config.parallel, _mesh(config, world_size, pp_rank)
         layout = RankLayout(replace(mesh, sequence_parallel=p.sequence_parallel), p.schedule, p.recompute)
-        zero3 = zero.replaces_linear(config.deepspeed, p.zero_stage)
+        stage = p.zero_on(mesh.dp)
+        zero3 = zero.replaces_linear(config.deepspeed, stage)
         parts = share(config, mesh.dp).passes
         passes = {name: self._pass_cost(layout, name, part, zero3) for name, part in parts.items()}
         if config.objectives.adversarial.weight > 0:
@@ -196,13 +197,13 @@ class Planner:
         calls = [call for cost in passes.values() for call in cost.calls]
         sent = sum((cost.sent for cost in passes.values()), Sent())
         sent += zero.traffic(
-            pieces, p.zero_stage, mesh.dp, calls, not config.model.bottleneck_reconstruction_only,
+            pieces, stage, mesh.dp, calls, not config.model.bottleneck_reconstruction_only,
             hold=p.zero3_gather == "step",
         )
-        sent += zero.norm_traffic(p.zero_stage, mesh.dp, p.tp * p.pp, self.inventory.towers)
+        sent += zero.norm_traffic(stage, mesh.dp, p.tp * p.pp, self.inventory.towers)
         return RankPlan(
             pp_rank, self._state_of(config, world_size, pp_rank), passes, sent,
-            *zero.updated(pieces, p.zero_stage, mesh.dp), early=self._reduction(config, mesh).early(p.zero_stage),
+            *zero.updated(pieces, stage, mesh.dp), early=self._reduction(config, mesh).early(stage),
         )
 
 

@@ -38,7 +38,7 @@ def _cells(plan: Plan) -> dict[str, str]:
     bubble = seconds["bubble"] / seconds["products"] if seconds["products"] else 0.0
     return {
         "tp": str(p.tp), "pp": str(p.pp), "dp": str(plan.dp), "schedule": schedule,
-        "zero": f"{p.zero_stage} step" if p.zero3_gather == "step" else str(p.zero_stage),
+        "zero": f"{p.zero_on(plan.dp)}{' step' * (p.zero3_gather == 'step')}",
         "recompute": p.recompute, "seq": "on" if p.sequence_parallel else "-",
         **{f"m {_SHORT[name]}": str(part.micro_batch) for name, part in share(plan.config, plan.dp).passes.items()},
         "GiB": f"{plan.memory / GIB:.1f}", "state": f"{full.state.total / GIB:.1f}",

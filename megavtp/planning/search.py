@@ -99,7 +99,7 @@ def layouts(given: ParallelConfig, world_size: int, gpus_per_node: int) -> Itera
     for tp in _divisors(min(gpus_per_node, world_size)):
         for pp in _divisors(world_size // tp) if world_size % tp == 0 else ():
             for schedule, virtual in _SCHEDULES if pp > 1 else _SCHEDULES[:1]:
-                for zero, gather in _ZERO:
+                for zero, gather in _ZERO if tp * pp < world_size else _ZERO[:1]:
                     yield replace(
                         given, tp=tp, pp=pp, schedule=schedule, virtual_stages=virtual, zero_stage=zero,
                         zero3_gather=gather, sequence_parallel=False, recompute="none",

@@ -55,8 +55,8 @@ def state_bytes(config: ResolvedConfig, dp: int) -> int:
 
 def bytes_of_state(trained: int, untrained: int, parallel: ParallelConfig, dp: int) -> int:
     """Estimate the bytes of ``trained`` parameters and of ``untrained`` ones (a teacher's, or frozen) on a rank."""
-    whole, partitioned = {0: (16, 0), 1: (8, 8), 2: (4, 12), 3: (0, 16)}[parallel.zero_stage]
-    weights_alone = 4 * untrained / (dp if parallel.zero_stage == 3 else 1)
+    whole, partitioned = {0: (16, 0), 1: (8, 8), 2: (4, 12), 3: (0, 16)}[parallel.zero_on(dp)]
+    weights_alone = 4 * untrained / (dp if parallel.zero_on(dp) == 3 else 1)
     return int((trained * (whole + partitioned / dp) + weights_alone) / (parallel.tp * parallel.pp))
 
 
@@ -112,9 +112,10 @@ def layout_lines(p: ParallelConfig, world_size: int, state_bytes: int, average: 
     """Describe a layout and a rank's memory for its state, of which ``average`` is the part that follows the model."""
     stages = f" with {p.virtual_stages} stages a rank" if p.virtual_stages > 1 else ""
     pipeline = f"pipeline {p.schedule}{stages}, " if p.pp > 1 else ""
+    dp = world_size // (p.tp * p.pp)
     return [
         f"layout     {world_size} process{'es' if world_size > 1 else ''} = tp {p.tp} x pp {p.pp} x dp "
-        f"{world_size // (p.tp * p.pp)}, {pipeline}ZeRO stage {p.zero_stage}, {p.precision}, recompute {p.recompute}, "
+        f"{dp}, {pipeline}ZeRO stage {p.zero_on(dp)}, {p.precision}, recompute {p.recompute}, "
         f"sequence parallelism {'on' if p.sequence_parallel else 'off'}, attention {p.attention}",
         f"           about {state_bytes / 2**30:.2f} GiB of weights, gradients, moments and {average} on a rank, plus "
         "activations",

@@ -182,7 +182,7 @@ def build_engine(
     model: VTP, config: ResolvedConfig, mesh: Mesh, leaf_classes: tuple[type[nn.Module], ...] = (Block,)
 ) -> Engine:
     optimizer = build_optimizer(
-        model.named_parameters(), config.train.optimizer, zero_stage=config.parallel.zero_stage,
+        model.named_parameters(), config.train.optimizer, zero_stage=config.parallel.zero_on(mesh.dp),
         max_logit_scale=model.max_logit_scale,
     )
     return Engine.of_run(model, optimizer, mesh, config, leaf_classes)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megavtp.config.load import to_dict
+from megavtp.config.run import ParallelConfig
 from megavtp.config.schema import Config
 from megavtp.dit.config import DiTConfig
 from megavtp.report.folder import CONFIG_FILE, KINDS, Kind, Run
@@ -77,7 +78,10 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 def _layout(settings: Mapping[str, Any], layout: Mapping[str, Any]) -> str:
     sizes = [f"{name} {settings.get(f'parallel.{name}', '?')}" for name in ("tp", "pp")]
     sizes += [f"dp {layout['dp']}"] if "dp" in layout else []
-    sizes.append(f"ZeRO {settings.get('parallel.zero_stage', '?')}")
+    stage = settings.get("parallel.zero_stage", "?")
+    if stage == "auto" and isinstance(dp := layout.get("dp"), int):
+        stage = ParallelConfig(zero_stage="auto").zero_on(dp)
+    sizes.append(f"ZeRO {stage}")
     return ", ".join(sizes)
 
 

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from megavtp.config.load import load_config
+from megavtp.config.run import ParallelConfig
 from megavtp.config.schema import Config
 from megavtp.config.share import PassShare, share
 from megavtp.config.sizes import ffn_hidden, resolve_model
@@ -105,7 +106,7 @@ CROSS_RULES = [
     (2, "parallel.tp=2", "model.vision.heads = 3 is not a multiple of parallel.tp = 2"),
     (3, "parallel.tp=3", "feed-forward width = .* is not a multiple of parallel.tp = 3|vocab_size = 512 is not"),
     (3, "parallel.pp=2", "number of processes = 3 is not a multiple of parallel.tp x parallel.pp = 2"),
-    (1, "parallel.zero3_gather=step", "parallel.zero3_gather = step, but parallel.zero_stage = 1 gathers nothing"),
+    (1, "parallel.zero3_gather=step", "parallel.zero3_gather = step, but parallel.zero_stage = auto gathers nothing"),
     (1, "parallel.schedule=gpipe", "parallel.schedule = gpipe, but parallel.pp = 1"),
     (1, "parallel.virtual_stages=2", "parallel.virtual_stages = 2, but parallel.schedule = 1f1b"),
     (16, "parallel.pp=16", "parallel.pp x parallel.virtual_stages = 16 stages, but model.vision.depth = 6"),
@@ -166,6 +167,11 @@ def test_overlapping_reduction_needs_zero(check):
     with pytest.raises(UserError, match="overlap_comm needs parallel.zero_stage 1, 2 or 3, not 0"):
         check(1, "deepspeed.zero_optimization.overlap_comm=true", "parallel.zero_stage=0")
     check(1, "deepspeed.zero_optimization.overlap_comm=true")
+
+
+def test_zero_shares_only_between_several_data_parallel_ranks():
+    stages = {(given, dp): ParallelConfig(zero_stage=given).zero_on(dp) for given in ("auto", 0, 3) for dp in (1, 2)}
+    assert stages == {("auto", 1): 0, ("auto", 2): 1, (0, 1): 0, (0, 2): 0, (3, 1): 3, (3, 2): 3}
 
 
 def test_interleaving_needs_virtual_stages(check):

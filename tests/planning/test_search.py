@@ -37,8 +37,9 @@ def planner() -> Planner:
 
 def test_every_product_of_sizes_is_looked_at() -> None:
     found = {(p.tp, p.pp, p.zero_stage) for p in layouts(CONFIG.parallel, 4, 2)}
-    sizes = {(1, 1), (1, 2), (1, 4), (2, 1), (2, 2)}  # tensor parallelism stays inside a node of 2
-    assert found == {(tp, pp, zero) for tp, pp in sizes for zero in (0, 1, 2, 3)}
+    shared = {(1, 1), (1, 2), (2, 1)}  # tensor parallelism stays inside a node of 2
+    alone = {(1, 4), (2, 2)}  # a data-parallel rank alone has nobody to share with
+    assert found == {(*sizes, zero) for sizes in shared for zero in (0, 1, 2, 3)} | {(*sizes, 0) for sizes in alone}
 
 
 def test_the_best_plans_are_legal_fit_and_are_in_order(planner: Planner) -> None:
