@@ -55,9 +55,9 @@ class PictureMemory:
         return None
 
     def place(self, tensor: Tensor) -> Place | None:
-        """Return where a contiguous tensor lies, None if that is elsewhere."""
+        """Return where a tensor lies; None if that is elsewhere, or if it is not a row of bytes there."""
         start = tensor.data_ptr() - self._first
-        if not 0 <= start < len(self._pages):
+        if not 0 <= start < len(self._pages) or tensor.dtype != torch.uint8 or not tensor.is_contiguous():
             return None
         return Place(self.number, *divmod(start, self.size), tuple(tensor.shape))
 

@@ -45,6 +45,13 @@ def test_a_slot_is_free_once_nothing_of_it_is_held():
     assert memory.take(0, 24) is not None
 
 
+def test_what_is_no_row_of_bytes_has_no_place():
+    memory = PictureMemory(1, 1, 24)
+    whole = memory.take(0, 24)
+    assert memory.place(whole.view(4, 6).t()) is None and memory.place(whole[::2]) is None
+    assert memory.place(whole.view(torch.float32)) is None
+
+
 @pytest.mark.timeout(60)
 def test_a_forked_process_that_lets_go_of_its_copy_frees_nothing():
     memory = PictureMemory(1, 1, 24)
