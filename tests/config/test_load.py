@@ -63,7 +63,7 @@ def test_values_keep_their_types(recipe):
     ("train: {optimizer: {betas: [0.9, x]}}", r"train\.optimizer\.betas\[1\]: expected a number"),
     ("train: {optimizer: {lr_scale: {1: 2}}}", r"train\.optimizer\.lr_scale: expected a mapping"),
     ("train: [1]", r"train: expected a mapping of keys"),
-    ("parallel: {zero_stage: 4}", r"parallel\.zero_stage: expected one of 0, 1, 2, 3, got 4"),
+    ("parallel: {zero_stage: 4}", r"parallel\.zero_stage: expected one of 0, 1, 2, 3, 'auto', got 4"),
     ("parallel: {zero_stage: true}", r"parallel\.zero_stage: expected one of"),
     ("telemetry: {wandb: off}", r"telemetry\.wandb: expected one of 'disabled', 'offline', 'online', got False"),
     ("telemetry: {tensorboard: 1}", r"telemetry\.tensorboard: expected true or false"),

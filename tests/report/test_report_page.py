@@ -115,7 +115,7 @@ def test_a_run_in_words(folders):
     assert told["Layout"] == "tp 1, pp 1, dp 2, ZeRO 1" and told["Batch"] == "64 a step, 2,560 samples seen"
     assert told["Training time"] == "00:20, 0.5 s a step"
     assert told["Machine"] == "2 processes on one machine; node7: 2 x H100, 64 CPU cores, 512.0 GiB"
-    assert facts(dit)["Command, machine, code"] == "not recorded" and facts(dit)["Layout"] == "tp 1, pp 1, ZeRO 1"
+    assert facts(dit)["Command, machine, code"] == "not recorded" and facts(dit)["Layout"] == "tp 1, pp 1, ZeRO auto"
     joined = "\n".join(warnings(joint))
     for text in (
         "went on with other data, as these changed: data.root", "1 step was skipped", "15 (contrastive/loss)",
