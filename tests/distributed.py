@@ -23,9 +23,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # Imported once, by the one server that all processes of all tests are forked from: they would cost each of them
-# seconds. The second is what DeepSpeed imports late: it compiles Muon's kernels, whichever optimizer is used.
+# seconds. The second is torch's compiler, for the runs that compile.
 multiprocessing.get_context("forkserver").set_forkserver_preload([
-    "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "setuptools", "megavtp.training.launcher",
+    "deepspeed", "torch._inductor.compile_fx", "setuptools", "megavtp.training.launcher",
     "megavtp.dit.launcher", "matplotlib.backends.backend_agg", "matplotlib.figure",
 ])
 

@@ -7,12 +7,14 @@ around here are silent. Each work-around states its reason; ``tests/parallel/tes
 it, and also tells when a later DeepSpeed no longer needs it.
 """
 
+import importlib
 import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -61,7 +63,19 @@ def import_deepspeed() -> Any:
     logger.setLevel(logging.WARNING)
     # On CPUs it would compile, at every first start, an inference all-reduce that training never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    import_muon()
     return deepspeed
+
+
+def import_muon() -> None:
+    """Import Muon's update, which every ZeRO engine of DeepSpeed does, but leave it uncompiled.
+
+    MegaVTP never calls it, and ``torch.compile`` would load its compiler: two seconds of each rank's start.
+    """
+    from deepspeed.runtime import compiler
+
+    with patch.object(compiler, "compile", lambda: lambda function: function):
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
 
 def bucket_elements(parameters: int) -> int:

@@ -6,6 +6,7 @@ found is checked test by test.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -394,3 +395,21 @@ def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match="pip install"):
         adapter.import_deepspeed()
+
+
+IMPORTS = """
+import importlib, sys
+from megavtp.parallel.deepspeed_adapter import import_deepspeed
+import_deepspeed()
+muon = importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # as each of its ZeRO engines does
+print("torch._inductor.compile_fx" in sys.modules)
+importlib.reload(sys.modules["deepspeed.runtime.zero.muon.original_muon"])
+print("torch._inductor.compile_fx" in sys.modules)
+"""
+
+
+def test_an_engine_loads_no_compiler() -> None:
+    told = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=120, check=True)
+    guarded, unguarded = told.stdout.split()[-2:]
+    assert guarded == "False"
+    assert unguarded == "True", superfluous("import_muon")
