@@ -122,8 +122,8 @@ def _total_norm(
 def square(tensors: Sequence[Tensor]) -> Tensor:
     """Return the square of the norm of all tensors together, a scalar.
 
-    On a CPU torch adds up the float32 squares of a tensor in few sums, which for 19 million elements were wrong in the
-    third digit. Rows of ``ROW`` elements have an error below 1e-6, as has the whole on a GPU.
+    On a CPU torch adds up the float32 squares of a tensor in few sums: for 19 million elements these were wrong in the
+    third digit. Rows of ``ROW`` elements have an error below 1e-6.
     """
     rest, norms = [], []
     for tensor in tensors:

@@ -74,7 +74,7 @@ def test_square(sizes):
 
 
 def test_the_square_of_a_large_gradient_is_exact():
-    """Token embeddings have 19 million elements, of which torch's own norm is wrong in the third digit on a CPU."""
+    """Of 20 million elements torch's own norm is wrong in the third digit on a CPU."""
     gradient = torch.randn(1024, 20_000, generator=torch.Generator().manual_seed(0)) * 1e-3
     exact = float(gradient.double().square().sum())
     assert float(square([gradient])) == pytest.approx(exact, rel=2e-6)
