@@ -1,8 +1,8 @@
 """The gradient norm over all ranks, in total and by tower, and whether a step is skipped because it is not finite.
 
 It is computed here in every ZeRO stage. DeepSpeed counts replicated parameters more than once, does not know that
-pipeline stages hold different parameter groups, and converts each gradient to float64 first, which took a tenth of a
-step's time. See ``deepspeed_adapter`` for the version of DeepSpeed and the tests.
+pipeline stages hold different parameter groups, and converts each gradient to float64 first, which takes time and
+memory. See ``deepspeed_adapter`` for the version of DeepSpeed and the tests.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from megavtp.parallel.collectives import all_gather_object
 from megavtp.parallel.mesh import Mesh
 from megavtp.parallel.sharding import shard_of
 
-ROW = 2**16  # elements whose squares are summed in one go
+ROW = 2**16  # elements whose squares are summed in one go on a CPU
 
 
 def install(engine: Any, mesh: Mesh) -> None:

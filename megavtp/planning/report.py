@@ -34,11 +34,12 @@ def table(plans: Sequence[Plan]) -> str:
 
 def _cells(plan: Plan) -> dict[str, str]:
     p, full, seconds = plan.config.parallel, plan.fullest, plan.seconds
+    stage = p.zero_on(plan.dp)
     schedule = "-" if p.pp == 1 else p.schedule + (f" x{p.virtual_stages}" if p.virtual_stages > 1 else "")
     bubble = seconds["bubble"] / seconds["products"] if seconds["products"] else 0.0
     return {
         "tp": str(p.tp), "pp": str(p.pp), "dp": str(plan.dp), "schedule": schedule,
-        "zero": f"{p.zero_on(plan.dp)}{' step' * (p.zero3_gather == 'step')}",
+        "zero": f"{stage} step" if p.zero3_gather == "step" else str(stage),
         "recompute": p.recompute, "seq": "on" if p.sequence_parallel else "-",
         **{f"m {_SHORT[name]}": str(part.micro_batch) for name, part in share(plan.config, plan.dp).passes.items()},
         "GiB": f"{plan.memory / GIB:.1f}", "state": f"{full.state.total / GIB:.1f}",

@@ -55,8 +55,9 @@ def state_bytes(config: ResolvedConfig, dp: int) -> int:
 
 def bytes_of_state(trained: int, untrained: int, parallel: ParallelConfig, dp: int) -> int:
     """Estimate the bytes of ``trained`` parameters and of ``untrained`` ones (a teacher's, or frozen) on a rank."""
-    whole, partitioned = {0: (16, 0), 1: (8, 8), 2: (4, 12), 3: (0, 16)}[parallel.zero_on(dp)]
-    weights_alone = 4 * untrained / (dp if parallel.zero_on(dp) == 3 else 1)
+    stage = parallel.zero_on(dp)
+    whole, partitioned = {0: (16, 0), 1: (8, 8), 2: (4, 12), 3: (0, 16)}[stage]
+    weights_alone = 4 * untrained / (dp if stage == 3 else 1)
     return int((trained * (whole + partitioned / dp) + weights_alone) / (parallel.tp * parallel.pp))
 
 
