@@ -1,6 +1,6 @@
 """DeepSpeed's engine: how it is configured and made, and what has to be done before a step and before a backward.
 
-Only this file, ``gather_ahead``, ``master_weights``, ``reduce_early``, ``reduce_in_place``, ``shard_matrix``,
+Only this file, ``gather_modules``, ``master_weights``, ``reduce_early``, ``reduce_in_place``, ``shard_matrix``,
 ``stream_order``, ``gradient_norm`` and ``engine_state`` touch DeepSpeed's internals. They are written against exactly
 DeepSpeed 0.19.8: ZeRO-3 gathers of earlier releases return garbage on gloo, and several of the faults that are worked
 around here are silent. Each work-around states its reason; ``tests/parallel/test_deepspeed_adapter.py`` fails without
@@ -25,7 +25,7 @@ from megavtp.arithmetic import ceil_div
 from megavtp.config.load import merged
 from megavtp.errors import UserError
 from megavtp.parallel import gradient_norm
-from megavtp.parallel.gather_ahead import block_chains, gather_ahead
+from megavtp.parallel.gather_modules import ModuleGathers, block_chains
 from megavtp.parallel.master_weights import share_master_weights
 from megavtp.parallel.mesh import Axis, Mesh
 from megavtp.parallel.reduce_early import reduce_in_last_backward
@@ -153,11 +153,9 @@ def initialize(
             coordinator, default = offload.get_param_coordinator(), torch.cuda.default_stream()
             coordinator._PartitionedParameterCoordinator__allgather_stream = default
         reduce_by_columns()
-        # A GPU alone has nothing to gather, but there the host would wait for it at every block.
-        if (mesh.dp > 1 or engine.device.type == "cuda") and not any(zero.get(key) for key in _OTHER_GATHERS):
+        if not any(zero.get(key) for key in _OTHER_GATHERS):
             gather_by_columns(module.parameters())
-        if not hold:
-            gather_ahead(engine, block_chains(module))
+        ModuleGathers(engine, [] if hold else block_chains(module))
     if stage == 0:
         reduce_in_place(engine)
     else:

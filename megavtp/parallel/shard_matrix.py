@@ -52,7 +52,23 @@ class Gather:
         self.complete = True
 
 
-def begin_gather(parameters: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Gather:
+class Alone:
+    """What a gather is on a rank alone, whose shards are the whole tensors: nothing is copied."""
+
+    def __init__(self, parameters: Sequence[Any]) -> None:
+        self.parameters = parameters
+
+    def wait(self, handle_dependency: bool = True) -> None:
+        """Give each parameter its tensor."""
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        for parameter in self.parameters:
+            parameter.data = parameter.ds_tensor.data.view(parameter.ds_shape)
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+        self.parameters = ()
+
+
+def begin_gather(parameters: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Gather | Alone:
     """Begin to gather parameters, none of which is gathered or under way yet, in an order that all ranks have."""
     from deepspeed import comm
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -64,6 +80,8 @@ def begin_gather(parameters: Iterable[Any], safe_mode: bool = False, quantize: b
         parameter.ds_status = ZeroParamStatus.INFLIGHT
     group = parameters[0].ds_process_group
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    if ranks == 1:
+        return Alone(parameters)
     shards = [parameter.ds_tensor for parameter in parameters]
     matrix = shards[0].new_empty(ranks, sum(shard.ds_numel for shard in shards))
     torch.cat(shards, out=matrix[rank])

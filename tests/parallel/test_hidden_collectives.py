@@ -1,6 +1,6 @@
 """Collectives begin once their operands exist, and are waited for where the result is needed: the order of events.
 
-The gathers of ZeRO-3 have a file of their own, ``test_gather_ahead``.
+The gathers of ZeRO-3 have a file of their own, ``test_gather_modules``.
 """
 
 from __future__ import annotations
