@@ -44,7 +44,7 @@ from benchmarks.comparisons.self_distillation import self_distillation  # noqa: 
 from benchmarks.comparisons.torchvision_kernels import define_missing  # noqa: E402
 from benchmarks.comparisons.trunk import trunk  # noqa: E402
 from benchmarks.gpu.measure import reason  # noqa: E402
-from benchmarks.side_by_side import alternate, peak_bytes, ratios  # noqa: E402
+from benchmarks.side_by_side import alternate, keep_freed_memory, peak_bytes, ratios  # noqa: E402
 from megavtp.data.files import write_atomic  # noqa: E402
 from megavtp.launch import ranks  # noqa: E402
 from megavtp.parallel.mesh import SINGLE  # noqa: E402
@@ -85,6 +85,7 @@ PROCESSOR = Clock("processor time", lambda: sum(os.times()[:4]))  # of this proc
 def main() -> int:
     options = parse()
     define_missing()
+    keep_freed_memory()
     setting = Setting(ranks.start(), options.tiny)
     chosen = {name: COMPARISONS[name] for name in options.only or COMPARISONS}
     text, failed = compare(chosen, setting, options.repeats, PROCESSOR if options.busy else WALL)
@@ -152,7 +153,8 @@ def page(setting: Setting, repeats: int, clock: Clock, rows: list[str], missing:
         f"Ratio: the rival's {clock.name} to MegaVTP's, the median of {repeats} rounds, in each of which both take "
         "their turn; above 1 MegaVTP is faster. Memory: the most that torch has allocated at one time, MegaVTP's to "
         "the rival's; below 1 MegaVTP takes less. Results differ by: the largest difference as a part of the largest "
-        "number; for pictures the mean difference as a part of white.",
+        "number; for pictures the mean difference as a part of white. With glibc, the process keeps the memory that it "
+        "frees, as torch does on a GPU.",
         "",
         *HEAD, *rows,
     ]

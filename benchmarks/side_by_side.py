@@ -1,5 +1,6 @@
 """Ways to do the same work take turns in one process: a machine that becomes slower is slower for all of them."""
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +9,19 @@ import torch
 from torch import Tensor
 
 Way = Callable[[], object]
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, as torch does on a GPU, where its C library is glibc.
+
+    Otherwise a large tensor is new memory each time. Its page faults take as long as a pass over it, and which way's
+    turn has them depends on what ran before in the process.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, -1)
 
 
 def alternate(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import platform
+import resource
 import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from distributed import run_ranks
 from benchmarks import rivals
 from benchmarks.comparisons.comparison import Comparison, Pair, Setting
 from benchmarks.comparisons.torchvision_kernels import define_missing
-from benchmarks.side_by_side import alternate, difference, peak_bytes, ratios
+from benchmarks.side_by_side import alternate, difference, keep_freed_memory, peak_bytes, ratios
 
 CPU = torch.device("cpu")
 TINY = Setting(CPU, tiny=True)
@@ -49,6 +51,22 @@ def test_peak_counts_what_lives_at_one_time():
         del second
 
     assert peak_bytes(way, CPU) == pytest.approx(3 * 10**6, rel=0.01)
+
+
+def page_faults_of_large_buffers(rank: int) -> list[int]:
+    faults = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        bytearray(b"x") * 80_000_000
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        keep_freed_memory()
+    return faults
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_freed_memory_is_kept():
+    ((given_back, first, again),) = run_ranks(1, page_faults_of_large_buffers)
+    assert min(given_back, first) > 19_000 > 100 > again  # there are 19,500 pages of 4 KiB
 
 
 def test_differences_are_relative_and_see_nan():
