@@ -38,10 +38,9 @@ class ModuleGathers:
         self.status = ZeroParamStatus
         offload = engine.optimizer.parameter_offload
         coordinator = offload.get_param_coordinator()
-        private = "_PartitionedParameterCoordinator__"
-        # DeepSpeed itself releases what is still in these two after a backward that does not reach every module.
-        self.under_way: dict[nn.Parameter, Any] = getattr(coordinator, f"{private}inflight_param_registry").data
-        self.in_backward: dict[int, Any] = getattr(coordinator, f"{private}active_backward_submodules")
+        self.under_way: dict[nn.Parameter, Any] = {}
+        # By number. At the end of a backward, DeepSpeed releases for those that are still in it.
+        self.in_backward: dict[int, Any] = coordinator._PartitionedParameterCoordinator__active_backward_submodules
         pairs = [pair for chain in chains for pair in pairwise(chain)]
         self.after = dict(pairs)
         # Behind a block without gradients, no backward goes on.
@@ -80,7 +79,7 @@ class ModuleGathers:
         for parameter in parameters:
             parameter.ds_active_sub_modules.add(module.ds_id)
             if recomputed and self.in_backward and not parameter.requires_grad:
-                # No hook of its own will release it: that of the module does whose backward asked for it.
+                # Nothing of its own runs backward and would release it. The module does whose backward asked for it.
                 asked = next(reversed(self.in_backward.values()))
                 asked.ds_recompute_parameters.add(parameter)
                 parameter.ds_active_sub_modules.add(asked.ds_id)
