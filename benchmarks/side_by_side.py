@@ -1,6 +1,7 @@
 """Ways to do the same work take turns in one process: a machine that becomes slower is slower for all of them."""
 
 import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,7 @@ def ratios(seconds: Sequence[float], to: Sequence[float]) -> tuple[float, float,
 
 def peak_bytes(way: Way, device: torch.device) -> int:
     """Return the most bytes that torch has allocated for ``way`` at one time."""
+    gc.collect()  # what earlier work has left behind is not to be freed in the middle
     if device.type == "cuda":
         _finish(device)
         torch.cuda.reset_peak_memory_stats()
