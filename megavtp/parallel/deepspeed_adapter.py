@@ -145,13 +145,7 @@ def initialize(
     if stage == 3:
         # At every root forward ZeRO-3 compares its trace of module calls over the *world*: pipeline stages would
         # deadlock, and our passes call different towers. Without the hook each module gathers its own on demand.
-        offload = engine.optimizer.parameter_offload
-        offload.fwd_pre_hook.remove()
-        if engine.device.type == "cuda":
-            # A stream of their own would let gathers read shards that an update, such as the teacher's, still writes.
-            # The transport itself has one in any case.
-            coordinator, default = offload.get_param_coordinator(), torch.cuda.default_stream()
-            coordinator._PartitionedParameterCoordinator__allgather_stream = default
+        engine.optimizer.parameter_offload.fwd_pre_hook.remove()
         reduce_by_columns()
         if not any(zero.get(key) for key in _OTHER_GATHERS):
             gather_by_columns(module.parameters())

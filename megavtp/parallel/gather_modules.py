@@ -65,6 +65,8 @@ class ModuleGathers:
         """Begin to gather those of them that are neither gathered nor under way."""
         absent = [p for p in parameters if p.ds_status is self.status.NOT_AVAILABLE]
         if absent:
+            # On the stream that computes: on another one, DeepSpeed's way, it could read shards that an update, such as
+            # the teacher's, still writes. The transport has a stream of its own in any case.
             gather = absent[0].all_gather_coalesced(absent)
             self.under_way.update(dict.fromkeys(absent, gather))
 

@@ -7,8 +7,6 @@ device is waiting for a message, and the message for what this rank has not laun
 from collections.abc import Callable
 from typing import Any
 
-_UNLIMITED = 2**31
-
 
 def order_streams(engine: Any, stage: int) -> None:
     """Let the streams of a ZeRO engine wait for each other, instead of the host for the device."""
@@ -21,10 +19,6 @@ def order_streams(engine: Any, stage: int) -> None:
     if stage == 3:
         stream = optimizer.reduce_and_partition_stream
         stream.synchronize = lambda: _order(stream)  # at the end of a backward
-        # Before a module, for what was gathered more than two parameters ago, to bound what DeepSpeed gathers ahead on
-        # a stream of its own. Ours is gathered on the stream that computes, one block ahead.
-        coordinator = optimizer.parameter_offload.get_param_coordinator()
-        coordinator._PartitionedParameterCoordinator__max_ongoing_fetch_events = _UNLIMITED
 
 
 def _order(stream: Any) -> None:
