@@ -35,7 +35,7 @@ class Gather:
         self.work, self.parameters, self.matrix = work, parameters, matrix
         self.complete = False
 
-    def wait(self, handle_dependency: bool = True) -> None:
+    def wait(self) -> None:
         """Wait for the shards and give each parameter its whole tensor."""
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
@@ -58,7 +58,7 @@ class Alone:
     def __init__(self, parameters: Sequence[Any]) -> None:
         self.parameters = parameters
 
-    def wait(self, handle_dependency: bool = True) -> None:
+    def wait(self) -> None:
         """Give each parameter its tensor."""
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
@@ -68,7 +68,7 @@ class Alone:
         self.parameters = ()
 
 
-def begin_gather(parameters: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Gather | Alone:
+def begin_gather(parameters: Iterable[Any]) -> Gather | Alone:
     """Begin to gather parameters, none of which is gathered or under way yet, in an order that all ranks have."""
     from deepspeed import comm
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus

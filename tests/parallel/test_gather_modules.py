@@ -213,7 +213,7 @@ def test_nothing_more_is_sent(recompute: str, found: dict) -> None:
 
 
 def test_the_host_does_little_for_a_parameter(found_and_calls: tuple[dict[str, Step], float]) -> None:
-    """DeepSpeed's own coordinator makes 275. A GPU would wait for them at every block."""
+    """DeepSpeed's own coordinator makes 275 calls, and a GPU would wait for them at every block."""
     assert found_and_calls[1] < 50
 
 
