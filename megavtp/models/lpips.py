@@ -68,15 +68,16 @@ PERCEPTUAL_NETS: dict[str, Net] = {"lpips-vgg": "vgg", "lpips-alex": "alex"}  # 
 
 def tap_distance(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     """Return the distances (b,) of two features (b, C, H, W) of one layer, whose channels have weights (C,)."""
-    squares = (_unit(a) - _unit(b)).square()
-    return (squares * weights[:, None, None]).sum(1).mean((1, 2))
+    # The channels lie last in memory. Seen as the last dimension, they do so in gradients as well.
+    squares = (_unit(a.movedim(1, -1)) - _unit(b.movedim(1, -1))).square()
+    return (squares * weights).sum(-1).mean((1, 2))
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Scale to unit length over the channels, in float32: a 16-bit float would lose the 1e-10 and divide by zero."""
+    """Scale x (..., C) to unit length, in float32: a 16-bit float would lose the 1e-10 and divide by zero."""
     x = x.float()
     # vector_norm, because the gradient of sqrt at an all-zero pixel would be NaN.
-    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
+    return x * (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + 1e-10).reciprocal()
 
 
 class LPIPS(nn.Module):

@@ -77,6 +77,13 @@ def test_gradient_goes_to_the_first_image_only_and_survives_flat_ones(narrow):
     assert flat.grad.isfinite().all()
 
 
+def test_gradients_lie_in_memory_as_features_do():
+    """Otherwise every pass over both strides through memory."""
+    a, b = (torch.rand(2, 8, 6, 5).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    (gradient,) = torch.autograd.grad(lpips.tap_distance(a.requires_grad_(), b, torch.rand(8)).sum(), a)
+    assert gradient.stride() == a.stride() != (240, 30, 5, 1)
+
+
 def test_frozen_and_not_part_of_checkpoints(narrow):
     model = LPIPS("alex", narrow)
     assert not list(model.parameters()) and not model.state_dict()
