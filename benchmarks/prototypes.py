@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a clone without an install
@@ -93,21 +94,31 @@ def ours(student: StudentOutput, teacher: TeacherOutput, weights: Tensor, chunk:
 
 
 def plain(student: StudentOutput, teacher: TeacherOutput, weights: Tensor) -> Result:
-    images = len(student.global_cls) // 2
-    temperature = SelfDistillationConfig().student_temperature
     with torch.no_grad():
-        targets = [balanced(rows @ teacher.W.T / TEMPERATURE) for rows in (teacher.cls, teacher.patches)]
-    views, patches = targets[0].chunk(2), targets[1]
+        wanted = [rows @ teacher.W.T for rows in (teacher.cls, teacher.patches)]
     features = torch.cat([student.global_cls, student.local_cls, student.patches])
-    logits = (features @ student.W.T / temperature).split([len(x) for x in student[:3]])
-    total, pairs = torch.zeros(()), 2 + 2 * (len(student.local_cls) // images)
+    total = plain_loss((features @ student.W.T).split([len(x) for x in student[:3]]), wanted, weights)
+    return total.detach(), *torch.autograd.grad(total, student[:4])
+
+
+def plain_loss(logits: Sequence[Tensor], wanted: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Compute the DINO and iBOT losses.
+
+    Args:
+        logits: the student's, of global crops, local crops and masked patches.
+        wanted: the teacher's, of global crops and masked patches; they are overwritten.
+    """
+    images, total = len(logits[0]) // 2, logits[0].new_zeros(())
+    temperature, pairs = SelfDistillationConfig().student_temperature, 2 + 2 * (len(logits[1]) // images)
+    with torch.no_grad():
+        views, patches = (balanced(x.div_(TEMPERATURE)) for x in wanted)
     for index, crop in enumerate((*logits[0].chunk(2), *logits[1].split(images))):
-        log_p = crop.log_softmax(-1)
-        for other, view in enumerate(views):
+        log_p = (crop / temperature).log_softmax(-1)
+        for other, view in enumerate(views.chunk(2)):
             if index != other:
                 total = total - (view * log_p).sum(-1).mean() / pairs
-    total = total - ((patches * logits[2].log_softmax(-1)).sum(-1) * weights).sum() / (2 * images)
-    return total.detach(), *torch.autograd.grad(total, student[:4])
+    log_p = (logits[2] / temperature).log_softmax(-1)
+    return total - ((patches * log_p).sum(-1) * weights).sum() / (2 * images)
 
 
 def balanced(logits: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +34,7 @@ import torch  # noqa: E402
 
 from benchmarks.comparisons.comparison import Comparison, Pair, Setting  # noqa: E402
 from benchmarks.comparisons.contrastive import contrastive  # noqa: E402
-from benchmarks.comparisons.diffusion import diffusion  # noqa: E402
+from benchmarks.comparisons.diffusion import diffusers_dit, lightningdit  # noqa: E402
 from benchmarks.comparisons.distances import frechet, pytorch_fid, torch_fidelity  # noqa: E402
 from benchmarks.comparisons.engine import engine_step  # noqa: E402
 from benchmarks.comparisons.loading import loading  # noqa: E402
@@ -43,6 +42,7 @@ from benchmarks.comparisons.perceptual import perceptual  # noqa: E402
 from benchmarks.comparisons.self_distillation import self_distillation  # noqa: E402
 from benchmarks.comparisons.torchvision_kernels import define_missing  # noqa: E402
 from benchmarks.comparisons.trunk import trunk  # noqa: E402
+from benchmarks.comparisons.vtp import official  # noqa: E402
 from benchmarks.gpu.measure import reason  # noqa: E402
 from benchmarks.side_by_side import alternate, keep_freed_memory, peak_bytes, ratios  # noqa: E402
 from megavtp.data.files import write_atomic  # noqa: E402
@@ -50,13 +50,23 @@ from megavtp.launch import ranks  # noqa: E402
 from megavtp.parallel.mesh import SINGLE  # noqa: E402
 from megavtp.training.start import start_record  # noqa: E402
 
+VTP, LIGHTNINGDIT = "MiniMax-AI/VTP", "JingfengYao/LightningDiT"
 COMPARISONS: Mapping[str, Comparison] = {
     "open_clip": Comparison("contrastive step", "open_clip_torch", partial(contrastive, own_tower=False)),
     "open_clip_vit": Comparison("the same, its own ViT", "open_clip_torch", partial(contrastive, own_tower=True)),
     "timm": Comparison("trunk", "timm", trunk),
     "lightly": Comparison("self-distillation's losses", "lightly", self_distillation),
     "lpips": Comparison("perceptual distance", "lpips", perceptual),
-    "diffusers": Comparison("DiT's step", "diffusers", diffusion),
+    "diffusers": Comparison("DiT's step", "diffusers", diffusers_dit),
+    "lightningdit": Comparison("DiT's step", LIGHTNINGDIT, partial(lightningdit, compiled=False)),
+    "lightningdit_compiled": Comparison("the same, both compiled", LIGHTNINGDIT, partial(lightningdit, compiled=True)),
+    **{
+        f"vtp_{objective}": Comparison(f"{what} step", VTP, partial(official, objective=objective))
+        for objective, what in [
+            ("contrastive", "contrastive"), ("self_distillation", "self-distillation"),
+            ("reconstruction", "reconstruction"),
+        ]
+    },
     "torchvision_v1": Comparison("loader, transforms v1", "torchvision", partial(loading, version="v1")),
     "torchvision_v2": Comparison("loader, transforms v2", "torchvision", partial(loading, version="v2")),
     "torch_fidelity": Comparison("Frechet distance", "torch-fidelity", partial(frechet, distance_by=torch_fidelity)),
@@ -118,7 +128,7 @@ def compare(
                 seconds = alternate({OURS: pair.ours, THEIRS: pair.theirs}, repeats, setting.device, clock.now)
                 rows.append(row(name, comparison, pair, seconds, setting.device))
         except ImportError as error:
-            missing.append(f"{name}: {reason(error)}; pip install -c constraints.txt {comparison.rival}")
+            missing.append(f"{name}: {reason(error)}; {comparison.remedy}")
         except Exception as error:
             traceback.print_exc()
             missing.append(f"{name}: {reason(error)}")
@@ -136,7 +146,7 @@ def row(
         memory = f"{ours / theirs:.2f}"
     differ = "other weights" if pair.difference is None else f"{pair.difference:.0e}" if pair.difference else "0"
     return (
-        f"| {name} | {comparison.what} | {comparison.rival} {version(comparison.rival)} | {ratio:.2f} | "
+        f"| {name} | {comparison.what} | {comparison.source} | {ratio:.2f} | "
         f"{low:.2f} to {high:.2f} | {memory} | {differ} | {pair.work} |"
     )
 

@@ -25,8 +25,12 @@ TINY = Setting(CPU, tiny=True)
 # How much the results may differ. Steps are two, the first of which updates; crops are of other decoders and kernels.
 AGREES = {"open_clip": 1e-5, "timm": 1e-5, "lightly": 1e-5, "lpips": 1e-3, "torchvision_v1": 0.01,
           "torchvision_v2": 0.01, "torch_fidelity": 1e-5, "pytorch_fid": 1e-5,
-          "zero_0": 1e-5, "zero_3": 1e-5}
-WITH_ENGINE = ("open_clip", "diffusers", "zero_0", "zero_3")  # DeepSpeed's, which wants a process group
+          "zero_0": 1e-5, "zero_3": 1e-5, "lightningdit": 1e-5, "vtp_contrastive": 1e-5,
+          "vtp_self_distillation": 1e-5, "vtp_reconstruction": 1e-4}
+WITH_ENGINE = (
+    "open_clip", "diffusers", "zero_0", "zero_3", "lightningdit", "vtp_contrastive", "vtp_self_distillation",
+    "vtp_reconstruction",
+)  # DeepSpeed's, which wants a process group
 
 
 def test_ways_take_turns():
@@ -132,7 +136,16 @@ def test_the_extra_has_every_rival():
     with mock.patch("setuptools.setup") as setup:
         runpy.run_path(str(Path(__file__).parents[1] / "setup.py"))
     extra = {requirement.partition("==")[0] for requirement in setup.call_args.kwargs["extras_require"]["rivals"]}
-    assert extra | {"torch"} >= {comparison.rival for comparison in rivals.COMPARISONS.values()}
+    assert extra | {"torch"} >= {comparison.rival for comparison in rivals.COMPARISONS.values() if comparison.packaged}
+
+
+def test_the_page_says_how_to_get_a_repository():
+    opened = ModuleNotFoundError("No module named 'models'", name="models")
+    page, failed = rivals.compare({"absent": stand_in("owner/name", opened)}, TINY, 1)
+    assert not failed and page.endswith(
+        "- absent: not installed (no module models); git clone https://github.com/owner/name, install what it needs, "
+        "and name it in PYTHONPATH\n"
+    )
 
 
 def tiny_difference(name: str) -> tuple[float | None, str]:

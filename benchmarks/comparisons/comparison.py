@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -58,11 +59,31 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """``open(setting)`` gives the pair and takes it down again. ImportError says that the rival is not there."""
+    """``open(setting)`` gives the pair and takes it down again. ImportError says that the rival is not there.
+
+    Attributes:
+        rival: as pip calls it, or the repository on GitHub of one that is no package.
+    """
 
     what: str
-    rival: str  # as pip calls it
+    rival: str
     open: Callable[[Setting], AbstractContextManager[Pair]]
+
+    @property
+    def packaged(self) -> bool:
+        return "/" not in self.rival
+
+    @property
+    def source(self) -> str:
+        """The rival with its version, where it has one."""
+        return f"{self.rival} {version(self.rival)}" if self.packaged else self.rival
+
+    @property
+    def remedy(self) -> str:
+        """Say how to get the rival."""
+        if self.packaged:
+            return f"pip install -c constraints.txt {self.rival}"
+        return f"git clone https://github.com/{self.rival}, install what it needs, and name it in PYTHONPATH"
 
     def start(self, setting: Setting) -> AbstractContextManager[Pair]:
         """Open the pair with weights and inputs that are always the same."""
