@@ -122,11 +122,18 @@ def attend(
     if wants_varlen and (varlen := _varlen_of(q)) is not None:
         longest = max(length for _, length in segments)
         return varlen(q, k, v, sequence_offsets(segments, q.device), longest, causal)
-    outputs = []
-    for segment, place in zip(segments, spans(segments)):
-        own_q, own_k, own_v = (x[place].unflatten(0, segment).transpose(1, 2) for x in (q, k, v))
-        outputs.append(_sdpa(own_q, own_k, own_v, causal).transpose(1, 2).flatten(0, 1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if len(segments) == 1:
+        return _attend_alike(q, k, v, segments[0], causal)
+    # The gradient of a split is one tensor. Slices would each give one of full size, mostly zeros.
+    lengths = [sequences * length for sequences, length in segments]
+    pieces = zip(q.split(lengths), k.split(lengths), v.split(lengths), segments)
+    return torch.cat([_attend_alike(*piece, causal) for piece in pieces])
+
+
+def _attend_alike(q: Tensor, k: Tensor, v: Tensor, segment: tuple[int, int], causal: bool) -> Tensor:
+    """Attend in sequences of one length."""
+    q, k, v = (x.unflatten(0, segment).transpose(1, 2) for x in (q, k, v))
+    return _sdpa(q, k, v, causal).transpose(1, 2).flatten(0, 1)
 
 
 def _suits_float32(q: Tensor) -> bool:
