@@ -38,36 +38,33 @@ Loss = Callable[[], Tensor]
 
 @contextmanager
 def official(setting: Setting, objective: str) -> Iterator[Pair]:
-    from vtp.models.heads import DINOHead
     from vtp.models.vtp_hf import VTPConfig, VTPModel
 
     config = vtp_config(setting, objective)
+    batch, mesh = make_batch(config, setting.device.type == "cuda"), build_mesh(1, 1)
+    follow = 1 - config.objectives.self_distillation.teacher_momentum
     released = config_to_official(config.model, {objective})
     model = VTPModel(VTPConfig(**{key: value for key, value in released.items() if key not in FRAME}))
     weights = from_official(model.state_dict(), config.model)
-    ours_perceptual = perceptual = None
-    theirs = nn.ModuleDict({"model": model})
-    if objective == "self_distillation":
-        head = config.model.dino_head
-        theirs["dino_head"], teacher_head = (
-            DINOHead(
-                config.model.vision.width, head.prototypes, nlayers=head.layers, hidden_dim=head.hidden,
-                bottleneck_dim=head.bottleneck,
-            )
-            for _ in range(2)
-        )
-        teacher_head.load_state_dict(theirs["dino_head"].state_dict())
-        weights |= {f"dino_head.{name}": tensor for name, tensor in theirs["dino_head"].state_dict().items()}
+    trained, our_perceptual, after = nn.ModuleList([model.to(setting.device).train()]), None, nothing
+    if objective == "contrastive":
+        loss = contrastive_loss(model, batch, setting)
     elif objective == "reconstruction":
-        ours_perceptual, perceptual = both_networks(setting)
-    theirs.to(setting.device).train()
-    batch, mesh = make_batch(config, setting.device.type == "cuda"), build_mesh(1, 1)
+        our_perceptual, perceptual = both_networks(setting)
+        loss = reconstruction_loss(model, perceptual, batch, setting)
+    else:
+        head, teacher_head = (dino_head(config).to(setting.device) for _ in range(2))
+        teacher_head.load_state_dict(head.state_dict())
+        trained.append(head)
+        weights |= {f"dino_head.{name}": tensor for name, tensor in head.state_dict().items()}
+        loss, after = self_distillation(model.trunk, head, teacher_head, batch, setting, follow)
+    their_step = official_step(trained, loss, after, config)
+
     ours = build_model(config, share(config, 1), mesh, setting.device)
-    compile_networks(config.parallel.compile, setting.device, ours, ours_perceptual)
+    compile_networks(config.parallel.compile, setting.device, ours, our_perceptual)
     fill(ours, weights)
     engine = build_engine(ours, config, mesh)
-    passes = build_passes(config, share(config, 1), mesh, setting.device, ours_perceptual)
-    follow = 1 - config.objectives.self_distillation.teacher_momentum
+    passes = build_passes(config, share(config, 1), mesh, setting.device, our_perceptual)
 
     def our_step() -> Tensor:
         terms, _ = train_step(
@@ -75,13 +72,6 @@ def official(setting: Setting, objective: str) -> Iterator[Pair]:
         )
         return torch.stack(list(terms.values())).sum()  # all weights are 1
 
-    if objective == "contrastive":
-        loss, after = contrastive_loss(model, batch, setting), nothing
-    elif objective == "reconstruction":
-        loss, after = reconstruction_loss(model, perceptual, batch, setting), nothing
-    else:
-        loss, after = self_distillation(theirs, teacher_head.to(setting.device), batch, setting, follow)
-    their_step = official_step(theirs, loss, after, config)
     # The second loss shows whether the first step's gradients and updates agree.
     losses = [torch.stack([step().detach() for _ in range(2)]) for step in (our_step, their_step)]
     with closing(engine):
@@ -107,10 +97,7 @@ def vtp_config(setting: Setting, objective: str) -> ResolvedConfig:
             },
             "reconstruction": weights["reconstruction"] | {"batch": batch},
         },
-        "data": {
-            "streams": 1,
-            "augment": dict(zip(("global_size", "local_size", "local_crops"), crops)),
-        },
+        "data": {"streams": 1, "augment": dict(zip(("global_size", "local_size", "local_crops"), crops))},
         "train": {"batch_size": batch},
         "parallel": {"precision": setting.precision, "zero_stage": 0},
     }, Config), 1)
@@ -127,6 +114,16 @@ def work(config: ResolvedConfig, objective: str) -> str:
     return (
         f"trunk {tower}, {images} images with {GLOBAL_CROPS} crops of {crops.global_size} pixels and "
         f"{crops.local_crops} of {crops.local_size}, {model.dino_head.prototypes:,} prototypes"
+    )
+
+
+def dino_head(config: ResolvedConfig) -> nn.Module:
+    from vtp.models.heads import DINOHead
+
+    head = config.model.dino_head
+    return DINOHead(
+        config.model.vision.width, head.prototypes, nlayers=head.layers, hidden_dim=head.hidden,
+        bottleneck_dim=head.bottleneck,
     )
 
 
@@ -177,17 +174,16 @@ def reconstruction_loss(model: nn.Module, perceptual: nn.Module, batch: Batch, s
 
 
 def self_distillation(
-    modules: nn.ModuleDict, teacher_head: nn.Module, batch: Batch, setting: Setting, follow: float
+    trunk: nn.Module, head: nn.Module, teacher_head: nn.Module, batch: Batch, setting: Setting, follow: float
 ) -> tuple[Loss, Callable[[], None]]:
     """The losses of DINO and iBOT as DINOv2 has them (arXiv 2304.07193), and the teacher's average."""
-    trunk, head = modules["model"].trunk, modules["dino_head"]
     teacher_trunk = deepcopy(trunk)
     crops = [pinned(normalise(x.flatten(0, 1)), setting) for x in (batch.global_crops, batch.local_crops)]
     rows, weights = (pinned(x, setting) for x in masked_rows(batch.masks))
     masks = pinned(batch.masks.flatten(0, 1), setting)
 
     def loss() -> Tensor:
-        large, small, at, share, mask = (
+        large, small, at, by_patch, mask = (
             x.to(setting.device, non_blocking=True) for x in (*crops, rows, weights, masks)
         )
         with setting.autocast():
@@ -199,7 +195,7 @@ def self_distillation(
             whole, part = trunk([large, small], masks=[mask, None], is_training=True, use_bottleneck=False)
             patches = whole["x_norm_patchtokens"].flatten(0, 1)[at]
             logits = [head(x).float() for x in (whole["x_norm_clstoken"], part["x_norm_clstoken"], patches)]
-        return plain_loss(logits, wanted, share)
+        return plain_loss(logits, wanted, by_patch)
 
     def average() -> None:
         with torch.no_grad():
