@@ -56,7 +56,7 @@ def lightningdit(setting: Setting, compiled: bool) -> Iterator[Pair]:
         input_size=model.latent_size, patch_size=model.patch_size, in_channels=model.latent_channels,
         hidden_size=model.width, depth=model.depth, num_heads=model.heads, num_classes=model.num_classes,
         use_swiglu=True, use_rope=True, use_rmsnorm=True,
-    )
+    ).to(setting.device)
     theirs.y_embedder.dropout_prob = 0.0  # both would drop other labels
     for parameter in theirs.parameters():
         if parameter.requires_grad:
@@ -69,7 +69,7 @@ def lightningdit(setting: Setting, compiled: bool) -> Iterator[Pair]:
                 averaged.mul_(config.ema_momentum).add_(parameter, alpha=1 - config.ema_momentum)
 
     stance = torch.compiler.set_stance("default" if compiled else "force_eager")
-    with stance, dit_pair(config, setting, theirs.to(setting.device), theirs, follow, same=True) as pair:
+    with stance, dit_pair(config, setting, theirs, theirs, follow, same=True) as pair:
         yield pair
 
 
