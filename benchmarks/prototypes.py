@@ -111,10 +111,11 @@ def plain_loss(logits: Sequence[Tensor], wanted: Sequence[Tensor], weights: Tens
     images, total = len(logits[0]) // 2, logits[0].new_zeros(())
     temperature, pairs = SelfDistillationConfig().student_temperature, 2 + 2 * (len(logits[1]) // images)
     with torch.no_grad():
-        views, patches = (balanced(x.div_(TEMPERATURE)) for x in wanted)
+        balanced_views, patches = (balanced(x.div_(TEMPERATURE)) for x in wanted)
+    views = balanced_views.chunk(2)
     for index, crop in enumerate((*logits[0].chunk(2), *logits[1].split(images))):
         log_p = (crop / temperature).log_softmax(-1)
-        for other, view in enumerate(views.chunk(2)):
+        for other, view in enumerate(views):
             if index != other:
                 total = total - (view * log_p).sum(-1).mean() / pairs
     log_p = (logits[2] / temperature).log_softmax(-1)

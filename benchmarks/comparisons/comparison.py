@@ -7,9 +7,9 @@ from importlib.metadata import version
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks.side_by_side import Way
+from benchmarks.side_by_side import Way, difference
 from megavtp.config.run import OptimizerConfig
 from megavtp.nn.precision import computing_in
 from megavtp.training.optimizer import parameter_groups
@@ -95,3 +95,32 @@ def fused_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimi
     """Return what updates a rival's model: torch's fused AdamW, with the groups and settings that MegaVTP's has."""
     groups = parameter_groups(model.named_parameters(), config)
     return torch.optim.AdamW(groups, lr=LR, betas=config.betas, eps=config.eps, fused=True)
+
+
+def step_of(
+    model: nn.Module, loss_of: Callable[[], Tensor], config: OptimizerConfig, after: Callable[[], object] | None = None
+) -> Callable[[], Tensor]:
+    """Return a rival's step: loss, backward, clipping, update as ``fused_adamw`` says, and what comes ``after`` it."""
+    optimizer = fused_adamw(model, config)
+    parameters = list(model.parameters())
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, config.clip_grad)
+        optimizer.step()
+        if after is not None:
+            after()
+        return loss
+
+    return step
+
+
+def steps_differ(ours: Callable[[], Tensor], theirs: Callable[[], Tensor]) -> float:
+    """Do two steps of both and return by how much the losses differ.
+
+    The second loss shows whether the first step's gradients and updates agree.
+    """
+    losses = [torch.stack([step().detach() for _ in range(2)]) for step in (ours, theirs)]
+    return difference(losses[:1], losses[1:])

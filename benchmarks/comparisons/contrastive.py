@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.comparisons.comparison import LR, Pair, Setting, fused_adamw
+from benchmarks.comparisons.comparison import LR, Pair, Setting, step_of, steps_differ
 from benchmarks.comparisons.trunk import PATCH, dinov3, model_like_dinov3
-from benchmarks.side_by_side import difference
 from benchmarks.step import make_batch
 from megavtp.checkpoint.formats.initial import fill
 from megavtp.checkpoint.formats.openclip import from_openclip
@@ -70,12 +69,11 @@ def contrastive(setting: Setting, own_tower: bool) -> Iterator[Pair]:
         return terms["contrastive/loss"]
 
     their_step = open_clip_step(theirs, open_clip.ClipLoss(), pairs, config, setting)
-    # The second loss shows whether the first step's gradients and updates agree.
-    losses = [torch.stack([step().detach() for _ in range(2)]) for step in (our_step, their_step)]
+    differ = steps_differ(our_step, their_step)
     with closing(engine):
         yield Pair(
             f"image tower {shape[0]} x {shape[1]}, text tower {text[0]} x {text[1]}, {batch} pairs, {image} pixels",
-            our_step, their_step, None if own_tower else difference(losses[:1], losses[1:]),
+            our_step, their_step, None if own_tower else differ,
         )
 
 
@@ -95,22 +93,17 @@ def open_clip_step(
     model: nn.Module, loss_of: nn.Module, pairs: Batch, config: ResolvedConfig, setting: Setting
 ) -> Callable[[], Tensor]:
     """Return the step of OpenCLIP's training loop, with the groups and clipping that we have, on normalised pixels."""
-    own = config.train.optimizer
-    optimizer = fused_adamw(model, own)
     pixels = normalise(pairs.images)
     if setting.device.type == "cuda":
         pixels = pixels.pin_memory()
 
-    def step() -> Tensor:
+    def loss() -> Tensor:
         images, words = (x.to(setting.device, non_blocking=True) for x in (pixels, pairs.tokens))
-        optimizer.zero_grad()
         with setting.autocast():
-            loss = loss_of(*model(images, words))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), own.clip_grad)
-        optimizer.step()
+            return loss_of(*model(images, words))
+
+    def clamp() -> None:
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
-        return loss
 
-    return step
+    return step_of(model, loss, config.train.optimizer, clamp)

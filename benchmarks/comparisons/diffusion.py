@@ -7,9 +7,8 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from benchmarks.comparisons.comparison import LR, Pair, Setting, fused_adamw
+from benchmarks.comparisons.comparison import LR, Pair, Setting, step_of, steps_differ
 from benchmarks.gpu.steps import noise_batch
-from benchmarks.side_by_side import difference
 from megavtp.config.load import from_dict
 from megavtp.dit.batch import LatentBatch
 from megavtp.dit.config import CompleteDiTConfig, DiTConfig, complete_config
@@ -107,41 +106,27 @@ def dit_pair(
         )
         return terms["flow_matching/mse"] + config.flow_matching.cosine_weight * terms["flow_matching/cosine"]
 
-    their_step = rival_step(theirs, velocity, follow, batch, config, setting)
-    differ = None
-    if same:
-        losses = [torch.stack([step().detach() for _ in range(2)]) for step in (our_step, their_step)]
-        differ = difference(losses[:1], losses[1:])
+    their_step = step_of(theirs, rival_loss(velocity, batch, config, setting), config.train.optimizer, follow)
     with closing(recipe.engine):
         yield Pair(
             f"DiT {model.width} x {model.depth}, {config.train.batch_size} latents of {model.latent_channels} x "
             f"{model.latent_size} x {model.latent_size}, flow matching",
-            our_step, their_step, differ,
+            our_step, their_step, steps_differ(our_step, their_step) if same else None,
         )
 
 
-def rival_step(
-    model: nn.Module, velocity: Velocity, follow: Callable[[], None], batch: LatentBatch, config: CompleteDiTConfig,
-    setting: Setting,
+def rival_loss(
+    velocity: Velocity, batch: LatentBatch, config: CompleteDiTConfig, setting: Setting
 ) -> Callable[[], Tensor]:
-    own = config.train.optimizer
-    optimizer = fused_adamw(model, own)
-
-    def step() -> Tensor:
+    def loss() -> Tensor:
         data, noise, times, labels = (
             x.to(setting.device, non_blocking=True)
             for x in (batch.latents, batch.noise, batch.times, batch.conditions)
         )
         points, target = straight_path(data, noise, times)
-        optimizer.zero_grad()
         with setting.autocast():
             predicted = velocity(points, times, labels)
         terms = flow_matching_terms(predicted, target, samples_total_local=len(data))
-        loss = terms["mse"] + config.flow_matching.cosine_weight * terms["cosine"]
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), own.clip_grad)
-        optimizer.step()
-        follow()
-        return loss
+        return terms["mse"] + config.flow_matching.cosine_weight * terms["cosine"]
 
-    return step
+    return loss

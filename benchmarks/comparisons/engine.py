@@ -6,13 +6,11 @@ from copy import deepcopy
 from typing import Any
 from unittest.mock import patch
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.comparisons.comparison import LR, Pair, Setting, fused_adamw
+from benchmarks.comparisons.comparison import LR, Pair, Setting, step_of, steps_differ
 from benchmarks.comparisons.contrastive import contrastive_config
-from benchmarks.side_by_side import difference
 from benchmarks.step import make_batch
 from megavtp.config.share import share
 from megavtp.models.vtp import VTP
@@ -37,31 +35,22 @@ def engine_step(setting: Setting, stage: int) -> Iterator[Pair]:
     engine_linear = F.linear  # a ZeRO-3 engine puts its own there, for the whole process
     F.linear = torch_linear
     (objective,) = build_passes(config, share(config, 1), mesh, setting.device, None)
-    own = config.train.optimizer
-    optimizer = fused_adamw(plain.module, own)
-    trained = [parameter for parameter in plain.module.parameters() if parameter.requires_grad]
-
     def our_step() -> Tensor:
         with patch.object(F, "linear", engine_linear):
             terms, _ = train_step(engine, [objective], pairs, lr_of=lambda group: LR)
         return terms["contrastive/loss"]
 
-    def their_step() -> Tensor:
-        optimizer.zero_grad()
+    def their_loss() -> Tensor:
         objective.prepare(plain, pairs)
         outputs = plain(objective.mode, **objective.inputs(0))
         terms = objective.global_terms(*objective.global_inputs(outputs))
-        (sum(objective.weighted(terms)) * objective.weight).backward()
-        nn.utils.clip_grad_norm_(trained, own.clip_grad)
-        optimizer.step()
-        return terms["loss"].detach()
+        return sum(objective.weighted(terms)) * objective.weight  # the weight is 1
 
-    # The second loss shows whether the first step's gradients and updates agree.
-    losses = [torch.stack([step() for _ in range(2)]) for step in (our_step, their_step)]
+    their_step = step_of(plain.module, their_loss, config.train.optimizer)
     with closing(engine):
         yield Pair(
             f"image and text tower {width} x {depth}, {batch} pairs, {image} pixels, and fused AdamW, clipped",
-            our_step, their_step, difference(losses[:1], losses[1:]),
+            our_step, their_step, steps_differ(our_step, their_step),
         )
 
 

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.comparisons.comparison import LR, Pair, Setting, fused_adamw
+from benchmarks.comparisons.comparison import LR, Pair, Setting, step_of, steps_differ
 from benchmarks.comparisons.perceptual import both_networks
 from benchmarks.prototypes import TEMPERATURE, plain_loss
-from benchmarks.side_by_side import difference
 from benchmarks.step import make_batch
 from megavtp.checkpoint.formats.hf_vtp import from_official
 from megavtp.checkpoint.formats.hf_vtp_config import FRAME, config_to_official
@@ -46,7 +45,7 @@ def official(setting: Setting, objective: str) -> Iterator[Pair]:
     released = config_to_official(config.model, {objective})
     model = VTPModel(VTPConfig(**{key: value for key, value in released.items() if key not in FRAME}))
     weights = from_official(model.state_dict(), config.model)
-    trained, our_perceptual, after = nn.ModuleList([model.to(setting.device).train()]), None, nothing
+    trained, our_perceptual, average = nn.ModuleList([model.to(setting.device).train()]), None, None
     if objective == "contrastive":
         loss = contrastive_loss(model, batch, setting)
     elif objective == "reconstruction":
@@ -57,8 +56,8 @@ def official(setting: Setting, objective: str) -> Iterator[Pair]:
         teacher_head.load_state_dict(head.state_dict())
         trained.append(head)
         weights |= {f"dino_head.{name}": tensor for name, tensor in head.state_dict().items()}
-        loss, after = self_distillation(model.trunk, head, teacher_head, batch, setting, follow)
-    their_step = official_step(trained, loss, after, config)
+        loss, average = self_distillation(model.trunk, head, teacher_head, batch, setting, follow)
+    their_step = step_of(trained, loss, config.train.optimizer, average)
 
     ours = build_model(config, share(config, 1), mesh, setting.device)
     compile_networks(config.parallel.compile, setting.device, ours, our_perceptual)
@@ -72,10 +71,8 @@ def official(setting: Setting, objective: str) -> Iterator[Pair]:
         )
         return torch.stack(list(terms.values())).sum()  # all weights are 1
 
-    # The second loss shows whether the first step's gradients and updates agree.
-    losses = [torch.stack([step().detach() for _ in range(2)]) for step in (our_step, their_step)]
     with closing(engine):
-        yield Pair(work(config, objective), our_step, their_step, difference(losses[:1], losses[1:]))
+        yield Pair(work(config, objective), our_step, their_step, steps_differ(our_step, their_step))
 
 
 def vtp_config(setting: Setting, objective: str) -> ResolvedConfig:
@@ -125,23 +122,6 @@ def dino_head(config: ResolvedConfig) -> nn.Module:
         config.model.vision.width, head.prototypes, nlayers=head.layers, hidden_dim=head.hidden,
         bottleneck_dim=head.bottleneck,
     )
-
-
-def official_step(model: nn.Module, loss_of: Loss, after: Callable[[], None], config: ResolvedConfig) -> Loss:
-    own = config.train.optimizer
-    optimizer = fused_adamw(model, own)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        loss = loss_of()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, own.clip_grad)
-        optimizer.step()
-        after()
-        return loss
-
-    return step
 
 
 def contrastive_loss(model: nn.Module, batch: Batch, setting: Setting) -> Loss:
@@ -204,10 +184,6 @@ def self_distillation(
                     slow.lerp_(fast, follow)
 
     return loss, average
-
-
-def nothing() -> None:
-    """There is no average."""
 
 
 def pinned(x: Tensor, setting: Setting) -> Tensor:
